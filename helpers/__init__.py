@@ -1,0 +1,1 @@
+"""What the notebooks share. Each module can be read, and tested, without the others."""

@@ -1,0 +1,94 @@
+"""Training curves: every logged value on disk as it comes, and one figure at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from helpers.runs import is_main_process
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Panel title → the values drawn in it; each is drawn for training, and for evaluation behind "eval_".
+PANELS = {
+    "loss": ("loss",),
+    "token accuracy": ("mean_token_accuracy",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "reward margin": ("rewards/margins",),
+    "reward accuracy": ("rewards/accuracies",),
+    "log-probabilities": ("logps/chosen", "logps/rejected"),
+    "gradient norm": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+}
+DPO_ONLY = "rewards/margins"
+
+
+class LogToFile(TrainerCallback):
+    """metrics.jsonl: one line a log, rewritten from the checkpoint's own history when a run goes on."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if is_main_process():
+            self.file.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if is_main_process() and state.log_history:
+            with self.file.open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def read_history(file: Path) -> list[dict[str, float]]:
+    """The logs of a run, oldest first; a last line cut short by a crash is left out."""
+    history = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            history.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return history
+
+
+def series(history: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one logged name."""
+    points = [(log["step"], log[name]) for log in history if name in log]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def draw(history: list[dict[str, float]], title: str = "") -> Figure:
+    """One figure with a panel for each thing that was logged, over the same steps. Dots are evaluations."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        panel: names
+        for panel, names in PANELS.items()
+        if any(n in log for n in names for log in history)
+        and not (panel == "token accuracy" and any(DPO_ONLY in log for log in history))
+    }
+    rows = max(1, (len(panels) + 1) // 2)
+    figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
+    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
+        for i, name in enumerate(names):
+            colour = f"C{i}" if len(names) == 1 else ("C2", "C3")[i]
+            axis.plot(*series(history, name), color=colour, label=name.rpartition("/")[2])
+            axis.plot(*series(history, f"eval_{name}"), "o", color=colour, markersize=4)
+        axis.set_title(panel, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+        axis.set_xlabel("step")
+        axis.xaxis.set_tick_params(labelbottom=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure

@@ -1,0 +1,30 @@
+"""Tables and figures, as a terminal or a notebook shows them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from helpers.errors import in_kernel
+from helpers.runs import is_main_process
+
+
+def show(*things: Any) -> None:
+    """Print each thing in a terminal; in a notebook display its HTML, or its picture. A figure in a terminal is silent:
+    its file is what one opens there."""
+    from rich.console import Console
+
+    for thing in things if is_main_process() else ():
+        if hasattr(thing, "savefig"):
+            if in_kernel():
+                from IPython.display import Image, display
+
+                picture = io.BytesIO()
+                thing.savefig(picture, format="png", dpi=100)
+                display(Image(picture.getvalue()))
+        elif in_kernel() and hasattr(thing, "_repr_html_"):
+            from IPython.display import display
+
+            display(thing)
+        else:
+            Console().print(thing)

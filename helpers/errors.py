@@ -1,0 +1,43 @@
+"""Mistakes that a user can mend: one clear line, a status, no traceback. And where this code is running."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line that says what to do. `status` is the command's exit status."""
+
+    status = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class Stop(UserError):
+    """Nothing is wrong, and nothing is left to do: a dry run, or a run that has finished."""
+
+    status = 0
+
+
+def in_kernel() -> bool:
+    """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit helps nobody."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def report_user_errors() -> None:
+    """From here on a command prints a UserError as one line, and exits with its status."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, UserError):
+            return sys.__excepthook__(kind, error, trace)
+        sys.stdout.flush()
+        print(error if isinstance(error, Stop) else f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
+
+    if not in_kernel():
+        sys.excepthook = hook

@@ -1,0 +1,234 @@
+"""The run folder: what was asked, what was read, what came out, and where a stopped run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import Stop, UserError, in_kernel
+from helpers.settings import REPO, RunSettings, SettingsError, find_path, short_path
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
+WEIGHTS = "*.safetensors"
+
+
+def is_main_process() -> bool:
+    """True for the one process of a launch that prints, writes and pushes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclasses.dataclass
+class Run:
+    """One folder under outputs/ and its run.json."""
+
+    folder: Path
+    record: dict[str, Any]
+    replaces: bool = False  # the folder holds an older run, which goes when this one has something to write
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == "finished"
+
+    @property
+    def base_model(self) -> str:
+        """The model at the root of the lineage: a Hub id or a folder."""
+        return str(self.record["base_model"])
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The newest whole checkpoint, or None: the Trainer writes trainer_state.json after all the rest."""
+        whole = [f.parent for f in self.folder.glob("checkpoint-*/trainer_state.json") if _is_json(f)]
+        return str(max(whole, key=lambda f: int(f.name.rpartition("-")[2]))) if whole else None
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+    def update(self, **fields: Any) -> None:
+        """Add `fields` to run.json, which is never seen half written."""
+        self.record |= fields
+        if is_main_process():
+            if self.replaces:
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "run.json", self.record)
+        self.replaces = False
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[str | None]:
+        """Mark what happens to the run; gives the checkpoint to resume from, if there is one."""
+        checkpoint = self.checkpoint
+        if checkpoint:
+            print(f"Going on from {short_path(checkpoint)}.")
+        self.update(status="running")
+        try:
+            yield checkpoint
+        except KeyboardInterrupt:
+            self.update(status="interrupted")
+            raise
+        except BaseException as error:
+            self.update(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def finish(self, **fields: Any) -> None:
+        """The run is whole: its weights are in the folder."""
+        weights = hashlib.sha256()
+        for file in sorted(self.folder.glob(WEIGHTS)):
+            with file.open("rb") as content:
+                weights.update(hashlib.file_digest(content, "sha256").digest())
+        self.record.pop("error", None)
+        self.update(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
+
+    def next_command(self, recipe: str = "") -> str:
+        """The command of the step that follows, ready to paste."""
+        words = f"python notebooks/{NEXT[self.record['step']]} "
+        # 04 reads a merged model as one among others; what it changed shows beside its adapter
+        words += short_path(self.folder.parent / (self.record["parent"] or "") if "04" in words else self.folder)
+        return words + (f" --recipe {recipe}" if recipe else "")
+
+
+def start_run(settings: RunSettings, base_model: str, parent: Run | None = None) -> Run:
+    """The run that these settings name: a new one, or the one that stopped or finished under the same settings.
+
+    Nothing is written, and nothing replaced, before the first `run.update`: a model or dataset that cannot be loaded
+    leaves things as they were.
+    `base_model` is the root of the lineage; `parent` the run this one starts from. A finished run raises Stop, except
+    in a kernel, where its cells may be run again and `run.finished` says what not to repeat.
+    Raises SettingsError where a name given by hand belongs to a run with other settings.
+    """
+    short = base_model.rstrip("/").rpartition("/")[2]
+    digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
+    folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
+    run = Run(folder, read_run(folder))
+    if settings.dry_run:
+        state = run.record.get("status", "new")
+        raise Stop(f"Dry run: {short_path(folder)} ({state}) would start from {parent.name if parent else base_model}.")
+    if run.record and settings.resume == "never":
+        run = Run(folder, {}, replaces=True)
+    elif run.record:
+        _refuse_other_settings(run, settings)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
+    if run.finished:
+        message = f"{short_path(folder)} is finished: nothing to do. --resume never does it anew."
+        if not in_kernel():
+            raise Stop(f"{message}\n{_next_line(run, settings)}")
+        print(message)
+        return run
+    if not run.record:
+        run.record = {"step": settings.step, "status": "running", "started": _now()}
+    run.record |= dict(
+        settings=settings.values(),
+        identity=settings.identity(),
+        sources=settings.sources,
+        base_model=base_model,
+        parent=parent.name if parent else None,
+        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        commit=_commit(),
+    )
+    print(f"Run: {short_path(folder)}")
+    return run
+
+
+def find_run(output_dir: Path, which: str, step: str) -> Run:
+    """A finished run of `step`: the newest for "latest", or the one in the folder `which`. Raises UserError."""
+    if which == "latest":
+        runs = [Run(f.parent, read_run(f.parent)) for f in output_dir.glob("*/run.json")]
+        runs = [run for run in runs if run.finished and run.record["step"] == step]
+        if runs:
+            return max(runs, key=lambda run: str(run.record["finished"]))
+        raise UserError(f"no finished {step} run in {short_path(output_dir)}: make one, or name its folder")
+    folder = find_path(which) or find_path(str(output_dir / which))
+    record = read_run(folder) if folder else {}
+    if folder is None or not record:
+        raise UserError(f"{which!r} is not the folder of a run: it has no run.json")
+    if record.get("status") != "finished" or record["step"] != step:
+        raise UserError(f"{which!r} is a {record['step']} run with status {record.get('status')}, not a finished {step} run")
+    return Run(folder.resolve(), record)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json says; {} where there is none, or none that can be read."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def run_notebook(name: str, **settings: Any) -> None:
+    """Run another notebook as a command of its own. Raises UserError where it fails; what it says is on the screen."""
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    status = subprocess.run([sys.executable, str(REPO / "notebooks" / name), *flags]).returncode
+    if status:
+        raise UserError(f"{name} stopped with status {status}: what it says stands above")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write beside the file, then rename: a reader sees the old file or the new one."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    draft.replace(file)
+
+
+def _refuse_other_settings(run: Run, settings: RunSettings) -> None:
+    before = run.record["identity"]
+    now = json.loads(json.dumps(settings.identity(), default=str))
+    other = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
+    if other:
+        raise SettingsError(
+            f"{short_path(run.folder)} was made with other settings ({', '.join(other)}): "
+            "give another --run_name, or --resume never to replace it"
+        )
+
+
+def _next_line(run: Run, settings: RunSettings) -> str:
+    return f"Next: {run.next_command(settings.recipe)}" if run.record["step"] in NEXT else ""
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str:
+    """The repository's commit, with "+" behind it when files differ from it."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=REPO, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return text.strip()

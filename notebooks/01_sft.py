@@ -1,0 +1,236 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. Instruction-tune a base model
+#
+# **In:** a base model and conversations. **Out:** `outputs/sft-<model>-<hex>/`, a model (or its adapter) that answers.
+#
+# ```
+# python notebooks/01_sft.py                                  # Mistral-7B with QLoRA, one 24 GB GPU
+# python notebooks/01_sft.py --recipe recipes/demo.yaml       # a tiny model on a laptop, a minute
+# python notebooks/01_sft.py --help                           # every setting
+# ```
+#
+# A base model continues text. Here it learns to answer: it reads whole conversations, and the loss falls on the
+# assistant's turns alone.
+
+# %% [markdown]
+# ## Settings
+#
+# Each field is a flag (`--learning_rate 1e-4`), a variable (`SFT_LEARNING_RATE`), a line of `.env` and a recipe's key.
+# Any other field of TRL's `SFTConfig` works the same way without standing here.
+
+# %% tags=["parameters"]
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from helpers.settings import RunSettings, load_settings
+
+
+@dataclass
+class Settings(RunSettings):
+    """Instruction-tune a model."""
+
+    step: ClassVar[str] = "sft"
+
+    model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: a Hub id or a folder
+    revision: str = ""  # the model's branch, tag or commit on the Hub
+    trust_remote_code: bool = False  # run code that comes with the model
+
+    dataset_id: str = "HuggingFaceH4/ultrachat_200k"  # conversations: a Hub id, a file, or a folder
+    dataset_config: str = ""  # the dataset's configuration, where it has several
+    dataset_split: str = "train_sft"  # the split that is read; evaluation rows are taken from it
+    train_rows: int = 20_000  # conversations to train on; 0 takes all
+    eval_rows: int = 500  # conversations held out; 0 takes eval_fraction of them
+    eval_fraction: float = 0.05  # share held out where eval_rows is 0
+    max_length: int = 2048  # tokens of a conversation; longer ones are dropped and counted
+    chat_format: Literal["auto", "mistral"] = "auto"  # auto: the tokenizer's own template, else mistral
+    strict: bool = False  # stop when any row has to be dropped
+
+    tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
+    lora_r: int = 64  # rank of the adapter
+    lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
+    lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
+
+    num_train_epochs: float = 1.0  # passes over the rows
+    learning_rate: float = 1e-4  # the highest; 1e-5 to 2e-5 suits tuning in full
+    per_device_train_batch_size: int = 1  # conversations at a time
+    per_device_eval_batch_size: int = 1  # likewise, in evaluation
+    gradient_accumulation_steps: int = 16  # batches to one step
+
+
+# %%
+# recipe = "recipes/demo.yaml"  # without a GPU: take away the first "#"
+settings = load_settings(Settings, globals())
+
+# %% [markdown]
+# ## The machine and the run
+#
+# One decision on device, dtype, quantization and attention. Then the run's folder: its name follows from the settings,
+# so the same command finds its own run again, and goes on where it stopped.
+
+# %%
+from helpers.display import show
+from helpers.models import plan_model
+from helpers.runs import start_run
+
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization)
+run = start_run(settings, base_model=settings.model_id)
+show(plan)
+
+# %%
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from helpers.chat import apply_chat_format, show_labels
+from helpers.credentials import prepare_wandb
+from helpers.curves import LogToFile, draw, read_history
+from helpers.instructions import prepare_instructions
+from helpers.models import compute_4bit_alike, local_or_hub, train_adapter_in_float32
+from helpers.rows import load_rows, split_by_prompt
+
+# %% [markdown]
+# ## Data
+#
+# Every row is kept or dropped with a reason, and the table adds up. Rows with the same first prompt stay on one side of
+# the split.
+
+# %%
+model_path = local_or_hub(settings.model_id)
+hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
+print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
+
+# %%
+rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
+rows, account = prepare_instructions(rows, tokenizer, settings.max_length, settings.strict)
+train_set, eval_set = split_by_prompt(
+    rows, rows["prompt"][:], settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+)
+run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+
+# %% [markdown]
+# One row as the model sees it. What it learns is bold; the rest it only reads.
+
+# %%
+show(show_labels(tokenizer, train_set[0]))
+
+# %% [markdown]
+# ## Model
+#
+# With `qlora` the weights are loaded in 4 bits (NF4, its constants quantized again) and stay frozen; only the adapter
+# learns.
+
+# %%
+set_seed(settings.seed)
+model = AutoModelForCausalLM.from_pretrained(
+    model_path,
+    **hub,
+    dtype=plan.dtype,
+    quantization_config=plan.quantization,
+    attn_implementation=plan.attention,
+    device_map=plan.device_map,
+)
+compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
+adapter = None
+if settings.tuning != "full":
+    adapter = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=settings.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+
+# %% [markdown]
+# ## Trainer
+
+# %%
+config = dict(
+    output_dir=str(run.folder),
+    run_name=run.name,
+    num_train_epochs=settings.num_train_epochs,
+    learning_rate=settings.learning_rate,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,  # below 1: a share of all steps
+    per_device_train_batch_size=settings.per_device_train_batch_size,
+    per_device_eval_batch_size=settings.per_device_eval_batch_size,
+    gradient_accumulation_steps=settings.gradient_accumulation_steps,
+    max_length=None,  # no row is longer than settings.max_length
+    optim=plan.optimizer,
+    bf16=plan.bf16,
+    fp16=plan.fp16,
+    use_cpu=plan.use_cpu,
+    eval_strategy="steps",
+    eval_steps=0.2,
+    save_steps=0.2,
+    save_total_limit=2,
+    logging_steps=10,
+    report_to=settings.report_to,
+    seed=settings.seed,
+)
+training_args = SFTConfig(**config | settings.trl)
+
+# %%
+prepare_wandb(settings.report_to, settings.wandb_project)
+trainer = SFTTrainer(
+    model=model,
+    args=training_args,
+    train_dataset=train_set.remove_columns("prompt"),
+    eval_dataset=eval_set.remove_columns("prompt"),
+    processing_class=tokenizer,
+    peft_config=adapter,
+    callbacks=[LogToFile(run.folder / "metrics.jsonl")],
+)
+if adapter is not None and settings.adapter_dtype == "fp32":
+    train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
+
+# %% [markdown]
+# ## Train
+#
+# The loss falls quickly at first, while the form of an answer is learned, then slowly. A run that has finished is not
+# trained again, and one that was stopped goes on from its newest checkpoint.
+
+# %%
+if not run.finished:
+    with run.training() as checkpoint:
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {"train_loss": trained.training_loss} | trainer.evaluate()
+        trainer.save_model(str(run.folder))
+        tokenizer.save_pretrained(run.folder)
+    run.finish(metrics=metrics)
+
+# %% [markdown]
+# ## Curves
+#
+# The line is training, the dots are the held-out rows: while both fall, the model learns something that holds beyond
+# its rows. Dots that rise again say that it has begun to learn them by heart.
+
+# %%
+figure = draw(read_history(run.folder / "metrics.jsonl"), run.name)
+figure.savefig(run.folder / "curves.png", dpi=120)
+show(figure)
+for name, value in run.record["metrics"].items():
+    print(f"{name:28} {value:.6g}")
+
+# %% [markdown]
+# ## Next
+#
+# The model answers now, in whatever manner its data had. The next notebook teaches it which answers are preferred.
+
+# %%
+print("Next:", run.next_command(settings.recipe))

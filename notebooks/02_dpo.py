@@ -1,0 +1,287 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Align it on preferences
+#
+# **In:** a model that answers, and pairs of a better and a worse answer. **Out:** `outputs/dpo-<model>-<hex>/`, an
+# adapter.
+#
+# ```
+# python notebooks/02_dpo.py                                  # Mistral-7B-Instruct with QLoRA, one 24 GB GPU
+# python notebooks/02_dpo.py --sft_run latest                 # on from the newest run of 01_sft.py
+# python notebooks/02_dpo.py --recipe recipes/demo.yaml       # a tiny model on a laptop, half a minute
+# python notebooks/02_dpo.py --dpo_beta 0.3 --help            # every setting
+# ```
+#
+# DPO (Rafailov et al., 2023, arXiv:2305.18290) needs neither a reward model nor sampling. With a frozen copy of the
+# model as the reference, it raises the likelihood of the chosen answer against the rejected one:
+#
+# $$-\log\sigma\Big(\beta\log\frac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}-\beta\log\frac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\Big)$$
+
+# %% [markdown]
+# ## Settings
+#
+# Each field is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env` and a recipe's key. Any other field
+# of TRL's `DPOConfig` works the same way without standing here.
+
+# %% tags=["parameters"]
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from helpers.settings import RunSettings, load_settings
+
+
+@dataclass
+class Settings(RunSettings):
+    """Align a model on preference pairs."""
+
+    step: ClassVar[str] = "dpo"
+
+    model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: a Hub id or a folder
+    sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
+    revision: str = ""  # the model's branch, tag or commit on the Hub
+    trust_remote_code: bool = False  # run code that comes with the model
+
+    dataset_id: str = "argilla/ultrafeedback-binarized-preferences-cleaned"  # pairs: a Hub id, a file, or a folder
+    dataset_config: str = ""  # the dataset's configuration, where it has several
+    dataset_split: str = "train"  # the split that is read; evaluation pairs are taken from it
+    train_rows: int = 11_000  # pairs to train on; 0 takes all
+    eval_rows: int = 2_750  # pairs held out; 0 takes eval_fraction of them
+    eval_fraction: float = 0.2  # share held out where eval_rows is 0
+    max_prompt_length: int = 1024  # tokens of a prompt; pairs with a longer one are dropped and counted
+    max_length: int = 1512  # tokens of a prompt and its answer, likewise
+    chat_format: Literal["auto", "mistral"] = "auto"  # auto: the tokenizer's own template, else mistral
+    strict: bool = False  # stop when any row has to be dropped
+
+    dpo_beta: float = 0.1  # how strongly the reference holds the policy back; higher is less divergence
+    loss_type: tuple[str, ...] = ("sigmoid",)  # TRL's losses by name, summed; "sigmoid sft" keeps chosen answers likely
+    num_train_epochs: float = 1.0  # passes over the pairs
+    learning_rate: float = 5e-5  # the highest; 5e-7 to 1e-6 suits tuning in full
+    per_device_train_batch_size: int = 1  # pairs at a time
+    per_device_eval_batch_size: int = 1  # likewise, in evaluation
+    gradient_accumulation_steps: int = 16  # batches to one step
+
+    tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
+    lora_r: int = 256  # rank of the adapter
+    lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
+    lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
+
+    merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
+    push_to_hub: bool = False  # publish afterwards, privately, as 03_merge_push.py does
+    hub_repo_id: str = ""  # where to: name/model
+
+
+# %%
+# recipe = "recipes/demo.yaml"  # without a GPU: take away the first "#"
+settings = load_settings(Settings, globals())
+
+# %% [markdown]
+# ## Where it starts, the machine, and the run
+#
+# From a model as published, or from a finished run of `01_sft.py`. The run's name follows from the settings and from
+# what it starts from, so the same command finds its own run again, and goes on where it stopped.
+
+# %%
+from helpers.display import show
+from helpers.models import adapter_settings, plan_model
+from helpers.runs import find_run, start_run
+from helpers.settings import one_of
+
+one_of(settings, "model_id", "sft_run")
+parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
+from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
+plan = plan_model(parent.base_model if parent else settings.model_id, settings.tuning, settings.quantization)
+run = start_run(settings, parent.base_model if parent else settings.model_id, parent)
+show(plan)
+
+# %%
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import DPOConfig, DPOTrainer
+
+from helpers.chat import apply_chat_format, render
+from helpers.credentials import prepare_wandb
+from helpers.curves import LogToFile, draw, read_history
+from helpers.models import compute_4bit_alike, local_or_hub, save_policy, train_adapter_in_float32
+from helpers.preferences import prepare_preferences
+from helpers.rows import load_rows, split_by_prompt
+from helpers.runs import run_notebook
+
+# %% [markdown]
+# ## Data
+#
+# Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
+# nothing, and pairs that are too long would lose the end of their answers. A prompt is on one side of the split only.
+
+# %%
+start = settings.model_id
+if parent:
+    start = from_adapter["base_model_name_or_path"] if from_adapter else str(parent.folder)
+model_path = local_or_hub(start)
+hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
+print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
+
+# %%
+rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
+pairs, account = prepare_preferences(
+    rows, tokenizer, settings.max_prompt_length, settings.max_length, settings.strict
+)
+prompts = [render(tokenizer, prompt) for prompt in pairs["prompt"]]
+train_set, eval_set = split_by_prompt(
+    pairs, prompts, settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+)
+run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+
+# %% [markdown]
+# One pair as the model sees it:
+
+# %%
+pair = train_set[0]
+print(render(tokenizer, pair["prompt"], prompt=True))
+print("  chosen:  ", pair["chosen"][0]["content"])
+print("  rejected:", pair["rejected"][0]["content"])
+
+# %% [markdown]
+# ## Model
+#
+# The frozen base is the reference: with the adapter switched off it is what the policy started as, so no second model
+# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference.
+
+# %%
+set_seed(settings.seed)
+model = AutoModelForCausalLM.from_pretrained(
+    model_path,
+    **hub,
+    dtype=plan.dtype,
+    quantization_config=plan.quantization,
+    attn_implementation=plan.attention,
+    device_map=plan.device_map,
+)
+compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
+adapter = None
+if from_adapter:
+    model = PeftModel.from_pretrained(model, parent.folder, is_trainable=True)
+elif settings.tuning != "full":
+    adapter = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=settings.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+
+# %% [markdown]
+# ## Trainer
+
+# %%
+config = dict(
+    output_dir=str(run.folder),
+    run_name=run.name,
+    beta=settings.dpo_beta,
+    loss_type=list(settings.loss_type),
+    max_length=settings.max_length or None,
+    num_train_epochs=settings.num_train_epochs,
+    learning_rate=settings.learning_rate,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.1,  # below 1: a share of all steps
+    max_grad_norm=0.3,
+    per_device_train_batch_size=settings.per_device_train_batch_size,
+    per_device_eval_batch_size=settings.per_device_eval_batch_size,
+    gradient_accumulation_steps=settings.gradient_accumulation_steps,
+    optim=plan.optimizer,
+    bf16=plan.bf16,
+    fp16=plan.fp16,
+    use_cpu=plan.use_cpu,
+    eval_strategy="steps",
+    eval_steps=0.2,
+    save_steps=0.2,
+    save_total_limit=2,
+    logging_steps=10,
+    report_to=settings.report_to,
+    seed=settings.seed,
+)
+training_args = DPOConfig(**config | settings.trl)
+
+# %%
+prepare_wandb(settings.report_to, settings.wandb_project)
+trainer = DPOTrainer(
+    model=model,
+    args=training_args,
+    train_dataset=train_set,
+    eval_dataset=eval_set,
+    processing_class=tokenizer,
+    peft_config=adapter,
+    callbacks=[LogToFile(run.folder / "metrics.jsonl")],
+)
+if settings.tuning != "full" and settings.adapter_dtype == "fp32":
+    # TRL casts QLoRA adapters to bf16, where at DPO's learning rates most updates round away (AdamW at 1e-5: 75 % of
+    # weights do not move in 200 steps). They are trained in float32 here.
+    train_adapter_in_float32(trainer.model)
+
+# %% [markdown]
+# ## Train
+#
+# The loss starts at log 2 = 0.693, where policy and reference are one, and falls as the margin between chosen and
+# rejected rewards grows. A run that has finished is not trained again, and one that was stopped goes on.
+
+# %%
+if not run.finished:
+    with run.training() as checkpoint:
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {"train_loss": trained.training_loss} | trainer.evaluate()
+        save_policy(trainer, run.folder)
+        tokenizer.save_pretrained(run.folder)
+    run.finish(metrics=metrics)
+
+# %% [markdown]
+# ## Curves
+#
+# The margin should rise, on the held-out dots as on the line. When both log-probabilities sink together, answers of
+# either kind become less likely: a lower learning rate, a higher β, or `--loss_type sigmoid sft` holds the chosen ones.
+
+# %%
+figure = draw(read_history(run.folder / "metrics.jsonl"), run.name)
+figure.savefig(run.folder / "curves.png", dpi=120)
+show(figure)
+for name, value in run.record["metrics"].items():
+    print(f"{name:28} {value:.6g}")
+
+# %% [markdown]
+# ## Merge and publish, if asked
+#
+# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` do here what the next notebook does on its own. What
+# is pushed is private; `03_merge_push.py --no_private` makes it public.
+
+# %%
+if settings.merge_adaptors or settings.push_to_hub:
+    trainer = model = None  # makes room: the merge is a process of its own
+    run_notebook(
+        "03_merge_push.py",
+        run=run.folder,
+        output_dir=settings.output_dir,
+        what="merged" if settings.merge_adaptors else "adapter",
+        push_to_hub=settings.push_to_hub,
+        hub_repo_id=settings.hub_repo_id,
+    )
+
+# %% [markdown]
+# ## Next
+#
+# The adapter is small and needs its base. The next notebook merges the two, and shows that nothing changed on the way.
+
+# %%
+print("Next:", run.next_command(settings.recipe))
