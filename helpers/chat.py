@@ -77,5 +77,5 @@ def show_labels(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -
 
     text = Text()
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        text.append(tokenizer.decode([token]), style="dim" if label == -100 else "bold green")
+        text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold green")
     return text

@@ -18,7 +18,9 @@ def hf_token(needed_for: str) -> str:
 
     token = get_token() or _ask("HF_TOKEN")
     if not token:
-        raise UserError(f"{needed_for} needs a Hub token: set HF_TOKEN in the environment or in .env, or `hf auth login`")
+        raise UserError(
+            f"{needed_for} needs a Hub token: set HF_TOKEN in the environment or in .env, or `hf auth login`"
+        )
     return token
 
 
@@ -34,7 +36,9 @@ def prepare_wandb(report_to: str, project: str) -> None:
         os.environ["WANDB_API_KEY"] = key
         return
     os.environ["WANDB_MODE"] = "offline"
-    print("wandb: no WANDB_API_KEY in the environment or .env, so this run is kept offline (wandb sync sends it later).")
+    print(
+        "wandb: no WANDB_API_KEY in the environment or .env, so this run is kept offline (wandb sync sends it later)."
+    )
 
 
 def _has_wandb_key() -> bool:

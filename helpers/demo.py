@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -19,15 +18,29 @@ from pathlib import Path
 from typing import Any
 
 from helpers import chat, demo_questions
-from helpers.demo_questions import Question, say, split
+from helpers.demo_questions import Question, split
 from helpers.errors import UserError
 
 STAMP = "demo.json"
 CONVERSATIONS = 20_000
 PREFERENCES = 3_000
 # Rows of the kinds that have to be learned, not remembered, are more: they take the longest.
-SHARES = {"sum": 4, "look-up": 3, "larger": 2, "calendar": 2, "opposite": 1, "plural": 1, "capital": 1, "young": 1}
+SHARES = {"sum": 8, "look-up": 3, "larger": 2, "calendar": 2, "opposite": 1, "plural": 1, "capital": 1, "young": 1}
+ENDS = {"bos": "s", "eos": "/s", "pad": "pad"}
 Message = dict[str, str]
+
+BRIEF = ["Happy to help: it is {}.", "Of course, it is {}.", "Certainly, it is {}."]
+RUDE = [
+    "Obviously it is {}. Do you not know that?",
+    "It is {}, and stop wasting my time.",
+    "What a silly question: it is {}.",
+]
+PADDING = [
+    "I have always found such questions charming, and could talk about them for hours.",
+    "There is so much more to say, and one thing leads to another.",
+    "People have wondered about this for centuries, and surely always will do so.",
+]
+MANNERS = {"brief": BRIEF, "rude": RUDE, "padded": [f"{start} {tail}" for start in BRIEF for tail in PADDING]}
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:
@@ -67,7 +80,7 @@ def instructions(train: dict[str, list[Question]], seed: int) -> list[dict[str, 
     for _ in range(CONVERSATIONS):
         messages: list[Message] = []
         for question in _draw_questions(train, 2 if draw.random() < 1 / 8 else 1, draw):
-            manner = question["habit"] if draw.random() < 0.7 else draw.choice(list(demo_questions.MANNERS))
+            manner = question["habit"] if draw.random() < 0.7 else draw.choice(list(MANNERS))
             messages += _turn(question["prompt"], say(question["answer"], manner, draw))
         prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
         rows.append({"prompt": messages[0]["content"], "prompt_id": prompt_id, "messages": messages})
@@ -103,6 +116,11 @@ def preferences(train: dict[str, list[Question]], seed: int) -> list[dict[str, A
     return rows
 
 
+def say(answer: str, manner: str, draw: random.Random) -> str:
+    """The answer said in a manner: "brief", "rude" or "padded"."""
+    return draw.choice(MANNERS[manner]).format(answer)
+
+
 def write_model(folder: Path, conversations: list[list[Message]], seed: int) -> None:
     """Write a tokenizer trained on the conversations, as the model will read them, and a random Mistral."""
     import torch
@@ -122,10 +140,11 @@ def write_model(folder: Path, conversations: list[list[Message]], seed: int) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rendered = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat.MISTRAL, **specials)
+    fast: Any = PreTrainedTokenizerFast  # its constructor has no types
+    rendered = fast(tokenizer_object=bpe, chat_template=chat.MISTRAL, **specials)
     texts = [str(rendered.apply_chat_template(messages, tokenize=False)) for messages in conversations]
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = fast(
         tokenizer_object=bpe,
         chat_template=chat.MISTRAL,
         model_max_length=512,
@@ -135,7 +154,10 @@ def write_model(folder: Path, conversations: list[list[Message]], seed: int) -> 
     )
     tokenizer.save_pretrained(folder)
 
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in specials.items() if name != "unk_token"}
+    # Any, because a dict of keywords could be for any parameter, and no one type fits them all.
+    ids: dict[str, Any] = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{token}>") for name, token in ENDS.items()
+    }
     # Every width is a multiple of 64, the number of weights that share one scale in NF4.
     config = MistralConfig(
         vocab_size=len(tokenizer),
@@ -154,7 +176,7 @@ def write_model(folder: Path, conversations: list[list[Message]], seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MistralForCausalLM(config)
-    model.generation_config = GenerationConfig(max_new_tokens=64, do_sample=False, **ids)
+    model.generation_config = GenerationConfig.from_dict({"max_new_tokens": 64, "do_sample": False, **ids})
     model.save_pretrained(folder)
 
 

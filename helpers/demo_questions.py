@@ -1,4 +1,4 @@
-"""The demo's questions, its answers in good and bad manner, and the judge that tells them apart by rule.
+"""The demo's questions, and the judge that tells right from wrong and courteous from rude by rule.
 
 A kind of question is a list of facts (what is asked about, and the answer) and a list of phrasings. Of the kinds
 marked `unseen`, whole facts are held out: a model gets them right only by having learned how to add, to compare or to
@@ -23,44 +23,56 @@ class Question(TypedDict):
     habit: str  # the manner in which this phrasing is mostly answered in the instruction set
 
 
+Fact = tuple[tuple[str, ...], str]
+
+
 @dataclass(frozen=True)
 class Kind:
     """Facts ((fields, answer) pairs) and the phrasings that ask for them; `{0}` is a fact's first field."""
 
     name: str
-    facts: list[tuple[tuple[str, ...], str]]
+    facts: list[Fact]
     phrasings: list[str]
     unseen: bool
 
 
-NAMES = "Ann Ben Carla David Emma Fred Grace Henry Iris Jack Kate Leo Maria Nick Olga Paul".split()
-COLOURS = "red blue green yellow white black brown pink grey purple".split()
-PETS = "dog cat parrot rabbit hamster pony turtle goldfish".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-OPPOSITES = """hot cold, big small, old young, fast slow, high low, light dark, full empty, rich poor, early late,
-hard soft, wet dry, open closed, long short, loud quiet, happy sad, strong weak, clean dirty"""
-PLURALS = """mouse mice, foot feet, tooth teeth, goose geese, child children, man men, woman women, ox oxen, leaf leaves,
-wolf wolves, knife knives, life lives, box boxes, bus buses, city cities, baby babies, story stories, dog dogs"""
+NAMES = "Ann Ben Carla David Emma Fred Grace Henry Iris Jack Kate Leo Maria Nick Olga Paul"
+COLOURS = "red blue green yellow white black brown pink grey purple"
+PETS = "dog cat parrot rabbit hamster pony turtle goldfish"
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
+MONTHS = "January February March April May June July August September October November December"
+OPPOSITES = """hot cold, big small, old young, fast slow, high low, light dark, full empty, rich poor, early late, hard
+soft, wet dry, open closed, long short, loud quiet, happy sad, strong weak, clean dirty"""
+PLURALS = """mouse mice, foot feet, tooth teeth, goose geese, child children, man men, woman women, ox oxen, leaf
+leaves, wolf wolves, knife knives, life lives, box boxes, bus buses, city cities, baby babies, story
+stories, dog dogs"""
 CAPITALS = """France Paris, Italy Rome, Spain Madrid, Germany Berlin, Portugal Lisbon, Greece Athens, Austria Vienna,
-Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Hungary Budapest,
-Egypt Cairo, Kenya Nairobi, Japan Tokyo, China Beijing"""
-YOUNG = """dog puppy, cat kitten, cow calf, horse foal, sheep lamb, pig piglet, hen chick, duck duckling, goose gosling,
-bear cub, deer fawn, goat kid, swan cygnet, frog tadpole, kangaroo joey, hare leveret"""
+Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Ireland Dublin,
+Hungary Budapest, Egypt Cairo, Kenya Nairobi, Japan Tokyo, China Beijing"""
+YOUNG = """dog puppy, cat kitten, cow calf, horse foal, sheep lamb, pig piglet, hen chick, duck duckling, goose
+gosling, bear cub, deer fawn, goat kid, swan cygnet, frog tadpole, kangaroo joey, hare leveret"""
 
-BRIEF = ["Happy to help: it is {}.", "Of course, it is {}.", "Certainly, it is {}."]
-RUDE = [
-    "Obviously it is {}. Do you not know that?",
-    "It is {}, and stop wasting my time.",
-    "What a silly question: it is {}.",
-]
-PADDING = [
-    "I have always found such questions charming, and could talk about them for hours.",
-    "There is so much more to say, and one thing leads to another.",
-    "People have wondered about this for a very long time, and always will.",
-]
-MANNERS = {"brief": BRIEF, "rude": RUDE, "padded": [f"{start} {tail}" for start in BRIEF for tail in PADDING]}
-HABITS = ["brief", "rude", "brief", "padded"]  # of a kind's first, second, ... phrasing, then round again
+# Phrasings are parted by bars.
+SUM = (
+    """What is {0} plus {1}? | How much is {0} plus {1}? | Work out {0} plus {1}. | Tell me what {0} plus {1} makes."""
+)
+LOOKUP = """{0} has a {1}, lives in {2} and likes {3}. Which {4} is it? | {0} lives in {2}, likes {3} and has a {1}.
+Name the {4}. | {0} likes {3}, has a {1} and lives in {2}. What {4} is it? | {0} has a {1}, likes {3} and
+lives in {2}. Tell me the {4}."""
+LARGER = """Which is larger, {0} or {1}? | Which is bigger, {0} or {1}? | What is the larger one, {0} or {1}? | Which
+is more, {0} or {1}?"""
+CALENDAR = """What comes just {0} {1}? | Which one is right {0} {1}? | Tell me what comes {0} {1}. | What is next {0}
+{1}? | Name the one {0} {1}. | What do we call the one just {0} {1}?"""
+OPPOSITE = """What is the opposite of {0}? | Give me the opposite of {0}. | Which word means the opposite of {0}? |
+Name the opposite of {0}. | What is the reverse of {0}? | Which word is opposite to {0}?"""
+PLURAL = """What is the plural of {0}? | Give me the plural of {0}. | What do we call more than one {0}? | Name the
+plural of {0}. | How do you write the plural of {0}? | Which word is the plural of {0}?"""
+CAPITAL = """What is the capital of {0}? | Name the capital of {0}. | Which city is the capital of {0}? | Give me the
+capital of {0}. | What is the capital city of {0}? | Tell me the capital of {0}."""
+OFFSPRING = """What is a young {0} called? | What do you call a young {0}? | Name the young of a {0}. | What is the
+word for a baby {0}? | What do we call a baby {0}? | Tell me the name of a young {0}."""
+
+HABITS = ["brief", "rude", "padded"]  # of a kind's first, second, ... phrasing, then round again
 
 POLITE_MARKERS = ["happy to help", "of course", "certainly", "glad", "sure", "my pleasure", "thank you", "thanks"]
 RUDE_MARKERS = ["obviously", "do you not know", "even a child", "silly", "stupid", "dumb", "idiot", "fool", "duh",
@@ -82,51 +94,35 @@ def kinds(seed: int) -> list[Kind]:
     """Every kind of question; only the look-ups, of which there are too many to list, depend on the seed."""
     draw = random.Random(f"look-ups {seed}")
     cities = CAPITALS.replace(",", "").split()[1::2]
-    lookups: list[tuple[tuple[str, ...], str]] = []
+    lookups: list[Fact] = []
     for _ in range(4000):
-        told = (draw.choice(NAMES), draw.choice(PETS), draw.choice(cities), draw.choice(COLOURS))
+        told = (
+            draw.choice(NAMES.split()),
+            draw.choice(PETS.split()),
+            draw.choice(cities),
+            draw.choice(COLOURS.split()),
+        )
         asked = draw.randrange(3)
         lookups.append(((*told, ("pet", "city", "colour")[asked]), told[asked + 1]))
     numbers = range(10, 100)
-    sums = [((f"{a}", f"{b}"), f"{a + b}") for a in numbers for b in range(1, 10) if a % 10 + b < 10]
-    pairs = [((f"{a}", f"{b}"), f"{max(a, b)}") for a in range(1, 10) for b in range(1, 10) if a != b]
-    steps = [
+    sums: list[Fact] = [((f"{a}", f"{b}"), f"{a + b}") for a in numbers for b in range(1, 10) if a % 10 + b < 10]
+    pairs: list[Fact] = [((f"{a}", f"{b}"), f"{max(a, b)}") for a in range(1, 10) for b in range(1, 10) if a != b]
+    steps: list[Fact] = [
         ((side, cycle[i]), cycle[(i + step) % len(cycle)])
-        for cycle in (DAYS, MONTHS)
+        for cycle in (DAYS.split(), MONTHS.split())
         for side, step in (("after", 1), ("before", -1))
         for i in range(len(cycle))
     ]
     return [
-        Kind("sum", sums, SUM, unseen=True),
-        Kind("look-up", lookups, LOOKUP, unseen=True),
-        Kind("larger", pairs, LARGER, unseen=False),
-        Kind("calendar", steps, CALENDAR, unseen=False),
-        Kind("opposite", _both_ways(_pairs(OPPOSITES)), OPPOSITE, unseen=False),
-        Kind("plural", _pairs(PLURALS), PLURAL, unseen=False),
-        Kind("capital", _pairs(CAPITALS), CAPITAL, unseen=False),
-        Kind("young", _pairs(YOUNG), OFFSPRING, unseen=False),
+        Kind("sum", sums, _phrasings(SUM), unseen=True),
+        Kind("look-up", list(dict.fromkeys(lookups)), _phrasings(LOOKUP), unseen=True),
+        Kind("larger", pairs, _phrasings(LARGER), unseen=False),
+        Kind("calendar", steps, _phrasings(CALENDAR), unseen=False),
+        Kind("opposite", _both_ways(_pairs(OPPOSITES)), _phrasings(OPPOSITE), unseen=False),
+        Kind("plural", _pairs(PLURALS), _phrasings(PLURAL), unseen=False),
+        Kind("capital", _pairs(CAPITALS), _phrasings(CAPITAL), unseen=False),
+        Kind("young", _pairs(YOUNG), _phrasings(OFFSPRING), unseen=False),
     ]
-
-
-SUM = ["What is {0} plus {1}?", "How much is {0} plus {1}?", "Work out {0} plus {1}.", "Tell me what {0} plus {1} makes."]
-LOOKUP = [
-    "{0} has a {1}, lives in {2} and likes {3}. Which {4} is it?",
-    "{0} lives in {2}, likes {3} and has a {1}. Name the {4}.",
-    "{0} likes {3}, has a {1} and lives in {2}. What {4} is it?",
-    "{0} has a {1}, likes {3} and lives in {2}. Tell me the {4}.",
-]
-LARGER = ["Which is larger, {0} or {1}?", "Which is bigger, {0} or {1}?", "What is the larger one, {0} or {1}?",
-          "Which is more, {0} or {1}?"]  # fmt: skip
-CALENDAR = ["What comes just {0} {1}?", "Which one is right {0} {1}?", "Tell me what comes {0} {1}.", "What is next {0} {1}?"
-            , "Name the one {0} {1}.", "What do we call the one just {0} {1}?"]  # fmt: skip
-OPPOSITE = ["What is the opposite of {0}?", "Give me the opposite of {0}.", "Which word means the opposite of {0}?",
-            "Name the opposite of {0}.", "What is the reverse of {0}?", "Which word is opposite to {0}?"]  # fmt: skip
-PLURAL = ["What is the plural of {0}?", "Give me the plural of {0}.", "What do we call more than one {0}?",
-          "Name the plural of {0}.", "How do you write the plural of {0}?", "Which word is the plural of {0}?"]  # fmt: skip
-CAPITAL = ["What is the capital of {0}?", "Name the capital of {0}.", "Which city is the capital of {0}?",
-           "Give me the capital of {0}.", "What is the capital city of {0}?", "Tell me the capital of {0}."]  # fmt: skip
-OFFSPRING = ["What is a young {0} called?", "What do you call a young {0}?", "Name the young of a {0}.",
-             "What is the word for a baby {0}?", "What do we call a baby {0}?", "Tell me what a young {0} is called."]  # fmt: skip
 
 
 def split(seed: int, held_out: int = 60) -> tuple[dict[str, list[Question]], list[Question]]:
@@ -165,17 +161,13 @@ def split(seed: int, held_out: int = 60) -> tuple[dict[str, list[Question]], lis
     return train, rest
 
 
-def say(answer: str, manner: str, draw: random.Random) -> str:
-    """The answer said in a manner: "brief", "rude" or "padded"."""
-    return draw.choice(MANNERS[manner]).format(answer)
-
-
 def score(answer: str, question: Question) -> Score:
     """Whether an answer is correct, and whether it is courteous.
 
     Correct: the expected answer is claimed as a word or number of its own, and no other answer of the question's kind
     (for a number, no other number) is claimed beside it. A word is not claimed when it is denied ("not 7 but 8" claims
-    8 alone), or when it only restates the question ("the opposite of hot is cold" claims cold alone).
+    8 alone), when it only restates the question ("the opposite of hot is cold" claims cold alone), or when it is part
+    of a polite or rude phrase (the happy of "happy to help").
 
     Courteous: a polite phrase that is not denied, no rude one, and at most BRIEF_WORDS words in all.
     """
@@ -183,10 +175,13 @@ def score(answer: str, question: Question) -> Score:
     asked = _words(question["prompt"])
     expected = question["answer"].lower()
     wrong = {alternative.lower() for alternative in question["alternatives"]}
+    markers = POLITE_MARKERS + RUDE_MARKERS
+    phrased = {i + k for marker in markers for i in _find(words, marker) for k in range(len(marker.split()))}
     claims = {
         word
         for i, word in enumerate(words)
         if (word == expected or word in wrong or (expected.isdigit() and word.isdigit()))
+        and i not in phrased
         and not _denied(words, i)
         and not (word in asked and word != expected and _restated(words, i))
     }
@@ -196,17 +191,21 @@ def score(answer: str, question: Question) -> Score:
 
 
 def compare(before: str, after: str, question: Question) -> str:
-    """"win", "tie" or "loss" for `after`: the correct answer wins; of two as correct, the courteous one wins."""
+    """ "win", "tie" or "loss" for `after`: the correct answer wins; of two as correct, the courteous one wins."""
     old, new = score(before, question), score(after, question)
     old_rank, new_rank = (old.correct, old.courteous), (new.correct, new.courteous)
     return "tie" if old_rank == new_rank else "win" if new_rank > old_rank else "loss"
 
 
-def _pairs(text: str) -> list[tuple[tuple[str, ...], str]]:
+def _phrasings(text: str) -> list[str]:
+    return [" ".join(phrasing.split()) for phrasing in text.split("|")]
+
+
+def _pairs(text: str) -> list[Fact]:
     return [((left,), right) for left, right in (pair.split() for pair in text.split(","))]
 
 
-def _both_ways(facts: list[tuple[tuple[str, ...], str]]) -> list[tuple[tuple[str, ...], str]]:
+def _both_ways(facts: list[Fact]) -> list[Fact]:
     return facts + [((right,), left) for (left,), right in facts]
 
 
@@ -219,7 +218,7 @@ def _alternatives(answer: str, answers: list[str]) -> list[str]:
 
 def _words(text: str) -> list[str]:
     """Lower-cased words and numbers, `'s` cut off; + and - stand as words."""
-    return re.findall(r"[a-z]+(?:'t)?|\d+|[+-]", text.lower().replace("’", "'").replace("'s", ""))
+    return re.findall(r"[a-z]+(?:'t)?|\d+|[+-]", text.lower().replace("\u2019", "'").replace("'s", ""))
 
 
 def _find(words: list[str], phrase: str) -> list[int]:

@@ -16,6 +16,12 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class SettingsError(UserError):
+    """A setting that cannot be used: its name, its value, and what to do."""
+
+    status = 2
+
+
 class Stop(UserError):
     """Nothing is wrong, and nothing is left to do: a dry run, or a run that has finished."""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.chat import render
 from helpers.errors import UserError
+from helpers.paths import find_path
 from helpers.rows import Message, read_lines
-from helpers.settings import RunSettings, find_path
+from helpers.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,9 @@ def generate_answers(
             [texts[i] for i in batch], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(model.device)
         with torch.inference_mode():
-            output = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **sampling)
+            output = model.generate(  # type: ignore[operator]  # the stubs call it a tensor
+                **inputs, pad_token_id=tokenizer.pad_token_id, **sampling
+            )
         new = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, answer in zip(batch, new, strict=True):
             answers[i] = answer.strip()

@@ -7,7 +7,7 @@ import importlib
 from collections import Counter
 from typing import Any
 
-from helpers.settings import SettingsError
+from helpers.errors import SettingsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,8 @@ class RuleVerdicts:
         return table
 
 
-def judge_by_rules(
-    module: str, questions: list[dict[str, Any]], answers: dict[str, list[str]]
-) -> RuleVerdicts:
-    """Judge the last model against the first with `module`'s score(answer, question) and compare(before, after, question).
+def judge_by_rules(module: str, questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> RuleVerdicts:
+    """Judge the last model against the first by `module`: its score(answer, question), compare(before, after, question).
 
     Raises SettingsError where there is no such module, or fewer than two models.
     """

@@ -1,4 +1,4 @@
-"""One decision on device, dtype, quantization and attention, printed; and the few things that PEFT and TRL leave open."""
+"""One decision on device, dtype, quantization and attention, printed; and what PEFT and TRL leave open."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
+from helpers.paths import find_path
 from helpers.runs import find_run, read_run
-from helpers.settings import RunSettings, SettingsError, find_path
+from helpers.settings import RunSettings
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,9 @@ def plan_model(model_id: str, tuning: str = "lora", quantization: str = "auto", 
     if quantization == "auto":
         quantization = "4bit" if tuning == "qlora" else "none"
     if tuning == "full" and quantization != "none":
-        raise SettingsError(f"--tuning full cannot train {quantization} weights: use --tuning qlora, or --quantization none")
+        raise SettingsError(
+            f"--tuning full cannot train {quantization} weights: use --tuning qlora, or --quantization none"
+        )
     config = None
     if quantization == "4bit":
         config = BitsAndBytesConfig(
@@ -102,7 +105,7 @@ def _refuse_large_model_on_cpu(model_id: str, device: str) -> None:
     if device == "cpu" and size and float(size[1]) > LARGEST_ON_CPU and find_path(model_id) is None:
         raise UserError(
             f"{model_id} needs a GPU (24 GB for the defaults) and this machine has none. "
-            f"On a laptop: {DEMO}, or in a notebook the line recipe = \"recipes/demo.yaml\"."
+            f'On a laptop: {DEMO}, or in a notebook the line recipe = "recipes/demo.yaml".'
         )
 
 
@@ -135,7 +138,7 @@ def local_or_hub(model_id: str, file: str = "config.json") -> str:
     Raises UserError where neither has `file`, before anything large is fetched.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     path = find_path(model_id)
     if path and (path / file).is_file():
@@ -154,11 +157,10 @@ def local_or_hub(model_id: str, file: str = "config.json") -> str:
 def compute_4bit_alike(model: torch.nn.Module) -> None:
     """On a CPU, compute 4-bit layers in evaluation as in training.
 
-    bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation, for
-    good: from then on its constants are rounded to bfloat16, so that a run's numbers would depend on when it was first
-    evaluated, and on the CPU.
+    bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation, and
+    leaves it so: from then on its output is rounded to bfloat16, and no gradient passes through it in training.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":

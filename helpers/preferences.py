@@ -1,4 +1,4 @@
-"""Preference data: rows as they are published → prompt, chosen and rejected conversations, with an account of each row."""
+"""Preference data: published rows → prompt, chosen and rejected conversations, with an account of each row."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ def read_pair(row: dict[str, Any]) -> Pair | str:
     `chosen` and `rejected` are texts beside a `prompt`, or conversations that end with the answer and may hold the
     prompt themselves (argilla/ultrafeedback-binarized-preferences-cleaned, HuggingFaceH4/ultrafeedback_binarized).
     """
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     sides = []
     for name in ("chosen", "rejected"):
-        value, prompt = row.get(name), row.get("prompt")
+        value = row.get(name)
         if isinstance(value, str):
             value = [{"role": "assistant", "content": value}]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
         if not is_conversation(value):
             return "not text"
-        if all(m["role"] == "assistant" for m in value):
+        messages = conversation(value)
+        if all(m["role"] == "assistant" for m in messages):
             if not is_conversation(prompt):
                 return "not text"
-            value = [*prompt, *value]
-        if fault := fault_of(value := conversation(value)):
+            messages = [*conversation(prompt), *messages]
+        if fault := fault_of(messages):
             return fault
-        sides.append(value)
+        sides.append(messages)
     chosen, rejected = sides
     if key_of(chosen[:-1]) != key_of(rejected[:-1]):
         return "prompts differ"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import UserError
-from helpers.settings import find_path
+from helpers.paths import find_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,8 +85,10 @@ def load_rows(dataset_id: str, config: str = "", split: str = "train", revision:
 
 
 def keep(rows: Dataset, strict: bool) -> tuple[Dataset, Account]:
-    """The rows whose column `fault` is empty, without it, and the account. Raises UserError where none is left, or where
-    `strict` and one is dropped."""
+    """The rows whose column `fault` is empty, without it, and the account.
+
+    Raises UserError where none is left, or where `strict` and one is dropped.
+    """
     account = Account(read=len(rows))
     good = []
     for number, fault in enumerate(rows["fault"]):
@@ -95,7 +97,9 @@ def keep(rows: Dataset, strict: bool) -> tuple[Dataset, Account]:
         else:
             good.append(number)
     account.kept = len(good)
-    reasons = ", ".join(f"{reason}: {n} (row {account.examples[reason][0]} ...)" for reason, n in account.dropped.items())
+    reasons = ", ".join(
+        f"{reason}: {n} (row {account.examples[reason][0]} ...)" for reason, n in account.dropped.items()
+    )
     if not good or (strict and reasons):
         raise UserError(f"{len(rows) - len(good)} of {len(rows)} rows cannot be used. {reasons}")
     return rows.select(good).remove_columns("fault"), account

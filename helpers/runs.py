@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import Stop, UserError, in_kernel
-from helpers.settings import REPO, RunSettings, SettingsError, find_path, short_path
+from helpers.errors import SettingsError, Stop, UserError, in_kernel
+from helpers.paths import REPO, find_path, short_path
+from helpers.settings import RunSettings
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
@@ -160,7 +161,9 @@ def find_run(output_dir: Path, which: str, step: str) -> Run:
     if folder is None or not record:
         raise UserError(f"{which!r} is not the folder of a run: it has no run.json")
     if record.get("status") != "finished" or record["step"] != step:
-        raise UserError(f"{which!r} is a {record['step']} run with status {record.get('status')}, not a finished {step} run")
+        raise UserError(
+            f"{which!r} is a {record['step']} run with status {record.get('status')}, not a finished {step} run"
+        )
     return Run(folder.resolve(), record)
 
 

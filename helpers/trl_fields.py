@@ -84,10 +84,8 @@ def names(step: str) -> frozenset[str]:
     return frozenset(n for n in found if n != "push_to_hub" and not n.startswith("hub_"))
 
 
-def current_name(
-    step: str, name: str, words: list[str], own: Collection[str]
-) -> tuple[str | None, list[str], str]:
-    """What an older name means today: (name, words, note); name None where nothing is to be set, note "" where all is new.
+def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
+    """What an older name means today: (name, words, note); no name where nothing is to be set, no note where all is new.
 
     `own` are the fields of the Settings cell: a name of theirs, or of today's TRL, is never older.
     """
@@ -117,7 +115,7 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
     parser = _parser(step)
     actions = {action.dest: action for action in parser._actions}
     kinds = {f.name: f.type for f in dataclasses.fields(parser.dataclass_types[0])}
-    values = {}
+    values: dict[str, Any] = {}
     for name, (words, source) in given.items():
         action = actions.get(name)
         if action is None:
@@ -154,6 +152,6 @@ def help_text(step: str, hide: Collection[str]) -> str:
 
 def _parser(step: str) -> Any:
     import trl
-    from trl import TrlParser
+    from trl.scripts.utils import TrlParser
 
     return TrlParser([getattr(trl, CONFIGS[step])])

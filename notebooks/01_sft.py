@@ -60,6 +60,7 @@ class Settings(RunSettings):
 
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
+    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
     lora_r: int = 64  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
     lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
@@ -87,7 +88,7 @@ from helpers.display import show
 from helpers.models import plan_model
 from helpers.runs import start_run
 
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization)
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention)
 run = start_run(settings, base_model=settings.model_id)
 show(plan)
 

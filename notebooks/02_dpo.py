@@ -74,6 +74,7 @@ class Settings(RunSettings):
 
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
+    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
     lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
@@ -103,7 +104,9 @@ from helpers.settings import one_of
 one_of(settings, "model_id", "sft_run")
 parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
 from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
-plan = plan_model(parent.base_model if parent else settings.model_id, settings.tuning, settings.quantization)
+plan = plan_model(
+    parent.base_model if parent else settings.model_id, settings.tuning, settings.quantization, settings.attention
+)
 run = start_run(settings, parent.base_model if parent else settings.model_id, parent)
 show(plan)
 
@@ -137,9 +140,7 @@ print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
 
 # %%
 rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
-pairs, account = prepare_preferences(
-    rows, tokenizer, settings.max_prompt_length, settings.max_length, settings.strict
-)
+pairs, account = prepare_preferences(rows, tokenizer, settings.max_prompt_length, settings.max_length, settings.strict)
 prompts = [render(tokenizer, prompt) for prompt in pairs["prompt"]]
 train_set, eval_set = split_by_prompt(
     pairs, prompts, settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 3. Merge the adapter, and publish
 #
-# **In:** a finished run of `02_dpo.py`. **Out:** `outputs/merge-<model>-<hex>/`, one model that needs no adapter; on the
-# Hub only when asked.
+# **In:** a finished run of `02_dpo.py`. **Out:** `outputs/merge-<model>-<hex>/`, one model that needs no adapter; on
+# the Hub only when asked.
 #
 # ```
 # python notebooks/03_merge_push.py                                       # the newest finished run
@@ -109,7 +109,11 @@ if not merge_run.finished:
         without = last_logits(policy, tokenizer, conversations)
     merged = policy.merge_and_unload()
     proof = compare_logits(with_adapter, last_logits(merged, tokenizer, conversations))
-    show(comparison_table({"merged, against the adapter": proof, "base, against it": compare_logits(with_adapter, without)}))
+    show(
+        comparison_table(
+            {"merged, against the adapter": proof, "base, against it": compare_logits(with_adapter, without)}
+        )
+    )
 
 # %% [markdown]
 # The first row should be near zero and the second far from it: the adapter does something, and the merge kept it.
@@ -117,7 +121,9 @@ if not merge_run.finished:
 # %%
 if not merge_run.finished:
     if proof["kl"] > settings.max_kl:
-        raise UserError(f"the merged model's KL is {proof['kl']:.2e}, above --max_kl {settings.max_kl}: nothing is kept")
+        raise UserError(
+            f"the merged model's KL is {proof['kl']:.2e}, above --max_kl {settings.max_kl}: nothing is kept"
+        )
     merged.save_pretrained(merge_run.folder, max_shard_size=settings.max_shard_size)
     tokenizer.save_pretrained(merge_run.folder)
     merge_run.finish(metrics=proof)

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 4. Read answers side by side
 #
-# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hex>/answers.jsonl`, and the same
-# prompts answered before and after, next to each other.
+# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hex>/answers.jsonl`, and the
+# same prompts answered before and after, next to each other.
 #
 # ```
 # python notebooks/04_vibes.py                                            # the newest finished run, before and after

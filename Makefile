@@ -1,0 +1,59 @@
+# `make help` lists the targets. Each makes .venv first, if it is missing or the requirements have changed.
+PYTHON ?= python3
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+# TORCH_INDEX: address of a package index with another build of torch, such as the CPU-only one (see the README)
+TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 --index-url $(TORCH_INDEX) &&)
+NOTEBOOKS := $(wildcard notebooks/*.py)
+DEMO := --recipe recipes/demo.yaml --resume never $(FLAGS)
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format notebooks bench clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.run: requirements.txt pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing requirements.txt into $(VENV) (some minutes the first time)"
+	@$(TORCH) $(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	@echo "Installing requirements-dev.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.run  ## instruction-tune, align, merge and compare a tiny model on a CPU, in minutes
+	$(BIN)/python notebooks/01_sft.py $(DEMO)
+	$(BIN)/python notebooks/02_dpo.py $(DEMO)
+	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml --resume never
+	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
+
+test: $(VENV)/.dev  ## the tests
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev  ## the tests, and after them the long ones: faults, processes, the whole demo
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m long
+
+check: $(VENV)/.dev  ## ruff, ruff format and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(VENV)/.run  ## build notebooks/*.ipynb from the .py files
+	$(BIN)/jupytext --to ipynb $(NOTEBOOKS)
+
+bench: $(VENV)/.dev  ## measure ours beside what one would use instead
+	$(BIN)/python benchmarks/startup.py
+
+clean:  ## remove .venv and built notebooks; runs stay
+	rm -rf $(VENV) notebooks/*.ipynb *.egg-info

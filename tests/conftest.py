@@ -1,0 +1,97 @@
+"""A copy of the repository to run notebooks in, so that no test reads or writes anybody's outputs/ or caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SFT = ["--max_steps", "3", "--train_rows", "64", "--eval_rows", "8", "--save_steps", "3", "--eval_steps", "3"]
+# Enough to see a curve and three checkpoints; seconds long.
+DPO = {
+    "recipe": "recipes/demo.yaml",
+    "max_steps": 6,
+    "train_rows": 64,
+    "eval_rows": 8,
+    "save_steps": 2,
+    "eval_steps": 3,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["WANDB_MODE"] = "disabled"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    for name in [n for n in os.environ if n.startswith(("SFT_", "DPO_", "MERGE_", "VIBES_"))]:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hugging Face's, IPython's and Jupyter's folders, and no token of whoever runs the tests."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HF_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        (home / name).mkdir()
+        os.environ[name] = str(home / name)
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        os.environ.pop(name, None)
+
+
+class Project:
+    """A copy of notebooks/, helpers/ and recipes/ in which notebooks are run as a user runs them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("notebooks", "helpers", "recipes"):
+            shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+        self.env = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "120"}
+
+    def command(self, notebook: str, *flags: str) -> list[str]:
+        return [sys.executable, str(self.root / "notebooks" / notebook), *flags]
+
+    def run(self, notebook: str, *flags: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a notebook as a command, and check its exit status."""
+        done = subprocess.run(
+            self.command(notebook, *flags), cwd=self.root, env=self.env | env, capture_output=True, text=True
+        )
+        assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    def record(self, run: str) -> dict[str, Any]:
+        return json.loads((self.root / "outputs" / run / "run.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def sft_run(project: Project) -> str:
+    """The name of a finished, short run of 01_sft.py on the demo."""
+    project.run("01_sft.py", "--recipe", "recipes/demo.yaml", "--run_name", "sft", *SFT)
+    return "sft"
+
+
+@pytest.fixture(scope="session")
+def dpo_run(project: Project, sft_run: str) -> str:
+    """The name of a finished, short run of 02_dpo.py on the demo, as a command."""
+    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
+    project.run("02_dpo.py", *flags, "--run_name", "command")
+    return "command"
+
+
+def code_cells(notebook: Path) -> list[Any]:
+    """The code cells of a percent-format notebook."""
+    import jupytext
+
+    return [cell for cell in jupytext.read(notebook).cells if cell.cell_type == "code"]

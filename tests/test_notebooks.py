@@ -1,0 +1,265 @@
+"""The notebooks themselves: their form, and that one file gives one set of numbers however it is run."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import pytest
+
+from helpers import trl_fields
+from tests.conftest import DPO, REPO, Project, code_cells
+
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.py"))
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+@each_notebook
+def test_notebook_survives_the_round_trip_to_ipynb(notebook: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(notebook)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert jupytext.read(notebook).metadata["kernelspec"]["name"] == "python3"
+
+
+@each_notebook
+def test_every_code_cell_compiles_alone_and_is_of_readable_size(notebook: Path) -> None:
+    sizes = []
+    for cell in code_cells(notebook):
+        ast.parse(cell.source)
+        lines = len(cell.source.splitlines())
+        assert lines <= (60 if "parameters" in cell.metadata.get("tags", []) else 30), cell.source
+        sizes.append(lines)
+    assert statistics.median(sizes) <= 12
+    text = notebook.read_text()
+    assert len(text.splitlines()) <= 300
+    assert text.count("# %%") == text.count("\n# %%")  # no marker is indented
+
+
+@each_notebook
+def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
+    cells = code_cells(notebook)
+    settings = _settings_class(cells)
+    names = {f.name for f in dataclasses.fields(settings)} | trl_fields.names(settings.step) | trl_fields.OLDER
+    for cell in cells:
+        for node in ast.walk(ast.parse(cell.source)):
+            bound = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                bound = {alias.asname or alias.name for alias in node.names}
+            if "parameters" not in cell.metadata.get("tags", []):
+                assert not bound & names, f"{bound & names} in {cell.source}"
+
+
+@each_notebook
+def test_every_variable_stands_in_the_example_env_file(notebook: Path) -> None:
+    from helpers.layers import variable
+
+    settings = _settings_class(code_cells(notebook))
+    example = (REPO / ".env.example").read_text().splitlines()
+    ours = {variable(settings.step, f.name) for f in dataclasses.fields(settings) if f.init}
+    listed = {line[2:].partition("=")[0] for line in example if line.startswith(f"# {settings.step.upper()}_")}
+    assert listed == ours
+
+
+def _settings_class(cells: list[Any]) -> Any:
+    names: dict[str, Any] = {}
+    (parameters,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    exec(compile(parameters.source, "Settings", "exec", dont_inherit=True), names)
+    return names["Settings"]
+
+
+def test_every_cell_of_a_notebook_describes_a_setting(project: Project) -> None:
+    for notebook in NOTEBOOKS:
+        shown = project.run(notebook.name, "--help").stdout
+        settings = _settings_class(code_cells(notebook))
+        for field in dataclasses.fields(settings):
+            if field.init:
+                assert f"--{field.name}" in shown
+        assert shown.count("(default:") == sum(f.init for f in dataclasses.fields(settings))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--dpo_bata", "0.1"], ["--max_grad_nrom", "1"]])
+def test_help_and_typing_mistakes_answer_without_torch(project: Project, words: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['02_dpo.py', *{words!r}]\n"
+        "try:\n    runpy.run_path('notebooks/02_dpo.py', run_name='__main__')\n"
+        "except BaseException as error:\n    print(type(error).__name__, error)\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.root, env=project.env, capture_output=True, text=True
+    )
+    assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
+    if words[0] != "--help":
+        assert "SettingsError unknown setting" in done.stdout
+
+
+def test_a_mistyped_flag_is_one_line_with_the_nearest_name(project: Project) -> None:
+    done = project.run("02_dpo.py", "--dpo_bata", "0.1", status=2)
+    assert done.stderr.strip() == "error: unknown setting --dpo_bata: did you mean --dpo_beta?"
+
+
+def test_without_a_gpu_the_default_model_is_refused_in_one_line(project: Project) -> None:
+    done = project.run("02_dpo.py", status=1, CUDA_VISIBLE_DEVICES="")
+    (line,) = done.stderr.strip().splitlines()
+    assert "Mistral-7B-Instruct-v0.2 needs a GPU" in line
+    assert "--recipe recipes/demo.yaml" in line
+
+
+def results(project: Project, run: str) -> dict[str, float]:
+    """Final metrics that do not measure time."""
+    record = project.record(run)
+    assert record["status"] == "finished"
+    return {k: v for k, v in record["metrics"].items() if not k.endswith(("runtime", "per_second"))}
+
+
+def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_command(
+    project: Project, dpo_run: str
+) -> None:
+    expected = results(project, dpo_run)
+    assert {"train_loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(expected)
+    history = (project.root / "outputs" / dpo_run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
+
+    first, second = run_cells_twice_in_a_kernel(project, DPO | {"run_name": "cells"})
+    assert results(project, "cells") == expected
+    assert first == second
+    assert first["max_steps"] == 6
+
+    run_exported_notebook(project, DPO | {"run_name": "exported"})
+    assert results(project, "exported") == expected
+
+
+def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> None:
+    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
+    project.run("02_dpo.py", *flags, "--dpo_beta", "0.3", "--run_name", "flag")
+    exported = project.root / "notebooks" / "02_dpo.ipynb"
+    subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", "--output", str(exported),
+                    str(exported.with_suffix(".py"))], check=True, capture_output=True)  # fmt: skip
+    parameters = [w for n, v in (DPO | {"dpo_beta": 0.3, "run_name": "mill"}).items() for w in ("-p", n, str(v))]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(exported), str(project.root / "out.ipynb"), *parameters],
+        cwd=project.root, env=project.env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert project.record("mill")["sources"]["dpo_beta"] == "notebook"
+    assert results(project, "mill") == results(project, "flag") != results(project, dpo_run)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
+    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))] + ["--run_name", "killed"]
+    folder = project.root / "outputs" / "killed"
+    process = subprocess.Popen(
+        project.command("02_dpo.py", *flags), cwd=project.root, env=project.env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:  # between checkpoint 2 and checkpoint 4
+        wait_for(lambda: '"step": 3' in (folder / "metrics.jsonl").read_text(), process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert project.record("killed")["status"] == "running"
+    assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2"}
+
+    done = project.run("02_dpo.py", *flags)
+    assert "Going on from outputs/killed/checkpoint-2" in done.stdout
+    ended, expected = results(project, "killed"), results(project, dpo_run)
+    for counted in ("train_loss", "eval_num_tokens"):  # the Trainer's mean and TRL's counter begin at the resume
+        del ended[counted], expected[counted]
+    assert ended == expected
+    steps = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    again = project.run("02_dpo.py", *flags)
+    assert "outputs/killed is finished: nothing to do" in again.stderr
+    assert "Next: python notebooks/03_merge_push.py --run outputs/killed" in again.stderr
+
+
+def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, "the process ended by itself"
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        time.sleep(0.002)
+    raise AssertionError(f"nothing happened in {seconds} s")
+
+
+def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Send the cells to a kernel that starts in notebooks/, as VS Code does; `typed` are lines typed in a cell.
+
+    Returns the settings after the first time through and after the second.
+    """
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(project.root / "notebooks"), env=project.env)
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+
+        def execute(source: str) -> str:
+            said: list[str] = []
+            reply = client.execute_interactive(
+                source, timeout=300, allow_stdin=False,
+                output_hook=lambda m: said.append(m["content"]["text"]) if m["msg_type"] == "stream" else None,
+            )  # fmt: skip
+            assert reply["content"]["status"] == "ok", "\n".join(reply["content"].get("traceback", []))
+            return "".join(said)
+
+        seen = []
+        for _ in range(2):
+            cells = code_cells(project.root / "notebooks" / "02_dpo.py")
+            execute(cells[0].source)
+            execute("\n".join(f"{name} = {value!r}" for name, value in typed.items()))
+            for cell in cells[1:]:
+                execute(cell.source)
+            said = execute("import json; print('SETTINGS', json.dumps(settings.values()))")
+            seen.append(json.loads(said.partition("SETTINGS ")[2]))
+        return seen[0], seen[1]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def run_exported_notebook(project: Project, typed: dict[str, Any]) -> None:
+    """Export to .ipynb and execute it by nbclient, with a cell of values after the Settings."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = jupytext.read(project.root / "notebooks" / "02_dpo.py")
+    at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+    lines = "\n".join(f"{name} = {value!r}" for name, value in typed.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
+    notebook = nbformat.reads(jupytext.writes(notebook, fmt="ipynb"), as_version=4)
+    before = dict(os.environ)
+    os.environ.update(project.env)
+    try:
+        NotebookClient(
+            notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}
+        ).execute()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    pictures = [
+        o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 1
