@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from helpers.runs import is_main_process
 
@@ -25,6 +26,14 @@ PANELS = {
     "learning rate": ("learning_rate",),
 }
 DPO_ONLY = "rewards/margins"
+LINE = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "mean_token_accuracy": "token accuracy",
+    "grad_norm": "gradient",
+    "learning_rate": "lr",
+}
 
 
 class LogToFile(TrainerCallback):
@@ -43,6 +52,38 @@ class LogToFile(TrainerCallback):
         if is_main_process() and state.log_history:
             with self.file.open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class LogLine(ProgressCallback):
+    """Progress bars as ever, but one short line a log, where the Trainer prints everything there is."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if is_main_process() and state.log_history and (text := log_line(state.log_history[-1])):
+            tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
+
+
+def log_line(log: dict[str, float]) -> str:
+    """The few values of a log that one follows while it runs; "" for a log that has none of them."""
+    held_out = "held out:  " if "eval_loss" in log else ""
+    prefix = "eval_" if held_out else ""
+    shown = [f"{short} {log[prefix + name]:.4g}" for name, short in LINE.items() if prefix + name in log]
+    return held_out + "  ".join(shown) if prefix + "loss" in log else ""
+
+
+def log_to(trainer: Trainer, file: Path) -> None:
+    """Write every log to `file`, and in a script print a line of each; a notebook has the Trainer's own table."""
+    trainer.add_callback(LogToFile(file))
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(LogLine())
+
+
+def final_metrics(trainer: Trainer) -> dict[str, float]:
+    """The held-out metrics of the last step: those just logged, or an evaluation made now."""
+    last = trainer.state.log_history[-2:]  # the end-of-training summary follows the last evaluation
+    done = [log for log in last if "eval_loss" in log and log["step"] == trainer.state.global_step]
+    return done[-1] if done else trainer.evaluate()
 
 
 def read_history(file: Path) -> list[dict[str, float]]:

@@ -20,6 +20,7 @@ from typing import Any
 from helpers import chat, demo_questions
 from helpers.demo_questions import Question, split
 from helpers.errors import UserError
+from helpers.paths import REPO, short_path
 
 STAMP = "demo.json"
 CONVERSATIONS = 20_000
@@ -43,15 +44,15 @@ PADDING = [
 MANNERS = {"brief": BRIEF, "rude": RUDE, "padded": [f"{start} {tail}" for start in BRIEF for tail in PADDING]}
 
 
-def write_demo(folder: Path, seed: int = 0) -> None:
-    """Write model/, instructions/, preferences/ and heldout.jsonl into a folder, unless they are already there.
+def write_demo(folder: Path, seed: int = 0) -> bool:
+    """Write tiny-mistral/, instructions/, preferences/ and heldout.jsonl into a folder; False if it has them already.
 
     The whole is written beside the folder and renamed, so a folder that exists is complete. Raises UserError when the
     folder holds something else.
     """
     stamp = _stamp(seed)
     if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text("utf-8")) == stamp:
-        return
+        return False
     if folder.exists() and not (folder / STAMP).is_file():
         raise UserError(f"{folder} exists and is not a demo (it has no {STAMP}): name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +63,12 @@ def write_demo(folder: Path, seed: int = 0) -> None:
         _write_rows(new / "instructions" / "train.jsonl", conversations)
         _write_rows(new / "preferences" / "train.jsonl", preferences(train, seed))
         _write_rows(new / "heldout.jsonl", held_out)
-        write_model(new / "model", [row["messages"] for row in conversations], seed)
+        write_model(new / "tiny-mistral", [row["messages"] for row in conversations], seed)
         (new / STAMP).write_text(json.dumps(stamp), "utf-8")
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+    return True
 
 
 def instructions(train: dict[str, list[Question]], seed: int) -> list[dict[str, Any]]:
@@ -203,6 +205,6 @@ def _stamp(seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "outputs" / "demo"
-    write_demo(target)
-    print(f"the demo model, data and held-out questions are in {target}")
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else REPO / "outputs" / "demo"
+    if write_demo(target):
+        print(f"Wrote a random tiny Mistral, its data and held-out questions to {short_path(target)}.")

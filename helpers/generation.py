@@ -107,9 +107,12 @@ class SideBySide:
         body = [row("td", list(cells)) for cells in zip(self.prompts, *self.answers.values(), strict=True)]
         return f"<table>{row('th', ['prompt', *self.answers])}{''.join(body)}</table>"
 
-    def head(self, rows: int) -> SideBySide:
-        """The first `rows` prompts."""
-        return SideBySide(self.prompts[:rows], {name: answers[:rows] for name, answers in self.answers.items()})
+    def sample(self, rows: int) -> SideBySide:
+        """`rows` of the prompts, evenly spread."""
+        step = max(1, len(self.prompts) // max(1, rows))
+        picked = slice(step // 2, None, step)
+        few = {name: answers[picked][:rows] for name, answers in self.answers.items()}
+        return SideBySide(self.prompts[picked][:rows], few)
 
     def save(self, file: Path) -> None:
         """JSONL, a prompt a line: {"prompt": ..., "answers": {model: answer}}."""

@@ -43,7 +43,7 @@ class RuleVerdicts:
 
 
 def judge_by_rules(module: str, questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> RuleVerdicts:
-    """Judge the last model against the first by `module`: its score(answer, question), compare(before, after, question).
+    """Judge the last model against the first by `module`: score(answer, question), compare(before, after, question).
 
     Raises SettingsError where there is no such module, or fewer than two models.
     """

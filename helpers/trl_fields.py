@@ -85,7 +85,7 @@ def names(step: str) -> frozenset[str]:
 
 
 def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
-    """What an older name means today: (name, words, note); no name where nothing is to be set, no note where all is new.
+    """What an older name means today: (name, words, note); no name where nothing is to be set, no note for a new name.
 
     `own` are the fields of the Settings cell: a name of theirs, or of today's TRL, is never older.
     """

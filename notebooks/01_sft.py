@@ -99,7 +99,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
-from helpers.curves import LogToFile, draw, read_history
+from helpers.curves import draw, final_metrics, log_to, read_history
 from helpers.instructions import prepare_instructions
 from helpers.models import compute_4bit_alike, local_or_hub, train_adapter_in_float32
 from helpers.rows import load_rows, split_by_prompt
@@ -195,8 +195,8 @@ trainer = SFTTrainer(
     eval_dataset=eval_set.remove_columns("prompt"),
     processing_class=tokenizer,
     peft_config=adapter,
-    callbacks=[LogToFile(run.folder / "metrics.jsonl")],
 )
+log_to(trainer, run.folder / "metrics.jsonl")
 if adapter is not None and settings.adapter_dtype == "fp32":
     train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
@@ -210,7 +210,7 @@ if adapter is not None and settings.adapter_dtype == "fp32":
 if not run.finished:
     with run.training() as checkpoint:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {"train_loss": trained.training_loss} | trainer.evaluate()
+        metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         trainer.save_model(str(run.folder))
         tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)

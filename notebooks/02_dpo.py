@@ -117,7 +117,7 @@ from trl import DPOConfig, DPOTrainer
 
 from helpers.chat import apply_chat_format, render
 from helpers.credentials import prepare_wandb
-from helpers.curves import LogToFile, draw, read_history
+from helpers.curves import draw, final_metrics, log_to, read_history
 from helpers.models import compute_4bit_alike, local_or_hub, save_policy, train_adapter_in_float32
 from helpers.preferences import prepare_preferences
 from helpers.rows import load_rows, split_by_prompt
@@ -226,8 +226,8 @@ trainer = DPOTrainer(
     eval_dataset=eval_set,
     processing_class=tokenizer,
     peft_config=adapter,
-    callbacks=[LogToFile(run.folder / "metrics.jsonl")],
 )
+log_to(trainer, run.folder / "metrics.jsonl")
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
     # TRL casts QLoRA adapters to bf16, where at DPO's learning rates most updates round away (AdamW at 1e-5: 75 % of
     # weights do not move in 200 steps). They are trained in float32 here.
@@ -243,7 +243,7 @@ if settings.tuning != "full" and settings.adapter_dtype == "fp32":
 if not run.finished:
     with run.training() as checkpoint:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {"train_loss": trained.training_loss} | trainer.evaluate()
+        metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         save_policy(trainer, run.folder)
         tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)

@@ -126,7 +126,7 @@ for candidate in candidates:
 table = SideBySide([question["prompt"] for question in questions], answers)
 vibes_run.update(prompts=len(questions))
 table.save(vibes_run.folder / "answers.jsonl")
-show(table.head(settings.show_rows))
+show(table.sample(settings.show_rows))
 
 # %% [markdown]
 # ## By rule, where there are rules

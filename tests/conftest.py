@@ -46,6 +46,23 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model and data, written once; no test changes it."""
+    from helpers.demo import write_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "made" / "demo"
+    assert write_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+
+
 class Project:
     """A copy of notebooks/, helpers/ and recipes/ in which notebooks are run as a user runs them."""
 

@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.chat import MISTRAL, apply_chat_format, encode, render
-from helpers.demo import write_demo
 from helpers.errors import UserError
 
 TALK = [
@@ -22,13 +21,6 @@ MARKED = MISTRAL.replace(
     "{{- ' ' + message['content'] + eos_token -}}",
     "{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}",
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("chat") / "demo"
-    write_demo(folder)
-    return AutoTokenizer.from_pretrained(folder / "model")
 
 
 def test_only_assistant_turns_and_their_ends_are_labels(tokenizer: PreTrainedTokenizerBase) -> None:

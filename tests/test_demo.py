@@ -32,11 +32,9 @@ LARGER = question("Which is larger, 4 or 8?", "8", "4", "7")
 DAY = question("What comes just after Monday?", "Tuesday", "Monday", "Sunday")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("demo") / "made" / "demo"
-    demo.write_demo(target)
-    return target
+@pytest.fixture
+def folder(demo_folder: Path) -> Path:
+    return demo_folder
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -159,7 +157,7 @@ def test_what_is_taught_is_right_and_what_is_preferred_is_better(folder: Path) -
 def test_prompt_ids_open_the_ids_of_prompt_and_answer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny-mistral")
     for row in rows(folder / "instructions/train.jsonl")[:200]:
         for end in range(1, len(row["messages"])):
             prompt = tokenizer(tokenizer.apply_chat_template(row["messages"][:end], tokenize=False)).input_ids
@@ -175,10 +173,10 @@ def test_prompt_ids_open_the_ids_of_prompt_and_answer(folder: Path) -> None:
 def test_the_model_is_a_small_mistral_in_blocks_of_64(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny-mistral")
     assert model.config.model_type == "mistral"
     assert 1_000_000 <= model.num_parameters() <= 3_000_000
-    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "model"))
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "tiny-mistral"))
     assert all(p.shape[-1] % 64 == 0 for name, p in model.named_parameters() if "proj" in name)
 
 
@@ -191,7 +189,7 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(folder: Pa
 
 def test_a_demo_that_is_there_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "write_model", lambda *_: pytest.fail("wrote again"))
-    demo.write_demo(folder)
+    assert demo.write_demo(folder) is False
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

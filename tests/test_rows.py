@@ -8,20 +8,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from helpers.demo import write_demo
 from helpers.errors import UserError
 from helpers.instructions import prepare_instructions
 from helpers.preferences import prepare_preferences, read_pair
 from helpers.rows import load_rows, read_lines, split_by_prompt
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("rows") / "demo"
-    write_demo(folder)
-    return AutoTokenizer.from_pretrained(folder / "model")
 
 
 def user(text: Any) -> dict[str, Any]:

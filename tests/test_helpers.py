@@ -1,0 +1,338 @@
+"""The smaller helpers: runs, models, curves, generation, merging and verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+
+from helpers import curves, generation, models, runs
+from helpers.errors import SettingsError, Stop, UserError
+from helpers.judging import judge_by_rules
+from helpers.merging import compare_logits, last_logits
+from helpers.settings import RunSettings, load_settings
+
+
+def settings_of(folder: Path, *words: str) -> Any:
+    import dataclasses
+
+    @dataclasses.dataclass
+    class Settings(RunSettings):
+        """A step's settings."""
+
+        step: ClassVar[str] = "dpo"
+        lora_r: int = 8  # rank
+        lora_alpha: int = 16  # scale
+        lora_targets: str = "all-linear"  # layers
+
+    return load_settings(Settings, {}, ["--output_dir", str(folder), *words])
+
+
+# Runs
+
+
+def test_the_same_settings_find_the_same_run_and_others_another(tmp_path: Path) -> None:
+    first = runs.start_run(settings_of(tmp_path), "org/Some-7B")
+    assert first.name == f"dpo-Some-7B-{settings_of(tmp_path).digest('')}"
+    assert not first.folder.exists()  # nothing is written before there is something to write
+    first.update(data={"read": 1})
+    assert runs.start_run(settings_of(tmp_path), "org/Some-7B").folder == first.folder
+    assert runs.start_run(settings_of(tmp_path, "--lora_r", "4"), "org/Some-7B").folder != first.folder
+    record = json.loads((first.folder / "run.json").read_text())
+    assert record["status"] == "running"
+    assert (record["base_model"], record["parent"]) == ("org/Some-7B", None)
+    assert record["settings"]["lora_r"] == 8
+    assert record["sources"]["lora_r"] == "default"
+    assert record["versions"]["trl"] == "1.16.0"
+
+
+def test_a_finished_run_is_not_started_again_unless_told(tmp_path: Path) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.update()
+    (run.folder / "adapter_model.safetensors").write_bytes(b"weights")
+    run.finish(metrics={"eval_loss": 1.0})
+    with pytest.raises(Stop, match=r"is finished: nothing to do\. --resume never"):
+        runs.start_run(settings_of(tmp_path), "org/m")
+    anew = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
+    assert (run.folder / "adapter_model.safetensors").exists()  # until the new run has something to write
+    anew.update()
+    assert not (run.folder / "adapter_model.safetensors").exists()
+
+
+def test_a_name_by_hand_with_other_settings_is_refused_with_the_differences(tmp_path: Path) -> None:
+    runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m").update()
+    runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--report_to", "tensorboard"), "org/m")
+    with pytest.raises(SettingsError, match="lora_r 8 → 4"):
+        runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--lora_r", "4"), "org/m")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    for more in ([], ["--resume", "never"]):
+        with pytest.raises(SettingsError, match="is not empty and not a run"):
+            runs.start_run(settings_of(tmp_path, "--run_name", "thesis", *more), "org/m")
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Stop, match=r"Dry run: .*\(new\) would start from org/m"):
+        runs.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished dpo run"):
+        runs.find_run(tmp_path, "latest", "dpo")
+    for name, status in (("a", "finished"), ("b", "finished"), ("c", "running")):
+        run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
+        run.update()
+        if status == "finished":
+            run.finish()
+    assert runs.find_run(tmp_path, "latest", "dpo").name == "b"
+    assert runs.find_run(tmp_path, "a", "dpo").name == "a"
+    assert runs.find_run(tmp_path, str(tmp_path / "a"), "dpo").name == "a"
+    with pytest.raises(UserError, match="'c' is a dpo run with status running, not a finished dpo run"):
+        runs.find_run(tmp_path, "c", "dpo")
+    with pytest.raises(UserError, match="'x' is not the folder of a run"):
+        runs.find_run(tmp_path, "x", "dpo")
+
+
+def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.update()
+    assert run.checkpoint is None
+    for step, content in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
+        (run.folder / f"checkpoint-{step}").mkdir()
+        if content:
+            (run.folder / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    assert run.checkpoint == str(run.folder / "checkpoint-10")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")])
+def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseException], status: str) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    with pytest.raises(error), run.training() as checkpoint:
+        assert checkpoint is None
+        raise error
+    assert runs.read_run(run.folder)["status"] == status
+
+
+# Models
+
+
+def test_a_7b_from_the_hub_is_refused_without_a_gpu_and_a_small_one_is_not() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    for name in ("mistralai/Mistral-7B-v0.1", "org/model-13b-chat", "Qwen/Qwen3.5-4B"):
+        with pytest.raises(UserError, match="needs a GPU"):
+            models.plan_model(name)
+    for name in ("org/SmolLM-135M", "Qwen/Qwen2-0.5B", "org/b7b7", "org/model-2.8b"):
+        plan = models.plan_model(name)
+        assert (plan.device, plan.dtype, plan.bf16, plan.fp16) == ("cpu", torch.float32, False, False)
+
+
+def test_the_plan_follows_the_tuning() -> None:
+    plan = models.plan_model("org/m", "qlora")
+    assert plan.quantization.load_in_4bit
+    assert plan.quantization.bnb_4bit_use_double_quant
+    assert plan.quantization.bnb_4bit_quant_type == "nf4"
+    assert models.plan_model("org/m", "lora").quantization is None
+    assert models.plan_model("org/m", "lora", "8bit").quantization.load_in_8bit
+    assert models.plan_model("org/m", "full").dtype == torch.float32
+    assert models.plan_model("org/m", attention="eager").attention == "eager"
+    with pytest.raises(SettingsError, match="--tuning full cannot train 4bit weights"):
+        models.plan_model("org/m", "full", "4bit")
+
+
+def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, said in ((str(tmp_path / "empty"), "has no config.json"), ("not/a/model", "neither a folder here nor")):
+        with pytest.raises(UserError, match=said):
+            models.local_or_hub(name)
+
+
+def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}')
+    assert models.adapter_settings(tmp_path, settings_of(tmp_path))["r"] == 4
+    assert models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
+    with pytest.raises(SettingsError, match=f"--lora_r 64, but the adapter in {tmp_path.name} has 4"):
+        models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "64"))
+
+
+def test_adapter_weights_train_in_float32_from_their_exact_values() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_mistral(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.add_adapter("ref", model.peft_config["default"])
+    weights = dict(model.named_parameters())
+    exact = {}
+    for name in [n for n in weights if ".default." in n]:
+        exact[name] = torch.randn_like(weights[name])
+        weights[name.replace(".default.", ".ref.")].data.copy_(exact[name])
+        weights[name].data = exact[name].to(torch.bfloat16)
+    models.train_adapter_in_float32(model)
+    trained = {n: w for n, w in model.named_parameters() if w.requires_grad}
+    assert set(trained) == set(exact)
+    for name, weight in trained.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.data, exact[name])
+
+
+def test_4bit_layers_keep_their_gradient_after_an_evaluation() -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4", module=layer).to("cpu")
+    models.compute_4bit_alike(torch.nn.Sequential(layer))
+    x = torch.randn(4, 64, requires_grad=True)
+    with torch.no_grad():
+        evaluated = layer.eval()(x)
+    trained = layer.train()(x)
+    trained.sum().backward()
+    assert torch.equal(evaluated, trained)
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> None:
+    base = tmp_path / "sft-full"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    for name, parent in (("dpo-a", "sft-full"), ("sft-lora", None), ("dpo-b", "sft-lora")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        record = {"step": name[:3], "status": "finished", "finished": "2026", "parent": parent, "base_model": "org/m"}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    names = [c.name for c in models.find_candidates((str(tmp_path / "dpo-a"), "org/other"), tmp_path)]
+    assert names == ["sft-full", "dpo-a", "other"]
+    before, after = models.find_candidates(("dpo-b",), tmp_path)
+    assert (before.name, before.adapter, before.base) == ("sft-lora", str(tmp_path / "sft-lora"), str(base))
+    assert (after.name, after.adapter) == ("dpo-b", str(tmp_path / "dpo-b"))
+
+
+# Curves
+
+
+HISTORY = [
+    {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "grad_norm": 1.0},
+    {"step": 2, "loss": 0.5, "rewards/margins": 0.4, "rewards/chosen": 0.1, "rewards/rejected": -0.3, "grad_norm": 2.0},
+    {"step": 2, "eval_loss": 0.6, "eval_rewards/margins": 0.2},
+    {"step": 2, "train_runtime": 9.0},
+]
+
+
+def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
+    figure = curves.draw(HISTORY, "run")
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
+    assert list(panels) == ["loss", "rewards", "reward margin", "gradient norm"]
+    training, held_out = panels["loss"].lines
+    assert training.get_xydata().tolist() == [[1, 0.7], [2, 0.5]]
+    assert held_out.get_xydata().tolist() == [[2, 0.6]]
+    assert curves.draw([]).axes  # a run without logs still draws
+
+
+def test_a_log_is_one_short_line() -> None:
+    assert curves.log_line(HISTORY[1]) == "loss 0.5  margin 0.4  gradient 2"
+    assert curves.log_line(HISTORY[2]) == "held out:  loss 0.6  margin 0.2"
+    assert curves.log_line(HISTORY[3]) == ""
+
+
+def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert curves.read_history(file) == []
+    file.write_text(json.dumps(HISTORY[0]) + "\n" + '{"step": 2, "lo')
+    assert curves.read_history(file) == HISTORY[:1]
+    assert curves.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
+
+
+# Generation, merging and verdicts
+
+
+def tiny_mistral(vocabulary: int = 64) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_mistral(len(tokenizer))
+    talks = [[{"role": "user", "content": "What is 2 plus 3? " * n}] for n in (1, 5, 2, 4, 3)]
+    one = generation.generate_answers(model, tokenizer, talks, 1, max_new_tokens=12, do_sample=False)
+    many = generation.generate_answers(model, tokenizer, talks, 3, max_new_tokens=12, do_sample=False)
+    assert one == many
+    assert len(set(one)) > 1
+
+
+def test_prompts_come_from_flags_files_or_are_ours(tmp_path: Path) -> None:
+    assert [q["prompt"] for q in generation.read_prompts((), "")] == list(generation.PROMPTS)
+    assert generation.read_prompts(("a", "b"), "") == [{"prompt": "a"}, {"prompt": "b"}]
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert [q["prompt"] for q in generation.read_prompts(("zero",), str(tmp_path / "p.txt"))] == ["zero", "one", "two"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "answer": "1"}\n')
+    assert generation.read_prompts((), str(tmp_path / "p.jsonl")) == [{"prompt": "one", "answer": "1"}]
+    (tmp_path / "p.jsonl").write_text('{"question": "one"}\n')
+    for name in (str(tmp_path / "p.jsonl"), "nowhere.txt"):
+        with pytest.raises(UserError, match="--prompts_file"):
+            generation.read_prompts((), name)
+
+
+def test_answers_side_by_side_are_escaped_and_saved(tmp_path: Path) -> None:
+    table = generation.SideBySide(["<b>?", "2", "3", "4"], {"one": ["<script>", "b", "c", "d"], "two": list("abcd")})
+    page = table._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert table.sample(2).prompts == ["2", "4"]
+    assert table.sample(9).prompts == table.prompts
+    table.save(tmp_path / "answers.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert rows[0] == {"prompt": "<b>?", "answers": {"one": "<script>", "two": "a"}}
+    assert len(rows) == 4
+
+
+def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    talks = [[{"role": "user", "content": "What is 2 plus 3?"}], [{"role": "user", "content": "And 4?"}]]
+    base = last_logits(tiny_mistral(len(tokenizer)), tokenizer, talks)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    policy = get_peft_model(tiny_mistral(len(tokenizer)), config)
+    adapted = last_logits(policy, tokenizer, talks)
+    assert [logits.shape[1] for logits in adapted] == [len(tokenizer)] * 2
+    same = compare_logits(adapted, last_logits(policy.merge_and_unload(), tokenizer, talks))
+    other = compare_logits(adapted, base)
+    assert same["max_abs"] < 1e-4
+    assert same["top1"] == 1
+    assert same["kl"] < 1e-8
+    assert other["kl"] > 1e-3
+    p, q = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]]))
+    expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
+    assert compare_logits([p], [q])["kl"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_verdicts_by_rule_count_wins_ties_and_losses() -> None:
+    question = {"prompt": "What is 10 plus 2?", "answer": "12", "alternatives": ["11"], "category": "sum", "habit": ""}
+    polite, rude, wrong = (
+        "Happy to help: it is 12.",
+        "Obviously it is 12. Do you not know that?",
+        "Of course, it is 11.",
+    )
+    answers = {"before": [rude, polite, polite, rude], "after": [polite, polite, wrong, polite]}
+    verdicts = judge_by_rules("helpers.demo_questions", [question] * 4, answers)
+    assert (verdicts.win, verdicts.tie, verdicts.loss) == (2, 1, 1)
+    assert verdicts.win_rate == pytest.approx(2 / 3)
+    assert verdicts.correct == {"before": 1.0, "after": 0.75}
+    assert verdicts.courteous == {"before": 0.5, "after": 1.0}
+    with pytest.raises(SettingsError, match="--rules nowhere"):
+        judge_by_rules("nowhere", [question], {"a": ["x"], "b": ["y"]})
+    with pytest.raises(SettingsError, match="compares two models"):
+        judge_by_rules("helpers.demo_questions", [question], {"a": ["x"]})
+
+
+def test_the_demo_model_loads_like_any_other(demo_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(demo_folder / "tiny-mistral")
+    assert sum(p.numel() for p in model.parameters()) < 3_000_000
