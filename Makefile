@@ -11,7 +11,7 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml --resume never $(FLAGS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format notebooks bench clean
+.PHONY: help demo test test-all check format notebooks bench pictures clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ notebooks: $(VENV)/.run  ## build notebooks/*.ipynb from the .py files
 
 bench: $(VENV)/.dev  ## measure ours beside what one would use instead
 	$(BIN)/python benchmarks/startup.py
+
+pictures: $(VENV)/.run  ## draw the README's pictures from the newest demo runs
+	$(BIN)/python docs/make_pictures.py
 
 clean:  ## remove .venv and built notebooks; runs stay
 	rm -rf $(VENV) notebooks/*.ipynb *.egg-info

@@ -1,6 +1,6 @@
 """How long the command line takes to answer, beside `trl dpo`: CPU seconds, median of several alternating starts.
 
-    python benchmarks/startup.py [ROUNDS]
+python benchmarks/startup.py [ROUNDS]
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def main() -> None:
     console = Console(record=True, width=110, file=(PICTURES / "answers.txt").open("w"))
     console.print(table.sample(8), RuleVerdicts(**verdicts))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # rich's fonts come from a server: use the reader's
+    svg = re.sub(
+        r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL
+    )  # rich's fonts come from a server: use the reader's
     (PICTURES / "answers.svg").write_text(svg)
     (PICTURES / "answers.txt").unlink()
 

@@ -110,12 +110,15 @@ def _refuse_large_model_on_cpu(model_id: str, device: str) -> None:
 
 
 def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
-    """adapter_config.json of an adapter that is trained further. Raises SettingsError where lora_r or lora_alpha,
-    given by hand, differ from it: a rank cannot change on the way."""
+    """adapter_config.json of an adapter that is trained further: its rank, scale and targets stay.
+
+    Raises SettingsError where one given by hand differs; a recipe's are for the adapters that it makes itself.
+    """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_targets", "target_modules")):
         mine = getattr(settings, name)
-        if settings.given(name) and mine != config[key] and not (name == "lora_targets" and mine == "all-linear"):
+        by_hand = not settings.sources[name].startswith(("default", "recipe"))
+        if by_hand and mine != config[key] and not (name == "lora_targets" and mine == "all-linear"):
             raise SettingsError(f"--{name} {mine}, but the adapter in {folder.name} has {config[key]}: leave it out")
     return config
 

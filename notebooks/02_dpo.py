@@ -236,8 +236,8 @@ if settings.tuning != "full" and settings.adapter_dtype == "fp32":
 # %% [markdown]
 # ## Train
 #
-# The loss starts at log 2 = 0.693, where policy and reference are one, and falls as the margin between chosen and
-# rejected rewards grows. A run that has finished is not trained again, and one that was stopped goes on.
+# The sigmoid loss starts at log 2 = 0.693, where policy and reference are one, and falls as the margin between chosen
+# and rejected rewards grows. A run that has finished is not trained again, and one that was stopped goes on.
 
 # %%
 if not run.finished:

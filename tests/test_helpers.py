@@ -112,7 +112,7 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")])
 def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseException], status: str) -> None:
     run = runs.start_run(settings_of(tmp_path), "org/m")
-    with pytest.raises(error), run.training() as checkpoint:
+    with pytest.raises(error), run.training() as checkpoint:  # noqa: PT012
         assert checkpoint is None
         raise error
     assert runs.read_run(run.folder)["status"] == status

@@ -1,0 +1,91 @@
+"""What the README says is so: its commands run, in their demo form, and its tree exists."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import DPO, REPO, SFT, Project
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.partition("#")[0].split() for block in BLOCKS for line in block.splitlines()]
+SMALL = {
+    "01_sft.py": SFT,
+    "02_dpo.py": [w for n, v in DPO.items() if n != "recipe" for w in (f"--{n}", str(v))],
+    "03_merge_push.py": [],
+    "04_vibes.py": ["--max_new_tokens", "4"],
+}
+
+
+def notebook_commands() -> list[tuple[str, ...]]:
+    """Each `python notebooks/X ...` of the README once, in its demo form: name and flags."""
+    demo = ("--recipe", "recipes/demo.yaml")
+    found = [c[1:] for c in COMMANDS if len(c) > 1 and c[0].endswith("python") and c[1].startswith("notebooks/")]
+    return sorted({(c[0].removeprefix("notebooks/"), *(() if "--recipe" in c else demo), *c[1:]) for c in found})
+
+
+def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str, dpo_run: str) -> None:
+    seen = set()
+    for name, *flags in notebook_commands():
+        seen.add(name)
+        if "--help" in flags or "--help_trl" in flags:
+            assert "--lr_scheduler_type" in project.run(name, "--help_trl").stdout
+            continue
+        done = project.run(name, *flags, *SMALL[name])
+        assert "Next: python notebooks/" in done.stdout + done.stderr or name == "04_vibes.py"
+    assert seen == set(SMALL)
+    assert "480 held-out prompts, judged by rule" in done.stdout
+    (answers,) = (project.root / "outputs").glob("vibes-*/answers.jsonl")
+    assert len(answers.read_text().splitlines()) == 480
+    (merged,) = (project.root / "outputs").glob("merge-*/model.safetensors")
+    assert merged.stat().st_size > 1_000_000
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    targets = {w for c in COMMANDS if c and c[0] == "make" for w in c[1:]}
+    assert {"demo", "test", "notebooks"} <= targets
+    listed = subprocess.run(["make", "help"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    for target in targets:
+        assert f"make {target} " in listed
+        subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, check=True)
+
+
+def test_notebooks_are_built_with_a_kernel_and_without_outputs(project: Project) -> None:
+    import nbformat
+
+    sources = sorted(str(f) for f in (project.root / "notebooks").glob("*.py"))
+    subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", *sources], check=True, capture_output=True)
+    for source in sources:
+        notebook = nbformat.read(source.replace(".py", ".ipynb"), as_version=4)
+        assert notebook.metadata.kernelspec.name == "python3"
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+def test_the_tree_of_the_readme_exists_and_is_whole() -> None:
+    (tree,) = [block for block in BLOCKS if "notebooks/\n" in block]
+    folder, named = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        path = name if not line.startswith(" ") else folder + name
+        assert (REPO / path).exists(), path
+        named.add(path)
+    for kind in ("notebooks", "helpers"):
+        files = {f"{kind}/{f.name}" for f in (REPO / kind).glob("*.py")} - {"helpers/__init__.py"}
+        assert files <= named
+
+
+def test_the_pictures_and_links_of_the_readme_exist() -> None:
+    for path in re.findall(r"\]\((?!https://)([^)]+)\)", README):
+        assert (REPO / path).is_file(), path
+    picture = (REPO / "docs" / "pictures" / "answers.svg").read_text()
+    assert "url(http" not in picture.replace("'", "").replace('"', "")
+    assert "@font-face" not in picture
