@@ -40,10 +40,8 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
         assert "Next: python notebooks/" in done.stdout + done.stderr or name == "04_vibes.py"
     assert seen == set(SMALL)
     assert "480 held-out prompts, judged by rule" in done.stdout
-    (answers,) = (project.root / "outputs").glob("vibes-*/answers.jsonl")
-    assert len(answers.read_text().splitlines()) == 480
-    (merged,) = (project.root / "outputs").glob("merge-*/model.safetensors")
-    assert merged.stat().st_size > 1_000_000
+    assert 480 in [len(f.read_text().splitlines()) for f in (project.root / "outputs").glob("vibes-*/answers.jsonl")]
+    assert [f for f in (project.root / "outputs").glob("merge-*/model.safetensors") if f.stat().st_size > 1_000_000]
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:
