@@ -4,35 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from helpers.chat_formats import ENDS, FORMATS, TOKENS
 from helpers.errors import UserError
+from helpers.paths import find_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Mistral-7B-Instruct v0.1/v0.2. A system message, which these models never saw, opens the first user turn.
-MISTRAL = (
-    "{%- set system = messages[0]['content'] + '\\n\\n' if messages and messages[0]['role'] == 'system' else '' -%}"
-    "{{- bos_token -}}"
-    "{%- for message in (messages[1:] if system else messages) -%}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
-    "{{- raise_exception('roles must alternate user/assistant/user/assistant/...') -}}"
-    "{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}"
-    "{%- else -%}"
-    "{{- ' ' + message['content'] + eos_token -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-
-FORMATS = {"mistral": MISTRAL}
-
 
 def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> str:
-    """Give the tokenizer the template named `chat_format`; "auto" keeps its own, and mistral where it has none.
+    """Give the tokenizer a template: "auto" keeps its own, and takes mistral where it has none; else one of
+    `chat_formats.FORMATS`, or a file of Jinja.
 
-    Returns the name of what is in use. A tokenizer without a padding token pads with <unk>, or else with the
-    end-of-sequence token: TRL's collators mask padding by position, so neither is ever a label.
+    Returns the name of what is in use. A format's tokens are added where the tokenizer lacks them (`added_tokens` tells
+    which). A tokenizer without a padding token pads with <unk>, or else with the end-of-sequence token: TRL's collators
+    mask padding by position, so neither is ever a label. Raises UserError for a format that is not known.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -40,7 +26,17 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> s
         if tokenizer.chat_template:
             return "the tokenizer's own"
         chat_format = "mistral"
+    if chat_format not in FORMATS:
+        file = find_path(chat_format)
+        if file is None or not file.is_file():
+            raise UserError(f"--chat_format {chat_format!r} is not one of {', '.join(FORMATS)}, nor a file")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return file.name
     tokenizer.chat_template = FORMATS[chat_format]
+    if new := [token for token in TOKENS.get(chat_format, ()) if token not in tokenizer.get_vocab()]:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    if chat_format in ENDS:
+        tokenizer.eos_token = ENDS[chat_format]
     return chat_format
 
 
@@ -79,3 +75,51 @@ def show_labels(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold green")
     return text
+
+
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], prompt: bool = False
+) -> list[str]:
+    """`render` of many conversations in one call."""
+    try:
+        return list(tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt))
+    except Exception:  # find the one that is refused, and say so
+        return [render(tokenizer, messages, prompt) for messages in conversations]
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template has a place for a system message: its text appears, and nothing is raised."""
+    messages = [{"role": "system", "content": "Xyzzy."}, {"role": "user", "content": "Hello."}]
+    try:
+        return "Xyzzy." in render(tokenizer, messages, prompt=True)
+    except UserError:
+        return False
+
+
+def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A leading system message as the opening of the first user turn."""
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
+    """Check on real conversations that this template is safe to train on. Raises UserError with the text and the ids.
+
+    One beginning-of-sequence token where the tokenizer has one; the end of each answer among the labels; the prompt at
+    generation is what stands before the answer in training, as text and as tokens.
+    """
+    for messages in conversations:
+        row = encode(tokenizer, messages)
+        ids, labels = row["input_ids"], row["labels"]
+        text = render(tokenizer, messages)
+        prompt = render(tokenizer, messages[:-1], prompt=True)
+        alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        faults = {
+            "it has more than one beginning-of-sequence token": bos is not None and bos != eos and ids.count(bos) > 1,
+            "the end of the answer is not learned: no end-of-sequence token is a label": eos not in labels[-3:],
+            "the prompt at generation is not what stands before the answer in training": ids[: len(alone)] != alone,
+        }
+        for fault, found in faults.items():
+            if found:
+                raise UserError(f"the chat template is not safe to train on: {fault}. Text {text!r}, ids {ids}")

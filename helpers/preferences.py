@@ -2,105 +2,175 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat import render
+from helpers.chat import fold_system, takes_system
 from helpers.errors import UserError
-from helpers.rows import Account, Message, conversation, fault_of, is_conversation, keep, key_of
+from helpers.formats import ADAPTERS, Options, Pair, recognise
+from helpers.lengths import Limits, encode_pairs, within
+from helpers.rows import Account, content_fingerprint, key_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Pair = dict[str, list[Message]]
-
-
-def read_pair(row: dict[str, Any]) -> Pair | str:
-    """One published row as an explicit-prompt pair, or the reason why it is none.
-
-    `chosen` and `rejected` are texts beside a `prompt`, or conversations that end with the answer and may hold the
-    prompt themselves (argilla/ultrafeedback-binarized-preferences-cleaned, HuggingFaceH4/ultrafeedback_binarized).
-    """
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    sides = []
-    for name in ("chosen", "rejected"):
-        value = row.get(name)
-        if isinstance(value, str):
-            value = [{"role": "assistant", "content": value}]
-        if not is_conversation(value):
-            return "not text"
-        messages = conversation(value)
-        if all(m["role"] == "assistant" for m in messages):
-            if not is_conversation(prompt):
-                return "not text"
-            messages = [*conversation(prompt), *messages]
-        if fault := fault_of(messages):
-            return fault
-        sides.append(messages)
-    chosen, rejected = sides
-    if key_of(chosen[:-1]) != key_of(rejected[:-1]):
-        return "prompts differ"
-    if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
-        return "chosen equals rejected"
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+COLUMNS = ("prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def prepare_preferences(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int, strict: bool = False
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    data_format: str = "auto",
+    options: Options | None = None,
+    min_margin: float = 0.0,
+    num_proc: int | None = None,
 ) -> tuple[Dataset, Account]:
-    """Pairs that DPOTrainer takes as they are, and the account of `rows`.
+    """Pairs of `rows` as conversations and as the tokens that DPOTrainer trains on, and the account of every row.
 
-    Pairs longer than `max_prompt_length` (prompt) or `max_length` (prompt and longer answer, in tokens of `tokenizer`)
-    are dropped: cutting them would cut off the end of the answers. 0 means no limit.
-    `strict` makes any drop a UserError.
+    `data_format` is one of `formats.ADAPTERS`, or "auto": by the columns. Pairs rated closer than `min_margin`, and
+    ties, are dropped. The result is cached by the content of the rows and all that decides on it, so a second call
+    starts at once. Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids.
+    Raises UserError where the format is not known or no row can be used.
     """
-    if missing := {"chosen", "rejected"} - set(rows.column_names):
-        have = ", ".join(rows.column_names)
-        raise UserError(f"the dataset has columns {have}; a preference set needs {' and '.join(sorted(missing))}")
-
-    def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = {name: batch[name] for name in ("prompt", "chosen", "rejected") if name in batch}
-        pairs = [read_pair(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
-        fits = iter(_fits(tokenizer, [p for p in pairs if not isinstance(p, str)], max_prompt_length, max_length))
-        faults = [p if isinstance(p, str) else next(fits) for p in pairs]
-        empty: Pair = {"prompt": [], "chosen": [], "rejected": []}
-        out: dict[str, list[Any]] = {
-            name: [(empty if isinstance(p, str) else p)[name] for p in pairs] for name in empty
-        }
-        return out | {"fault": faults}
-
-    message = [{"role": _string(), "content": _string()}]
-    read_rows = rows.map(
-        read, batched=True, remove_columns=rows.column_names, desc="Reading pairs",
-        features=_features({"prompt": message, "chosen": message, "rejected": message, "fault": _string()}),
-    )  # fmt: skip
-    return keep(read_rows, strict)
-
-
-def _fits(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], max_prompt: int, max_total: int) -> list[str]:
-    """For each pair "" or "over-long"."""
-    if not pairs:
-        return []
-    texts = [render(tokenizer, p["prompt"], prompt=True) for p in pairs]
-    texts += [render(tokenizer, p["prompt"] + p["chosen"]) for p in pairs]
-    texts += [render(tokenizer, p["prompt"] + p["rejected"]) for p in pairs]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    n = len(pairs)
-    return [
-        "over-long" if (max_prompt and p > max_prompt) or (max_total and max(c, r) > max_total) else ""
-        for p, c, r in zip(lengths[:n], lengths[n : 2 * n], lengths[2 * n :], strict=True)
-    ]
+    name = data_format if data_format != "auto" else recognise(_columns(rows))
+    if name not in ADAPTERS:
+        raise UserError(
+            f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
+            "a preference set needs prompt, chosen and rejected, or name one with --data_format"
+        )
+    work = {
+        "name": name,
+        "options": options or Options(),
+        "min_margin": min_margin,
+        "limits": limits,
+        "system": takes_system(tokenizer),
+    }
+    made = rows.map(
+        _read_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={**work, "tokenizer": tokenizer},
+        remove_columns=rows.column_names,
+        features=_features(),
+        num_proc=num_proc,
+        new_fingerprint=content_fingerprint(rows, tokenizer, work),
+        desc=f"Reading {name} rows",
+    )
+    account, good = _account(made, len(rows))
+    account.format = name
+    return made.select(good).select_columns(list(COLUMNS)), account
 
 
-def _string() -> Any:
-    from datasets import Value
+def _read_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    name: str,
+    options: Options,
+    min_margin: float,
+    limits: Limits,
+    system: bool,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, list[Any]]:
+    """One batch of published rows as pairs; a row that gives none stands with its fault."""
+    out: dict[str, list[Any]] = {column: [] for column in _features()}
+    pairs: list[Pair] = []
+    for position, row in enumerate(indices):
+        found = ADAPTERS[name]({column: values[position] for column, values in batch.items()}, options)
+        for pair in [found] if isinstance(found, str) else found:
+            fault = pair if isinstance(pair, str) else _fault_of_margin(pair.margin, min_margin)
+            if isinstance(pair, str) or fault:
+                _append(out, row, fault=fault)
+                continue
+            change = ""
+            if not system and pair.prompt[0]["role"] == "system":
+                pair = dataclasses.replace(pair, prompt=fold_system(pair.prompt))
+                change = "system message folded into the first user turn"
+            pairs.append(pair)
+            _append(out, row, change=change)
+    kept = [i for i, fault in enumerate(out["fault"]) if not fault]
+    for i, pair, tokens in zip(kept, pairs, encode_pairs(tokenizer, pairs), strict=True):
+        pair, tokens, fault, change = within(tokenizer, pair, tokens, limits)
+        out["fault"][i] = fault
+        out["change"][i] = out["change"][i] or change
+        out["prompt_key"][i], out["chosen_key"][i], out["rejected_key"][i] = (
+            hashlib.sha1(key_of(side).encode()).hexdigest()[:20] for side in (pair.prompt, pair.chosen, pair.rejected)
+        )
+        out["prompt"][i], out["chosen"][i], out["rejected"][i] = pair.prompt, pair.chosen, pair.rejected
+        out["prompt_ids"][i], out["chosen_ids"][i], out["rejected_ids"][i] = tokens
+    return out
 
-    return Value("string")
+
+def _fault_of_margin(margin: float | None, least: float) -> str:
+    if margin is None:
+        return ""
+    return (
+        "tie"
+        if margin == 0
+        else "rejected is rated higher"
+        if margin < 0
+        else "margin below --min_margin"
+        if margin < least
+        else ""
+    )
 
 
-def _features(columns: dict[str, Any]) -> Any:
-    from datasets import Features
+def _account(made: Dataset, read: int) -> tuple[Account, list[int]]:
+    """The account of all rows, with what only shows between rows, and the numbers of the pairs that are kept."""
+    account = Account(read=read)
+    keys = list(zip(made["prompt_key"], made["chosen_key"], made["rejected_key"], strict=True))
+    faults = list(made["fault"])
+    labels = {key for key, fault in zip(keys, faults, strict=True) if not fault}
+    seen: set[tuple[str, str, str]] = set()
+    prompts: dict[str, int] = {}
+    kept_rows: dict[int, str] = {}
+    dropped: dict[int, str] = {}
+    good = []
+    for i, (row, fault, change, key) in enumerate(zip(made["row"], faults, made["change"], keys, strict=True)):
+        if not fault and (key[0], key[2], key[1]) in labels:
+            fault = "the same pair with both labels"
+        elif not fault and key in seen:
+            fault = "duplicate pair"
+        if fault:
+            dropped.setdefault(row, fault)
+            continue
+        seen.add(key)
+        if prompts.setdefault(key[0], row) != row:
+            account.note("duplicate prompt", row)
+        kept_rows[row] = kept_rows.get(row) or change
+        good.append(i)
+    for row, fault in dropped.items():
+        if row not in kept_rows:
+            account.drop(fault, row)
+    for row, change in kept_rows.items():
+        if change:
+            account.change(change, row)
+    account.kept = len(kept_rows)
+    return account, good
 
-    return Features(columns)
+
+def _append(out: dict[str, list[Any]], row: int, **values: Any) -> None:
+    empty = {"row": row, "fault": "", "change": "", "prompt_key": "", "chosen_key": "", "rejected_key": ""}
+    for column, cells in out.items():
+        cells.append(values.get(column, empty.get(column, [])))
+
+
+def _columns(rows: Dataset) -> dict[str, bool]:
+    """Columns, and whether each holds lists."""
+    return {name: str(kind).startswith(("List", "LargeList", "[")) for name, kind in rows.features.items()}
+
+
+def _features() -> Any:
+    from datasets import Features, Value
+
+    text, ids = Value("string"), [Value("int32")]
+    messages = [{"role": text, "content": text}]
+    keys = ("fault", "change", "prompt_key", "chosen_key", "rejected_key")
+    return Features(
+        {"row": Value("int64")}
+        | dict.fromkeys(keys, text)
+        | dict.fromkeys(COLUMNS[:3], messages)
+        | dict.fromkeys(COLUMNS[3:], ids)
+    )

@@ -14,6 +14,7 @@ from helpers.paths import find_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 Message = dict[str, str]
@@ -27,7 +28,9 @@ class Account:
     kept: int = 0
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    noted: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    format: str = ""
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped[reason] += 1
@@ -37,17 +40,31 @@ class Account:
         self.changed[reason] += 1
         self._example(reason, row)
 
+    def note(self, reason: str, row: int) -> None:
+        """Something worth knowing of a row that is kept as it is."""
+        self.noted[reason] += 1
+        self._example(reason, row)
+
     def _example(self, reason: str, row: int) -> None:
         if len(numbers := self.examples.setdefault(reason, [])) < 3:
             numbers.append(row)
 
+    def check(self, strict: bool) -> None:
+        """Raise UserError where nothing is left, or where `strict` and a row was dropped."""
+        if self.kept and not (strict and self.dropped):
+            return
+        reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in self.dropped.items())
+        lost = self.dropped.total()
+        raise UserError(f"{lost if self.kept else 'no row'} of {self.read} {'rows cannot' if self.kept else 'can'} be used. {reasons}")
+
     def as_dict(self) -> dict[str, Any]:
         return {
+            "format": self.format,
             "read": self.read,
             "kept": self.kept,
             "changed": sum(self.changed.values()),
             "dropped": sum(self.dropped.values()),
-            "reasons": dict(self.changed + self.dropped),
+            "reasons": dict(self.changed + self.dropped + self.noted),
             "examples": self.examples,
         }
 
@@ -56,7 +73,7 @@ class Account:
 
         table = Table("rows", "count", "example rows", box=None, pad_edge=False)
         table.add_row("read", f"{self.read:,}", "")
-        for label, reasons in (("changed", self.changed), ("dropped", self.dropped)):
+        for label, reasons in (("changed", self.changed), ("dropped", self.dropped), ("noted", self.noted)):
             for reason, count in reasons.most_common():
                 table.add_row(f"  {label}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
@@ -121,6 +138,17 @@ def split_by_prompt(
     if not chosen:
         raise UserError(f"{len(prompts)} rows are too few for --eval_rows {wanted}: nothing is left to train on")
     return rows.select(chosen), rows.select(order[:wanted])
+
+
+def content_fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase, work: dict[str, Any]) -> str:
+    """A name for what becomes of `rows` under this tokenizer, these arguments and this code.
+
+    datasets makes such names by pickling, which for tokenizers changes from one process to the next.
+    """
+    code = "".join(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py")))
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    parts = [rows._fingerprint, json.dumps(backend), tokenizer.chat_template, tokenizer.special_tokens_map, work, code]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def is_conversation(value: Any) -> bool:

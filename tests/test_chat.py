@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.chat import MISTRAL, apply_chat_format, encode, render
+from helpers.chat import apply_chat_format, encode, render
+from helpers.chat_formats import MISTRAL
 from helpers.errors import UserError
 
 TALK = [

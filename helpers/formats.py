@@ -1,0 +1,257 @@
+"""Preference data as it is published: one pure adapter a format, row in, pairs or a reason out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+from helpers.rows import Message, conversation, fault_of, is_conversation, key_of
+
+Row = dict[str, Any]
+TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
+SCORES = ("overall_score", "score", "rating")
+ANSWERS = ("response", "text", "answer", "content")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers, as conversations; `margin` is how much better the chosen one was rated, if it was."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    margin: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`pairing` of ranked and scored rows: best against worst, against a random other (seeded), or all pairs;
+    `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends."""
+
+    pairing: Literal["worst", "random", "all"] = "worst"
+    recommended: bool = False
+    seed: int = 0
+
+
+Adapter = Callable[[Row, Options], list[Pair] | str]
+
+
+def read_messages(row: Row, options: Options) -> list[Pair] | str:
+    """Conversations under chosen and rejected, holding the prompt or beside one: UltraFeedback and its kin."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        messages = _with_prompt(row.get("prompt"), row.get(name))
+        if isinstance(messages, str):
+            return messages
+        sides.append(messages)
+    chosen, rejected = sides
+    if key_of(chosen[:-1]) != key_of(rejected[:-1]):
+        return "prompts differ"
+    scores = [_number(row.get(n)) for n in ("score_chosen", "score_rejected")]
+    if None in scores:
+        scores = [_number(row.get(n)) for n in ("chosen-rating", "rejected-rating")]
+    return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], *scores)
+
+
+def read_triplet(row: Row, options: Options) -> list[Pair] | str:
+    """Three texts: prompt, chosen, rejected; a text under system, where there is one, goes before them."""
+    return _texts(row.get("prompt"), row.get("chosen"), row.get("rejected"), row.get("system"))
+
+
+def read_orca(row: Row, options: Options) -> list[Pair] | str:
+    """Intel/orca_dpo_pairs (question) and argilla/distilabel-intel-orca-dpo-pairs (input, rating, chosen_score)."""
+    if options.recommended and "status" in row:
+        score = _number(row.get("chosen_score"))
+        if row.get("status") == "tie" or score is None or score < 8 or row.get("in_gsm8k_train"):
+            return "not recommended by its card"
+    prompt = row["question"] if "question" in row else row.get("input")
+    rating = row.get("rating")
+    scores = [_number(r) for r in rating] if isinstance(rating, list) and len(rating) == 2 else [None, None]
+    if None not in scores:
+        scores = sorted(scores, reverse=True)  # type: ignore[type-var]  # in the order of generations, not of chosen
+    return _texts(prompt, row.get("chosen"), row.get("rejected"), row.get("system"), *scores)
+
+
+def read_ranked(row: Row, options: Options) -> list[Pair] | str:
+    """berkeley-nest/Nectar: seven answers with ranks, 1 the best, to one transcript."""
+    prompt = transcript(row.get("prompt")) or _user(row.get("prompt"))
+    if prompt[-1:] == [{"role": "assistant", "content": ""}]:
+        prompt.pop()  # the turn that the answers fill
+    answers = row.get("answers")
+    if not prompt or not isinstance(answers, list):
+        return "not text"
+    rated = []
+    for answer in answers:
+        text, rank = (answer.get("answer"), _number(answer.get("rank"))) if isinstance(answer, dict) else (None, None)
+        if not isinstance(text, str) or rank is None:
+            return "not text"
+        rated.append((text, -rank))
+    return _pairings(prompt, rated, options, margins=False)
+
+
+def read_transcript(row: Row, options: Options) -> list[Pair] | str:
+    """Anthropic/hh-rlhf: two transcripts; the prompt is the shared turns up to the last "Assistant:"."""
+    chosen, rejected = transcript(row.get("chosen")), transcript(row.get("rejected"))
+    if not chosen or not rejected:
+        return "not text"
+    for messages in (chosen, rejected):
+        if fault := fault_of(messages):
+            return fault
+    if key_of(chosen[:-1]) != key_of(rejected[:-1]):
+        return "prompts differ"
+    return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def read_alpaca_farm(row: Row, options: Options) -> list[Pair] | str:
+    """tatsu-lab/alpaca_farm: instruction and input, two outputs, and which of them (1 or 2) is preferred."""
+    text, more = row.get("instruction"), row.get("input")
+    if isinstance(text, str) and isinstance(more, str) and more.strip():
+        text = f"{text}\n\n{more}"
+    preferred = _number(row.get("preference"))
+    if preferred not in (1, 2):
+        return "no preference"
+    outputs = [row.get("output_1"), row.get("output_2")]
+    return _texts(text, outputs[int(preferred) - 1], outputs[2 - int(preferred)])
+
+
+def read_scored(row: Row, options: Options) -> list[Pair] | str:
+    """A prompt with several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
+    prompt = next((row[n] for n in ("prompt", "instruction", "question") if n in row), None)
+    messages = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+    answers, scores = row.get("completions", row.get("responses")), row.get("scores")
+    if not messages or not isinstance(answers, list):
+        return "not text"
+    rated = []
+    for i, answer in enumerate(answers):
+        text, score = answer, scores[i] if isinstance(scores, list) and i < len(scores) else None
+        if isinstance(answer, dict):
+            text = next((answer[n] for n in ANSWERS if isinstance(answer.get(n), str)), None)
+            score = next((answer[n] for n in SCORES if _number(answer.get(n)) is not None), score)
+        if not isinstance(text, str):
+            return "not text"
+        if (number := _number(score)) is None:
+            return "no score"
+        rated.append((text, number))
+    return _pairings(messages, rated, options, margins=True)
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "messages": read_messages,
+    "triplet": read_triplet,
+    "orca": read_orca,
+    "ranked": read_ranked,
+    "transcript": read_transcript,
+    "alpaca_farm": read_alpaca_farm,
+    "scored": read_scored,
+}
+
+
+def recognise(columns: dict[str, bool]) -> str:
+    """The format of a dataset with these columns (True where a column holds lists), or "" where it is none of ours."""
+    have = set(columns)
+    if {"chosen", "rejected"} <= have:
+        if columns["chosen"]:
+            return "messages"
+        if "question" in have or ("input" in have and "prompt" not in have):
+            return "orca"
+        return "triplet" if "prompt" in have else "transcript"
+    if {"instruction", "output_1", "output_2", "preference"} <= have:
+        return "alpaca_farm"
+    if {"prompt", "answers"} <= have and columns["answers"]:
+        return "ranked"
+    if {"prompt", "instruction", "question"} & have and (columns.get("completions") or {"responses", "scores"} <= have):
+        return "scored"
+    return ""
+
+
+def transcript(text: Any) -> list[Message]:
+    """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] where it is none."""
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return []
+    parts = TURN.split(text)[1:]
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
+    return [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
+
+
+def _with_prompt(prompt: Any, answer: Any) -> list[Message] | str:
+    """A whole conversation that ends with the answer, or the reason why it is none."""
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if not is_conversation(answer):
+        return "not text"
+    messages = conversation(answer)
+    if all(m["role"] == "assistant" for m in messages):
+        before = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+        if not before:
+            return "not text"
+        messages = [*before, *messages]
+    return fault_of(messages) or messages
+
+
+def _texts(prompt: Any, chosen: Any, rejected: Any, system: Any = None, *scores: float | None) -> list[Pair] | str:
+    messages = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+    if not messages or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return "not text"
+    if isinstance(system, str) and system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
+    return _pair(messages, chosen, rejected, *scores)
+
+
+def _pair(
+    prompt: list[Message], chosen: str, rejected: str, better: float | None = None, worse: float | None = None
+) -> list[Pair] | str:
+    sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    for side in sides:
+        if fault := fault_of([*prompt, *side]):
+            return fault
+    if chosen.strip() == rejected.strip():
+        return "chosen equals rejected"
+    margin = better - worse if better is not None and worse is not None else None
+    return [Pair(prompt, sides[0], sides[1], margin)]
+
+
+def _pairings(
+    prompt: list[Message], rated: list[tuple[str, float]], options: Options, margins: bool
+) -> list[Pair] | str:
+    """Pairs of rated answers; the higher score is chosen."""
+    if len(rated) < 2:
+        return "fewer than two answers"
+    order = sorted(rated, key=lambda answer: -answer[1])
+    if options.pairing == "all":
+        pairs = [(a, b) for a, b in itertools.combinations(order, 2) if a[1] > b[1]]
+    else:
+        others = [answer for answer in order[1:] if answer[1] < order[0][1]]
+        seed = f"{options.seed} {key_of(prompt)}"
+        other = random.Random(seed).choice(others) if options.pairing == "random" and others else order[-1]
+        pairs = [(order[0], other)]
+    if not pairs or pairs[0][0][1] == pairs[0][1][1]:
+        return "tie"
+    found: list[Pair] = []
+    fault = ""
+    for (better, high), (worse, low) in pairs:
+        made = _pair(prompt, better, worse, *((high, low) if margins else ()))
+        if isinstance(made, str):
+            fault = fault or made
+        else:
+            found += made
+    return found or fault
+
+
+def _user(text: Any) -> list[Message]:
+    return [{"role": "user", "content": text}] if isinstance(text, str) and text.strip() else []
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

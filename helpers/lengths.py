@@ -1,0 +1,115 @@
+"""Pairs as tokens, and what becomes of those that are too long: no answer is cut unless that is asked for by name."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from helpers.chat import render_all
+from helpers.errors import UserError
+from helpers.formats import Pair
+from helpers.rows import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["drop", "trim_prompt", "cut_answer", "error"]
+Tokens = tuple[list[int], list[int], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Tokens of a prompt, and of a prompt with its answer (0: no limit), and what becomes of a pair beyond them."""
+
+    prompt: int = 0
+    total: int = 0
+    overlong: Overlong = "drop"
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Tokens]:
+    """Tokens of prompt, chosen and rejected answers, as TRL 1.16's DPOTrainer makes them (dpo_trainer.py,
+    _prepare_dataset): a completion begins where the tokens of the prompt and those of prompt and answer diverge.
+
+    A prompt is not tokenized a third time where a token of the longer text ends exactly at its end: no merge has then
+    crossed that place, so what stands before it is what the prompt alone gives.
+    """
+    if not pairs:
+        return []
+    prompts = render_all(tokenizer, [p.prompt for p in pairs], prompt=True)
+    texts = render_all(tokenizer, [[*p.prompt, *p.chosen] for p in pairs])
+    texts += render_all(tokenizer, [[*p.prompt, *p.rejected] for p in pairs])
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    found = []
+    for i, prompt in enumerate(prompts):
+        sides = (i, i + len(pairs))
+        at = [_boundary(prompt, texts[s], offsets[s]) for s in sides]
+        if at[0] < 0 or at[0] != at[1] or ids[sides[0]][: at[0]] != ids[sides[1]][: at[1]]:
+            alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            at = [min(_common_prefix(alone, ids[s]) for s in sides)] * 2
+        chosen, rejected = (ids[s][at[0] :] for s in sides)
+        found.append((ids[i][: at[0]], chosen, rejected))
+    return found
+
+
+def _boundary(prompt: str, text: str, offsets: list[tuple[int, int]]) -> int:
+    """How many tokens of `text` make up `prompt`; -1 where none ends exactly at its end."""
+    if not text.startswith(prompt):
+        return -1
+    n = bisect.bisect_left(offsets, len(prompt), key=lambda span: span[0])
+    return n if n == 0 or offsets[n - 1][1] <= len(prompt) else -1
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def within(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, tokens: Tokens, limits: Limits
+) -> tuple[Pair, Tokens, str, str]:
+    """The pair and its tokens inside the limits; a fault where it is dropped, and what was changed where it was."""
+    prompt, chosen, rejected = tokens
+    longest = max(len(chosen), len(rejected))
+    most = min(limits.prompt or sys.maxsize, (limits.total or sys.maxsize) - longest)
+    if len(prompt) <= most:
+        return pair, tokens, "", ""
+    if limits.overlong == "error":
+        said = f"{len(prompt)} tokens of prompt and {longest} of answer"
+        raise UserError(f"over-long: {said}, above {limits.prompt} or {limits.total}: see --overlong")
+    if limits.overlong == "trim_prompt" and most > 0:
+        short = trim_prompt(tokenizer, pair.prompt, most)
+        if short:
+            pair = dataclasses.replace(pair, prompt=short)
+            return pair, encode_pairs(tokenizer, [pair])[0], "", "prompt trimmed from the left"
+    if limits.overlong == "cut_answer" and len(prompt) < (limits.total or sys.maxsize):
+        room = limits.total - len(prompt) if limits.total else sys.maxsize
+        cut = longest > room
+        return pair, (prompt, chosen[:room], rejected[:room]), "", "an answer lost its end" if cut else ""
+    return pair, tokens, "over-long", ""
+
+
+def trim_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], most: int) -> list[Message]:
+    """The end of a prompt that fits into `most` tokens: whole turns go first, from the left, then the beginning of the
+    last user turn; a system message stays. [] where nothing of the last turn would be left."""
+
+    def length(messages: list[Message]) -> int:
+        text = render_all(tokenizer, [messages], prompt=True)[0]
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    head = prompt[:1] if prompt[0]["role"] == "system" else []
+    turns = prompt[len(head) :]
+    while len(turns) > 1 and length(head + turns) > most:
+        turns = turns[2:]
+    words = tokenizer(turns[-1]["content"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    text, start = turns[-1]["content"], 0
+    while (over := length([*head, *turns]) - most) > 0:
+        start += over
+        if start >= len(words):
+            return []
+        rest = text[words[start][0] :]
+        if not text[words[start][0] - 1].isspace():
+            rest = rest[len(rest.split(maxsplit=1)[0]) :] if len(rest.split(maxsplit=1)) > 1 else rest  # a whole word
+        turns = [*turns[:-1], {"role": "user", "content": rest.lstrip()}]
+    return [*head, *turns]
