@@ -114,6 +114,8 @@ def split_by_prompt(
     """
     rank = {p: hashlib.sha256(f"{seed} {p}".encode()).digest() for p in set(prompts)}
     order = sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i))
+    if not (eval_rows or eval_fraction):
+        raise UserError("--eval_rows 0 and --eval_fraction 0: something has to be held out, to see what is learned")
     wanted = min(eval_rows or round(eval_fraction * len(order)), len(order) - 1)
     while 0 < wanted < len(order) and prompts[order[wanted]] == prompts[order[wanted - 1]]:
         wanted += 1  # the prompt at the border goes to the evaluation rows as a whole

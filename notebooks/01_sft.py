@@ -88,7 +88,9 @@ from helpers.display import show
 from helpers.models import plan_model
 from helpers.runs import start_run
 
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention)
+plan = plan_model(
+    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
+)
 run = start_run(settings, base_model=settings.model_id)
 show(plan)
 
@@ -101,8 +103,9 @@ from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
 from helpers.curves import draw, final_metrics, log_to, read_history
 from helpers.instructions import prepare_instructions
-from helpers.models import compute_4bit_alike, local_or_hub, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.rows import load_rows, split_by_prompt
+from helpers.sources import local_or_hub
 
 # %% [markdown]
 # ## Data
@@ -111,7 +114,7 @@ from helpers.rows import load_rows, split_by_prompt
 # the split.
 
 # %%
-model_path = local_or_hub(settings.model_id)
+model_path = local_or_hub(settings.model_id, settings.revision)
 hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
 print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
@@ -122,7 +125,7 @@ rows, account = prepare_instructions(rows, tokenizer, settings.max_length, setti
 train_set, eval_set = split_by_prompt(
     rows, rows["prompt"][:], settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
 )
-run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
 # %% [markdown]
@@ -155,6 +158,7 @@ if settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        revision=settings.revision or None,  # of the base, for whoever loads the adapter
     )
 
 # %% [markdown]
@@ -171,7 +175,7 @@ config = dict(
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_eval_batch_size,
     gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    max_length=None,  # no row is longer than settings.max_length
+    max_length=settings.max_length or None,  # what packing fills; no row is longer
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
@@ -183,6 +187,7 @@ config = dict(
     logging_steps=10,
     report_to=settings.report_to,
     seed=settings.seed,
+    trust_remote_code=settings.trust_remote_code,
 )
 training_args = SFTConfig(**config | settings.trl)
 
@@ -211,7 +216,7 @@ if not run.finished:
     with run.training() as checkpoint:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
-        trainer.save_model(str(run.folder))
+        save_policy(trainer, run.folder)
         tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)
 

@@ -96,6 +96,7 @@ settings = load_settings(Settings, globals())
 # what it starts from, so the same command finds its own run again, and goes on where it stopped.
 
 # %%
+from helpers.credentials import hf_token
 from helpers.display import show
 from helpers.models import adapter_settings, plan_model
 from helpers.runs import find_run, start_run
@@ -103,11 +104,15 @@ from helpers.settings import one_of
 
 one_of(settings, "model_id", "sft_run")
 parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
+if parent:
+    settings.adopt("parent", model_id=parent.base_model)
+if settings.push_to_hub:
+    hf_token("--push_to_hub")  # now, and not after hours of training
 from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 plan = plan_model(
-    parent.base_model if parent else settings.model_id, settings.tuning, settings.quantization, settings.attention
+    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
 )
-run = start_run(settings, parent.base_model if parent else settings.model_id, parent)
+run = start_run(settings, base_model=settings.model_id, parent=parent)
 show(plan)
 
 # %%
@@ -118,10 +123,11 @@ from trl import DPOConfig, DPOTrainer
 from helpers.chat import apply_chat_format, render
 from helpers.credentials import prepare_wandb
 from helpers.curves import draw, final_metrics, log_to, read_history
-from helpers.models import compute_4bit_alike, local_or_hub, save_policy, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.preferences import prepare_preferences
 from helpers.rows import load_rows, split_by_prompt
-from helpers.runs import run_notebook
+from helpers.runs import merge_and_push
+from helpers.sources import local_or_hub
 
 # %% [markdown]
 # ## Data
@@ -130,11 +136,13 @@ from helpers.runs import run_notebook
 # nothing, and pairs that are too long would lose the end of their answers. A prompt is on one side of the split only.
 
 # %%
-start = settings.model_id
-if parent:
-    start = from_adapter["base_model_name_or_path"] if from_adapter else str(parent.folder)
-model_path = local_or_hub(start)
-hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+start, start_revision = settings.model_id, settings.revision
+if from_adapter:
+    start, start_revision = from_adapter["base_model_name_or_path"], from_adapter.get("revision") or ""
+elif parent:
+    start = str(parent.folder)
+model_path = local_or_hub(start, start_revision)
+hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
 print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
 
@@ -145,7 +153,7 @@ prompts = [render(tokenizer, prompt) for prompt in pairs["prompt"]]
 train_set, eval_set = split_by_prompt(
     pairs, prompts, settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
 )
-run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
 # %% [markdown]
@@ -161,18 +169,19 @@ print("  rejected:", pair["rejected"][0]["content"])
 # ## Model
 #
 # The frozen base is the reference: with the adapter switched off it is what the policy started as, so no second model
-# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference.
+# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference. Only
+# tuning in full needs a second copy of the weights.
 
 # %%
 set_seed(settings.seed)
-model = AutoModelForCausalLM.from_pretrained(
-    model_path,
+loading = dict(
     **hub,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
     attn_implementation=plan.attention,
     device_map=plan.device_map,
 )
+model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
 adapter = None
 if from_adapter:
@@ -183,7 +192,11 @@ elif settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        revision=start_revision or None,  # of the base, for whoever loads the adapter
     )
+reference = None
+if settings.tuning == "full" and not settings.trl.get("precompute_ref_log_probs"):
+    reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 
 # %% [markdown]
 # ## Trainer
@@ -214,6 +227,7 @@ config = dict(
     logging_steps=10,
     report_to=settings.report_to,
     seed=settings.seed,
+    trust_remote_code=settings.trust_remote_code,
 )
 training_args = DPOConfig(**config | settings.trl)
 
@@ -221,6 +235,7 @@ training_args = DPOConfig(**config | settings.trl)
 prepare_wandb(settings.report_to, settings.wandb_project)
 trainer = DPOTrainer(
     model=model,
+    ref_model=reference,
     args=training_args,
     train_dataset=train_set,
     eval_dataset=eval_set,
@@ -269,15 +284,8 @@ for name, value in run.record["metrics"].items():
 
 # %%
 if settings.merge_adaptors or settings.push_to_hub:
-    trainer = model = None  # makes room: the merge is a process of its own
-    run_notebook(
-        "03_merge_push.py",
-        run=run.folder,
-        output_dir=settings.output_dir,
-        what="merged" if settings.merge_adaptors else "adapter",
-        push_to_hub=settings.push_to_hub,
-        hub_repo_id=settings.hub_repo_id,
-    )
+    trainer = model = reference = None  # makes room: the merge is a process of its own
+    merge_and_push(run, settings)
 
 # %% [markdown]
 # ## Next
