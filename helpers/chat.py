@@ -9,7 +9,8 @@ from helpers.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Mistral-7B-Instruct v0.1/v0.2. A system message, which these models never saw, opens the first user turn.
+# Mistral-7B-Instruct v0.1/v0.2, token for token what mistral-common encodes. A system message, which these models never
+# saw, opens the first user turn.
 MISTRAL = (
     "{%- set system = messages[0]['content'] + '\\n\\n' if messages and messages[0]['role'] == 'system' else '' -%}"
     "{{- bos_token -}}"
@@ -18,7 +19,7 @@ MISTRAL = (
     "{{- raise_exception('roles must alternate user/assistant/user/assistant/...') -}}"
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"
-    "{{- '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}"
+    "{{- ' [INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}"
     "{%- else -%}"
     "{{- ' ' + message['content'] + eos_token -}}"
     "{%- endif -%}"
@@ -50,6 +51,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], p
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # jinja2's TemplateError, or whatever a template does to messages it does not expect
         raise UserError(f"the chat template refuses a conversation: {error}") from None
+
+
+def render_or_fault(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False
+) -> tuple[str, str]:
+    """The text and "", or "" and why the template refuses the conversation."""
+    try:
+        return render(tokenizer, messages, prompt), ""
+    except UserError as error:
+        return "", str(error)[:80]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:

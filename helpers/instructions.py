@@ -37,7 +37,10 @@ def prepare_instructions(
         messages = read_conversation(row)
         if isinstance(messages, str):
             return {"prompt": "", "input_ids": [], "labels": [], "fault": messages}
-        encoded = encode(tokenizer, messages)
+        try:
+            encoded = encode(tokenizer, messages)
+        except UserError as error:
+            return {"prompt": "", "input_ids": [], "labels": [], "fault": str(error)[:80]}
         fault = "over-long" if max_length and len(encoded["input_ids"]) > max_length else ""
         return {"prompt": messages[0]["content"], **encoded, "fault": fault}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat import render
+from helpers.chat import render_or_fault
 from helpers.errors import UserError
 from helpers.rows import Account, Message, conversation, fault_of, is_conversation, keep, key_of
 
@@ -80,17 +80,18 @@ def prepare_preferences(
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], max_prompt: int, max_total: int) -> list[str]:
-    """For each pair "" or "over-long"."""
+    """For each pair "", "over-long", or why the chat template refuses it."""
     if not pairs:
         return []
-    texts = [render(tokenizer, p["prompt"], prompt=True) for p in pairs]
-    texts += [render(tokenizer, p["prompt"] + p["chosen"]) for p in pairs]
-    texts += [render(tokenizer, p["prompt"] + p["rejected"]) for p in pairs]
+    sides = [[render_or_fault(tokenizer, p["prompt"], prompt=True) for p in pairs]]
+    sides += [[render_or_fault(tokenizer, p["prompt"] + p[name]) for p in pairs] for name in ("chosen", "rejected")]
+    texts = [text for side in sides for text, _ in side]
+    faults = [next((fault for _, fault in row if fault), "") for row in zip(*sides, strict=True)]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     n = len(pairs)
     return [
-        "over-long" if (max_prompt and p > max_prompt) or (max_total and max(c, r) > max_total) else ""
-        for p, c, r in zip(lengths[:n], lengths[n : 2 * n], lengths[2 * n :], strict=True)
+        fault or ("over-long" if (max_prompt and p > max_prompt) or (max_total and max(c, r) > max_total) else "")
+        for fault, p, c, r in zip(faults, lengths[:n], lengths[n : 2 * n], lengths[2 * n :], strict=True)
     ]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers.chat import MISTRAL
 from helpers.errors import UserError
 from helpers.instructions import prepare_instructions
 from helpers.preferences import prepare_preferences, read_pair
@@ -95,6 +96,21 @@ def test_instructions_become_tokens_and_labels(tokenizer: PreTrainedTokenizerBas
     assert tokenizer.decode([i for i in good[0]["labels"] if i != -100]) == " 5.</s>"
     assert account.as_dict()["reasons"] == {"no final assistant turn": 1, "over-long": 1}
     assert account.read == account.kept + sum(account.dropped.values()) == 3
+
+
+def test_a_row_that_the_template_refuses_is_dropped_and_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    strict = AutoTokenizer.from_pretrained(tmp_path)
+    strict.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + MISTRAL
+    talk = [{"role": "system", "content": "Be kind."}, *ASK]
+    rows = [{"prompt": p, "chosen": [bot("5.")], "rejected": [bot("6.")]} for p in (ASK, talk, ASK)]
+    pairs, account = prepare_preferences(Dataset.from_list(rows), strict, 0, 0)
+    assert len(pairs) == 2
+    assert account.examples == {"the chat template refuses a conversation: no system": [1]}
+    rows = [{"messages": [*p, bot("5.")]} for p in (ASK, talk)]
+    assert prepare_instructions(Dataset.from_list(rows), strict, 0)[1].dropped == account.dropped
 
 
 def test_columns_that_cannot_be_used_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
