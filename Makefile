@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 endif
 # TORCH_INDEX: address of a package index with another build of torch, such as the CPU-only one (see the README)
 TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 --index-url $(TORCH_INDEX) &&)
+export CUDA_VISIBLE_DEVICES ?= 0
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml --resume never $(FLAGS)
 .DEFAULT_GOAL := help

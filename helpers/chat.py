@@ -77,14 +77,25 @@ def show_labels(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -
     return text
 
 
+def render_or_fault(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False
+) -> tuple[str, str]:
+    """The text and "", or "" and why the template refuses the conversation."""
+    try:
+        return render(tokenizer, messages, prompt), ""
+    except UserError as error:
+        return "", str(error)[:80]
+
+
 def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], prompt: bool = False
-) -> list[str]:
-    """`render` of many conversations in one call."""
+) -> list[tuple[str, str]]:
+    """`render_or_fault` of many conversations, in one call where none is refused."""
     try:
-        return list(tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt))
-    except Exception:  # find the one that is refused, and say so
-        return [render(tokenizer, messages, prompt) for messages in conversations]
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
+    except Exception:  # find out which
+        return [render_or_fault(tokenizer, messages, prompt) for messages in conversations]
+    return [(str(text), "") for text in texts]
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -151,24 +151,6 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-def recognise(columns: dict[str, bool]) -> str:
-    """The format of a dataset with these columns (True where a column holds lists), or "" where it is none of ours."""
-    have = set(columns)
-    if {"chosen", "rejected"} <= have:
-        if columns["chosen"]:
-            return "messages"
-        if "question" in have or ("input" in have and "prompt" not in have):
-            return "orca"
-        return "triplet" if "prompt" in have else "transcript"
-    if {"instruction", "output_1", "output_2", "preference"} <= have:
-        return "alpaca_farm"
-    if {"prompt", "answers"} <= have and columns["answers"]:
-        return "ranked"
-    if {"prompt", "instruction", "question"} & have and (columns.get("completions") or {"responses", "scores"} <= have):
-        return "scored"
-    return ""
-
-
 def transcript(text: Any) -> list[Message]:
     """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] where it is none."""
     if not isinstance(text, str) or not text.startswith("\n\nHuman:"):

@@ -54,6 +54,8 @@ def judge_by_rules(module: str, questions: list[dict[str, Any]], answers: dict[s
         raise SettingsError(f"--rules {module}: a module with score() and compare() is needed") from None
     if len(answers) < 2:
         raise SettingsError("--rules compares two models: give --models an adapter, or two models")
+    if missing := sum("answer" not in question for question in questions):
+        raise SettingsError(f"--rules {module} needs the right answer to each prompt; {missing} have no field answer")
     before, after = next(iter(answers)), list(answers)[-1]
     results = Counter(compare(b, a, q) for b, a, q in zip(answers[before], answers[after], questions, strict=True))
     scores = {n: [score(a, q) for a, q in zip(answers[n], questions, strict=True)] for n in (before, after)}

@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -83,8 +82,9 @@ def from_variables(
             listed = json.loads(text) if text.startswith("[") else None
         except json.JSONDecodeError:
             listed = None
-        one = name in types and "tuple" not in str(types[name])  # a text may hold spaces; TRL's values hold none
-        found[name] = as_words(listed) if listed else [text] if one or text.startswith("{") else shlex.split(text)
+        # a text may hold spaces; the values of TRL's lists, and of ours but for the prompts, hold none
+        one = (name in types and "tuple" not in str(types[name])) or name == "prompts" or text.startswith("{")
+        found[name] = as_words(listed) if listed else [text] if one else text.split()
     return found
 
 

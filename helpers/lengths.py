@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from helpers.chat import render_all
+from helpers.chat import render, render_all
 from helpers.errors import UserError
 from helpers.formats import Pair
 from helpers.rows import Message
@@ -28,29 +28,33 @@ class Limits:
     overlong: Overlong = "drop"
 
 
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Tokens]:
-    """Tokens of prompt, chosen and rejected answers, as TRL 1.16's DPOTrainer makes them (dpo_trainer.py,
-    _prepare_dataset): a completion begins where the tokens of the prompt and those of prompt and answer diverge.
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[Tokens | str]:
+    """Tokens of prompt, chosen and rejected answers, or why the template refuses a pair.
 
-    A prompt is not tokenized a third time where a token of the longer text ends exactly at its end: no merge has then
-    crossed that place, so what stands before it is what the prompt alone gives.
+    They are those of TRL 1.16's DPOTrainer (dpo_trainer.py, _prepare_dataset): a completion begins where the tokens
+    of the prompt and those of prompt and answer diverge. A prompt is not tokenized a third time where a token of the
+    longer text ends exactly at its end: no merge has then crossed that place, so what stands before it is what the
+    prompt alone gives.
     """
     if not pairs:
         return []
     prompts = render_all(tokenizer, [p.prompt for p in pairs], prompt=True)
-    texts = render_all(tokenizer, [[*p.prompt, *p.chosen] for p in pairs])
-    texts += render_all(tokenizer, [[*p.prompt, *p.rejected] for p in pairs])
+    sides = render_all(tokenizer, [[*p.prompt, *p.chosen] for p in pairs])
+    sides += render_all(tokenizer, [[*p.prompt, *p.rejected] for p in pairs])
+    texts = [text for text, _ in sides]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    found = []
-    for i, prompt in enumerate(prompts):
-        sides = (i, i + len(pairs))
-        at = [_boundary(prompt, texts[s], offsets[s]) for s in sides]
-        if at[0] < 0 or at[0] != at[1] or ids[sides[0]][: at[0]] != ids[sides[1]][: at[1]]:
+    found: list[Tokens | str] = []
+    for i, (prompt, fault) in enumerate(prompts):
+        c, r = i, i + len(pairs)
+        if fault := fault or sides[c][1] or sides[r][1]:
+            found.append(fault)
+            continue
+        at = _boundary(prompt, texts[c], offsets[c])
+        if at < 0 or at != _boundary(prompt, texts[r], offsets[r]) or ids[c][:at] != ids[r][:at]:
             alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            at = [min(_common_prefix(alone, ids[s]) for s in sides)] * 2
-        chosen, rejected = (ids[s][at[0] :] for s in sides)
-        found.append((ids[i][: at[0]], chosen, rejected))
+            at = min(_common_prefix(alone, ids[c]), _common_prefix(alone, ids[r]))
+        found.append((ids[c][:at], ids[c][at:], ids[r][at:]))
     return found
 
 
@@ -82,7 +86,9 @@ def within(
         short = trim_prompt(tokenizer, pair.prompt, most)
         if short:
             pair = dataclasses.replace(pair, prompt=short)
-            return pair, encode_pairs(tokenizer, [pair])[0], "", "prompt trimmed from the left"
+            shorter = encode_pairs(tokenizer, [pair])[0]
+            if not isinstance(shorter, str):
+                return pair, shorter, "", "prompt trimmed from the left"
     if limits.overlong == "cut_answer" and len(prompt) < (limits.total or sys.maxsize):
         room = limits.total - len(prompt) if limits.total else sys.maxsize
         cut = longest > room
@@ -95,7 +101,7 @@ def trim_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], most:
     last user turn; a system message stays. [] where nothing of the last turn would be left."""
 
     def length(messages: list[Message]) -> int:
-        text = render_all(tokenizer, [messages], prompt=True)[0]
+        text = render(tokenizer, messages, prompt=True)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     head = prompt[:1] if prompt[0]["role"] == "system" else []

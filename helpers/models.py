@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import SettingsError, UserError
 from helpers.paths import find_path
-from helpers.runs import find_run, read_run
+from helpers.runs import is_main_process, read_run
 from helpers.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -60,17 +60,23 @@ class Plan:
         return table
 
 
-def plan_model(model_id: str, tuning: str = "lora", quantization: str = "auto", attention: str = "auto") -> Plan:
+def plan_model(
+    model_id: str, tuning: str = "lora", quantization: str = "auto", attention: str = "auto", use_cpu: bool = False
+) -> Plan:
     """Decide, from what this machine has, how `model_id` is loaded for `tuning` ("full", "lora", "qlora" or "none").
 
     Weights that are themselves trained stay in float32, with bfloat16 autocast where the hardware has it; others are
-    loaded in bfloat16 on a GPU. bfloat16 by emulation counts as none: float16 is used there. Raises UserError where a
-    model of this size needs a GPU and there is none, and SettingsError where the settings contradict each other.
+    loaded in bfloat16 on a GPU. bfloat16 by emulation counts as none: float16 is used there, and flash-attention, which
+    needs the same generation of GPU, is not. Raises UserError where a model of this size needs a GPU and there is none,
+    and SettingsError where the settings contradict each other.
     """
     import torch
     from transformers import BitsAndBytesConfig
 
-    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator.type if accelerator and not use_cpu else "cpu"
+    if device == "cuda":
+        _refuse_several_gpus()
     _refuse_large_model_on_cpu(model_id, device)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
@@ -93,33 +99,54 @@ def plan_model(model_id: str, tuning: str = "lora", quantization: str = "auto", 
     elif quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     if attention == "auto":
-        flash = device == "cuda" and (bf16 or fp16) and importlib.util.find_spec("flash_attn") is not None
+        flash = device == "cuda" and bf16 and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if flash else "sdpa"
     dtype = torch.float32 if tuning == "full" else compute
     return Plan(device, dtype, config, attention, bf16, fp16)
 
 
 def _refuse_large_model_on_cpu(model_id: str, device: str) -> None:
-    """Before anything is downloaded: the size is read from the name, as in Mistral-7B."""
-    size = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", model_id.rpartition("/")[2].replace("_", "-"))
-    if device == "cpu" and size and float(size[1]) > LARGEST_ON_CPU and find_path(model_id) is None:
+    """Before anything is downloaded: the size is read from the name, as in Mistral-7B or Mixtral-8x7B."""
+    name = model_id.rpartition("/")[2].replace("_", "-")
+    size = re.search(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", name)
+    billions = int(size[1] or 1) * float(size[2]) if size else 0.0
+    if device == "cpu" and billions > LARGEST_ON_CPU and find_path(model_id) is None:
         raise UserError(
             f"{model_id} needs a GPU (24 GB for the defaults) and this machine has none. "
             f'On a laptop: {DEMO}, or in a notebook the line recipe = "recipes/demo.yaml".'
         )
 
 
-def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
-    """adapter_config.json of an adapter that is trained further: its rank, scale and targets stay.
+def _refuse_several_gpus() -> None:
+    """One process would see them all, and the Trainer would wrap the model in nn.DataParallel, which TRL refuses."""
+    import torch
 
-    Raises SettingsError where one given by hand differs; a recipe's are for the adapters that it makes itself.
+    if "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
+        raise UserError(
+            f"{n} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to use one of them, "
+            "or start with `accelerate launch` in place of python to use all"
+        )
+
+
+def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
+    """adapter_config.json of an adapter that is trained further; its rank, scale and targets replace the settings'.
+
+    Raises SettingsError where one given by hand differs (a recipe's are for the adapters that it makes itself), or
+    where all weights were to be trained.
     """
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_targets", "target_modules")):
-        mine = getattr(settings, name)
+    if settings.values()["tuning"] == "full":
+        raise SettingsError(f"--tuning full, but {folder.name} is an adapter: it can only be trained further as one")
+    before = read_run(folder).get("settings", {})
+    theirs = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
+    theirs["lora_targets"] = before.get("lora_targets", config["target_modules"])
+    for name, value in theirs.items():
         by_hand = not settings.sources[name].startswith(("default", "recipe"))
-        if by_hand and mine != config[key] and not (name == "lora_targets" and mine == "all-linear"):
-            raise SettingsError(f"--{name} {mine}, but the adapter in {folder.name} has {config[key]}: leave it out")
+        if by_hand and getattr(settings, name) != value:
+            raise SettingsError(
+                f"--{name} {getattr(settings, name)}, but the adapter in {folder.name} has {value}: leave it out"
+            )
+    settings.adopt("parent", **theirs)
     return config
 
 
@@ -133,28 +160,6 @@ def train_adapter_in_float32(model: torch.nn.Module) -> None:
         if weight.requires_grad:
             exact = weights.get(name.replace(".default.", ".ref."), weight)
             weight.data = exact.data.float().clone()
-
-
-def local_or_hub(model_id: str, file: str = "config.json") -> str:
-    """The path of a local folder as one can open it from here, or the Hub id as it is.
-
-    Raises UserError where neither has `file`, before anything large is fetched.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    path = find_path(model_id)
-    if path and (path / file).is_file():
-        return str(path)
-    try:
-        if path:
-            raise FileNotFoundError(f"the folder has no {file}")
-        hf_hub_download(model_id, file)
-    except HFValidationError:
-        raise UserError(f"{model_id!r} is neither a folder here nor a Hub id") from None
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{model_id!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return model_id
 
 
 def compute_4bit_alike(model: torch.nn.Module) -> None:
@@ -174,47 +179,6 @@ def save_policy(trainer: Any, folder: Path) -> None:
     """Save the model, or the trained adapter alone: TRL's save_model adds the frozen "ref" copy to it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), selected_adapters=["default"])
+        model.save_pretrained(str(folder), selected_adapters=["default"], is_main_process=is_main_process())
     else:
         trainer.save_model(str(folder))
-
-
-def find_adapter(name: str, base_model_id: str = "") -> tuple[str, str]:
-    """Paths or Hub ids of an adapter and of its base. Raises UserError where `name` is no adapter."""
-    from peft import PeftConfig
-
-    try:
-        adapter = local_or_hub(name, "adapter_config.json")
-    except UserError as error:
-        raise UserError(f"there is no adapter to merge: {error}") from None
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    return adapter, local_or_hub(base_model_id or str(base))
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A model that answers: a whole one, or an adapter on its base."""
-
-    name: str
-    base: str
-    adapter: str | None = None
-
-
-def find_candidates(names: tuple[str, ...], output_dir: Path) -> list[Candidate]:
-    """What each of `names` (a run, an adapter, a model, "latest") means, what it started from standing before it."""
-    found = []
-    for name in names:
-        if name == "latest":
-            name = str(find_run(output_dir, "latest", "dpo").folder)
-        folder = find_path(name) or find_path(str(output_dir / name))
-        if folder is None or not (folder / "adapter_config.json").is_file():
-            found.append(Candidate(Path(name).name, str(folder or name)))
-            continue
-        base = local_or_hub(str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]))
-        parent = read_run(folder).get("parent") or ""
-        if (folder.parent / parent / "adapter_config.json").is_file():
-            found.append(Candidate(parent, base, str(folder.parent / parent)))
-        else:
-            found.append(Candidate(Path(base).name, base))
-        found.append(Candidate(folder.name, base, str(folder)))
-    return list(dict.fromkeys(found))

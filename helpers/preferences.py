@@ -7,8 +7,9 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from helpers.chat import fold_system, takes_system
+from helpers.columns import list_columns, recognise
 from helpers.errors import UserError
-from helpers.formats import ADAPTERS, Options, Pair, recognise
+from helpers.formats import ADAPTERS, Options, Pair
 from helpers.lengths import Limits, encode_pairs, within
 from helpers.rows import Account, content_fingerprint, key_of
 
@@ -35,7 +36,7 @@ def prepare_preferences(
     starts at once. Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids.
     Raises UserError where the format is not known or no row can be used.
     """
-    name = data_format if data_format != "auto" else recognise(_columns(rows))
+    name = data_format if data_format != "auto" else recognise(list_columns(rows))
     if name not in ADAPTERS:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
@@ -61,7 +62,7 @@ def prepare_preferences(
     )
     account, good = _account(made, len(rows))
     account.format = name
-    return made.select(good).select_columns(list(COLUMNS)), account
+    return made.select(good).select_columns(["prompt_key", *COLUMNS]), account
 
 
 def _read_batch(
@@ -92,6 +93,9 @@ def _read_batch(
             _append(out, row, change=change)
     kept = [i for i, fault in enumerate(out["fault"]) if not fault]
     for i, pair, tokens in zip(kept, pairs, encode_pairs(tokenizer, pairs), strict=True):
+        if isinstance(tokens, str):
+            out["fault"][i] = tokens
+            continue
         pair, tokens, fault, change = within(tokenizer, pair, tokens, limits)
         out["fault"][i] = fault
         out["change"][i] = out["change"][i] or change
@@ -155,11 +159,6 @@ def _append(out: dict[str, list[Any]], row: int, **values: Any) -> None:
     empty = {"row": row, "fault": "", "change": "", "prompt_key": "", "chosen_key": "", "rejected_key": ""}
     for column, cells in out.items():
         cells.append(values.get(column, empty.get(column, [])))
-
-
-def _columns(rows: Dataset) -> dict[str, bool]:
-    """Columns, and whether each holds lists."""
-    return {name: str(kind).startswith(("List", "LargeList", "[")) for name, kind in rows.features.items()}
 
 
 def _features() -> Any:

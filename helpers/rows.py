@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
 from helpers.paths import find_path
 
 if TYPE_CHECKING:
@@ -50,12 +50,13 @@ class Account:
             numbers.append(row)
 
     def check(self, strict: bool) -> None:
-        """Raise UserError where nothing is left, or where `strict` and a row was dropped."""
+        """Raise SettingsError where nothing is left, or where `strict` and a row was dropped."""
         if self.kept and not (strict and self.dropped):
             return
         reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in self.dropped.items())
         lost = self.dropped.total()
-        raise UserError(f"{lost if self.kept else 'no row'} of {self.read} {'rows cannot' if self.kept else 'can'} be used. {reasons}")
+        who = f"{lost} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
+        raise SettingsError(f"{who} be used. {reasons}")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -101,36 +102,18 @@ def load_rows(dataset_id: str, config: str = "", split: str = "train", revision:
         raise UserError(f"dataset {dataset_id!r}, split {split!r}, cannot be loaded: {reason}") from None
 
 
-def keep(rows: Dataset, strict: bool) -> tuple[Dataset, Account]:
-    """The rows whose column `fault` is empty, without it, and the account.
-
-    Raises UserError where none is left, or where `strict` and one is dropped.
-    """
-    account = Account(read=len(rows))
-    good = []
-    for number, fault in enumerate(rows["fault"]):
-        if fault:
-            account.drop(fault, number)
-        else:
-            good.append(number)
-    account.kept = len(good)
-    reasons = ", ".join(
-        f"{reason}: {n} (row {account.examples[reason][0]} ...)" for reason, n in account.dropped.items()
-    )
-    if not good or (strict and reasons):
-        raise UserError(f"{len(rows) - len(good)} of {len(rows)} rows cannot be used. {reasons}")
-    return rows.select(good).remove_columns("fault"), account
-
-
 def split_by_prompt(
-    rows: Dataset, prompts: list[str], eval_rows: int, eval_fraction: float, train_rows: int, seed: int
+    rows: Dataset, column: str, eval_rows: int, eval_fraction: float, train_rows: int, seed: int
 ) -> tuple[Dataset, Dataset]:
-    """Train and evaluation rows with no prompt in both; the order is the seed's, whatever the order of the file.
+    """Train and evaluation rows with no prompt (text of `column`) in both; the order is the seed's, not the file's.
 
     `eval_rows` wins over `eval_fraction`; 0 for `train_rows` means all that are left.
     """
+    prompts = rows[column][:]
     rank = {p: hashlib.sha256(f"{seed} {p}".encode()).digest() for p in set(prompts)}
     order = sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i))
+    if not (eval_rows or eval_fraction):
+        raise UserError("--eval_rows 0 and --eval_fraction 0: something has to be held out, to see what is learned")
     wanted = min(eval_rows or round(eval_fraction * len(order)), len(order) - 1)
     while 0 < wanted < len(order) and prompts[order[wanted]] == prompts[order[wanted - 1]]:
         wanted += 1  # the prompt at the border goes to the evaluation rows as a whole

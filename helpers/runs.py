@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from typing import Any
 
 from helpers.errors import SettingsError, Stop, UserError, in_kernel
 from helpers.paths import REPO, find_path, short_path
+from helpers.provenance import commit, versions
 from helpers.settings import RunSettings
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
 WEIGHTS = "*.safetensors"
 
@@ -62,9 +61,13 @@ class Run:
     def is_adapter(self) -> bool:
         return (self.folder / "adapter_config.json").is_file()
 
+    def describe(self, **fields: Any) -> None:
+        """Add `fields` to the record; they are written with the next `update`."""
+        self.record |= fields
+
     def update(self, **fields: Any) -> None:
         """Add `fields` to run.json, which is never seen half written."""
-        self.record |= fields
+        self.describe(**fields)
         if is_main_process():
             if self.replaces:
                 shutil.rmtree(self.folder)
@@ -75,10 +78,10 @@ class Run:
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
         """Mark what happens to the run; gives the checkpoint to resume from, if there is one."""
+        self.update(status="running")  # first: where this run replaces another, that one's checkpoints go
         checkpoint = self.checkpoint
         if checkpoint:
             print(f"Going on from {short_path(checkpoint)}.")
-        self.update(status="running")
         try:
             yield checkpoint
         except KeyboardInterrupt:
@@ -100,8 +103,11 @@ class Run:
     def next_command(self, recipe: str = "") -> str:
         """The command of the step that follows, ready to paste."""
         words = f"python notebooks/{NEXT[self.record['step']]} "
-        # 04 reads a merged model as one among others; what it changed shows beside its adapter
-        words += short_path(self.folder.parent / (self.record["parent"] or "") if "04" in words else self.folder)
+        if self.record["step"] == "dpo" and not self.is_adapter:
+            words = f"python notebooks/{NEXT['merge']} "  # a model tuned in full is whole already
+        # what a merge changed shows beside its adapter
+        merged = self.record["step"] == "merge" and self.record.get("parent_folder")
+        words += short_path(self.record["parent_folder"] if merged else self.folder)
         return words + (f" --recipe {recipe}" if recipe else "")
 
 
@@ -109,12 +115,12 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     """The run that these settings name: a new one, or the one that stopped or finished under the same settings.
 
     Nothing is written, and nothing replaced, before the first `run.update`: a model or dataset that cannot be loaded
-    leaves things as they were.
-    `base_model` is the root of the lineage; `parent` the run this one starts from. A finished run raises Stop, except
-    in a kernel, where its cells may be run again and `run.finished` says what not to repeat.
+    leaves things as they were. `base_model` is the root of the lineage; `parent` the run this one starts from.
+    A finished run raises Stop, after merging or pushing it where that is asked for. It is returned in a kernel, where
+    its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
     Raises SettingsError where a name given by hand belongs to a run with other settings.
     """
-    short = base_model.rstrip("/").rpartition("/")[2]
+    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
     run = Run(folder, read_run(folder))
@@ -129,7 +135,13 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
     if run.finished:
         message = f"{short_path(folder)} is finished: nothing to do. --resume never does it anew."
+        push = getattr(settings, "push_to_hub", False)
+        if settings.step == "merge" and push:
+            return run
         if not in_kernel():
+            if settings.step == "dpo" and (push or getattr(settings, "merge_adaptors", False)):
+                merge_and_push(run, settings)
+                message = f"{short_path(folder)} was finished before; it was not trained again."
             raise Stop(f"{message}\n{_next_line(run, settings)}")
         print(message)
         return run
@@ -141,8 +153,9 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         sources=settings.sources,
         base_model=base_model,
         parent=parent.name if parent else None,
-        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        commit=_commit(),
+        parent_folder=str(parent.folder) if parent else None,
+        versions=versions(),
+        commit=commit(),
     )
     print(f"Run: {short_path(folder)}")
     return run
@@ -176,12 +189,31 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def run_notebook(name: str, **settings: Any) -> None:
-    """Run another notebook as a command of its own. Raises UserError where it fails; what it says is on the screen."""
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    status = subprocess.run([sys.executable, str(REPO / "notebooks" / name), *flags]).returncode
+def merge_and_push(run: Run, settings: Any) -> None:
+    """Do for a DPO run what 03_merge_push.py does, in a process of its own: merge, push, or both, as its settings ask.
+
+    What there is to push goes out as it is where merging is not asked for, or where nothing is to be merged.
+    Raises UserError where it fails; what it says is on the screen.
+    """
+    if not is_main_process() or not (settings.merge_adaptors or settings.push_to_hub):
+        return
+    if settings.merge_adaptors and not run.is_adapter:
+        print(f"{run.name} was tuned in full: there is nothing to merge.")
+    flags = {
+        "run": run.folder,
+        "output_dir": settings.output_dir,
+        "what": "merged" if settings.merge_adaptors and run.is_adapter else "adapter",
+        "push_to_hub": settings.push_to_hub,
+        "hub_repo_id": settings.hub_repo_id,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if flags["what"] == "adapter" and not settings.push_to_hub:
+        return
+    words = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    status = subprocess.run(words, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode
     if status:
-        raise UserError(f"{name} stopped with status {status}: what it says stands above")
+        raise UserError(f"03_merge_push.py stopped with status {status}: what it says stands above")
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -216,22 +248,3 @@ def _is_json(file: Path) -> bool:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _commit() -> str:
-    """The repository's commit, with "+" behind it when files differ from it."""
-    try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=REPO, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return text.strip()

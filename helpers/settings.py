@@ -26,9 +26,10 @@ from helpers import layers, trl_fields
 from helpers.errors import SettingsError, in_kernel, report_user_errors
 from helpers.paths import REPO
 
+RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
-NOT_IDENTITY |= {"push_to_hub", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
+NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
 
 
 @dataclasses.dataclass
@@ -67,6 +68,12 @@ class RunSettings:
     def given(self, name: str) -> bool:
         """Whether `name` was set at all, rather than left at the cell's default."""
         return self.sources[name] != "default"
+
+    def adopt(self, source: str, **values: Any) -> None:
+        """Take over `values` that something else decides, and say what."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self.sources[name] = source
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -125,9 +132,18 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
 
 
 def one_of(settings: RunSettings, *names: str) -> None:
-    """Raise SettingsError where more than one of `names` was given: they say the same thing in two ways."""
-    if len(given := [f"--{name} {getattr(settings, name)}" for name in names if settings.given(name)]) > 1:
-        raise SettingsError(f"{' and '.join(given)} contradict each other: give one of them")
+    """Keep the one of `names` that the highest layer gave: they say the same thing in different ways.
+
+    The others go back to nothing. Raises SettingsError where one layer gave more than one.
+    """
+    layer = {name: settings.sources[name].split()[0] for name in names}
+    given = {name: RANKS.index(layer[name]) for name in names if getattr(settings, name) and RANKS.index(layer[name])}
+    highest = [name for name in given if given[name] == max(given.values())]
+    if len(highest) > 1:
+        said = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
+        raise SettingsError(f"{said} contradict each other: give one of them")
+    for name in set(names) - set(highest) if highest else ():
+        settings.adopt(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
 
 
 def _quieten() -> None:

@@ -9,7 +9,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 TOKENS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 
-class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class TokenizedDPOTrainer(DPOTrainer):
     """DPOTrainer that takes the tokens of `prepare_preferences` as they are.
 
     TRL 1.16 (dpo_trainer.py, _prepare_dataset) tokenizes every row itself, and then drops without a word those whose

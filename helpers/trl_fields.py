@@ -18,7 +18,6 @@ SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 
 # Older name → today's name, or the reason why there is none.
 RENAMED = {
-    "adam_8bit": "optim",
     "beta": "dpo_beta",
     "dataset_name": "dataset_id",
     "dataset_path": "dataset_id",
@@ -54,6 +53,7 @@ GONE = {
 }
 # Name and word → name and words, where a value changed its meaning with its name.
 RESPELLED = {
+    ("adam_8bit", "true"): ("optim", ["paged_adamw_8bit"]),
     ("group_by_length", "true"): ("train_sampling_strategy", ["group_by_length"]),
     ("load_in_4bit", "true"): ("quantization", ["4bit"]),
     ("load_in_8bit", "true"): ("quantization", ["8bit"]),

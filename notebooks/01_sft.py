@@ -55,7 +55,7 @@ class Settings(RunSettings):
     eval_rows: int = 500  # conversations held out; 0 takes eval_fraction of them
     eval_fraction: float = 0.05  # share held out where eval_rows is 0
     max_length: int = 2048  # tokens of a conversation; longer ones are dropped and counted
-    chat_format: Literal["auto", "mistral"] = "auto"  # auto: the tokenizer's own template, else mistral
+    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
     strict: bool = False  # stop when any row has to be dropped
 
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
@@ -88,7 +88,9 @@ from helpers.display import show
 from helpers.models import plan_model
 from helpers.runs import start_run
 
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention)
+plan = plan_model(
+    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
+)
 run = start_run(settings, base_model=settings.model_id)
 show(plan)
 
@@ -101,8 +103,9 @@ from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
 from helpers.curves import draw, final_metrics, log_to, read_history
 from helpers.instructions import prepare_instructions
-from helpers.models import compute_4bit_alike, local_or_hub, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.rows import load_rows, split_by_prompt
+from helpers.sources import local_or_hub
 
 # %% [markdown]
 # ## Data
@@ -111,18 +114,19 @@ from helpers.rows import load_rows, split_by_prompt
 # the split.
 
 # %%
-model_path = local_or_hub(settings.model_id)
+model_path = local_or_hub(settings.model_id, settings.revision)
 hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
 print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
 
 # %%
 rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
-rows, account = prepare_instructions(rows, tokenizer, settings.max_length, settings.strict)
+rows, account = prepare_instructions(rows, tokenizer, settings.max_length)
+account.check(settings.strict)
 train_set, eval_set = split_by_prompt(
-    rows, rows["prompt"][:], settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+    rows, "prompt", settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
 )
-run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
 # %% [markdown]
@@ -155,6 +159,7 @@ if settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        revision=settings.revision or None,  # of the base, for whoever loads the adapter
     )
 
 # %% [markdown]
@@ -171,7 +176,7 @@ config = dict(
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_eval_batch_size,
     gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    max_length=None,  # no row is longer than settings.max_length
+    max_length=settings.max_length or None,  # what packing fills; no row is longer
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
@@ -211,7 +216,7 @@ if not run.finished:
     with run.training() as checkpoint:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
-        trainer.save_model(str(run.folder))
+        save_policy(trainer, run.folder)
         tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)
 

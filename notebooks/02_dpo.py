@@ -14,14 +14,13 @@
 # %% [markdown]
 # # 2. Align it on preferences
 #
-# **In:** a model that answers, and pairs of a better and a worse answer. **Out:** `outputs/dpo-<model>-<hex>/`, an
-# adapter.
+# **In:** a model that answers, and pairs of a better and a worse answer. **Out:** an adapter, in `outputs/dpo-.../`.
 #
 # ```
 # python notebooks/02_dpo.py                                  # Mistral-7B-Instruct with QLoRA, one 24 GB GPU
 # python notebooks/02_dpo.py --sft_run latest                 # on from the newest run of 01_sft.py
 # python notebooks/02_dpo.py --recipe recipes/demo.yaml       # a tiny model on a laptop, half a minute
-# python notebooks/02_dpo.py --dpo_beta 0.3 --help            # every setting
+# python notebooks/02_dpo.py --help                           # every setting
 # ```
 #
 # DPO (Rafailov et al., 2023, arXiv:2305.18290) needs neither a reward model nor sampling. With a frozen copy of the
@@ -39,7 +38,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings
+from helpers.settings import RunSettings, load_settings, one_of
 
 
 @dataclass
@@ -52,18 +51,21 @@ class Settings(RunSettings):
     sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
     revision: str = ""  # the model's branch, tag or commit on the Hub
     trust_remote_code: bool = False  # run code that comes with the model
-
     dataset_id: str = "argilla/ultrafeedback-binarized-preferences-cleaned"  # pairs: a Hub id, a file, or a folder
     dataset_config: str = ""  # the dataset's configuration, where it has several
     dataset_split: str = "train"  # the split that is read; evaluation pairs are taken from it
     train_rows: int = 11_000  # pairs to train on; 0 takes all
     eval_rows: int = 2_750  # pairs held out; 0 takes eval_fraction of them
     eval_fraction: float = 0.2  # share held out where eval_rows is 0
-    max_prompt_length: int = 1024  # tokens of a prompt; pairs with a longer one are dropped and counted
+    data_format: str = "auto"  # by the columns; or messages, triplet, orca, ranked, transcript, alpaca_farm, scored
+    pairing: Literal["worst", "random", "all"] = "worst"  # of several ranked answers: the best against which others
+    recommended: bool = False  # keep only the rows that the dataset's card recommends (distilabel-intel-orca)
+    min_margin: float = 0.0  # pairs rated closer than this are dropped; ties always are
+    max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
     max_length: int = 1512  # tokens of a prompt and its answer, likewise
-    chat_format: Literal["auto", "mistral"] = "auto"  # auto: the tokenizer's own template, else mistral
+    overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of pairs beyond them
     strict: bool = False  # stop when any row has to be dropped
-
+    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
     dpo_beta: float = 0.1  # how strongly the reference holds the policy back; higher is less divergence
     loss_type: tuple[str, ...] = ("sigmoid",)  # TRL's losses by name, summed; "sigmoid sft" keeps chosen answers likely
     num_train_epochs: float = 1.0  # passes over the pairs
@@ -71,7 +73,6 @@ class Settings(RunSettings):
     per_device_train_batch_size: int = 1  # pairs at a time
     per_device_eval_batch_size: int = 1  # likewise, in evaluation
     gradient_accumulation_steps: int = 16  # batches to one step
-
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
     attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
@@ -79,7 +80,6 @@ class Settings(RunSettings):
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
     lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
-
     merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
     push_to_hub: bool = False  # publish afterwards, privately, as 03_merge_push.py does
     hub_repo_id: str = ""  # where to: name/model
@@ -96,83 +96,97 @@ settings = load_settings(Settings, globals())
 # what it starts from, so the same command finds its own run again, and goes on where it stopped.
 
 # %%
+from helpers.credentials import hf_token, prepare_wandb
 from helpers.display import show
 from helpers.models import adapter_settings, plan_model
 from helpers.runs import find_run, start_run
-from helpers.settings import one_of
 
 one_of(settings, "model_id", "sft_run")
 parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
+if parent:
+    settings.adopt("parent", model_id=parent.base_model)
+if settings.push_to_hub:
+    hf_token("--push_to_hub")  # now, and not after hours of training
 from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 plan = plan_model(
-    parent.base_model if parent else settings.model_id, settings.tuning, settings.quantization, settings.attention
+    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
 )
-run = start_run(settings, parent.base_model if parent else settings.model_id, parent)
+run = start_run(settings, base_model=settings.model_id, parent=parent)
 show(plan)
 
 # %%
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from helpers.chat import apply_chat_format, render
-from helpers.credentials import prepare_wandb
 from helpers.curves import draw, final_metrics, log_to, read_history
-from helpers.models import compute_4bit_alike, local_or_hub, save_policy, train_adapter_in_float32
+from helpers.formats import Options
+from helpers.lengths import Limits
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.preferences import prepare_preferences
 from helpers.rows import load_rows, split_by_prompt
-from helpers.runs import run_notebook
+from helpers.runs import merge_and_push
+from helpers.sources import local_or_hub
+from helpers.trainer import TokenizedDPOTrainer
 
 # %% [markdown]
 # ## Data
 #
 # Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
-# nothing, and pairs that are too long would lose the end of their answers. A prompt is on one side of the split only.
+# nothing, and pairs that are too long would lose the end of their answers (`--overlong trim_prompt` shortens their
+# prompts instead). A prompt is on one side of the split only.
 
 # %%
-start = settings.model_id
-if parent:
-    start = from_adapter["base_model_name_or_path"] if from_adapter else str(parent.folder)
-model_path = local_or_hub(start)
-hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+start, start_revision = settings.model_id, settings.revision
+if from_adapter:
+    start, start_revision = from_adapter["base_model_name_or_path"], from_adapter.get("revision") or ""
+elif parent:
+    start = str(parent.folder)
+model_path = local_or_hub(start, start_revision)
+hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
 print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
 
 # %%
 rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
-pairs, account = prepare_preferences(rows, tokenizer, settings.max_prompt_length, settings.max_length, settings.strict)
-prompts = [render(tokenizer, prompt) for prompt in pairs["prompt"]]
-train_set, eval_set = split_by_prompt(
-    pairs, prompts, settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+pairs, account = prepare_preferences(
+    rows,
+    tokenizer,
+    Limits(settings.max_prompt_length, settings.max_length, settings.overlong),
+    settings.data_format,
+    Options(settings.pairing, settings.recommended, settings.seed),
+    settings.min_margin,
 )
-run.update(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+account.check(settings.strict)
+train_set, eval_set = split_by_prompt(
+    pairs, "prompt_key", settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+)
+run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
-# %% [markdown]
-# One pair as the model sees it:
-
 # %%
-pair = train_set[0]
+pair = train_set[0]  # one pair as the model sees it
 print(render(tokenizer, pair["prompt"], prompt=True))
-print("  chosen:  ", pair["chosen"][0]["content"])
-print("  rejected:", pair["rejected"][0]["content"])
+print("  chosen:  ", tokenizer.decode(pair["chosen_ids"]), "\n  rejected:", tokenizer.decode(pair["rejected_ids"]))
 
 # %% [markdown]
 # ## Model
 #
 # The frozen base is the reference: with the adapter switched off it is what the policy started as, so no second model
-# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference.
+# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference. Only
+# tuning in full needs a second copy of the weights.
 
 # %%
 set_seed(settings.seed)
-model = AutoModelForCausalLM.from_pretrained(
-    model_path,
+loading = dict(
     **hub,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
     attn_implementation=plan.attention,
     device_map=plan.device_map,
 )
+model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
 adapter = None
 if from_adapter:
@@ -183,7 +197,11 @@ elif settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        revision=start_revision or None,  # of the base, for whoever loads the adapter
     )
+reference = None
+if settings.tuning == "full" and not settings.trl.get("precompute_ref_log_probs"):
+    reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 
 # %% [markdown]
 # ## Trainer
@@ -219,8 +237,9 @@ training_args = DPOConfig(**config | settings.trl)
 
 # %%
 prepare_wandb(settings.report_to, settings.wandb_project)
-trainer = DPOTrainer(
+trainer = TokenizedDPOTrainer(  # TRL's DPOTrainer, on rows that are tokens already
     model=model,
+    ref_model=reference,
     args=training_args,
     train_dataset=train_set,
     eval_dataset=eval_set,
@@ -269,20 +288,13 @@ for name, value in run.record["metrics"].items():
 
 # %%
 if settings.merge_adaptors or settings.push_to_hub:
-    trainer = model = None  # makes room: the merge is a process of its own
-    run_notebook(
-        "03_merge_push.py",
-        run=run.folder,
-        output_dir=settings.output_dir,
-        what="merged" if settings.merge_adaptors else "adapter",
-        push_to_hub=settings.push_to_hub,
-        hub_repo_id=settings.hub_repo_id,
-    )
+    trainer = model = reference = None  # makes room: the merge is a process of its own
+    merge_and_push(run, settings)
 
 # %% [markdown]
 # ## Next
 #
-# The adapter is small and needs its base. The next notebook merges the two, and shows that nothing changed on the way.
+# The adapter needs its base. The next notebook merges the two, and shows that nothing changed on the way.
 
 # %%
 print("Next:", run.next_command(settings.recipe))

@@ -67,28 +67,37 @@ from pathlib import Path
 from helpers.display import show
 from helpers.errors import Stop, UserError
 from helpers.hub import files_to_push, push_folder
-from helpers.models import find_adapter
 from helpers.runs import find_run, start_run
+from helpers.settings import one_of
+from helpers.sources import find_adapter
 
+one_of(settings, "run", "adapter")
 source = None if settings.adapter else find_run(settings.output_dir, settings.run, "dpo")
-if settings.push_to_hub and settings.what == "adapter":  # or a model tuned in full: it goes out as it is
-    push_folder(source.folder if source else Path(settings.adapter), settings.hub_repo_id, settings.private)
-    raise Stop("Nothing to merge for that.")
-adapter_path, base_path = find_adapter(settings.adapter or str(source.folder), settings.base_model_id)
-merge_run = start_run(settings, base_model=source.base_model if source else base_path, parent=source)
-print(f"adapter {adapter_path}\nbase    {base_path}")
+to_push = Path(settings.adapter) if settings.adapter else source.folder
+if settings.push_to_hub and settings.what == "adapter" and not settings.dry_run:
+    push_folder(to_push, settings.hub_repo_id, settings.private)  # as it is: an adapter, or a model tuned in full
+    raise Stop("Nothing was merged for that.")
+policy_from = find_adapter(str(to_push), settings.base_model_id)
+merge_run = start_run(settings, base_model=source.base_model if source else policy_from.base, parent=source)
+print(f"adapter {policy_from.adapter}\nbase    {policy_from.base}")
 
 # %%
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.chat import apply_chat_format
 from helpers.merging import compare_logits, comparison_table, last_logits
 
-tokenizer = AutoTokenizer.from_pretrained(adapter_path)
+tokenizer = AutoTokenizer.from_pretrained(policy_from.tokenizer, trust_remote_code=settings.trust_remote_code)
+apply_chat_format(tokenizer, "auto")
 base = AutoModelForCausalLM.from_pretrained(
-    base_path, dtype="auto", device_map="cpu", trust_remote_code=settings.trust_remote_code
+    policy_from.base,
+    revision=policy_from.revision or "main",
+    dtype="auto",
+    device_map="cpu",
+    trust_remote_code=settings.trust_remote_code,
 )
-policy = PeftModel.from_pretrained(base, adapter_path)
+policy = PeftModel.from_pretrained(base, policy_from.adapter, torch_device="cpu")
 
 # %% [markdown]
 # ## Merge and check
@@ -133,8 +142,9 @@ for file in files_to_push(merge_run.folder):
 # %% [markdown]
 # ## Publish, if asked
 #
-# `--push_to_hub --hub_repo_id name/model` sends the files above and nothing else. The repository is private unless
-# `--no_private` is given. The token is read from `HF_TOKEN`, from `.env`, or from `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the files above and nothing else, also after a merge that had finished
+# before. The repository is private unless `--no_private` is given. The token is read from `HF_TOKEN`, from `.env`, or
+# from `hf auth login`.
 
 # %%
 if settings.push_to_hub:
@@ -147,4 +157,4 @@ if settings.push_to_hub:
 # The next notebook shows how its answers changed.
 
 # %%
-print("Next:", merge_run.next_command())
+print("Next:", merge_run.next_command(settings.recipe) if source else "python notebooks/04_vibes.py")

@@ -71,9 +71,12 @@ settings = load_settings(Settings, globals())
 # %%
 from helpers.display import show
 from helpers.generation import read_prompts
-from helpers.models import find_candidates, plan_model
+from helpers.models import plan_model
 from helpers.runs import start_run
+from helpers.settings import one_of
+from helpers.sources import find_candidates
 
+one_of(settings, "prompts", "prompts_file")
 candidates = find_candidates(settings.models, settings.output_dir)
 questions = read_prompts(settings.prompts, settings.prompts_file)
 plan = plan_model(candidates[0].base, "none", settings.quantization)
@@ -95,13 +98,15 @@ from helpers.models import compute_4bit_alike
 
 sampling = sampling_of(settings)
 conversations = [[{"role": "user", "content": question["prompt"]}] for question in questions]
-answers, loaded = {}, None
+answers, loaded, model = {}, None, None
 
 # %%
 for candidate in candidates:
-    if candidate.base != loaded:
+    if (candidate.base, candidate.revision) != loaded:
+        model = None  # makes room for the next
         model = AutoModelForCausalLM.from_pretrained(
             candidate.base,
+            revision=candidate.revision or "main",
             dtype=plan.dtype,
             quantization_config=plan.quantization,
             attn_implementation=plan.attention,
@@ -109,8 +114,8 @@ for candidate in candidates:
             trust_remote_code=settings.trust_remote_code,
         )
         compute_4bit_alike(model)
-        loaded = candidate.base
-    tokenizer = AutoTokenizer.from_pretrained(candidate.adapter or candidate.base)
+        loaded = (candidate.base, candidate.revision)
+    tokenizer = AutoTokenizer.from_pretrained(candidate.tokenizer, trust_remote_code=settings.trust_remote_code)
     apply_chat_format(tokenizer, "auto")
     speaker = PeftModel.from_pretrained(model, candidate.adapter) if candidate.adapter else model
     set_seed(settings.seed)
@@ -137,7 +142,8 @@ show(table.sample(settings.show_rows))
 # %%
 from helpers.judging import judge_by_rules
 
-verdicts = judge_by_rules(settings.rules, questions, answers) if settings.rules else None
+checkable = settings.rules and settings.prompts_file and len(candidates) > 1
+verdicts = judge_by_rules(settings.rules, questions, answers) if checkable else None
 vibes_run.finish(metrics=verdicts.as_dict() if verdicts else {})
 if verdicts:
     show(verdicts)

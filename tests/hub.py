@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         asked = json.loads(self.body)
-        repo_id = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
         key = f"{asked.get('type') or 'model'}s/{repo_id}"
         answer = {"url": f"{self.server.url}/{repo_id}"}
         if key in self.server.repos:

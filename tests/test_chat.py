@@ -53,7 +53,7 @@ def test_what_is_learned_is_what_follows_the_prompt_at_generation(tokenizer: Pre
 
 def test_mistral_format_as_text(tokenizer: PreTrainedTokenizerBase) -> None:
     system = [{"role": "system", "content": "Be brief."}]
-    text = "<s>[INST] What is 2 plus 3? [/INST] Of course, it is 5.</s>"
+    text = "<s> [INST] What is 2 plus 3? [/INST] Of course, it is 5.</s>"
     assert render(tokenizer, TALK[:2]) == text
     assert render(tokenizer, system + TALK[:2]) == text.replace("What", "Be brief.\n\nWhat")
 

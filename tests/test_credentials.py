@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,7 @@ def test_the_environment_s_token_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_someone_at_a_terminal_is_asked() -> None:
+    pty = pytest.importorskip("pty", reason="terminals of POSIX only")
     code = "from helpers.credentials import hf_token; print('GOT', hf_token('pushing'))"
     parent, child = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored, recognise, transcript
+from helpers.columns import recognise
+from helpers.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored, transcript
 
 
 def user(text: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
-from helpers import curves, generation, models, runs
+from helpers import curves, generation, models, runs, sources
 from helpers.errors import SettingsError, Stop, UserError
 from helpers.judging import judge_by_rules
 from helpers.merging import compare_logits, last_logits
@@ -28,6 +28,7 @@ def settings_of(folder: Path, *words: str) -> Any:
         lora_r: int = 8  # rank
         lora_alpha: int = 16  # scale
         lora_targets: str = "all-linear"  # layers
+        tuning: str = "qlora"  # what is trained
 
     return load_settings(Settings, {}, ["--output_dir", str(folder), *words])
 
@@ -124,7 +125,7 @@ def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseEx
 def test_a_7b_from_the_hub_is_refused_without_a_gpu_and_a_small_one_is_not() -> None:
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
-    for name in ("mistralai/Mistral-7B-v0.1", "org/model-13b-chat", "Qwen/Qwen3.5-4B"):
+    for name in ("mistralai/Mistral-7B-v0.1", "org/model-13b-chat", "Qwen/Qwen3.5-4B", "mistralai/Mixtral-8x7B-v0.1"):
         with pytest.raises(UserError, match="needs a GPU"):
             models.plan_model(name)
     for name in ("org/SmolLM-135M", "Qwen/Qwen2-0.5B", "org/b7b7", "org/model-2.8b"):
@@ -145,15 +146,69 @@ def test_the_plan_follows_the_tuning() -> None:
         models.plan_model("org/m", "full", "4bit")
 
 
+class FakeGpu:
+    """What plan_model asks PyTorch about a GPU; its answers are all that the plan can follow here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
+        import importlib.util
+
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
+        )
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # every package is installed
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def test_the_plan_on_a_gpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, bf16=True)
+    plan = models.plan_model("mistralai/Mistral-7B-v0.1", "qlora")
+    assert (plan.device, plan.dtype, plan.bf16, plan.fp16) == ("cuda", torch.bfloat16, True, False)
+    assert (plan.attention, plan.optimizer, plan.device_map) == ("flash_attention_2", "paged_adamw_8bit", {"": 0})
+    assert plan.quantization.bnb_4bit_compute_dtype == torch.bfloat16
+    assert models.plan_model("org/m", "full").dtype == torch.float32  # weights that are trained
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert models.plan_model("org/m").device_map == {"": 3}
+    forced = models.plan_model("org/m", use_cpu=True)
+    assert (forced.device, forced.optimizer, forced.device_map) == ("cpu", "adamw_torch", {"": "cpu"})
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16_without_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    FakeGpu(monkeypatch, bf16=False)
+    plan = models.plan_model("org/m", "qlora")
+    assert (plan.dtype, plan.bf16, plan.fp16, plan.attention) == (torch.float16, False, True, "sdpa")
+    assert plan.quantization.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_several_gpus_need_a_launcher_or_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, bf16=True, count=4)
+    with pytest.raises(UserError, match="4 GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0"):
+        models.plan_model("org/m")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert models.plan_model("org/m").device == "cuda"
+
+
 def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, said in ((str(tmp_path / "empty"), "has no config.json"), ("not/a/model", "neither a folder here nor")):
         with pytest.raises(UserError, match=said):
-            models.local_or_hub(name)
+            sources.local_or_hub(name)
 
 
 def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}')
+    settings = settings_of(tmp_path)
+    models.adapter_settings(tmp_path, settings)
+    assert (settings.lora_r, settings.lora_targets, settings.sources["lora_r"]) == (4, ["q_proj"], "parent")
+    with pytest.raises(SettingsError, match="--lora_targets all-linear, but the adapter"):
+        models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_targets", "all-linear"))
+    with pytest.raises(SettingsError, match="--tuning full, but"):
+        models.adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "full"))
     assert models.adapter_settings(tmp_path, settings_of(tmp_path))["r"] == 4
     assert models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
     with pytest.raises(SettingsError, match=f"--lora_r 64, but the adapter in {tmp_path.name} has 4"):
@@ -198,18 +253,28 @@ def test_4bit_layers_keep_their_gradient_after_an_evaluation() -> None:
 
 def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> None:
     base = tmp_path / "sft-full"
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    for name, parent in (("dpo-a", "sft-full"), ("sft-lora", None), ("dpo-b", "sft-lora")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-        record = {"step": name[:3], "status": "finished", "finished": "2026", "parent": parent, "base_model": "org/m"}
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
-    names = [c.name for c in models.find_candidates((str(tmp_path / "dpo-a"), "org/other"), tmp_path)]
-    assert names == ["sft-full", "dpo-a", "other"]
-    before, after = models.find_candidates(("dpo-b",), tmp_path)
+    made = {"sft-full": None, "dpo-a": "sft-full", "sft-lora": None, "dpo-b": "sft-lora", "dpo-full": "sft-full"}
+    for name, parent in made.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if name.endswith("full"):
+            (folder / "config.json").write_text("{}")
+        else:
+            config = {"base_model_name_or_path": str(base), "revision": "v2", "peft_type": "LORA"}
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        record = {"step": name[:3], "status": "finished", "finished": "2026", "base_model": "org/m"}
+        record["parent_folder"] = str(tmp_path / parent) if parent else None
+        (folder / "run.json").write_text(json.dumps(record))
+    names = [c.name for c in sources.find_candidates((str(tmp_path / "dpo-a"), "org/other", "us/other"), tmp_path)]
+    assert names == ["sft-full", "dpo-a", "other (1)", "other (2)"]
+    before, after = sources.find_candidates(("dpo-b",), tmp_path)
     assert (before.name, before.adapter, before.base) == ("sft-lora", str(tmp_path / "sft-lora"), str(base))
-    assert (after.name, after.adapter) == ("dpo-b", str(tmp_path / "dpo-b"))
+    assert (after.name, after.adapter, after.revision) == ("dpo-b", str(tmp_path / "dpo-b"), "v2")
+    assert after.tokenizer == str(base)  # the adapter came without one
+    (tmp_path / "dpo-b" / "tokenizer_config.json").write_text("{}")
+    assert after.tokenizer == str(tmp_path / "dpo-b")
+    before, after = sources.find_candidates(("dpo-full",), tmp_path)
+    assert (before.base, after.base, after.adapter) == (str(base), str(tmp_path / "dpo-full"), None)
 
 
 # Curves
@@ -336,3 +401,13 @@ def test_verdicts_by_rule_count_wins_ties_and_losses() -> None:
 def test_the_demo_model_loads_like_any_other(demo_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_folder / "tiny-mistral")
     assert sum(p.numel() for p in model.parameters()) < 3_000_000
+
+
+def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path: Path) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.update()
+    (run.folder / "checkpoint-2").mkdir()
+    (run.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    with runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m").training() as checkpoint:
+        assert checkpoint is None
+    assert not (run.folder / "checkpoint-2").exists()

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -168,7 +167,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, d
     try:  # between checkpoint 2 and checkpoint 4
         wait_for(lambda: '"step": 3' in (folder / "metrics.jsonl").read_text(), process)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     assert project.record("killed")["status"] == "running"
     assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2"}

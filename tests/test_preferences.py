@@ -28,7 +28,9 @@ def triplets(*rows: tuple[str, str, str]) -> Dataset:
 
 
 def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: PreTrainedTokenizerBase) -> None:
-    good = [{"prompt": f"What is {i} plus 1?", "chosen": [bot(f"{i + 1}.")], "rejected": [bot("0.")]} for i in range(30)]
+    good = [
+        {"prompt": f"What is {i} plus 1?", "chosen": [bot(f"{i + 1}.")], "rejected": [bot("0.")]} for i in range(30)
+    ]
     bad: dict[str, dict[str, Any]] = {
         "chosen equals rejected": {"prompt": "a?", "chosen": [bot("x")], "rejected": [bot("x ")]},
         "empty answer": {"prompt": "b?", "chosen": [bot("")], "rejected": [bot("y")]},
@@ -38,7 +40,9 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
             "prompt": None, "chosen": [user("f?"), user("f?"), bot("x")], "rejected": [user("f?"), bot("y")],
         },
         "duplicate pair": good[3],
-        "tie": {"prompt": "g?", "chosen": [bot("x")], "rejected": [bot("y")], "score_chosen": 5.0, "score_rejected": 5.0},
+        "tie": {
+            "prompt": "g?", "chosen": [bot("x")], "rejected": [bot("y")], "score_chosen": 5.0, "score_rejected": 5.0,
+        },
         "margin below --min_margin": {
             "prompt": "h?", "chosen": [bot("x")], "rejected": [bot("y")], "score_chosen": 5.0, "score_rejected": 4.8,
         },
@@ -111,7 +115,14 @@ def test_a_trimmed_prompt_keeps_its_end_and_the_answers_theirs(tokenizer: PreTra
 
 
 def test_whole_turns_are_trimmed_first_and_a_system_message_stays(tokenizer: PreTrainedTokenizerBase) -> None:
-    talk = [{"role": "system", "content": "Be kind."}, user("one " * 30), bot("two"), user("three"), bot("four"), user("five?")]
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        user("one " * 30),
+        bot("two"),
+        user("three"),
+        bot("four"),
+        user("five?"),
+    ]
     short = trim_prompt(tokenizer, talk, 60)
     assert short == [talk[0], *talk[3:]]
     assert trim_prompt(tokenizer, talk, 30)[0] == talk[0]
@@ -139,7 +150,7 @@ def test_answers_are_cut_only_when_that_is_asked_for_and_counted(tokenizer: PreT
 
 
 def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="over-long: .* tokens of prompt"):
+    with pytest.raises(UserError, match=r"over-long: .* tokens of prompt"):
         prepare_preferences(triplets(("a? " * 100, "x", "y")), tokenizer, Limits(32, 64, "error"))
 
 
@@ -153,9 +164,7 @@ def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedToken
 def test_no_kept_answer_ever_loses_its_end(
     prompt: str, answers: list[str], limit: int, overlong: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    pairs, account = prepare_preferences(
-        triplets((prompt, *answers)), tokenizer, Limits(limit, 2 * limit, overlong)
-    )
+    pairs, account = prepare_preferences(triplets((prompt, *answers)), tokenizer, Limits(limit, 2 * limit, overlong))
     assert account.kept + account.dropped.total() == account.read == 1
     for pair in pairs:
         for side in ("chosen_ids", "rejected_ids"):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers.chat_formats import MISTRAL
 from helpers.errors import UserError
 from helpers.instructions import prepare_instructions
-from helpers.preferences import prepare_preferences, read_pair
+from helpers.lengths import Limits
+from helpers.preferences import prepare_preferences
 from helpers.rows import load_rows, read_lines, split_by_prompt
 
 
@@ -25,62 +27,6 @@ def bot(text: Any) -> dict[str, Any]:
 
 
 ASK = [user("What is 2 plus 3?")]
-PAIR = {"prompt": ASK, "chosen": [bot("5.")], "rejected": [bot("6.")]}
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "What is 2 plus 3?", "chosen": [*ASK, bot("5.")], "rejected": [*ASK, bot("6.")]}, PAIR),
-        ({"chosen": [*ASK, bot("5.")], "rejected": [*ASK, bot("6.")]}, PAIR),
-        ({"prompt": "What is 2 plus 3?", "chosen": "5.", "rejected": "6."}, PAIR),
-        ({"prompt": ASK, "chosen": [bot("5.")], "rejected": [bot("6.")]}, PAIR),
-        ({"chosen": [*ASK, bot("5.") | {"extra": None}], "rejected": [*ASK, bot("6.")]}, PAIR),
-        ({"chosen": [*ASK, bot("5.")], "rejected": [user("What?"), bot("6.")]}, "prompts differ"),
-        ({"chosen": [*ASK, bot("5.")], "rejected": [*ASK, bot(" 5.\n")]}, "chosen equals rejected"),
-        ({"chosen": [*ASK, bot(" ")], "rejected": [*ASK, bot("6.")]}, "empty answer"),
-        ({"chosen": ASK, "rejected": [*ASK, bot("6.")]}, "no final assistant turn"),
-        ({"chosen": [*ASK, *ASK, bot("5.")], "rejected": [*ASK, bot("6.")]}, "roles do not alternate"),
-        ({"chosen": [*ASK, bot(5)], "rejected": [*ASK, bot("6.")]}, "not text"),
-        ({"chosen": None, "rejected": [*ASK, bot("6.")]}, "not text"),
-        ({"chosen": "5.", "rejected": "6."}, "not text"),
-    ],
-)
-def test_a_published_row_becomes_a_pair_or_a_reason(row: dict[str, Any], expected: Any) -> None:
-    assert read_pair(row) == expected
-
-
-def test_the_account_of_pairs_adds_up_and_names_rows(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [
-        {"prompt": "What is 2 plus 3?", "chosen": "5.", "rejected": "6."},
-        {"prompt": "What is 2 plus 3?", "chosen": "5.", "rejected": "5."},
-        {"prompt": "What is 2 plus 3? " * 40, "chosen": "5.", "rejected": "6."},
-        {"prompt": "What is 2 plus 4?", "chosen": "6. " * 100, "rejected": "7."},
-        {"prompt": "What is 2 plus 5?", "chosen": "7.", "rejected": "7."},
-    ]
-    pairs, account = prepare_preferences(Dataset.from_list(rows), tokenizer, 64, 128)
-    assert pairs.to_list() == [PAIR]
-    assert account.as_dict() == {
-        "read": 5,
-        "kept": 1,
-        "changed": 0,
-        "dropped": 4,
-        "reasons": {"chosen equals rejected": 2, "over-long": 2},
-        "examples": {"chosen equals rejected": [1, 4], "over-long": [2, 3]},
-    }
-    with pytest.raises(UserError, match=r"4 of 5 rows cannot be used\. chosen equals rejected: 2 \(row 1"):
-        prepare_preferences(Dataset.from_list(rows), tokenizer, 64, 128, strict=True)
-    assert len(prepare_preferences(Dataset.from_list(rows), tokenizer, 0, 0)[0]) == 3
-
-
-def test_pairs_train_as_they_are_in_trl(tokenizer: PreTrainedTokenizerBase) -> None:
-    from trl.data_utils import is_conversational
-
-    pairs, _ = prepare_preferences(
-        Dataset.from_list([{"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}]), tokenizer, 0, 0
-    )
-    assert is_conversational(pairs[0])
-    assert pairs.column_names == ["prompt", "chosen", "rejected"]
 
 
 def test_instructions_become_tokens_and_labels(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,34 +43,82 @@ def test_instructions_become_tokens_and_labels(tokenizer: PreTrainedTokenizerBas
     assert account.read == account.kept + sum(account.dropped.values()) == 3
 
 
+def test_a_row_that_the_template_refuses_is_dropped_and_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    strict = AutoTokenizer.from_pretrained(tmp_path)
+    strict.chat_template = "{{ raise_exception('no odd talk') if 'odd' in messages[0]['content'] }}" + MISTRAL
+    odd = [user("an odd question")]
+    rows = [{"prompt": p, "chosen": [bot("5.")], "rejected": [bot("6.")]} for p in (ASK, odd, ASK)]
+    rows[2]["chosen"] = [bot("7.")]
+    pairs, account = prepare_preferences(Dataset.from_list(rows), strict, Limits())
+    assert len(pairs) == 2
+    assert account.examples["the chat template refuses a conversation: no odd talk"] == [1]
+    rows = [{"messages": [*p, bot("5.")]} for p in (ASK, odd)]
+    assert prepare_instructions(Dataset.from_list(rows), strict, 0)[1].dropped == account.dropped
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "learned"),
+    [
+        ({"messages": [*ASK, bot("5."), user("And?"), bot("6.")], "prompt": "x"}, "messages", " 5.</s> 6.</s>"),
+        ({"prompt": "What is 2 plus 3?", "completion": "5."}, "completion", " 5.</s>"),
+        ({"prompt": ASK, "completion": [bot("5.")]}, "completion", " 5.</s>"),
+        ({"instruction": "Add.", "input": "2 and 3", "output": "5.", "text": "x"}, "alpaca", " 5.</s>"),
+        ({"prompt": "What is 2 plus 3?", "chosen": "5.", "rejected": "6."}, "triplet, the chosen side", " 5.</s>"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+             "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"},
+            "transcript, the chosen side", " b</s> d</s>",
+        ),
+    ],
+)  # fmt: skip
+def test_instruction_formats_and_the_chosen_side_of_pairs(
+    row: dict[str, Any], name: str, learned: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    made, account = prepare_instructions(Dataset.from_list([row]), tokenizer, 0)
+    assert (account.format, account.kept) == (name, 1)
+    assert tokenizer.decode([i for i in made[0]["labels"] if i != -100]) == learned
+
+
+def test_a_system_message_is_folded_where_the_template_has_no_place(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    plain.chat_template = "{% for m in messages %}[{{ m['content'] if m['role'] != 'system' }}]{% endfor %}</s>"
+    talk = [{"role": "system", "content": "Be kind."}, *ASK, bot("5.")]
+    made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, 0)
+    assert dict(account.changed) == {"system message folded into the first user turn": 1}
+    assert tokenizer.decode(made[0]["input_ids"]).startswith("[Be kind.\n\nWhat is 2 plus 3?]")
+
+
 def test_columns_that_cannot_be_used_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = Dataset.from_list([{"question": "x", "chosen": "y"}])
-    with pytest.raises(UserError, match="has columns question, chosen; a preference set needs rejected"):
-        prepare_preferences(rows, tokenizer, 0, 0)
-    with pytest.raises(UserError, match="an instruction set needs messages"):
-        prepare_instructions(rows, tokenizer, 0)
+    with pytest.raises(UserError, match="has columns question; an instruction set needs messages"):
+        prepare_instructions(Dataset.from_list([{"question": "x"}]), tokenizer, 0)
 
 
 def test_no_prompt_is_on_both_sides_and_the_split_is_the_seed_s() -> None:
     prompts = [f"prompt {i % 40}" for i in range(100)]
     rows = Dataset.from_dict({"prompt": prompts, "row": list(range(100))})
-    train, held_out = split_by_prompt(rows, prompts, 20, 0.5, 0, seed=1)
+    train, held_out = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=1)
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert 20 <= len(held_out) <= 22
     assert sorted(train["row"][:] + held_out["row"][:]) == list(range(100))
-    again, _ = split_by_prompt(rows, prompts, 20, 0.5, 0, seed=1)
-    other, _ = split_by_prompt(rows, prompts, 20, 0.5, 0, seed=2)
+    again, _ = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=1)
+    other, _ = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=2)
     assert again["row"][:] == train["row"][:] != other["row"][:]
-    few, _ = split_by_prompt(rows, prompts, 20, 0.5, 30, seed=1)
+    few, _ = split_by_prompt(rows, "prompt", 20, 0.5, 30, seed=1)
     assert few["row"][:] == train["row"][:][:30]
-    _, half = split_by_prompt(rows, prompts, 0, 0.5, 0, seed=1)
+    _, half = split_by_prompt(rows, "prompt", 0, 0.5, 0, seed=1)
     assert 50 <= len(half) <= 52
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_file() -> None:
     prompts = [f"prompt {i}" for i in range(50)]
-    _, one = split_by_prompt(Dataset.from_dict({"p": prompts}), prompts, 10, 0, 0, seed=3)
-    _, two = split_by_prompt(Dataset.from_dict({"p": prompts[::-1]}), prompts[::-1], 10, 0, 0, seed=3)
+    _, one = split_by_prompt(Dataset.from_dict({"p": prompts}), "p", 10, 0, 0, seed=3)
+    _, two = split_by_prompt(Dataset.from_dict({"p": prompts[::-1]}), "p", 10, 0, 0, seed=3)
     assert one["p"][:] == two["p"][:]
 
 

@@ -165,6 +165,7 @@ def test_any_field_of_the_trl_config_is_a_flag(words: list[str], expected: dict[
         (["--warmup_ratio", "0.03"], "warmup_steps", 0.03),
         (["--max_seq_length", "512"], "max_length", 512),
         (["--training_args.report_to", "None"], "report_to", "none"),
+        (["--adam_8bit"], "optim", "paged_adamw_8bit"),
         (["--group_by_length", "True"], "train_sampling_strategy", "group_by_length"),
     ],
 )
@@ -239,6 +240,8 @@ def test_several_words_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().loss_type == ("sigmoid", "sft")
     monkeypatch.setenv("DPO_LOSS_TYPE", '["ipo", "sft"]')
     assert load().loss_type == ("ipo", "sft")
+    monkeypatch.setenv("DPO_MODEL_ID", "it's one")
+    assert load().model_id == "it's one"
     monkeypatch.setenv("DPO_LOSS_WEIGHTS", "1 0.5")
     assert load().trl == {"loss_weights": [1.0, 0.5]}
 
@@ -274,6 +277,21 @@ def test_two_ways_to_say_one_thing_contradict_each_other() -> None:
     one_of(load("--model_id", "org/x"), "model_id", "sft_run")
     with pytest.raises(SettingsError, match="--model_id org/x and --sft_run latest contradict"):
         one_of(load("--model_id", "org/x", "--sft_run", "latest"), "model_id", "sft_run")
+
+
+def test_of_two_ways_to_say_one_thing_the_higher_layer_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.yaml").write_text("dpo:\n  sft_run: latest\n")
+    settings = load("--recipe", "r.yaml", "--model_id", "org/x")
+    one_of(settings, "model_id", "sft_run")
+    assert (settings.model_id, settings.sft_run) == ("org/x", "")
+    settings = load("--recipe", "r.yaml", "--sft_run", "None", "--model_id", "org/x")
+    one_of(settings, "model_id", "sft_run")
+    assert (settings.model_id, settings.sft_run) == ("org/x", "")
+    monkeypatch.setenv("DPO_MODEL_ID", "org/x")
+    settings = load("--sft_run", "latest")
+    one_of(settings, "model_id", "sft_run")
+    assert settings.sft_run == "latest"
+    assert settings.sources["sft_run"] == "flag"
 
 
 def test_this_is_no_kernel_and_a_user_error_shows_one_line_in_one() -> None:

@@ -1,0 +1,133 @@
+"""How long preparing preference pairs takes, beside stock DPOTrainer on the same rows and the same number of processes.
+
+    python benchmarks/prepare.py [ROWS] [PROCESSES]
+
+Each measurement is a fresh process, the two alternate. Rows have about the lengths of UltraFeedback (prompts and
+answers drawn from log-normal distributions), in the columns of argilla/ultrafeedback-binarized-preferences-cleaned;
+the tokenizer is Mistral-7B's, from mistral-common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROUNDS = 3
+WORDS = "the a of and to in is you that it he was for on are as with his they I at be this have from or one had by word"
+
+
+def write_rows(file: Path, count: int) -> None:
+    draw = random.Random(0)
+    vocabulary = [
+        *WORDS.split(),
+        *(f"{a}{b}" for a in ("pre", "con", "inter") for b in ("sent", "tend", "ference", "vene")),
+    ]
+
+    def text(characters: float) -> str:
+        return " ".join(draw.choice(vocabulary) for _ in range(max(1, int(characters / 5))))
+
+    with file.open("w") as out:
+        for i in range(count):
+            prompt = f"{i}: {text(min(6000, draw.lognormvariate(5.8, 1.1)))}"
+            sides = {
+                name: [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": text(draw.lognormvariate(*shape))},
+                ]
+                for name, shape in (("chosen", (6.9, 0.8)), ("rejected", (6.7, 0.9)))
+            }
+            out.write(json.dumps({"prompt": prompt, **sides, "chosen-rating": 5.0, "rejected-rating": 3.0}) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    import mistral_common
+
+    folder.mkdir()
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
+
+
+def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
+    """One measurement: seconds, the largest resident memory of this process and of its workers, and the tokens' hash."""
+    from datasets import disable_progress_bars, load_dataset
+    from transformers import AutoTokenizer
+
+    from helpers.chat import apply_chat_format
+    from helpers.lengths import Limits
+    from helpers.preferences import prepare_preferences
+
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    apply_chat_format(tokenizer, "mistral")
+    rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / which))
+    num_proc = processes if processes > 1 else None
+    start = time.perf_counter()
+    if which == "ours":
+        made, _ = prepare_preferences(rows, tokenizer, Limits(), num_proc=num_proc)
+    else:
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        # what one writes by hand before TRL takes these columns: the prompt apart from the answers
+        rows = rows.map(
+            lambda r: {"prompt": r["chosen"][:-1], "chosen": r["chosen"][-1:], "rejected": r["rejected"][-1:]},
+            remove_columns=rows.column_names,
+            num_proc=num_proc,
+        )
+        args = SimpleNamespace(dataset_num_proc=num_proc, max_length=None, truncation_mode="keep_start")
+        made = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train")
+    seconds = time.perf_counter() - start
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    digest = hashlib.sha256()
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for ids in made[column]:
+            digest.update(repr(list(ids)).encode())
+    return {"seconds": seconds, "peak_mib": peak, "tokens": digest.hexdigest()}
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    processes = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_rows(folder / "rows.jsonl", count)
+        write_tokenizer(folder / "tokenizer")
+        results: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
+        for _ in range(ROUNDS):
+            for which, found in results.items():
+                shutil.rmtree(folder / which, ignore_errors=True)
+                words = [sys.executable, __file__, "--one", which, scratch, str(processes)]
+                env = os.environ | {"TOKENIZERS_PARALLELISM": "false"} if processes > 1 else None
+                done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+    same = len({r["tokens"] for found in results.values() for r in found}) == 1
+    middle = {w: {k: statistics.median(r[k] for r in f) for k in ("seconds", "peak_mib")} for w, f in results.items()}
+    machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
+    print(f"{count} pairs, {processes} processes, median of {ROUNDS}, {machine}")
+    for which, m in middle.items():
+        print(f"{which:6} {m['seconds']:7.1f} s   peak {m['peak_mib']:7.0f} MiB")
+    ratio = middle["stock"]["seconds"] / middle["ours"]["seconds"]
+    print(f"ratio  {ratio:.2f}   tokens {'identical' if same else 'DIFFER'}")
+    target = Path(__file__).parent / "results"
+    target.mkdir(exist_ok=True)
+    (target / "prepare.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(prepare(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))))
+    else:
+        main()

@@ -1,0 +1,103 @@
+"""What a name means: a model or an adapter, in a folder or on the Hub, and what a run started from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from helpers.credentials import hf_token
+from helpers.errors import UserError
+from helpers.paths import find_path
+from helpers.runs import find_run, read_run
+
+
+def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -> str:
+    """The path of a local folder as one can open it from here, or the Hub id as it is.
+
+    Raises UserError where neither has `file`, before anything large is fetched. A gated model asks for a token.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    path = find_path(model_id)
+    if path and (path / file).is_file():
+        return str(path)
+    try:
+        if path:
+            raise FileNotFoundError(f"the folder has no {file}")
+        try:
+            hf_hub_download(model_id, file, revision=revision or None)
+        except GatedRepoError:
+            os.environ["HF_TOKEN"] = hf_token(
+                f"{model_id} is gated (its page asks to accept its terms), and reading it"
+            )
+            hf_hub_download(model_id, file, revision=revision or None)
+    except HFValidationError:
+        raise UserError(f"{model_id!r} is neither a folder here nor a Hub id") from None
+    except GatedRepoError:
+        raise UserError(f"{model_id} is gated, and your token may not read it: accept its terms on its page") from None
+    except (OSError, HfHubHTTPError) as error:
+        raise UserError(f"{model_id!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return model_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model that answers: a whole one, or an adapter on its base. `revision` is the base's; "" means main."""
+
+    name: str
+    base: str
+    adapter: str | None = None
+    revision: str = ""
+
+    @property
+    def tokenizer(self) -> str:
+        """Where its tokenizer is: an adapter from elsewhere may have come without one."""
+        folder = find_path(self.adapter or "")
+        return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
+
+
+def find_adapter(name: str, base_model_id: str = "") -> Candidate:
+    """An adapter, in a folder or on the Hub, and the base that it names. Raises UserError where it is none."""
+    from peft import PeftConfig
+
+    try:
+        adapter = local_or_hub(name, file="adapter_config.json")
+    except UserError as error:
+        raise UserError(f"there is no adapter to merge: {error}") from None
+    config = PeftConfig.from_pretrained(adapter)
+    revision = "" if base_model_id else config.revision or ""
+    base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
+    return Candidate(Path(name).name, base, adapter, revision)
+
+
+def find_candidates(names: tuple[str, ...], output_dir: Path) -> list[Candidate]:
+    """What each of `names` (a run, an adapter, a model, "latest") means, what it started from standing before it."""
+    found: list[Candidate] = []
+    for name in names:
+        folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
+        folder = folder or find_path(str(output_dir / name))
+        if folder is None:
+            found.append(Candidate(Path(name).name, name))
+            continue
+        parent = Path(read_run(folder).get("parent_folder") or "")
+        if (folder / "adapter_config.json").is_file():
+            me = dataclasses.replace(find_adapter(str(folder)), name=folder.name)
+            if (parent / "adapter_config.json").is_file():
+                found.append(dataclasses.replace(me, name=parent.name, adapter=str(parent)))
+            else:
+                found.append(dataclasses.replace(me, name=Path(me.base).name, adapter=None))
+            found.append(me)
+        elif parent.name and (parent / "config.json").is_file():
+            found += [Candidate(parent.name, str(parent)), Candidate(folder.name, str(folder))]
+        else:
+            found.append(Candidate(folder.name, str(folder)))
+    found = list(dict.fromkeys(found))
+    names_so_far = [c.name for c in found]
+    return [  # two models of one name are told apart
+        dataclasses.replace(c, name=f"{c.name} ({names_so_far[: i + 1].count(c.name)})")
+        if names_so_far.count(c.name) > 1
+        else c
+        for i, c in enumerate(found)
+    ]
