@@ -17,6 +17,7 @@ SFT = ["--max_steps", "3", "--train_rows", "64", "--eval_rows", "8", "--save_ste
 # Enough to see a curve and three checkpoints; seconds long.
 DPO = {
     "recipe": "recipes/demo.yaml",
+    "dpo_beta": 0.3,
     "max_steps": 6,
     "train_rows": 64,
     "eval_rows": 8,

@@ -142,19 +142,19 @@ def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_comm
 
 
 def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> None:
-    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
-    project.run("02_dpo.py", *flags, "--dpo_beta", "0.3", "--run_name", "flag")
     exported = project.root / "notebooks" / "02_dpo.ipynb"
     subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", "--output", str(exported),
                     str(exported.with_suffix(".py"))], check=True, capture_output=True)  # fmt: skip
-    parameters = [w for n, v in (DPO | {"dpo_beta": 0.3, "run_name": "mill"}).items() for w in ("-p", n, str(v))]
+    parameters = [w for n, v in (DPO | {"run_name": "mill"}).items() for w in ("-p", n, str(v))]
     done = subprocess.run(
         [sys.executable, "-m", "papermill", str(exported), str(project.root / "out.ipynb"), *parameters],
         cwd=project.root, env=project.env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert project.record("mill")["sources"]["dpo_beta"] == "notebook"
-    assert results(project, "mill") == results(project, "flag") != results(project, dpo_run)
+    record, command = project.record("mill"), project.record(dpo_run)
+    assert (record["sources"]["dpo_beta"], command["sources"]["dpo_beta"]) == ("notebook", "flag")
+    assert record["settings"]["dpo_beta"] == command["settings"]["dpo_beta"] == 0.3
+    assert results(project, "mill") == results(project, dpo_run)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
