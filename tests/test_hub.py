@@ -174,7 +174,7 @@ def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
     assert "3,000" in done.stdout
     record = project.record("from_hub")
     assert (record["status"], record["base_model"], record["parent"]) == ("finished", "org/tiny", None)
-    assert record["data"]["kept"] == 3000
+    assert record["data"]["read"] == record["data"]["kept"] + record["data"]["dropped"] == 3000
     asked = len(hub.requests)
     project.run("02_dpo.py", *flags, "--run_name", "offline", **online, HF_HUB_OFFLINE="1")
     assert project.record("offline")["metrics"]["eval_loss"] == record["metrics"]["eval_loss"]

@@ -87,7 +87,7 @@ def test_a_system_message_is_folded_where_the_template_has_no_place(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)
-    plain.chat_template = "{% for m in messages %}[{{ m['content'] if m['role'] != 'system' }}]{% endfor %}</s>"
+    plain.chat_template = "{% for m in messages %}[{{ m['content'] if m['role'] != 'system' }}]{% endfor %}"
     talk = [{"role": "system", "content": "Be kind."}, *ASK, bot("5.")]
     made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, 0)
     assert dict(account.changed) == {"system message folded into the first user turn": 1}
