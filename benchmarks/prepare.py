@@ -62,7 +62,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
-    """One measurement: seconds, the largest resident memory of this process and of its workers, and the tokens' hash."""
+    """One measurement: seconds, the largest resident memory (this process and its workers), the tokens' hash."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
 

@@ -16,9 +16,9 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> s
     """Give the tokenizer a template: "auto" keeps its own, and takes mistral where it has none; else one of
     `chat_formats.FORMATS`, or a file of Jinja.
 
-    Returns the name of what is in use. A format's tokens are added where the tokenizer lacks them (`added_tokens` tells
-    which). A tokenizer without a padding token pads with <unk>, or else with the end-of-sequence token: TRL's collators
-    mask padding by position, so neither is ever a label. Raises UserError for a format that is not known.
+    Returns the name of what is in use. A tokenizer without a padding token pads with <unk>, or else with the
+    end-of-sequence token: TRL's collators mask padding by position, so neither is ever a label. Raises UserError for a
+    format that is not known, or whose tokens the tokenizer lacks.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -32,9 +32,9 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> s
             raise UserError(f"--chat_format {chat_format!r} is not one of {', '.join(FORMATS)}, nor a file")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
         return file.name
-    tokenizer.chat_template = FORMATS[chat_format]
     if new := [token for token in TOKENS.get(chat_format, ()) if token not in tokenizer.get_vocab()]:
-        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+        raise UserError(f"--chat_format {chat_format} needs the tokens {', '.join(new)}, which this tokenizer lacks")
+    tokenizer.chat_template = FORMATS[chat_format]
     if chat_format in ENDS:
         tokenizer.eos_token = ENDS[chat_format]
     return chat_format

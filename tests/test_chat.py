@@ -74,6 +74,21 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: PreTrainedT
         encode(other, TALK)
 
 
+def test_a_format_whose_tokens_are_missing_or_that_is_not_known_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"chatml needs the tokens <\|im_start\|>, <\|im_end\|>, which"):
+        apply_chat_format(other, "chatml")
+    with pytest.raises(UserError, match="--chat_format 'chatlm' is not one of mistral, chatml"):
+        apply_chat_format(other, "chatlm")
+    assert other.chat_template == tokenizer.chat_template
+    (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}")
+    assert apply_chat_format(other, str(tmp_path / "mine.jinja")) == "mine.jinja"
+    assert render(other, TALK) == TALK[0]["content"]
+
+
 def test_a_base_model_without_a_template_gets_mistral_s_and_pads(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -199,6 +199,7 @@ def trl_tokens(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 @pytest.mark.parametrize("chat_format", ["auto", "mistral", "chatml", "tulu", "alpaca", "vicuna", "hh"])
 def test_tokens_are_those_of_stock_trl(chat_format: str, demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     apply_chat_format(tokenizer, chat_format)
     long = [user("Hi"), bot("Hello."), user("Why is it so?\n\nTell me:  ")]
     rows = Dataset.from_list(
