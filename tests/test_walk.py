@@ -48,6 +48,7 @@ def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: P
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2400)
 def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None:
     runs = []
     for name in ("one", "two"):
