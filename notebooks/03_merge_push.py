@@ -133,6 +133,7 @@ if not merge_run.finished:
         raise UserError(
             f"the merged model's KL is {proof['kl']:.2e}, above --max_kl {settings.max_kl}: nothing is kept"
         )
+    merge_run.update()  # first: where this run replaces another, that one's weights go
     merged.save_pretrained(merge_run.folder, max_shard_size=settings.max_shard_size)
     tokenizer.save_pretrained(merge_run.folder)
     merge_run.finish(metrics=proof)

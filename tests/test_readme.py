@@ -43,6 +43,9 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
         assert "Next: python notebooks/" in done.stdout + done.stderr or name == "04_vibes.py"
     assert seen == set(SMALL)
     assert "480 held-out prompts, judged by rule" in done.stdout
+    merges = {f: f.read_bytes() for f in (project.root / "outputs").glob("merge-*/model.safetensors")}
+    project.run("03_merge_push.py", "--recipe", "recipes/demo.yaml", "--resume", "never")
+    assert {f: f.read_bytes() for f in merges} == merges  # a merge made anew replaces the old one, whole
     assert 480 in [len(f.read_text().splitlines()) for f in (project.root / "outputs").glob("vibes-*/answers.jsonl")]
     assert [f for f in (project.root / "outputs").glob("merge-*/model.safetensors") if f.stat().st_size > 1_000_000]
 
