@@ -3,8 +3,9 @@
     python benchmarks/prepare.py [ROWS] [PROCESSES]
 
 Each measurement is a fresh process, the two alternate. Rows have about the lengths of UltraFeedback (prompts and
-answers drawn from log-normal distributions), in the columns of argilla/ultrafeedback-binarized-preferences-cleaned;
-the tokenizer is Mistral-7B's, from mistral-common.
+answers drawn from log-normal distributions), in the columns of trl-lib/ultrafeedback_binarized, which both take as they
+are; the tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process and of its
+largest worker, added.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +51,7 @@ def write_rows(file: Path, count: int) -> None:
                 ]
                 for name, shape in (("chosen", (6.9, 0.8)), ("rejected", (6.7, 0.9)))
             }
-            out.write(json.dumps({"prompt": prompt, **sides, "chosen-rating": 5.0, "rejected-rating": 3.0}) + "\n")
+            out.write(json.dumps({**sides, "score_chosen": 5.0, "score_rejected": 3.0}) + "\n")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -65,6 +67,7 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     """One measurement: seconds, the largest resident memory (this process and its workers), the tokens' hash."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
+    from trl.trainer.dpo_trainer import DPOTrainer  # by both, before the clock starts: a notebook has it anyway
 
     from helpers.chat import apply_chat_format
     from helpers.lengths import Limits
@@ -74,20 +77,13 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     apply_chat_format(tokenizer, "mistral")
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / which))
-    num_proc = processes if processes > 1 else None
     start = time.perf_counter()
     if which == "ours":
-        made, _ = prepare_preferences(rows, tokenizer, Limits(), num_proc=num_proc)
+        made, _ = prepare_preferences(rows, tokenizer, Limits(), num_proc=processes)
     else:
-        from trl.trainer.dpo_trainer import DPOTrainer
-
-        # what one writes by hand before TRL takes these columns: the prompt apart from the answers
-        rows = rows.map(
-            lambda r: {"prompt": r["chosen"][:-1], "chosen": r["chosen"][-1:], "rejected": r["rejected"][-1:]},
-            remove_columns=rows.column_names,
-            num_proc=num_proc,
+        args = SimpleNamespace(
+            dataset_num_proc=processes if processes > 1 else None, max_length=None, truncation_mode="keep_start"
         )
-        args = SimpleNamespace(dataset_num_proc=num_proc, max_length=None, truncation_mode="keep_start")
         made = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train")
     seconds = time.perf_counter() - start
     peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
@@ -115,15 +111,19 @@ def main() -> None:
                 found.append(json.loads(done.stdout.splitlines()[-1]))
     same = len({r["tokens"] for found in results.values() for r in found}) == 1
     middle = {w: {k: statistics.median(r[k] for r in f) for k in ("seconds", "peak_mib")} for w, f in results.items()}
-    machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
-    print(f"{count} pairs, {processes} processes, median of {ROUNDS}, {machine}")
+    ratio = middle["stock"]["seconds"] / middle["ours"]["seconds"]
+    versions = {name: metadata.version(name) for name in ("trl", "datasets", "tokenizers")}
+    machine = f"Python {platform.python_version()}, {os.cpu_count()} cores, " + ", ".join(
+        map(" ".join, versions.items())
+    )
+    print(f"{count:,} pairs, {processes} processes, median of {ROUNDS}, {machine}")
     for which, m in middle.items():
         print(f"{which:6} {m['seconds']:7.1f} s   peak {m['peak_mib']:7.0f} MiB")
-    ratio = middle["stock"]["seconds"] / middle["ours"]["seconds"]
     print(f"ratio  {ratio:.2f}   tokens {'identical' if same else 'DIFFER'}")
     target = Path(__file__).parent / "results"
     target.mkdir(exist_ok=True)
-    (target / "prepare.json").write_text(json.dumps(results, indent=1) + "\n")
+    record = {"pairs": count, "processes": processes, "machine": machine, "ratio": ratio, "identical": same, **results}
+    (target / "prepare.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,24 @@
-"""Which format a preference set is in, by its columns."""
+"""Columns of a dataset: which format they make up, and messages and tokens written as Arrow arrays."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
+
+from helpers.rows import Message
+
+LOOKED_AT = 100  # rows that show what a column of mixed types mostly holds
 
 
 def list_columns(rows: Any) -> dict[str, bool]:
     """Columns of a dataset, and whether each holds lists."""
-    return {name: str(kind).startswith(("List", "LargeList", "[")) for name, kind in rows.features.items()}
+    kinds = {name: str(kind) for name, kind in rows.features.items()}
+    found = {name: kind.startswith(("List", "LargeList", "[")) for name, kind in kinds.items()}
+    for name in [name for name, kind in kinds.items() if kind.startswith("Json")]:  # a few rows are not like the rest
+        values = rows.select(range(min(LOOKED_AT, len(rows))))[name][:]
+        found[name] = 2 * sum(isinstance(value, list) for value in values) > len(values)
+    return found
 
 
 def recognise(columns: dict[str, bool]) -> str:
@@ -26,3 +37,27 @@ def recognise(columns: dict[str, bool]) -> str:
     if {"prompt", "instruction", "question"} & have and (columns.get("completions") or {"responses", "scores"} <= have):
         return "scored"
     return ""
+
+
+def message_column(conversations: list[list[Message]]) -> Any:
+    """Lists of {role, content} as an Arrow array: several times faster than from Python's dicts one by one."""
+    import pyarrow as pa
+
+    messages = list(itertools.chain.from_iterable(conversations))
+    fields = [pa.array([m[name] for m in messages], pa.string()) for name in ("role", "content")]
+    struct = pa.StructArray.from_arrays(fields, ["role", "content"])
+    return pa.ListArray.from_arrays(_offsets(conversations), struct)
+
+
+def token_column(lists: list[list[int]]) -> Any:
+    """Lists of token ids as an Arrow array of int32."""
+    import pyarrow as pa
+
+    flat = pa.array(list(itertools.chain.from_iterable(lists)), pa.int32())
+    return pa.ListArray.from_arrays(_offsets(lists), flat)
+
+
+def _offsets(lists: Sequence[Sequence[Any]]) -> Any:
+    import pyarrow as pa
+
+    return pa.array([0, *itertools.accumulate(map(len, lists))], pa.int32())

@@ -31,10 +31,12 @@ class Pair:
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`pairing` of ranked and scored rows: best against worst, against a random other (seeded), or all pairs;
-    `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends."""
+    `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends; pairs rated closer than
+    `min_margin` are dropped, ties always."""
 
     pairing: Literal["worst", "random", "all"] = "worst"
     recommended: bool = False
+    min_margin: float = 0.0
     seed: int = 0
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.chat import render
 from helpers.errors import UserError
+from helpers.fields import RunSettings
 from helpers.paths import find_path
 from helpers.rows import Message, read_lines
-from helpers.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

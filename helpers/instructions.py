@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat import encode, fold_system, takes_system
-from helpers.columns import list_columns, recognise
+from helpers.accounts import Account, Part, Split, mix, settle
+from helpers.chat import check_chat, encode, encode_prompt, fold_system, takes_system
+from helpers.columns import list_columns, message_column, recognise, token_column
 from helpers.errors import UserError
 from helpers.formats import ADAPTERS, Options
-from helpers.rows import Account, Message, content_fingerprint, conversation, fault_of, is_conversation
+from helpers.lengths import Limits, trim_prompt
+from helpers.loading import Source
+from helpers.rows import TOKENIZERS, Message, conversation, fault_of, is_conversation, map_rows, short_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+CHECKED = 16  # rows whose tokens are looked at before training
 
 
 def read_messages(row: Row) -> list[Message] | str:
@@ -59,63 +63,123 @@ def read_chosen(row: Row, name: str) -> list[Message] | str:
     return pairs if isinstance(pairs, str) else pairs[0].prompt + pairs[0].chosen
 
 
-def prepare_instructions(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_proc: int | None = None
-) -> tuple[Dataset, Account]:
-    """Rows of `input_ids` and `labels` that SFTTrainer takes as they are, with their first prompt, and the account.
+def load_instructions(
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    split: Split,
+    strict: bool = False,
+    num_proc: int = 0,
+) -> tuple[Dataset, Dataset, Account]:
+    """Conversations to train on, conversations held out, and the account of every row; no prompt is on both sides.
 
-    Every assistant turn is learned, and nothing else. Conversations longer than `max_length` tokens are dropped, not
-    cut; 0 means no limit. A preference set gives its chosen answers. The result is cached by the content of the rows
-    and all that decides on it. Raises UserError where the format is not known.
+    Columns: messages; input_ids and labels, which SFTTrainer takes as they are: every assistant turn is learned, and
+    nothing else; prompt_key; tokens. A preference set gives its chosen answers. `num_proc` processes prepare them, 0
+    for as many as help. What was prepared is cached by the content of the rows and all that decides on it. Raises
+    UserError where a set cannot be read or used, where the template is not safe to train on (see `chat.check_chat`),
+    or where `strict` and a row was dropped.
     """
+
+    def prepare(rows: Dataset, data_format: str) -> tuple[Dataset, str]:
+        return _prepare(rows, tokenizer, limits, data_format, num_proc)
+
+    train, held_out, account = mix(sources, prepare, split, strict)
+    check_chat(tokenizer, train.select(range(min(CHECKED, len(train))))["messages"][:])
+    return train, held_out, account
+
+
+def prepare_instructions(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str = "auto", num_proc: int = 0
+) -> tuple[Dataset, Account]:
+    """`load_instructions` of one set that is loaded already, and not split."""
+    made, name = _prepare(rows, tokenizer, limits, data_format, num_proc)
+    account, kept, _ = settle([Part(made, list(range(len(rows))))])
+    account.format = name
+    return kept, account
+
+
+def _prepare(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str, num_proc: int
+) -> tuple[Dataset, str]:
     columns = set(rows.column_names)
-    name = next((name for name, (needed, _) in READERS.items() if needed <= columns), "") or recognise(
-        list_columns(rows)
-    )
-    if not name:
+    name = data_format if data_format != "auto" else next((n for n, (c, _) in READERS.items() if c <= columns), "")
+    name = name or recognise(list_columns(rows))
+    if name not in READERS and name not in ADAPTERS:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}; an instruction set needs messages, prompt and "
             "completion, or instruction and output; a preference set gives its chosen answers"
         )
-    preference = not any(needed <= columns for needed, _ in READERS.values())
-    work = {"name": name, "preference": preference, "max_length": max_length, "system": takes_system(tokenizer)}
-    made = rows.map(
-        _read_row,
-        fn_kwargs={**work, "tokenizer": tokenizer},
-        remove_columns=rows.column_names,
-        num_proc=num_proc,
-        new_fingerprint=content_fingerprint(rows, tokenizer, work),
-        desc=f"Reading {name} rows",
+    chosen = name not in READERS or (data_format == "auto" and not READERS[name][0] <= columns)
+    work = {"name": name, "chosen": chosen, "limits": limits, "system": takes_system(tokenizer)}
+    made = map_rows(rows, _read_batch, work, tokenizer, num_proc)
+    return made, f"{name}, the chosen side" if chosen else name
+
+
+def _read_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    name: str,
+    chosen: bool,
+    limits: Limits,
+    system: bool,
+    tokenizer: str,
+) -> Any:
+    """One batch of published rows as conversations (an Arrow table); one that cannot be used stands with its fault."""
+    import pyarrow as pa
+
+    made = []
+    for position in range(len(indices)):
+        row = {column: values[position] for column, values in batch.items()}
+        messages = read_chosen(row, name) if chosen else READERS[name][1](row)
+        made.append(_read_row(messages, limits, system, TOKENIZERS[tokenizer]))
+    conversations, ids, labels, faults, changes = map(list, zip(*made, strict=True))
+    prompts = [m[: 2 if m[0]["role"] == "system" else 1] if m else [] for m in conversations]
+    return pa.table(
+        {
+            "row": pa.array(indices, pa.int64()),
+            "fault": pa.array(faults, pa.string()),
+            "change": pa.array(changes, pa.string()),
+            "tokens": pa.array(map(len, ids), pa.int32()),
+            "prompt_key": pa.array(map(short_key, prompts), pa.string()),
+            "chosen_key": pa.array(map(short_key, conversations), pa.string()),
+            "rejected_key": pa.array([""] * len(made), pa.string()),
+            "messages": message_column(conversations),
+            "input_ids": token_column(ids),
+            "labels": token_column(labels),
+        }
     )
-    account = Account(read=len(rows), format=f"{name}, the chosen side" if preference else name)
-    good = []
-    for number, (fault, change) in enumerate(zip(made["fault"], made["change"], strict=True)):
-        if fault:
-            account.drop(fault, number)
-            continue
-        good.append(number)
-        if change:
-            account.change(change, number)
-    account.kept = len(good)
-    return made.select(good).select_columns(["prompt", "input_ids", "labels"]), account
 
 
 def _read_row(
-    row: Row, name: str, preference: bool, max_length: int, system: bool, tokenizer: PreTrainedTokenizerBase
-) -> Row:
-    empty: Row = {"prompt": "", "input_ids": [], "labels": [], "fault": "", "change": ""}
-    messages = read_chosen(row, name) if preference else READERS[name][1](row)
+    messages: list[Message] | str, limits: Limits, system: bool, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Message], list[int], list[int], str, str]:
+    """The conversation, its tokens and labels, why it cannot be used, and what was changed."""
     if isinstance(messages, str):
-        return empty | {"fault": messages}
+        return [], [], [], messages, ""
     if fault := fault_of(messages):
-        return empty | {"fault": fault}
+        return [], [], [], fault, ""
     change = ""
     if not system and messages[0]["role"] == "system":
         messages, change = fold_system(messages), "system message folded into the first user turn"
     try:
         encoded = encode(tokenizer, messages)
     except UserError as error:
-        return empty | {"fault": str(error)[:80]}
-    fault = "over-long" if max_length and len(encoded["input_ids"]) > max_length else ""
-    first = next(m["content"] for m in messages if m["role"] == "user")
-    return {"prompt": first, **encoded, "fault": fault, "change": change}
+        return [], [], [], str(error)[:80], ""
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    if not limits.total or len(ids) <= limits.total:
+        return messages, ids, labels, "", change
+    if limits.overlong == "error":
+        raise UserError(f"over-long: {len(ids)} tokens, above --max_length {limits.total}: see --overlong")
+    if limits.overlong == "cut_answer":
+        short = labels[: limits.total]
+        if any(label != -100 for label in short):
+            return messages, ids[: limits.total], short, "", "an answer lost its end"
+    if limits.overlong == "trim_prompt":
+        answer = len(ids) - len(encode_prompt(tokenizer, messages[:-1]))
+        prompt = trim_prompt(tokenizer, messages[:-1], limits.total - answer) if answer < limits.total else []
+        if prompt:
+            encoded = encode(tokenizer, [*prompt, messages[-1]])
+            if len(encoded["input_ids"]) <= limits.total:
+                messages = [*prompt, messages[-1]]
+                return messages, encoded["input_ids"], encoded["labels"], "", "prompt trimmed from the left"
+    return messages, ids, labels, "over-long", ""

@@ -82,9 +82,13 @@ def from_variables(
             listed = json.loads(text) if text.startswith("[") else None
         except json.JSONDecodeError:
             listed = None
-        # a text may hold spaces; the values of TRL's lists, and of ours but for the prompts, hold none
-        one = (name in types and "tuple" not in str(types[name])) or name == "prompts" or text.startswith("{")
-        found[name] = as_words(listed) if listed else [text] if one else text.split()
+        # a text may hold spaces; the values of TRL's lists, and of ours but for prompts and datasets, hold none
+        one = (
+            (name in types and "tuple" not in str(types[name]))
+            or name in ("prompts", "dataset_id")
+            or text.startswith("{")
+        )
+        found[name] = as_words(listed) if listed else [text] if one or text.startswith("{") else text.split()
     return found
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from helpers.chat import render, render_all
+from helpers.chat import encode_prompt, render_all, tokenize
 from helpers.errors import UserError
 from helpers.formats import Pair
 from helpers.rows import Message
@@ -32,41 +31,26 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[
     """Tokens of prompt, chosen and rejected answers, or why the template refuses a pair.
 
     They are those of TRL 1.16's DPOTrainer (dpo_trainer.py, _prepare_dataset): a completion begins where the tokens
-    of the prompt and those of prompt and answer diverge. A prompt is not tokenized a third time where a token of the
-    longer text ends exactly at its end: no merge has then crossed that place, so what stands before it is what the
-    prompt alone gives.
+    of the prompt and those of prompt and answer diverge.
     """
-    if not pairs:
-        return []
     prompts = render_all(tokenizer, [p.prompt for p in pairs], prompt=True)
-    sides = render_all(tokenizer, [[*p.prompt, *p.chosen] for p in pairs])
-    sides += render_all(tokenizer, [[*p.prompt, *p.rejected] for p in pairs])
-    texts = [text for text, _ in sides]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    chosen = render_all(tokenizer, [[*p.prompt, *p.chosen] for p in pairs])
+    rejected = render_all(tokenizer, [[*p.prompt, *p.rejected] for p in pairs])
+    ids = tokenize(tokenizer, [text for text, _ in prompts + chosen + rejected])
     found: list[Tokens | str] = []
-    for i, (prompt, fault) in enumerate(prompts):
-        c, r = i, i + len(pairs)
-        if fault := fault or sides[c][1] or sides[r][1]:
+    for i in range(len(pairs)):
+        if fault := prompts[i][1] or chosen[i][1] or rejected[i][1]:
             found.append(fault)
             continue
-        at = _boundary(prompt, texts[c], offsets[c])
-        if at < 0 or at != _boundary(prompt, texts[r], offsets[r]) or ids[c][:at] != ids[r][:at]:
-            alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            at = min(_common_prefix(alone, ids[c]), _common_prefix(alone, ids[r]))
-        found.append((ids[c][:at], ids[c][at:], ids[r][at:]))
+        p, c, r = ids[i], ids[i + len(pairs)], ids[i + 2 * len(pairs)]
+        at = min(_common_prefix(p, c), _common_prefix(p, r))
+        found.append((c[:at], c[at:], r[at:]))
     return found
 
 
-def _boundary(prompt: str, text: str, offsets: list[tuple[int, int]]) -> int:
-    """How many tokens of `text` make up `prompt`; -1 where none ends exactly at its end."""
-    if not text.startswith(prompt):
-        return -1
-    n = bisect.bisect_left(offsets, len(prompt), key=lambda span: span[0])
-    return n if n == 0 or offsets[n - 1][1] <= len(prompt) else -1
-
-
 def _common_prefix(a: list[int], b: list[int]) -> int:
+    if b[: len(a)] == a:
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -100,17 +84,16 @@ def trim_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], most:
     """The end of a prompt that fits into `most` tokens: whole turns go first, from the left, then the beginning of the
     last user turn; a system message stays. [] where nothing of the last turn would be left."""
 
-    def length(messages: list[Message]) -> int:
-        text = render(tokenizer, messages, prompt=True)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
-    while len(turns) > 1 and length(head + turns) > most:
+    while len(turns) > 1 and len(encode_prompt(tokenizer, head + turns)) > most:
         turns = turns[2:]
-    words = tokenizer(turns[-1]["content"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     text, start = turns[-1]["content"], 0
-    while (over := length([*head, *turns]) - most) > 0:
+    if tokenizer.is_fast:
+        words = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    else:
+        words = [(i, i + 1) for i in range(len(text))]
+    while (over := len(encode_prompt(tokenizer, [*head, *turns])) - most) > 0:
         start += over
         if start >= len(words):
             return []

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import SettingsError, UserError
+from helpers.fields import RunSettings
 from helpers.paths import find_path
 from helpers.runs import is_main_process, read_run
-from helpers.settings import RunSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "--recipe recipes/demo.yaml"
 LARGEST_ON_CPU = 3.0  # billions of parameters; above it one step takes minutes
@@ -150,6 +150,45 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     return config
 
 
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokens beyond the model's vocabulary a row each in embeddings and LM head: the mean of all others.
+
+    The same base and tokenizer always give the same rows, so an adapter that replaces them (`token_rows`) finds the
+    base that it was trained on.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    # trl 1.16 (trainer/utils.py, add_fused_lm_head) asks the LM head for its bias, which peft 0.21's wrapper has not
+    bias = property(lambda wrapper: getattr(wrapper.original_module, "bias", None))
+    TrainableTokensWrapper.bias = bias  # type: ignore[attr-defined]
+    before = _weight(model.get_input_embeddings()).shape[0]
+    if len(tokenizer) <= before:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            weight = _weight(layer)
+            weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+
+
+def _weight(layer: torch.nn.Module) -> torch.Tensor:
+    return layer.weight.data  # type: ignore[return-value]
+
+
+def token_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]
+) -> dict[str, list[int]] | None:
+    """`trainable_token_indices` for PEFT: the rows of `tokens` in the embeddings and, where it is not tied to them, in
+    the LM head; None for no tokens."""
+    if not tokens:
+        return None
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]  # type: ignore[arg-type]
+    layers = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        layers.append(model.get_output_embeddings())
+    return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
 def train_adapter_in_float32(model: torch.nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
 
@@ -158,7 +197,7 @@ def train_adapter_in_float32(model: torch.nn.Module) -> None:
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
         if weight.requires_grad:
-            exact = weights.get(name.replace(".default.", ".ref."), weight)
+            exact = weights.get(re.sub(r"\.default(?=\.|$)", ".ref", name), weight)
             weight.data = exact.data.float().clone()
 
 
@@ -179,6 +218,10 @@ def save_policy(trainer: Any, folder: Path) -> None:
     """Save the model, or the trained adapter alone: TRL's save_model adds the frozen "ref" copy to it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), selected_adapters=["default"], is_main_process=is_main_process())
+        # rows of added tokens are in the adapter: the embeddings need not be saved whole for their sake
+        whole = "auto" if model.peft_config["default"].trainable_token_indices is None else False
+        model.save_pretrained(
+            str(folder), selected_adapters=["default"], is_main_process=is_main_process(), save_embedding_layers=whole
+        )
     else:
         trainer.save_model(str(folder))

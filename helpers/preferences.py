@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat import fold_system, takes_system
-from helpers.columns import list_columns, recognise
+from helpers.accounts import Account, Part, Split, mix, settle
+from helpers.chat import check_chat, fold_system, takes_system
+from helpers.columns import list_columns, message_column, recognise, token_column
 from helpers.errors import UserError
 from helpers.formats import ADAPTERS, Options, Pair
-from helpers.lengths import Limits, encode_pairs, within
-from helpers.rows import Account, content_fingerprint, key_of
+from helpers.lengths import Limits, Tokens, encode_pairs, within
+from helpers.loading import Source
+from helpers.rows import TOKENIZERS, map_rows, short_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids")
+CHECKED = 16  # rows whose tokens are looked at before training
+
+
+def load_preferences(
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    options: Options,
+    split: Split,
+    strict: bool = False,
+    num_proc: int = 0,
+) -> tuple[Dataset, Dataset, Account]:
+    """Pairs to train on, pairs held out, and the account of every row of every source; no prompt is on both sides.
+
+    Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids, the tokens that
+    DPOTrainer trains on; margin, how much better the chosen one was rated, or null; prompt_key; tokens of prompt and
+    longer answer. `num_proc` processes prepare them, 0 for as many as help. What was prepared is cached by the content
+    of the rows and all that decides on it. Raises UserError where a set cannot be read or used, where the template is
+    not safe to train on (see `chat.check_chat`), or where `strict` and a row was dropped.
+    """
+
+    def prepare(rows: Dataset, data_format: str) -> tuple[Dataset, str]:
+        return _prepare(rows, tokenizer, limits, data_format, options, num_proc)
+
+    train, held_out, account = mix(sources, prepare, split, strict)
+    first = train.select(range(min(CHECKED, len(train))))
+    check_chat(tokenizer, [row["prompt"] + row[side] for row in first for side in ("chosen", "rejected")])
+    return train, held_out, account
 
 
 def prepare_preferences(
@@ -26,43 +55,26 @@ def prepare_preferences(
     limits: Limits,
     data_format: str = "auto",
     options: Options | None = None,
-    min_margin: float = 0.0,
-    num_proc: int | None = None,
+    num_proc: int = 0,
 ) -> tuple[Dataset, Account]:
-    """Pairs of `rows` as conversations and as the tokens that DPOTrainer trains on, and the account of every row.
+    """`load_preferences` of one set that is loaded already, and not split."""
+    made, name = _prepare(rows, tokenizer, limits, data_format, options or Options(), num_proc)
+    account, pairs, _ = settle([Part(made, list(range(len(rows))))])
+    account.format = name
+    return pairs, account
 
-    `data_format` is one of `formats.ADAPTERS`, or "auto": by the columns. Pairs rated closer than `min_margin`, and
-    ties, are dropped. The result is cached by the content of the rows and all that decides on it, so a second call
-    starts at once. Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids.
-    Raises UserError where the format is not known or no row can be used.
-    """
+
+def _prepare(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str, options: Options, num_proc: int
+) -> tuple[Dataset, str]:
     name = data_format if data_format != "auto" else recognise(list_columns(rows))
     if name not in ADAPTERS:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
             "a preference set needs prompt, chosen and rejected, or name one with --data_format"
         )
-    work = {
-        "name": name,
-        "options": options or Options(),
-        "min_margin": min_margin,
-        "limits": limits,
-        "system": takes_system(tokenizer),
-    }
-    made = rows.map(
-        _read_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={**work, "tokenizer": tokenizer},
-        remove_columns=rows.column_names,
-        features=_features(),
-        num_proc=num_proc,
-        new_fingerprint=content_fingerprint(rows, tokenizer, work),
-        desc=f"Reading {name} rows",
-    )
-    account, good = _account(made, len(rows))
-    account.format = name
-    return made.select(good).select_columns(["prompt_key", *COLUMNS]), account
+    work = {"name": name, "options": options, "limits": limits, "system": takes_system(tokenizer)}
+    return map_rows(rows, _read_batch, work, tokenizer, num_proc), name
 
 
 def _read_batch(
@@ -70,41 +82,59 @@ def _read_batch(
     indices: list[int],
     name: str,
     options: Options,
-    min_margin: float,
     limits: Limits,
     system: bool,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, list[Any]]:
-    """One batch of published rows as pairs; a row that gives none stands with its fault."""
-    out: dict[str, list[Any]] = {column: [] for column in _features()}
-    pairs: list[Pair] = []
+    tokenizer: str,
+) -> Any:
+    """One batch of published rows as pairs (an Arrow table); a row that gives none stands with its fault."""
+    rows: list[int] = []
+    found: list[Pair | str] = []
     for position, row in enumerate(indices):
-        found = ADAPTERS[name]({column: values[position] for column, values in batch.items()}, options)
-        for pair in [found] if isinstance(found, str) else found:
-            fault = pair if isinstance(pair, str) else _fault_of_margin(pair.margin, min_margin)
-            if isinstance(pair, str) or fault:
-                _append(out, row, fault=fault)
-                continue
-            change = ""
-            if not system and pair.prompt[0]["role"] == "system":
-                pair = dataclasses.replace(pair, prompt=fold_system(pair.prompt))
-                change = "system message folded into the first user turn"
-            pairs.append(pair)
-            _append(out, row, change=change)
-    kept = [i for i, fault in enumerate(out["fault"]) if not fault]
-    for i, pair, tokens in zip(kept, pairs, encode_pairs(tokenizer, pairs), strict=True):
-        if isinstance(tokens, str):
-            out["fault"][i] = tokens
-            continue
-        pair, tokens, fault, change = within(tokenizer, pair, tokens, limits)
-        out["fault"][i] = fault
-        out["change"][i] = out["change"][i] or change
-        out["prompt_key"][i], out["chosen_key"][i], out["rejected_key"][i] = (
-            hashlib.sha1(key_of(side).encode()).hexdigest()[:20] for side in (pair.prompt, pair.chosen, pair.rejected)
-        )
-        out["prompt"][i], out["chosen"][i], out["rejected"][i] = pair.prompt, pair.chosen, pair.rejected
-        out["prompt_ids"][i], out["chosen_ids"][i], out["rejected_ids"][i] = tokens
-    return out
+        made = ADAPTERS[name]({column: values[position] for column, values in batch.items()}, options)
+        for pair in [made] if isinstance(made, str) else made:
+            rows.append(row)
+            found.append(pair if isinstance(pair, str) else _fault_of_margin(pair.margin, options.min_margin) or pair)
+    changes = [""] * len(found)
+    for i, pair in enumerate(found):
+        if not system and isinstance(pair, Pair) and pair.prompt[0]["role"] == "system":
+            found[i] = dataclasses.replace(pair, prompt=fold_system(pair.prompt))
+            changes[i] = "system message folded into the first user turn"
+    good = [i for i, pair in enumerate(found) if isinstance(pair, Pair)]
+    tokens: list[Tokens | None] = [None] * len(found)
+    faults = [pair if isinstance(pair, str) else "" for pair in found]
+    pairs = [pair for pair in found if isinstance(pair, Pair)]
+    for i, pair, ids in zip(good, pairs, encode_pairs(TOKENIZERS[tokenizer], pairs), strict=True):
+        if isinstance(ids, str):
+            faults[i] = ids
+        else:
+            found[i], tokens[i], faults[i], change = within(TOKENIZERS[tokenizer], pair, ids, limits)
+            changes[i] = changes[i] or change
+    return _table(rows, found, tokens, faults, changes)
+
+
+def _table(
+    rows: list[int],
+    found: Sequence[Pair | str],
+    tokens: Sequence[Tokens | None],
+    faults: list[str],
+    changes: list[str],
+) -> Any:
+    import pyarrow as pa
+
+    pairs = [pair if isinstance(pair, Pair) and ids else None for pair, ids in zip(found, tokens, strict=True)]
+    table: dict[str, Any] = {
+        "row": pa.array(rows, pa.int64()),
+        "fault": pa.array(faults, pa.string()),
+        "change": pa.array(changes, pa.string()),
+        "margin": pa.array([pair.margin if pair else None for pair in pairs], pa.float64()),
+        "tokens": pa.array([len(t[0]) + max(len(t[1]), len(t[2])) if t else 0 for t in tokens], pa.int32()),
+    }
+    for i, side in enumerate(("prompt", "chosen", "rejected")):
+        messages = [getattr(pair, side) if pair else [] for pair in pairs]
+        table[f"{side}_key"] = pa.array(map(short_key, messages), pa.string())
+        table[side] = message_column(messages)
+        table[f"{side}_ids"] = token_column([t[i] if t else [] for t in tokens])
+    return pa.table(table)
 
 
 def _fault_of_margin(margin: float | None, least: float) -> str:
@@ -118,58 +148,4 @@ def _fault_of_margin(margin: float | None, least: float) -> str:
         else "margin below --min_margin"
         if margin < least
         else ""
-    )
-
-
-def _account(made: Dataset, read: int) -> tuple[Account, list[int]]:
-    """The account of all rows, with what only shows between rows, and the numbers of the pairs that are kept."""
-    account = Account(read=read)
-    keys = list(zip(made["prompt_key"], made["chosen_key"], made["rejected_key"], strict=True))
-    faults = list(made["fault"])
-    labels = {key for key, fault in zip(keys, faults, strict=True) if not fault}
-    seen: set[tuple[str, str, str]] = set()
-    prompts: dict[str, int] = {}
-    kept_rows: dict[int, str] = {}
-    dropped: dict[int, str] = {}
-    good = []
-    for i, (row, fault, change, key) in enumerate(zip(made["row"], faults, made["change"], keys, strict=True)):
-        if not fault and (key[0], key[2], key[1]) in labels:
-            fault = "the same pair with both labels"
-        elif not fault and key in seen:
-            fault = "duplicate pair"
-        if fault:
-            dropped.setdefault(row, fault)
-            continue
-        seen.add(key)
-        if prompts.setdefault(key[0], row) != row:
-            account.note("duplicate prompt", row)
-        kept_rows[row] = kept_rows.get(row) or change
-        good.append(i)
-    for row, fault in dropped.items():
-        if row not in kept_rows:
-            account.drop(fault, row)
-    for row, change in kept_rows.items():
-        if change:
-            account.change(change, row)
-    account.kept = len(kept_rows)
-    return account, good
-
-
-def _append(out: dict[str, list[Any]], row: int, **values: Any) -> None:
-    empty = {"row": row, "fault": "", "change": "", "prompt_key": "", "chosen_key": "", "rejected_key": ""}
-    for column, cells in out.items():
-        cells.append(values.get(column, empty.get(column, [])))
-
-
-def _features() -> Any:
-    from datasets import Features, Value
-
-    text, ids = Value("string"), [Value("int32")]
-    messages = [{"role": text, "content": text}]
-    keys = ("fault", "change", "prompt_key", "chosen_key", "rejected_key")
-    return Features(
-        {"row": Value("int64")}
-        | dict.fromkeys(keys, text)
-        | dict.fromkeys(COLUMNS[:3], messages)
-        | dict.fromkeys(COLUMNS[3:], ids)
     )

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import SettingsError, Stop, UserError, in_kernel
+from helpers.fields import RunSettings
 from helpers.paths import REPO, find_path, short_path
 from helpers.provenance import commit, versions
-from helpers.settings import RunSettings
 
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
 WEIGHTS = "*.safetensors"

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
-import json
 import logging
 import os
 import runpy
@@ -20,70 +18,15 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from helpers import layers, trl_fields
 from helpers.errors import SettingsError, in_kernel, report_user_errors
+from helpers.fields import RunSettings, TrainSettings
 from helpers.paths import REPO
 
+__all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
-# What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
-NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
-NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
-
-
-@dataclasses.dataclass
-class RunSettings:
-    """What every notebook shares."""
-
-    step: ClassVar[str] = ""
-
-    recipe: str = ""  # YAML file of settings; recipes/ has some, and --recipe recipes/demo.yaml needs no GPU
-    output_dir: Path = Path("outputs")  # where runs are kept, one folder each
-    run_name: str = ""  # the run's folder; made from the settings when empty
-    seed: int = 42  # seed of the data split, the adapter's weights, the order of rows and sampling
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the same command stopped; never: replace its run
-    dry_run: bool = False  # say what would be done, and stop
-    report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
-    wandb_project: str = ""  # Weights & Biases project; naming one turns wandb on
-    prepare: str = ""  # module run first (python -m), to make what a recipe names
-
-    sources: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    trl: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    def values(self) -> dict[str, Any]:
-        """Every setting and its value, ready for JSON; TRL fields given by hand come last."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return {name: str(v) if isinstance(v, Path) else v for name, v in (own | self.trl).items()}
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that make a run what it is."""
-        return {name: v for name, v in self.values().items() if name not in NOT_IDENTITY}
-
-    def digest(self, *more: str) -> str:
-        """Six hex digits of `identity()` and of `more` (what the run starts from)."""
-        text = json.dumps([self.identity(), *more], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-    def given(self, name: str) -> bool:
-        """Whether `name` was set at all, rather than left at the cell's default."""
-        return self.sources[name] != "default"
-
-    def adopt(self, source: str, **values: Any) -> None:
-        """Take over `values` that something else decides, and say what."""
-        for name, value in values.items():
-            setattr(self, name, value)
-            self.sources[name] = source
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("setting", "value", "from", box=None, pad_edge=False, title_justify="left")
-        for name, value in self.values().items():
-            style = "dim" if self.sources[name] == "default" else ""
-            table.add_row(name, str(value), self.sources[name], style=style)
-        return table
-
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -96,7 +39,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     Raises SettingsError; a command prints it as one line and exits with status 2.
     """
     report_user_errors()
-    _quieten()
+    quieten()
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
     if {"-h", "--help"} & set(argv):
@@ -112,10 +55,10 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     environment = _known(cls, layers.from_variables(step, types, os.environ, _warn), "environment")
     dotenv = _known(cls, layers.from_variables(step, types, layers.read_dotenv(), _refuse), ".env")
     named = [layer["recipe"] for layer in (flags, bound, environment, dotenv) if "recipe" in layer][:1]
-    recipe = _known(cls, layers.from_recipe(step, _parse(str, "recipe", *named[0])), "recipe") if named else {}
+    recipe = _known(cls, layers.from_recipe(step, parse_words(str, "recipe", *named[0])), "recipe") if named else {}
 
     words = recipe | dotenv | environment | bound | flags
-    settings = cls(**{name: _parse(types[name], name, *w) for name, w in words.items() if name in types})
+    settings = cls(**{name: parse_words(types[name], name, *w) for name, w in words.items() if name in types})
     settings.sources = dict.fromkeys(types, "default") | {name: source for name, (_, source) in words.items()}
     if given := {name: w for name, w in words.items() if name not in types}:
         settings.trl = trl_fields.parse(step, given, SettingsError)
@@ -127,7 +70,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         settings.report_to = "wandb"
     _show(settings)
     if settings.prepare and not settings.dry_run:
-        _prepare(settings.prepare)
+        run_prepare(settings.prepare)
     return settings
 
 
@@ -146,17 +89,17 @@ def one_of(settings: RunSettings, *names: str) -> None:
         settings.adopt(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence what is said at every start and helps nobody; a progress bar is for someone who watches."""
     if not in_kernel() and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
-        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
+    names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
+    warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 
 
-def _prepare(module: str) -> None:
+def run_prepare(module: str) -> None:
     """python -m MODULE, in this process, without our own command line."""
     words, sys.argv = sys.argv, sys.argv[:1]
     try:
@@ -202,7 +145,7 @@ def _refuse(message: str) -> None:
     raise SettingsError(f"{message} (in .env)")
 
 
-def _parse(hint: Any, name: str, words: list[str], source: str) -> Any:
+def parse_words(hint: Any, name: str, words: list[str], source: str) -> Any:
     """One field through tyro. A switch may stand alone; None for a text means that there is none."""
     import tyro
 

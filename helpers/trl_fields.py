@@ -52,13 +52,12 @@ GONE = {
     "torch_dtype": "the hardware decides: see helpers/models.py",
 }
 # Name and word → name and words, where a value changed its meaning with its name.
-RESPELLED = {
+RESPELLED: dict[tuple[str, str], tuple[str | None, list[str]]] = {
     ("adam_8bit", "true"): ("optim", ["paged_adamw_8bit"]),
     ("group_by_length", "true"): ("train_sampling_strategy", ["group_by_length"]),
     ("load_in_4bit", "true"): ("quantization", ["4bit"]),
     ("load_in_8bit", "true"): ("quantization", ["8bit"]),
     ("report_to", "none"): ("report_to", ["none"]),
-    ("streaming", "false"): (None, []),
 }
 OLDER = frozenset(RENAMED) | frozenset(GONE) | {name for name, _ in RESPELLED}
 

@@ -35,36 +35,28 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings
+from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass
-class Settings(RunSettings):
+class Settings(TrainSettings):  # which has some more: --help lists them
     """Instruction-tune a model."""
 
     step: ClassVar[str] = "sft"
 
     model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: a Hub id or a folder
-    revision: str = ""  # the model's branch, tag or commit on the Hub
-    trust_remote_code: bool = False  # run code that comes with the model
 
-    dataset_id: str = "HuggingFaceH4/ultrachat_200k"  # conversations: a Hub id, a file, or a folder
-    dataset_config: str = ""  # the dataset's configuration, where it has several
+    dataset_id: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)  # conversations: Hub ids, files, folders
     dataset_split: str = "train_sft"  # the split that is read; evaluation rows are taken from it
     train_rows: int = 20_000  # conversations to train on; 0 takes all
     eval_rows: int = 500  # conversations held out; 0 takes eval_fraction of them
     eval_fraction: float = 0.05  # share held out where eval_rows is 0
-    max_length: int = 2048  # tokens of a conversation; longer ones are dropped and counted
-    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
-    strict: bool = False  # stop when any row has to be dropped
+    data_format: str = "auto"  # by the columns; or messages, completion, alpaca, or any of 02_dpo.py's
+    max_length: int = 2048  # tokens of a conversation; 0 for no limit
 
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
-    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
-    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
     lora_r: int = 64  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
-    lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
-    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
 
     num_train_epochs: float = 1.0  # passes over the rows
     learning_rate: float = 1e-4  # the highest; 1e-5 to 2e-5 suits tuning in full
@@ -99,35 +91,48 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from helpers.accounts import Split
 from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
 from helpers.curves import draw, final_metrics, log_to, read_history
-from helpers.instructions import prepare_instructions
-from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
-from helpers.rows import load_rows, split_by_prompt
+from helpers.data_report import DataReport
+from helpers.instructions import load_instructions
+from helpers.lengths import Limits
+from helpers.loading import read_sources
+from helpers.models import compute_4bit_alike, fit_embeddings, save_policy, token_rows, train_adapter_in_float32
 from helpers.sources import local_or_hub
 
 # %% [markdown]
 # ## Data
 #
 # Every row is kept or dropped with a reason, and the table adds up. Rows with the same first prompt stay on one side of
-# the split.
+# the split. A recipe may mix sets, with a `fraction` of each.
 
 # %%
 model_path = local_or_hub(settings.model_id, settings.revision)
 hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
-print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
+template, new_tokens = apply_chat_format(tokenizer, settings.chat_format)
+print("chat format:", template, *new_tokens)
 
 # %%
-rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
-rows, account = prepare_instructions(rows, tokenizer, settings.max_length)
-account.check(settings.strict)
-train_set, eval_set = split_by_prompt(
-    rows, "prompt", settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+train_set, eval_set, account = load_instructions(
+    read_sources(settings),
+    tokenizer,
+    Limits(total=settings.max_length, overlong=settings.overlong),
+    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
+    settings.strict,
+    settings.dataset_num_proc,
 )
 run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+
+# %% [markdown]
+# How long the conversations are, what stands there twice, and what that will teach.
+
+# %%
+report = DataReport.of(train_set, eval_set, account, settings.max_length)
+show(report, report.figure)
 
 # %% [markdown]
 # One row as the model sees it. What it learns is bold; the rest it only reads.
@@ -152,6 +157,7 @@ model = AutoModelForCausalLM.from_pretrained(
     device_map=plan.device_map,
 )
 compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
+fit_embeddings(model, tokenizer)  # rows for tokens that the chat format added
 adapter = None
 if settings.tuning != "full":
     adapter = LoraConfig(
@@ -159,6 +165,7 @@ if settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=settings.revision or None,  # of the base, for whoever loads the adapter
     )
 
@@ -196,8 +203,8 @@ prepare_wandb(settings.report_to, settings.wandb_project)
 trainer = SFTTrainer(
     model=model,
     args=training_args,
-    train_dataset=train_set.remove_columns("prompt"),
-    eval_dataset=eval_set.remove_columns("prompt"),
+    train_dataset=train_set.select_columns(["input_ids", "labels"]),
+    eval_dataset=eval_set.select_columns(["input_ids", "labels"]),
     processing_class=tokenizer,
     peft_config=adapter,
 )
@@ -214,6 +221,7 @@ if adapter is not None and settings.adapter_dtype == "fp32":
 # %%
 if not run.finished:
     with run.training() as checkpoint:
+        report.save(run.folder)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         save_policy(trainer, run.folder)

@@ -38,21 +38,18 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings, one_of
+from helpers.settings import TrainSettings, load_settings, one_of
 
 
 @dataclass
-class Settings(RunSettings):
+class Settings(TrainSettings):  # which has some more: --help lists them
     """Align a model on preference pairs."""
 
     step: ClassVar[str] = "dpo"
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: a Hub id or a folder
     sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
-    revision: str = ""  # the model's branch, tag or commit on the Hub
-    trust_remote_code: bool = False  # run code that comes with the model
-    dataset_id: str = "argilla/ultrafeedback-binarized-preferences-cleaned"  # pairs: a Hub id, a file, or a folder
-    dataset_config: str = ""  # the dataset's configuration, where it has several
+    dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
     dataset_split: str = "train"  # the split that is read; evaluation pairs are taken from it
     train_rows: int = 11_000  # pairs to train on; 0 takes all
     eval_rows: int = 2_750  # pairs held out; 0 takes eval_fraction of them
@@ -63,9 +60,6 @@ class Settings(RunSettings):
     min_margin: float = 0.0  # pairs rated closer than this are dropped; ties always are
     max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
     max_length: int = 1512  # tokens of a prompt and its answer, likewise
-    overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of pairs beyond them
-    strict: bool = False  # stop when any row has to be dropped
-    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
     dpo_beta: float = 0.1  # how strongly the reference holds the policy back; higher is less divergence
     loss_type: tuple[str, ...] = ("sigmoid",)  # TRL's losses by name, summed; "sigmoid sft" keeps chosen answers likely
     num_train_epochs: float = 1.0  # passes over the pairs
@@ -74,12 +68,8 @@ class Settings(RunSettings):
     per_device_eval_batch_size: int = 1  # likewise, in evaluation
     gradient_accumulation_steps: int = 16  # batches to one step
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
-    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
-    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
-    lora_targets: str = "all-linear"  # layers that get one: all-linear, or a regular expression
-    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
     merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
     push_to_hub: bool = False  # publish afterwards, privately, as 03_merge_push.py does
     hub_repo_id: str = ""  # where to: name/model
@@ -119,13 +109,15 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
+from helpers.accounts import Split
 from helpers.chat import apply_chat_format, render
 from helpers.curves import draw, final_metrics, log_to, read_history
+from helpers.data_report import DataReport
 from helpers.formats import Options
 from helpers.lengths import Limits
-from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
-from helpers.preferences import prepare_preferences
-from helpers.rows import load_rows, split_by_prompt
+from helpers.loading import read_sources
+from helpers.models import compute_4bit_alike, fit_embeddings, save_policy, token_rows, train_adapter_in_float32
+from helpers.preferences import load_preferences
 from helpers.runs import merge_and_push
 from helpers.sources import local_or_hub
 from helpers.trainer import TokenizedDPOTrainer
@@ -135,7 +127,7 @@ from helpers.trainer import TokenizedDPOTrainer
 #
 # Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
 # nothing, and pairs that are too long would lose the end of their answers (`--overlong trim_prompt` shortens their
-# prompts instead). A prompt is on one side of the split only.
+# prompts instead). A prompt is on one side of the split only. A recipe may mix sets, with a `fraction` of each.
 
 # %%
 start, start_revision = settings.model_id, settings.revision
@@ -146,24 +138,28 @@ elif parent:
 model_path = local_or_hub(start, start_revision)
 hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
-print("chat format:", apply_chat_format(tokenizer, settings.chat_format))
+template, new_tokens = apply_chat_format(tokenizer, settings.chat_format)
+print("chat format:", template, *new_tokens)
 
 # %%
-rows = load_rows(settings.dataset_id, settings.dataset_config, settings.dataset_split)
-pairs, account = prepare_preferences(
-    rows,
+train_set, eval_set, account = load_preferences(
+    read_sources(settings),
     tokenizer,
     Limits(settings.max_prompt_length, settings.max_length, settings.overlong),
-    settings.data_format,
-    Options(settings.pairing, settings.recommended, settings.seed),
-    settings.min_margin,
-)
-account.check(settings.strict)
-train_set, eval_set = split_by_prompt(
-    pairs, "prompt_key", settings.eval_rows, settings.eval_fraction, settings.train_rows, settings.seed
+    Options(settings.pairing, settings.recommended, settings.min_margin, settings.seed),
+    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
+    settings.strict,
+    settings.dataset_num_proc,
 )
 run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+
+# %% [markdown]
+# What these pairs will teach beside what they are meant to. `python -m helpers.data_report` says it without training.
+
+# %%
+report = DataReport.of(train_set, eval_set, account, settings.max_length)
+show(report, report.figure)
 
 # %%
 pair = train_set[0]  # one pair as the model sees it
@@ -188,6 +184,7 @@ loading = dict(
 )
 model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
+fit_embeddings(model, tokenizer)  # rows for tokens that the chat format added
 adapter = None
 if from_adapter:
     model = PeftModel.from_pretrained(model, parent.folder, is_trainable=True)
@@ -197,11 +194,13 @@ elif settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         target_modules=settings.lora_targets,
         task_type="CAUSAL_LM",
+        trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=start_revision or None,  # of the base, for whoever loads the adapter
     )
 reference = None
 if settings.tuning == "full" and not settings.trl.get("precompute_ref_log_probs"):
     reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
+    fit_embeddings(reference, tokenizer)
 
 # %% [markdown]
 # ## Trainer
@@ -261,6 +260,7 @@ if settings.tuning != "full" and settings.adapter_dtype == "fp32":
 # %%
 if not run.finished:
     with run.training() as checkpoint:
+        report.save(run.folder)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         save_policy(trainer, run.folder)

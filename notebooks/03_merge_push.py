@@ -87,6 +87,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chat import apply_chat_format
 from helpers.merging import compare_logits, comparison_table, last_logits
+from helpers.models import fit_embeddings
 
 tokenizer = AutoTokenizer.from_pretrained(policy_from.tokenizer, trust_remote_code=settings.trust_remote_code)
 apply_chat_format(tokenizer, "auto")
@@ -97,6 +98,7 @@ base = AutoModelForCausalLM.from_pretrained(
     device_map="cpu",
     trust_remote_code=settings.trust_remote_code,
 )
+fit_embeddings(base, tokenizer)  # rows for tokens that the chat format added
 policy = PeftModel.from_pretrained(base, policy_from.adapter, torch_device="cpu")
 
 # %% [markdown]

@@ -94,7 +94,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from helpers.chat import apply_chat_format
 from helpers.generation import SideBySide, generate_answers, sampling_of
-from helpers.models import compute_4bit_alike
+from helpers.models import compute_4bit_alike, fit_embeddings
 
 sampling = sampling_of(settings)
 conversations = [[{"role": "user", "content": question["prompt"]}] for question in questions]
@@ -117,6 +117,8 @@ for candidate in candidates:
         loaded = (candidate.base, candidate.revision)
     tokenizer = AutoTokenizer.from_pretrained(candidate.tokenizer, trust_remote_code=settings.trust_remote_code)
     apply_chat_format(tokenizer, "auto")
+    if candidate.adapter:
+        fit_embeddings(model, tokenizer)  # rows for tokens that its chat format added
     speaker = PeftModel.from_pretrained(model, candidate.adapter) if candidate.adapter else model
     set_seed(settings.seed)
     answers[candidate.name] = generate_answers(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -103,10 +104,14 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self.repo(kind, repo_id)) is None:
             return
         under = f"{folder}/" if folder else ""
-        files = [(n, c) for n, c in repo["files"].items() if n.startswith(under)]
+        files = {n: c for n, c in repo["files"].items() if n.startswith(under)}
         if folder and not files:
             return self.answer({"error": "no such folder"}, 404, X_Error_Code="EntryNotFound")
-        self.answer([{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files])
+        found = [{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files.items()]
+        folders = {str(parent) for n in files for parent in PurePosixPath(n).parents} - {".", folder}
+        found += [{"type": "directory", "path": n, "size": 0, "oid": blob_id(n.encode())} for n in sorted(folders)]
+        deep = "recursive=true" in self.path.lower()
+        self.answer([entry for entry in found if deep or "/" not in str(entry["path"]).removeprefix(under)])
 
     def resolve(self, kind: str | None, repo_id: str, revision: str, name: str) -> None:
         if (repo := self.repo(kind or "models", repo_id)) is None:

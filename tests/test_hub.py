@@ -131,18 +131,6 @@ def test_push_to_hub_false_never_pushes_and_merge_adaptors_pushes_the_merged_mod
     assert hub.writes() == []
     assert hub.repos == {}
 
-    done = project.run(
-        "02_dpo.py",
-        *flags,
-        "--resume",
-        "never",
-        "--merge_adaptors",
-        "--push_to_hub",
-        "--no_streaming",
-        status=2,
-        **online,
-    )
-    assert "unknown setting --no_streaming" in done.stderr
     done = project.run("02_dpo.py", *flags, "--resume", "never", "--merge_adaptors", "--push_to_hub", **online)
     again = project.run("02_dpo.py", *flags, "--merge_adaptors", "--push_to_hub", "--hub_repo_id", "me/again", **online)
     assert "was finished before; it was not trained again" in again.stderr

@@ -32,7 +32,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 32_000
-    assert apply_chat_format(tokenizer, "auto") == "mistral"
+    assert apply_chat_format(tokenizer, "auto") == ("mistral", [])
     return tokenizer
 
 

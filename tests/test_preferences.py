@@ -51,7 +51,7 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
     }  # fmt: skip
     rows = Dataset.from_list([{"score_chosen": None, "score_rejected": None} | row for row in (*good, *bad.values())])
     assert len(rows) == 40
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(64, 128), min_margin=0.5)
+    pairs, account = prepare_preferences(rows, tokenizer, Limits(64, 128), options=Options(min_margin=0.5))
     assert dict(account.dropped) == dict.fromkeys(bad, 1)
     assert {reason: account.examples[reason] for reason in bad} == {r: [30 + i] for i, r in enumerate(bad)}
     assert (account.read, account.kept, len(pairs), account.format) == (40, 30, 30, "messages")
@@ -73,7 +73,7 @@ def test_a_row_that_gives_several_pairs_is_one_row(tokenizer: PreTrainedTokenize
     pairs, account = prepare_preferences(Dataset.from_list([row]), tokenizer, NO_LIMITS, options=Options("all"))
     assert (len(pairs), account.read, account.kept) == (3, 1, 1)
     pairs, account = prepare_preferences(
-        Dataset.from_list([row]), tokenizer, NO_LIMITS, options=Options("all"), min_margin=3.2
+        Dataset.from_list([row]), tokenizer, NO_LIMITS, options=Options("all", min_margin=3.2)
     )
     assert (len(pairs), account.kept, account.dropped.total()) == (2, 1, 0)
 

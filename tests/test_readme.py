@@ -50,6 +50,14 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
     assert [f for f in (project.root / "outputs").glob("merge-*/model.safetensors") if f.stat().st_size > 1_000_000]
 
 
+def test_the_module_commands_of_the_readme_run(project: Project) -> None:
+    modules = [c[1:] for c in COMMANDS if c[:2] == ["python", "-m"]]
+    assert ["-m", "helpers.data_report"] in [words[:2] for words in modules]
+    for words in modules:
+        subprocess.run([sys.executable, *words], cwd=project.root, env=project.env, check=True, capture_output=True)
+    assert (project.root / "outputs" / "demo-data" / "data_report.png").is_file()
+
+
 def test_the_make_targets_of_the_readme_exist() -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

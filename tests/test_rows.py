@@ -10,12 +10,14 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers.accounts import Split, split_by_prompt
+from helpers.chat import render
 from helpers.chat_formats import MISTRAL
 from helpers.errors import UserError
 from helpers.instructions import prepare_instructions
 from helpers.lengths import Limits
 from helpers.preferences import prepare_preferences
-from helpers.rows import load_rows, read_lines, split_by_prompt
+from helpers.rows import read_lines
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -35,9 +37,10 @@ def test_instructions_become_tokens_and_labels(tokenizer: PreTrainedTokenizerBas
         {"prompt": "x", "prompt_id": "2", "messages": ASK},
         {"prompt": "x", "prompt_id": "3", "messages": [user("Why? " * 100), bot("5.")]},
     ]
-    good, account = prepare_instructions(Dataset.from_list(rows), tokenizer, 64)
-    assert good.column_names == ["prompt", "input_ids", "labels"]
-    assert good[0]["prompt"] == "What is 2 plus 3?"
+    good, account = prepare_instructions(Dataset.from_list(rows), tokenizer, Limits(total=64))
+    assert good.column_names == ["tokens", "prompt_key", "messages", "input_ids", "labels"]
+    assert good[0]["messages"] == [*ASK, bot("5.")]
+    assert good[0]["tokens"] == len(good[0]["input_ids"]) == len(good[0]["labels"])
     assert tokenizer.decode([i for i in good[0]["labels"] if i != -100]) == " 5.</s>"
     assert account.as_dict()["reasons"] == {"no final assistant turn": 1, "over-long": 1}
     assert account.read == account.kept + sum(account.dropped.values()) == 3
@@ -56,7 +59,7 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
     assert len(pairs) == 2
     assert account.examples["the chat template refuses a conversation: no odd talk"] == [1]
     rows = [{"messages": [*p, bot("5.")]} for p in (ASK, odd)]
-    assert prepare_instructions(Dataset.from_list(rows), strict, 0)[1].dropped == account.dropped
+    assert prepare_instructions(Dataset.from_list(rows), strict, Limits())[1].dropped == account.dropped
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
 def test_instruction_formats_and_the_chosen_side_of_pairs(
     row: dict[str, Any], name: str, learned: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    made, account = prepare_instructions(Dataset.from_list([row]), tokenizer, 0)
+    made, account = prepare_instructions(Dataset.from_list([row]), tokenizer, Limits())
     assert (account.format, account.kept) == (name, 1)
     assert tokenizer.decode([i for i in made[0]["labels"] if i != -100]) == learned
 
@@ -89,66 +92,64 @@ def test_a_system_message_is_folded_where_the_template_has_no_place(
     plain = AutoTokenizer.from_pretrained(tmp_path)
     plain.chat_template = "{% for m in messages %}[{{ m['content'] if m['role'] != 'system' }}]{% endfor %}"
     talk = [{"role": "system", "content": "Be kind."}, *ASK, bot("5.")]
-    made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, 0)
+    made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, Limits())
     assert dict(account.changed) == {"system message folded into the first user turn": 1}
     assert tokenizer.decode(made[0]["input_ids"]).startswith("[Be kind.\n\nWhat is 2 plus 3?]")
 
 
 def test_columns_that_cannot_be_used_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="has columns question; an instruction set needs messages"):
-        prepare_instructions(Dataset.from_list([{"question": "x"}]), tokenizer, 0)
+        prepare_instructions(Dataset.from_list([{"question": "x"}]), tokenizer, Limits())
 
 
 def test_no_prompt_is_on_both_sides_and_the_split_is_the_seed_s() -> None:
     prompts = [f"prompt {i % 40}" for i in range(100)]
-    rows = Dataset.from_dict({"prompt": prompts, "row": list(range(100))})
-    train, held_out = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=1)
-    assert not set(train["prompt"]) & set(held_out["prompt"])
+    rows = Dataset.from_dict({"prompt_key": prompts, "row": list(range(100))})
+    train, held_out = split_by_prompt(rows, Split(0, 20, 0.5, seed=1))
+    assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
     assert 20 <= len(held_out) <= 22
     assert sorted(train["row"][:] + held_out["row"][:]) == list(range(100))
-    again, _ = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=1)
-    other, _ = split_by_prompt(rows, "prompt", 20, 0.5, 0, seed=2)
+    again, _ = split_by_prompt(rows, Split(0, 20, 0.5, seed=1))
+    other, _ = split_by_prompt(rows, Split(0, 20, 0.5, seed=2))
     assert again["row"][:] == train["row"][:] != other["row"][:]
-    few, _ = split_by_prompt(rows, "prompt", 20, 0.5, 30, seed=1)
+    few, _ = split_by_prompt(rows, Split(30, 20, 0.5, seed=1))
     assert few["row"][:] == train["row"][:][:30]
-    _, half = split_by_prompt(rows, "prompt", 0, 0.5, 0, seed=1)
+    _, half = split_by_prompt(rows, Split(0, 0, 0.5, seed=1))
     assert 50 <= len(half) <= 52
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_file() -> None:
     prompts = [f"prompt {i}" for i in range(50)]
-    _, one = split_by_prompt(Dataset.from_dict({"p": prompts}), "p", 10, 0, 0, seed=3)
-    _, two = split_by_prompt(Dataset.from_dict({"p": prompts[::-1]}), "p", 10, 0, 0, seed=3)
-    assert one["p"][:] == two["p"][:]
+    _, one = split_by_prompt(Dataset.from_dict({"prompt_key": prompts}), Split(0, 10, 0, seed=3))
+    _, two = split_by_prompt(Dataset.from_dict({"prompt_key": prompts[::-1]}), Split(0, 10, 0, seed=3))
+    assert one["prompt_key"][:] == two["prompt_key"][:]
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "folder", "saved"])
-def test_rows_load_from_files_and_folders(suffix: str, tmp_path: Path) -> None:
-    rows = Dataset.from_list(
-        [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
-    )
-    file = tmp_path / f"rows.{suffix}"
-    if suffix in ("json", "jsonl"):
-        rows.to_json(file)
-    elif suffix == "csv":
-        rows.to_csv(file)
-    elif suffix == "parquet":
-        rows.to_parquet(file)
-    elif suffix == "saved":
-        rows.save_to_disk(file)
-    else:
-        file.mkdir()
-        rows.to_json(file / "train.jsonl")
-    assert load_rows(str(file)).to_list() == rows.to_list()
+def test_a_conversation_that_is_too_long_is_dropped_trimmed_or_cut_as_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    talk = [user("one " * 40), bot("two."), user("What is 2 plus 3?"), bot("It is 5.")]
+    rows = Dataset.from_list([{"messages": talk}, {"messages": [user("What is 1?"), bot("6.")]}])
+
+    def made(overlong: Any, total: int) -> tuple[Any, Any]:
+        return prepare_instructions(rows, tokenizer, Limits(total=total, overlong=overlong))
+
+    kept, account = made("drop", 60)
+    assert (len(kept), account.examples) == (1, {"over-long": [0]})
+    assert account.over_long[0] > 60
+    kept, account = made("trim_prompt", 60)
+    assert (kept[0]["messages"], account.examples) == (talk[2:], {"prompt trimmed from the left": [0]})
+    assert tokenizer.decode([i for i in kept[0]["labels"] if i != -100]) == " It is 5.</s>"
+    kept, account = made("cut_answer", len(tokenizer(render(tokenizer, talk))["input_ids"]) - 3)
+    assert account.examples == {"an answer lost its end": [0]}
+    assert kept[0]["labels"][-1] not in (-100, tokenizer.eos_token_id)
+    with pytest.raises(UserError, match=r"over-long: .* above --max_length 60: see --overlong"):
+        made("error", 60)
 
 
-def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_text("x")
-    for name in (str(tmp_path / "rows.txt"), "no such/data set/at all"):
-        with pytest.raises(UserError) as raised:
-            load_rows(name)
-        assert "\n" not in str(raised.value)
-        assert name in str(raised.value)
+def test_a_conversation_that_stands_there_twice_is_kept_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = Dataset.from_list([{"messages": [*ASK, bot(answer)]} for answer in ("5.", "5.", "Five.")])
+    kept, account = prepare_instructions(rows, tokenizer, Limits())
+    assert account.examples == {"duplicate conversation": [1], "duplicate prompt": [2]}
+    assert (len(kept), account.dropped.total()) == (2, 1)
 
 
 def test_a_broken_line_of_jsonl_is_named(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 from helpers import trl_fields
 from helpers.errors import SettingsError, UserError, in_kernel
 from helpers.paths import REPO
-from helpers.settings import RunSettings, load_settings, one_of
+from helpers.settings import RunSettings, TrainSettings, load_settings, one_of
 
 
 @dataclasses.dataclass
-class Settings(RunSettings):
+class Settings(TrainSettings):
     """A notebook's settings."""
 
     step: ClassVar[str] = "dpo"
@@ -126,7 +126,7 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["--max_grad_norm", "high"], "--max_grad_norm: invalid float value: 'high' (from flag)"),
         (["--optim"], "--optim needs a value (from flag)"),
         (["--max_steps", "1", "2"], "unrecognized arguments: 2 (from flag)"),
-        (["--streaming", "True"], "unknown setting --streaming"),
+        (["--streaming", "True"], "--streaming True: rows that are read as training goes cannot be counted"),
         (["--recipe", "nowhere.yaml"], "recipe 'nowhere.yaml' is not a file; there are recipes/demo.yaml"),
     ],
 )

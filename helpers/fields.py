@@ -1,0 +1,96 @@
+"""The settings that notebooks share: what every step has, and what the two that train have beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from helpers.errors import SettingsError
+
+# What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
+NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
+NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
+NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict"}
+
+
+@dataclasses.dataclass
+class RunSettings:
+    """What every notebook shares."""
+
+    step: ClassVar[str] = ""
+
+    recipe: str = ""  # YAML file of settings; recipes/ has some, and --recipe recipes/demo.yaml needs no GPU
+    output_dir: Path = Path("outputs")  # where runs are kept, one folder each
+    run_name: str = ""  # the run's folder; made from the settings when empty
+    seed: int = 42  # seed of the data split, the adapter's weights, the order of rows and sampling
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where the same command stopped; never: replace its run
+    dry_run: bool = False  # say what would be done, and stop
+    report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
+    wandb_project: str = ""  # Weights & Biases project; naming one turns wandb on
+    prepare: str = ""  # module run first (python -m), to make what a recipe names
+
+    sources: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    trl: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def values(self) -> dict[str, Any]:
+        """Every setting and its value, ready for JSON; TRL fields given by hand come last."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in (own | self.trl).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a run what it is."""
+        return {name: v for name, v in self.values().items() if name not in NOT_IDENTITY}
+
+    def digest(self, *more: str) -> str:
+        """Six hex digits of `identity()` and of `more` (what the run starts from)."""
+        text = json.dumps([self.identity(), *more], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+    def given(self, name: str) -> bool:
+        """Whether `name` was set at all, rather than left at the cell's default."""
+        return self.sources[name] != "default"
+
+    def adopt(self, source: str, **values: Any) -> None:
+        """Take over `values` that something else decides, and say what."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self.sources[name] = source
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("setting", "value", "from", box=None, pad_edge=False, title_justify="left")
+        for name, value in self.values().items():
+            style = "dim" if self.sources[name] == "default" else ""
+            table.add_row(name, str(value), self.sources[name], style=style)
+        return table
+
+
+@dataclasses.dataclass
+class TrainSettings(RunSettings):
+    """What 01 and 02 share beside that. A Settings cell that names one of these gives it another default."""
+
+    trust_remote_code: bool = False  # run code that comes with the model
+    revision: str = ""  # the model's branch, tag or commit on the Hub
+    dataset_config: str = ""  # the dataset's configuration, where it has several
+    dataset_revision: str = ""  # the dataset's branch, tag or commit on the Hub
+    eval_split: str = ""  # split that evaluation rows are taken from, where the dataset has one; else dataset_split
+    dataset_num_proc: int = 0  # processes that prepare the data; 0 takes as many as help
+    streaming: bool = False  # refused: rows that are not all read cannot be accounted for
+    overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond max_length
+    strict: bool = False  # stop when any row has to be dropped
+    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
+    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
+    lora_targets: str = "all-linear"  # layers that get an adapter: all-linear, or a regular expression
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
+
+    def __post_init__(self) -> None:
+        if self.streaming:
+            raise SettingsError(
+                "--streaming True: rows that are read as training goes cannot be counted, checked or split beforehand; "
+                "leave it out (--train_rows trains on fewer)"
+            )

@@ -1,0 +1,169 @@
+"""The data report: each finding fires where there is something to find, and is silent where there is not."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from transformers import PreTrainedTokenizerBase
+
+from helpers.accounts import Account, Split
+from helpers.data_findings import Answers, find_all, leaks, longer_is_chosen, near_ties, openings
+from helpers.data_report import DataReport, main
+from helpers.errors import SettingsError
+from helpers.formats import Options
+from helpers.lengths import Limits
+from helpers.loading import Source
+from helpers.preferences import load_preferences
+from tests.conftest import REPO
+
+
+def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> Answers:
+    count = [np.array([len(text.split()) for text in side]) for side in (chosen, rejected)]
+    lengths = {"prompt": np.ones(len(chosen), int), "chosen": count[0], "rejected": count[1]}
+    return Answers(
+        lengths, prompts or [f"p{i}" for i in range(len(chosen))], chosen, rejected, np.array(margins, float)
+    )
+
+
+def words(count: int, draw: random.Random) -> str:
+    return " ".join(draw.choice("abcdefghijklmnop") for _ in range(count))
+
+
+def test_length_is_named_only_where_it_tells() -> None:
+    found = longer_is_chosen(answers(["a b c"] * 8 + ["a"] * 2, ["a b"] * 10))
+    assert (found.value, found.matters) == (0.8, True)
+    assert found.text.startswith(
+        "The longer answer is the preferred one in 80% of pairs, and chosen answers are 1.3 times"
+    )
+    assert "nothing but length would score 80%" in found.text
+    assert "will teach the model to write longer answers" in found.text
+    shorter = longer_is_chosen(answers(["a"] * 9 + ["a b c"], ["a b"] * 10))
+    assert (shorter.value, shorter.matters) == (0.1, True)
+    assert "teach the model to write shorter answers" in shorter.text
+    even = longer_is_chosen(answers(["a b c"] * 4 + ["a"] * 4 + ["a b"] * 2, ["a b"] * 10))
+    assert (even.value, even.matters) == (0.4, False)
+    assert "nothing but length would score 50%: length says little" in even.text
+
+
+def test_near_ties_by_rating_and_by_words() -> None:
+    draw = random.Random(0)
+    chosen = [words(30, draw) for _ in range(10)]
+    other = [text.upper() for text in chosen]
+    assert near_ties(answers(chosen, other)) == []
+    close, same = near_ties(answers(chosen, chosen[:1] + other[1:], margins=[4.0] * 8 + [0.4, 0.2]))
+    assert (close.value, close.matters, same.value, same.matters) == (0.2, True, 0.1, True)
+    assert "--min_margin 0.4 leaves them out" in close.text
+
+
+def test_openings_that_give_the_label_away() -> None:
+    draw = random.Random(0)
+    plain = [words(8, draw) for _ in range(400)]
+    (fair,) = openings(answers(plain[:200], plain[200:]))
+    assert not fair.matters
+    assert 0.4 < fair.value < 0.6
+    (telling,) = openings(answers(plain[:200], ["As an AI, I " + text for text in plain[200:]]))
+    assert (telling.value, telling.matters) == (1.0, True)
+    assert "'As an AI,' opens 0 chosen and 200 rejected answers" in telling.text
+    # openings that stand there once each say nothing, however they are counted
+    (rare,) = openings(answers([f"x{i} y z" for i in range(50)], [f"u{i} v w" for i in range(50)]))
+    assert (rare.value, rare.matters) == (0.5, False)
+
+
+def test_leaks_between_train_and_held_out() -> None:
+    train = answers(["the same long answer of many words"] * 2, ["x"] * 2, prompts=["what is it", "who"])
+    clean = answers(["another"], ["y"], prompts=["where"])
+    (none,) = leaks(train, clean)
+    assert (none.value, none.matters) == (0.0, False)
+    prompts, said = leaks(train, answers(["the same long answer of many words"], ["y"], prompts=["who"]))
+    assert (prompts.value, said.value, prompts.matters) == (1.0, 1.0, True)
+    assert "but for case, spaces or punctuation" in prompts.text
+
+
+def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
+    rows = answers(["a b"] * 4, ["c d"] * 4)
+    account = Account(read=20, kept=4, over_long=[300, 200, 900] * 5)
+    for row in range(15):
+        account.drop("over-long", row)
+    account.drop("tie", 19)
+    account.change("an answer lost its end", 1)
+    found = {f.name: f for f in find_all(rows, rows, account, 128)}
+    assert found["dropped"].value == 0.8
+    assert "15 of them because of: over-long" in found["dropped"].text
+    assert "(200 to 900 tokens)" in found["over-long"].text
+    assert "--max_length 900 would keep" in found["over-long"].text
+    assert found["cut answers"].text.startswith("1 answers lost their end at max_length 128")
+    assert list(found)[-1] in ("longer is chosen", "openings")  # what does not matter comes last
+
+
+def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    rows = [{"prompt": f"What is {i} plus 1?", "chosen": "It is " * 9 + str(i), "rejected": "No."} for i in range(40)]
+    rows[7]["rejected"] = rows[7]["chosen"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held_out, account = load_preferences(
+        [Source(str(tmp_path / "rows.jsonl"))], tokenizer, Limits(64, 128), Options(), Split(0, 8)
+    )
+    report = DataReport.of(train, held_out, account, 128)
+    report.save(tmp_path)
+    saved = json.loads((tmp_path / "data_report.json").read_text())
+    assert saved["rows"] == {"train": 31, "held_out": 8, "read": 40}
+    assert saved["share_of_rows"] == {"chosen equals rejected": 1 / 40}
+    chosen = sorted(len(ids) for ids in train["chosen_ids"][:] + held_out["chosen_ids"][:])
+    assert saved["lengths"]["chosen"]["longest"] == chosen[-1]
+    assert saved["lengths"]["chosen"]["half"] == chosen[len(chosen) // 2]
+    assert saved["findings"][0]["name"] == "longer is chosen"
+    assert saved["findings"][0]["value"] == 1.0
+    height, width, _ = imread(tmp_path / "data_report.png").shape
+    assert (height, width) == (780, 1320)
+    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    console.print(report)
+    said = console.export_text()
+    assert "! The longer answer is the preferred one in 100% of pairs" in said
+    assert "tokens of" in said
+
+
+def test_the_command_reads_a_recipe_and_refuses_what_it_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_folder: Path
+) -> None:
+    pairs, talks = (demo_folder / name / "train.jsonl" for name in ("preferences", "instructions"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_id: {demo_folder / 'tiny-mistral'}\nsft: {{dataset_id: {talks}, max_length: 256}}\n"
+        f"dpo: {{dataset_id: {pairs}, dpo_beta: 0.3, loss_type: [sigmoid], eval_rows: 50}}\n"
+    )
+    main(["--recipe", str(recipe), "--out", str(tmp_path / "pairs")])
+    assert "held out 50" in capsys.readouterr().out
+    assert json.loads((tmp_path / "pairs" / "data_report.json").read_text())["rows"]["read"] == 3000
+    main(["--recipe", str(recipe), "--sft", "--out", str(tmp_path / "talks"), "--eval-rows", "7"])
+    saved = json.loads((tmp_path / "talks" / "data_report.json").read_text())
+    assert (saved["rows"]["held_out"], list(saved["lengths"])) == (7, ["conversation", "learned"])
+    for given, said in {
+        ("--dataset_idd", "x"): "unknown setting --dataset_idd: did you mean --dataset_id?",
+        ("--max_length", "long"): "--max_length takes int, not 'long'",
+    }.items():
+        with pytest.raises(SettingsError, match=said):
+            main(list(given))
+
+
+def test_a_mistake_of_the_command_is_one_line() -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "helpers.data_report",
+        "--dataset_id",
+        "no/such.jsonl",
+        "--model_id",
+        "no/such/model",
+    ]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+    (line,) = done.stderr.strip().splitlines()
+    assert (done.returncode, line) == (1, "error: 'no/such/model' is neither a folder here nor a Hub id")
