@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import SettingsError, UserError
 from helpers.loading import Source, load_rows, sample
+from helpers.split import Split, first_rows, split_by_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,8 +22,9 @@ BOOKKEEPING = ("row", "fault", "change", "chosen_key", "rejected_key")
 class Account:
     """What became of every row: `kept + sum(dropped) == read`, each reason with a count and up to three row numbers.
 
-    With several sets, a row's number stands behind its set's name. `over_long` are the tokens of the pairs that were
-    dropped for their length.
+    Rows are counted from 0; with several sets, the number stands behind its set's name. A row that gives several pairs
+    is kept while one of them is; the others are `lost_pairs`. `over_long` and `long_prompts` are the tokens of what was
+    dropped for its length, or for its prompt's.
     """
 
     read: int = 0
@@ -34,6 +35,9 @@ class Account:
     examples: dict[str, list[int | str]] = dataclasses.field(default_factory=dict)
     format: str = ""
     over_long: list[int] = dataclasses.field(default_factory=list)
+    long_prompts: list[int] = dataclasses.field(default_factory=list)
+    changed_rows: int = 0
+    lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def drop(self, reason: str, row: int | str) -> None:
         self.dropped[reason] += 1
@@ -41,6 +45,11 @@ class Account:
 
     def change(self, reason: str, row: int | str) -> None:
         self.changed[reason] += 1
+        self._example(reason, row)
+
+    def lose(self, reason: str, row: int | str) -> None:
+        """One of a row's pairs that is not kept, while another is."""
+        self.lost_pairs[reason] += 1
         self._example(reason, row)
 
     def note(self, reason: str, row: int | str) -> None:
@@ -54,9 +63,11 @@ class Account:
 
     def check(self, strict: bool) -> None:
         """Raise SettingsError where nothing is left, or where `strict` and a row was dropped."""
-        if self.kept and not (strict and self.dropped):
+        if self.kept and not (strict and (self.dropped or self.lost_pairs)):
             return
-        reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in self.dropped.items())
+        reasons = "; ".join(
+            f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in (self.dropped + self.lost_pairs).items()
+        )
         lost = self.dropped.total()
         who = f"{lost} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
         raise SettingsError(f"{who} be used. {reasons}")
@@ -66,9 +77,9 @@ class Account:
             "format": self.format,
             "read": self.read,
             "kept": self.kept,
-            "changed": sum(self.changed.values()),
+            "changed": self.changed_rows,
             "dropped": sum(self.dropped.values()),
-            "reasons": dict(self.changed + self.dropped + self.noted),
+            "reasons": dict(self.changed + self.dropped + self.lost_pairs + self.noted),
             "examples": self.examples,
         }
 
@@ -77,21 +88,12 @@ class Account:
 
         table = Table("rows", "count", "example rows", box=None, pad_edge=False)
         table.add_row(f"read ({self.format})", f"{self.read:,}", "")
-        for label, reasons in (("changed", self.changed), ("dropped", self.dropped), ("noted", self.noted)):
+        parts = {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
+        for label, reasons in parts.items():
             for reason, count in reasons.most_common():
                 table.add_row(f"  {label}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
         return table
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """How many rows are trained on (0: all) and held out (0: `eval_fraction` of them), in the order of `seed`."""
-
-    train_rows: int = 0
-    eval_rows: int = 0
-    eval_fraction: float = 0.1
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +121,15 @@ def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> 
     """
     parts, formats = [], []
     several = len(sources) > 1 or any(source.eval_split for source in sources)
+    names = [source.name for source in sources]
     for source in sources:
+        shown = source.name if names.count(source.name) == 1 else source.id
         for name in dict.fromkeys((source.eval_split, source.split)):
             if name:
                 held_out = name == source.eval_split
                 rows, numbers = sample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
                 made, found = prepare(rows, source.format)
-                parts.append(Part(made, numbers, f"{source.name} {name} " if several else "", held_out))
+                parts.append(Part(made, numbers, f"{shown} {name} " if several else "", held_out))
                 formats.append(found)
     account, train, held_out_rows = settle(parts)
     account.format = ", ".join(dict.fromkeys(formats))
@@ -135,8 +139,8 @@ def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> 
     else:
         if not len(train) or not len(held_out_rows):
             raise UserError(f"no row of {'--dataset_split' if len(held_out_rows) else '--eval_split'} can be used")
-        held_out_rows = _first(held_out_rows, split.eval_rows, split.seed)
-        train = _first(train, split.train_rows, split.seed)
+        held_out_rows = first_rows(held_out_rows, split.eval_rows, split.seed)
+        train = first_rows(train, split.train_rows, split.seed)
     return train, held_out_rows, account
 
 
@@ -160,11 +164,11 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
         evaluated = set(first) if not part.held_out and any(p.held_out for p in parts) else set()
         good: list[int] = []
         kept: dict[int, str] = {}
-        dropped: dict[int, str] = {}
+        dropped: dict[int, list[str]] = {}
         columns = [part.made[name][:] for name in ("row", "fault", "change")]
         for i, (row, fault, change, key) in enumerate(zip(*columns, _keys(part.made), strict=True)):
             if fault := fault or _fault_between(key, labels, seen, evaluated):
-                dropped.setdefault(row, fault)
+                dropped.setdefault(row, []).append(fault)
                 continue
             seen.add(key)
             number = part.number(row)
@@ -172,15 +176,21 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
                 account.note("duplicate prompt", number)
             kept[row] = kept.get(row) or change
             good.append(i)
-        for row, fault in dropped.items():
+        for row, row_faults in dropped.items():
             if row not in kept:
-                account.drop(fault, part.number(row))
+                account.drop(row_faults[0], part.number(row))
+            for fault in row_faults if row in kept else ():
+                account.lose(f"a pair of a kept row: {fault}", part.number(row))
         for row, change in kept.items():
-            if change:
-                account.change(change, part.number(row))
+            account.changed_rows += bool(change)
+            for reason in change.split("; ") if change else ():
+                account.change(reason, part.number(row))
         account.kept += len(kept)
-        long = [i for i, fault in enumerate(columns[1]) if fault == "over-long"]
-        account.over_long += part.made.select(long)["tokens"][:]
+        for fault, lengths in (("over-long", account.over_long), ("prompt over-long", account.long_prompts)):
+            long = part.made.select([i for i, found in enumerate(columns[1]) if found == fault])
+            lengths += (
+                long["tokens"][:] if fault == "over-long" else map(len, long["prompt_ids"][:]) if len(long) else []
+            )
         sets.append(part.made.select(good).remove_columns(list(BOOKKEEPING)))
     count = sum(part.held_out for part in parts)
     held_out = concatenate_datasets(sets[:count]) if count else None
@@ -203,29 +213,3 @@ def _fault_between(
     if key in seen:
         return "duplicate pair" if rejected else "duplicate conversation"
     return ""
-
-
-def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:
-    """Train and evaluation rows with no prompt in both; the order is the seed's, not the file's."""
-    order, prompts = _order(rows, split.seed)
-    if not (split.eval_rows or split.eval_fraction):
-        raise UserError("--eval_rows 0 and --eval_fraction 0: something has to be held out, to see what is learned")
-    wanted = min(split.eval_rows or round(split.eval_fraction * len(order)), len(order) - 1)
-    while 0 < wanted < len(order) and prompts[order[wanted]] == prompts[order[wanted - 1]]:
-        wanted += 1  # the prompt at the border goes to the evaluation rows as a whole
-    chosen = order[wanted : wanted + split.train_rows] if split.train_rows else order[wanted:]
-    if not chosen:
-        raise UserError(f"{len(prompts)} rows are too few for --eval_rows {wanted}: nothing is left to train on")
-    return rows.select(chosen), rows.select(order[:wanted])
-
-
-def _first(rows: Dataset, count: int, seed: int) -> Dataset:
-    order, _ = _order(rows, seed)
-    return rows.select(order[:count] if count else order)
-
-
-def _order(rows: Dataset, seed: int) -> tuple[list[int], list[str]]:
-    """Row numbers with rows of one prompt together, in an order that the seed and the prompts decide."""
-    prompts = rows["prompt_key"][:]
-    rank = {p: hashlib.sha256(f"{seed} {p}".encode()).digest() for p in set(prompts)}
-    return sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i)), prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
@@ -142,6 +143,17 @@ def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """A leading system message as the opening of the first user turn."""
     system, first, *rest = messages
     return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def folded(messages: list[dict[str, str]], system: bool) -> list[dict[str, str]]:
+    """The conversation as a template takes it that has a place for a system message (`system`) or has none."""
+    return messages if system or messages[0]["role"] != "system" else fold_system(messages)
+
+
+def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds, in a message, text that would be read as one of the tokenizer's control tokens."""
+    tokens = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
+    return re.compile("|".join(tokens) or r"(?!)")
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:

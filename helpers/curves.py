@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.runs import is_main_process
+from helpers.processes import is_main_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -92,10 +92,11 @@ def longer_is_chosen(rows: Answers) -> Finding:
     said = f"The longer answer is the preferred one in {longer:.0%} of pairs"
     judge = f"a judge that looks at nothing but length would score {score:.0%}"
     if score >= LONGER:
+        times = f", and chosen answers are {ratio:,.1f} times as long" if ratio > 1.05 else ""
         text = (
-            f"{said}, and chosen answers are {ratio:.2g} times as long: {judge}. Training on these pairs will teach "
-            "the model to write longer answers, whether or not they are better. --ld_alpha 0.5 weighs the extra tokens "
-            "less; compare answers of like length when you judge."
+            f"{said}{times}: {judge}. Training on these pairs will teach the model to write longer answers, whether or "
+            "not they are better. --ld_alpha 0.5 weighs the extra tokens less; compare answers of like length when you "
+            "judge."
         )
     elif score <= 1 - LONGER:
         text = (
@@ -112,9 +113,9 @@ def near_ties(rows: Answers) -> list[Finding]:
     found = []
     if len(rows.margins):
         close = NEAR * float(rows.margins.max())
-        share = float((rows.margins <= close).mean())
-        text = f"{share:.0%} of rated pairs are at most {close:.2g} apart (the widest {rows.margins.max():.3g})"
-        more = f": their labels are little better than chance. --min_margin {close:.2g} leaves them out."
+        share = float((rows.margins < close).mean())
+        text = f"{share:.0%} of rated pairs are less than {close:.2g} apart (the widest {rows.margins.max():.3g})"
+        more = f": who rated them was hardly sure. --min_margin {close:.2g} leaves them out."
         found += (
             [Finding("near ties", share, text + (more if share >= OFTEN else "."), share >= OFTEN)] if share else []
         )
@@ -186,19 +187,24 @@ def _rows_lost(account: Account, max_length: int) -> list[Finding]:
         reason, count = account.dropped.most_common(1)[0]
         text = f"{lost:.1%} of rows were dropped, {count:,} of them because of: {reason}."
         found.append(Finding("dropped", lost, text, lost >= OFTEN))
-    if account.over_long:
-        longest = sorted(account.over_long)
-        share, enough = len(longest) / account.read, longest[math.ceil(0.9 * len(longest)) - 1]
-        limit = f"at max_length {max_length:,}" if max_length else "at max_prompt_length"
-        text = f"{share:.1%} of rows are over-long {limit} ({longest[0]:,} to {longest[-1]:,} tokens) and were dropped"
-        more = f": --max_length {enough} would keep most of them, --overlong trim_prompt those whose prompts are long."
-        matters = share >= OFTEN / 2
-        found.append(Finding("over-long", share, text + (more if matters else "."), matters))
+    limits = {
+        "over-long": (account.over_long, "max_length", f" {max_length:,}" if max_length else ""),
+        "prompt over-long": (account.long_prompts, "max_prompt_length", ""),
+    }
+    for reason, (tokens, limit, value) in limits.items():
+        if count := account.dropped[reason] + account.lost_pairs[f"a pair of a kept row: {reason}"]:
+            share, longest = account.dropped[reason] / account.read, sorted(tokens)
+            text = (
+                f"{count:,} of what there was is {reason} at {limit}{value} ({longest[0]:,} to {longest[-1]:,} tokens) "
+            )
+            enough = longest[math.ceil(0.9 * count) - 1]
+            more = f": --{limit} {enough} would keep most of it, --overlong trim_prompt what has a long prompt."
+            matters = share >= OFTEN / 2
+            found.append(Finding(reason, share, text + "and was dropped" + (more if matters else "."), matters))
     if cut := account.changed["an answer lost its end"]:
-        text = f"{cut:,} answers lost their end at max_length {max_length:,}: the model learns not to stop. A larger "
-        found.append(
-            Finding("cut answers", cut / account.read, text + "--max_length or --overlong drop mends that.", True)
-        )
+        text = f"{cut:,} rows have an answer that lost its end at max_length {max_length:,}: the model learns not to "
+        text += "stop. A larger --max_length or --overlong drop mends that."
+        found.append(Finding("cut answers", cut / account.read, text, True))
     return found
 
 

@@ -2,7 +2,7 @@
 
     python -m helpers.data_report --dataset_id my_pairs.jsonl --model_id mistralai/Mistral-7B-Instruct-v0.2
 
-reads the same settings as 02_dpo.py (with --sft as 01_sft.py), needs a tokenizer and no model, and trains nothing.
+has the names of 02_dpo.py's settings (with --sft, 01_sft.py's), reads .env for the Hub, needs a tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import difflib
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 
 from helpers import layers
-from helpers.accounts import Account, Split
+from helpers.accounts import Account
 from helpers.data_findings import Answers, Finding, find_all, read_answers
 from helpers.errors import SettingsError, report_user_errors
 from helpers.paths import short_path
-from helpers.runs import is_main_process, write_json
+from helpers.processes import is_main_process
+from helpers.runs import write_json
 from helpers.settings import parse_words, quieten, run_prepare
+from helpers.split import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,6 +99,8 @@ class DataReport:
 class ReportSettings:
     """What a dataset will teach, without training on it. The names are those of 01_sft.py and 02_dpo.py."""
 
+    sources: ClassVar[dict[str, str]] = {}
+
     recipe: str = ""  # YAML file that 02_dpo.py (or 01_sft.py, with --sft) would be started with
     sft: bool = False  # read conversations, as 01_sft.py does, rather than pairs
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # whose tokenizer counts: a Hub id or a folder
@@ -109,8 +113,8 @@ class ReportSettings:
     dataset_num_proc: int = 0  # processes that prepare the data; 0 takes as many as help
     eval_split: str = ""  # split that evaluation rows are taken from, where the dataset has one
     train_rows: int = 0  # rows to train on; 0 takes all
-    eval_rows: int = 0  # rows held out; 0 takes eval_fraction of them
-    eval_fraction: float = 0.1  # share held out where eval_rows is 0
+    eval_rows: int = 2_750  # rows held out; 0 takes eval_fraction of them
+    eval_fraction: float = 0.2  # share held out where eval_rows is 0
     data_format: str = "auto"  # by the columns; or a format by name
     pairing: Literal["worst", "random", "all"] = "worst"  # of several ranked answers: the best against which others
     recommended: bool = False  # keep only the rows that the dataset's card recommends
@@ -118,7 +122,9 @@ class ReportSettings:
     max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
     max_length: int = 1512  # tokens of a prompt and its answer, likewise
     overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond them
+    strict: bool = False  # stop when any row has to be dropped
     chat_format: str = "auto"  # the tokenizer's own, else mistral; or a format by name, or a file
+    system_prompt: str = ""  # put before every conversation that has no system message of its own
     seed: int = 42  # seed of the split
     out: str = ""  # folder for data_report.png and data_report.json; none are written when empty
 
@@ -145,14 +151,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     apply_chat_format(tokenizer, given.chat_format)
     split = Split(given.train_rows, given.eval_rows, given.eval_fraction, given.seed)
-    more: dict[str, Any] = {"split": split, "num_proc": given.dataset_num_proc}
+    more: dict[str, Any] = {"split": split, "strict": given.strict, "num_proc": given.dataset_num_proc}
     sources = read_sources(given)
     if given.sft:
         limits = Limits(total=given.max_length, overlong=given.overlong)
-        train, held_out, account = load_instructions(sources, tokenizer, limits, **more)
+        train, held_out, account = load_instructions(
+            sources, tokenizer, limits, system_prompt=given.system_prompt, **more
+        )
     else:
         limits = Limits(given.max_prompt_length, given.max_length, given.overlong)
-        options = Options(given.pairing, given.recommended, given.min_margin, given.seed)
+        options = Options(given.pairing, given.recommended, given.min_margin, given.system_prompt, given.seed)
         train, held_out, account = load_preferences(sources, tokenizer, limits, options, **more)
     report = DataReport.of(train, held_out, account, given.max_length)
     show(account, f"train {len(train):,}, held out {len(held_out):,}", report)
@@ -169,7 +177,8 @@ def _read_settings(argv: list[str]) -> ReportSettings:
 
     if {"-h", "--help"} & set(argv):
         tyro.cli(ReportSettings, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    types = get_type_hints(ReportSettings)
+    types = {field.name: get_type_hints(ReportSettings)[field.name] for field in dataclasses.fields(ReportSettings)}
+    layers.read_dotenv()  # a token, or the address of a mirror
     flags = dict(layers.split_flags(argv))
     for name in set(flags) - set(types):
         close = difflib.get_close_matches(name, types, n=1)
@@ -177,12 +186,16 @@ def _read_settings(argv: list[str]) -> ReportSettings:
     values: dict[str, list[str]] = {}
     if recipe := flags.get("recipe"):
         sft, dpo = (layers.from_recipe(step, recipe[0]) for step in ("sft", "dpo"))
-        values = sft if "sft" in flags else {"model_id": sft["model_id"]} | dpo if "model_id" in sft else dpo
+        pairs = "sft" not in flags or not parse_words(bool, "sft", flags["sft"], "flag")
+        values = sft if not pairs else {"model_id": sft["model_id"]} | dpo if "model_id" in sft else dpo
         if "prepare" in values:
             run_prepare(values["prepare"][0])
     words = {name: (given, "recipe") for name, given in values.items() if name in types}
     words |= {name: (given, "flag") for name, given in flags.items()}
-    return ReportSettings(**{name: parse_words(types[name], name, *given) for name, given in words.items()})
+    settings = ReportSettings(**{name: parse_words(types[name], name, *given) for name, given in words.items()})
+    source = words.get("dataset_split", ([], "default"))[1]
+    settings.sources = {"dataset_split": source}  # type: ignore[misc]
+    return settings
 
 
 if __name__ == "__main__":

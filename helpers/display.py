@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 from helpers.errors import in_kernel
-from helpers.runs import is_main_process
+from helpers.processes import is_main_process
 
 
-def show(*things: Any) -> None:
+def show(*things: Any, save_as: Path | None = None) -> None:
     """Print each thing in a terminal; in a notebook display its HTML, or its picture. A figure in a terminal is silent:
-    its file is what one opens there."""
+    its file is what one opens there, where `save_as` names one. Only the main process does anything."""
     from rich.console import Console
 
     for thing in things if is_main_process() else ():
         if hasattr(thing, "savefig"):
+            if save_as:
+                thing.savefig(save_as, dpi=120)
             if in_kernel():
                 from IPython.display import Image, display
 

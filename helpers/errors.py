@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 
@@ -28,6 +29,14 @@ class Stop(UserError):
     status = 0
 
 
+class Interrupted(UserError):
+    """A run was told to stop, by a signal, and has saved what it had; the status is the one that shells give."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+
+
 def in_kernel() -> bool:
     """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit helps nobody."""
     ipython = sys.modules.get("IPython")
@@ -42,6 +51,8 @@ def report_user_errors() -> None:
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine's processes says it
+            sys.exit(error.status)
         print(error if isinstance(error, Stop) else f"error: {error}", file=sys.stderr)
         sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
 

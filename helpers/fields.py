@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ class RunSettings:
     output_dir: Path = Path("outputs")  # where runs are kept, one folder each
     run_name: str = ""  # the run's folder; made from the settings when empty
     seed: int = 42  # seed of the data split, the adapter's weights, the order of rows and sampling
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the same command stopped; never: replace its run
+    resume: str = "auto"  # auto: go on where the same command stopped; never: replace its run; or a checkpoint's folder
     dry_run: bool = False  # say what would be done, and stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; naming one turns wandb on
@@ -80,6 +81,9 @@ class TrainSettings(RunSettings):
     eval_split: str = ""  # split that evaluation rows are taken from, where the dataset has one; else dataset_split
     dataset_num_proc: int = 0  # processes that prepare the data; 0 takes as many as help
     streaming: bool = False  # refused: rows that are not all read cannot be accounted for
+    system_prompt: str = ""  # put before every conversation that has no system message of its own
+    global_batch_size: int = 0  # rows to one step, of all processes; sets gradient_accumulation_steps
+    early_stopping_patience: int = 0  # stop after so many evaluations without a lower eval_loss; keep the best
     overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond max_length
     strict: bool = False  # stop when any row has to be dropped
     chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
@@ -87,6 +91,24 @@ class TrainSettings(RunSettings):
     attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
     lora_targets: str = "all-linear"  # layers that get an adapter: all-linear, or a regular expression
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
+
+    def early_stopping(self) -> dict[str, Any]:
+        """What the trainer's config needs for --early_stopping_patience."""
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        return best if self.early_stopping_patience else {}
+
+    def accumulation(self) -> int:
+        """Batches to one step: as given, or what makes --global_batch_size of these processes. Raises SettingsError."""
+        own: Any = self  # the notebooks' own fields
+        per_device, processes = own.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+        if not self.global_batch_size:
+            return int(own.gradient_accumulation_steps)
+        if self.global_batch_size % (per_device * processes):
+            raise SettingsError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of --per_device_train_batch_size "
+                f"{per_device} x {processes} processes"
+            )
+        return self.global_batch_size // int(per_device * processes)
 
     def __post_init__(self) -> None:
         if self.streaming:

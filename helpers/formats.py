@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import math
 import random
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from helpers.rows import Message, conversation, fault_of, is_conversation, key_of
+from helpers.rows import Message, conversation, fault_of, is_conversation, key_of, transcript
 
 Row = dict[str, Any]
-TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
 SCORES = ("overall_score", "score", "rating")
 ANSWERS = ("response", "text", "answer", "content")
 
@@ -32,11 +31,12 @@ class Pair:
 class Options:
     """`pairing` of ranked and scored rows: best against worst, against a random other (seeded), or all pairs;
     `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends; pairs rated closer than
-    `min_margin` are dropped, ties always."""
+    `min_margin` are dropped, ties always; `system_prompt` goes before pairs without a system message of their own."""
 
     pairing: Literal["worst", "random", "all"] = "worst"
     recommended: bool = False
     min_margin: float = 0.0
+    system_prompt: str = ""
     seed: int = 0
 
 
@@ -81,9 +81,7 @@ def read_orca(row: Row, options: Options) -> list[Pair] | str:
 
 def read_ranked(row: Row, options: Options) -> list[Pair] | str:
     """berkeley-nest/Nectar: seven answers with ranks, 1 the best, to one transcript."""
-    prompt = transcript(row.get("prompt")) or _user(row.get("prompt"))
-    if prompt[-1:] == [{"role": "assistant", "content": ""}]:
-        prompt.pop()  # the turn that the answers fill
+    prompt = _transcript_or_user(row.get("prompt"))
     answers = row.get("answers")
     if not prompt or not isinstance(answers, list):
         return "not text"
@@ -153,15 +151,6 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-def transcript(text: Any) -> list[Message]:
-    """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] where it is none."""
-    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-        return []
-    parts = TURN.split(text)[1:]
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
-    return [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
-
-
 def _with_prompt(prompt: Any, answer: Any) -> list[Message] | str:
     """A whole conversation that ends with the answer, or the reason why it is none."""
     if isinstance(answer, str):
@@ -178,9 +167,9 @@ def _with_prompt(prompt: Any, answer: Any) -> list[Message] | str:
 
 
 def _texts(prompt: Any, chosen: Any, rejected: Any, system: Any = None, *scores: float | None) -> list[Pair] | str:
-    messages = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+    messages = conversation(prompt) if is_conversation(prompt) else _transcript_or_user(prompt)
     if not messages or not isinstance(chosen, str) or not isinstance(rejected, str):
-        return "not text"
+        return not_text(prompt, chosen, rejected)
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
     return _pair(messages, chosen, rejected, *scores)
@@ -224,6 +213,18 @@ def _pairings(
         else:
             found += made
     return found or fault
+
+
+def _transcript_or_user(prompt: Any) -> list[Message]:
+    """A text as a user's turn; "Human: ... Assistant:" turns as these, but for the one that the answers fill."""
+    messages = transcript(prompt) or _user(prompt)
+    return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
+
+
+def not_text(*values: Any) -> str:
+    """The reason for a row whose columns are not all texts: numbers and dates are what files are often mistaken for."""
+    mistaken = any(isinstance(v, int | float | datetime.date | datetime.time) for v in values)
+    return "a number or a date, not text" if mistaken else "not text"
 
 
 def _user(text: Any) -> list[Message]:

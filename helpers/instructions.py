@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from helpers.accounts import Account, Part, Split, mix, settle
-from helpers.chat import check_chat, encode, encode_prompt, fold_system, takes_system
+from helpers.accounts import Account, Part, mix, settle
+from helpers.chat import check_chat, encode, encode_prompt, folded, special_text, takes_system
 from helpers.columns import list_columns, message_column, recognise, token_column
-from helpers.errors import UserError
-from helpers.formats import ADAPTERS, Options
+from helpers.errors import SettingsError, UserError
+from helpers.formats import ADAPTERS, Options, not_text
 from helpers.lengths import Limits, trim_prompt
 from helpers.loading import Source
-from helpers.rows import TOKENIZERS, Message, conversation, fault_of, is_conversation, map_rows, short_key
+from helpers.rows import TOKENIZERS, Message, conversation, fault_of, is_conversation, map_rows, short_key, with_system
+from helpers.split import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,6 +40,8 @@ def read_alpaca(row: Row) -> list[Message] | str:
 def read_completion(row: Row) -> list[Message] | str:
     """A prompt and its completion, as texts or as messages."""
     prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("label") is False:  # of a set for KTO: an answer that is not wanted
+        return "labelled as not wanted"
     if is_conversation(prompt) and is_conversation(completion):
         return conversation(prompt) + conversation(completion)
     return _turns(prompt, completion)
@@ -46,7 +49,7 @@ def read_completion(row: Row) -> list[Message] | str:
 
 def _turns(prompt: Any, answer: Any) -> list[Message] | str:
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        return "not text"
+        return not_text(prompt, answer)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
@@ -70,6 +73,7 @@ def load_instructions(
     split: Split,
     strict: bool = False,
     num_proc: int = 0,
+    system_prompt: str = "",
 ) -> tuple[Dataset, Dataset, Account]:
     """Conversations to train on, conversations held out, and the account of every row; no prompt is on both sides.
 
@@ -81,7 +85,7 @@ def load_instructions(
     """
 
     def prepare(rows: Dataset, data_format: str) -> tuple[Dataset, str]:
-        return _prepare(rows, tokenizer, limits, data_format, num_proc)
+        return _prepare(rows, tokenizer, limits, data_format, num_proc, system_prompt)
 
     train, held_out, account = mix(sources, prepare, split, strict)
     check_chat(tokenizer, train.select(range(min(CHECKED, len(train))))["messages"][:])
@@ -99,18 +103,26 @@ def prepare_instructions(
 
 
 def _prepare(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str, num_proc: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    data_format: str,
+    num_proc: int,
+    system_prompt: str = "",
 ) -> tuple[Dataset, str]:
     columns = set(rows.column_names)
     name = data_format if data_format != "auto" else next((n for n, (c, _) in READERS.items() if c <= columns), "")
     name = name or recognise(list_columns(rows))
-    if name not in READERS and name not in ADAPTERS:
+    if name and name not in READERS and name not in ADAPTERS:
+        raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join({**READERS, **ADAPTERS})}")
+    if not name or (name in READERS and name not in ADAPTERS and not READERS[name][0] <= columns):
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}; an instruction set needs messages, prompt and "
             "completion, or instruction and output; a preference set gives its chosen answers"
         )
-    chosen = name not in READERS or (data_format == "auto" and not READERS[name][0] <= columns)
+    chosen = name not in READERS or not READERS[name][0] <= columns  # "messages" is a name of both kinds
     work = {"name": name, "chosen": chosen, "limits": limits, "system": takes_system(tokenizer)}
+    work["system_prompt"] = system_prompt
     made = map_rows(rows, _read_batch, work, tokenizer, num_proc)
     return made, f"{name}, the chosen side" if chosen else name
 
@@ -122,18 +134,31 @@ def _read_batch(
     chosen: bool,
     limits: Limits,
     system: bool,
+    system_prompt: str,
     tokenizer: str,
 ) -> Any:
     """One batch of published rows as conversations (an Arrow table); one that cannot be used stands with its fault."""
     import pyarrow as pa
 
-    made = []
-    for position in range(len(indices)):
+    made: list[tuple[Any, ...]] = []
+    special = special_text(TOKENIZERS[tokenizer])
+    for position, number in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
         messages = read_chosen(row, name) if chosen else READERS[name][1](row)
-        made.append(_read_row(messages, limits, system, TOKENIZERS[tokenizer]))
-    conversations, ids, labels, faults, changes = map(list, zip(*made, strict=True))
-    prompts = [m[: 2 if m[0]["role"] == "system" else 1] if m else [] for m in conversations]
+        key, fault = ([], messages) if isinstance(messages, str) else (messages, fault_of(messages))
+        if any(special.search(m["content"]) for m in key):
+            fault = fault or "a control token in its text"
+        if fault:
+            made.append(([], [], [], fault, "", []))
+            continue
+        key = with_system(key, system_prompt)
+        try:
+            done = _read_row(key, limits, system, TOKENIZERS[tokenizer])
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from None
+        made.append((*done, key))
+    conversations, ids, labels, faults, changes, keys = map(list, zip(*made, strict=True))
+    prompts = [m[: 2 if m[0]["role"] == "system" else 1] if m else [] for m in keys]
     return pa.table(
         {
             "row": pa.array(indices, pa.int64()),
@@ -141,7 +166,7 @@ def _read_batch(
             "change": pa.array(changes, pa.string()),
             "tokens": pa.array(map(len, ids), pa.int32()),
             "prompt_key": pa.array(map(short_key, prompts), pa.string()),
-            "chosen_key": pa.array(map(short_key, conversations), pa.string()),
+            "chosen_key": pa.array(map(short_key, keys), pa.string()),
             "rejected_key": pa.array([""] * len(made), pa.string()),
             "messages": message_column(conversations),
             "input_ids": token_column(ids),
@@ -151,35 +176,31 @@ def _read_batch(
 
 
 def _read_row(
-    messages: list[Message] | str, limits: Limits, system: bool, tokenizer: PreTrainedTokenizerBase
+    messages: list[Message], limits: Limits, system: bool, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Message], list[int], list[int], str, str]:
     """The conversation, its tokens and labels, why it cannot be used, and what was changed."""
-    if isinstance(messages, str):
-        return [], [], [], messages, ""
-    if fault := fault_of(messages):
-        return [], [], [], fault, ""
-    change = ""
-    if not system and messages[0]["role"] == "system":
-        messages, change = fold_system(messages), "system message folded into the first user turn"
+    whole = folded(messages, system)
+    change = "system message folded into the first user turn" if whole is not messages else ""
     try:
-        encoded = encode(tokenizer, messages)
+        encoded = encode(tokenizer, whole)
     except UserError as error:
         return [], [], [], str(error)[:80], ""
     ids, labels = encoded["input_ids"], encoded["labels"]
     if not limits.total or len(ids) <= limits.total:
-        return messages, ids, labels, "", change
+        return whole, ids, labels, "", change
     if limits.overlong == "error":
         raise UserError(f"over-long: {len(ids)} tokens, above --max_length {limits.total}: see --overlong")
-    if limits.overlong == "cut_answer":
-        short = labels[: limits.total]
-        if any(label != -100 for label in short):
-            return messages, ids[: limits.total], short, "", "an answer lost its end"
+    if limits.overlong == "cut_answer" and any(label != -100 for label in labels[: limits.total]):
+        inside = labels[limits.total] != -100  # else the cut is in a turn that is only read
+        cut = "an answer lost its end" if inside else "turns after the last whole answer cut"
+        return whole, ids[: limits.total], labels[: limits.total], "", f"{change}; {cut}" if change else cut
     if limits.overlong == "trim_prompt":
-        answer = len(ids) - len(encode_prompt(tokenizer, messages[:-1]))
-        prompt = trim_prompt(tokenizer, messages[:-1], limits.total - answer) if answer < limits.total else []
-        if prompt:
-            encoded = encode(tokenizer, [*prompt, messages[-1]])
-            if len(encoded["input_ids"]) <= limits.total:
-                messages = [*prompt, messages[-1]]
-                return messages, encoded["input_ids"], encoded["labels"], "", "prompt trimmed from the left"
-    return messages, ids, labels, "over-long", ""
+        answer = len(ids) - len(encode_prompt(tokenizer, whole[:-1]))
+        room = limits.total - answer
+        prompt = trim_prompt(tokenizer, messages[:-1], room, system) if room > 0 else []
+        short = folded([*prompt, messages[-1]], system)
+        encoded = encode(tokenizer, short) if prompt else encoded
+        if len(encoded["input_ids"]) <= limits.total:
+            cut = "prompt trimmed from the left"
+            return short, encoded["input_ids"], encoded["labels"], "", f"{change}; {cut}" if change else cut
+    return whole, ids, labels, "over-long", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import difflib
 import glob
@@ -35,6 +36,7 @@ class Source:
     format: str = "auto"
     eval_split: str = ""
     fraction: float = 1.0
+    any_split: bool = False  # the split was not asked for: where it is not there, another for training will do
 
     @property
     def name(self) -> str:
@@ -55,13 +57,14 @@ def read_sources(settings: Any) -> list[Source]:
         "format": settings.data_format,
         "eval_split": settings.eval_split,
     }
+    guessed = settings.sources.get("dataset_split") == "default"
     sources = []
     for text in settings.dataset_id:
         try:
             entry = json.loads(text) if text.startswith("{") else {"id": text}
         except json.JSONDecodeError as error:
             raise SettingsError(f"--dataset_id {text!r} is not JSON: {error}") from None
-        fields = {f.name: f.type for f in dataclasses.fields(Source)}
+        fields = [f.name for f in dataclasses.fields(Source) if f.name != "any_split"]
         for key, value in entry.items():
             if key not in fields:
                 close = difflib.get_close_matches(key, fields, n=1)
@@ -69,7 +72,14 @@ def read_sources(settings: Any) -> list[Source]:
                 raise SettingsError(f"--dataset_id {text!r} has an unknown key {key!r}: {hint}")
             if not isinstance(value, (int, float) if key == "fraction" else str):
                 raise SettingsError(f"--dataset_id {text!r}: {key} is a {'number' if key == 'fraction' else 'text'}")
-        source = Source(**{"id": "", **common, **entry})
+        source = Source(**{"id": "", **common, **entry, "any_split": guessed and "split" not in entry})
+        if source.eval_split and (source.eval_split == source.split or _files(source.id)):
+            why = (
+                "is the split that is trained on"
+                if source.eval_split == source.split
+                else "is of a file, which has none"
+            )
+            raise SettingsError(f"--eval_split {source.eval_split} {why}: leave it out, and --eval_rows are held out")
         if not source.id or not 0 < source.fraction <= 1:
             raise SettingsError(f"--dataset_id {text!r} needs an id, and a fraction above 0, at most 1")
         sources.append(source)
@@ -84,24 +94,38 @@ def load_rows(source: Source, split: str = "") -> Dataset:
 
     split = split or source.split
     try:
-        return _load(source, split)
-    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:  # the Hub client's are of these
-        rows = _file_beside_script(source, split)
-        if rows is not None:
-            return rows
-        reason = _broken_line(source.id) or " ".join(str(error).split())[:300]
-        raise UserError(f"dataset {source.id!r}, split {split!r}, cannot be loaded: {reason}") from None
+        _check_files(_files(source.id))
+        rows = _load(source, split).with_format(None)
+    except (OSError, ValueError, LookupError, RuntimeError, StopIteration, DatasetsError) as error:  # and the Hub's
+        if source.any_split and (other := _other_split(source)):
+            print(f"{source.id}: there is no split {split!r}, so {other!r} is read.")
+            return load_rows(dataclasses.replace(source, split=other, any_split=False))
+        beside = _file_beside_script(source, split)
+        if beside is None:
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            reason = "it has no rows" if isinstance(error, StopIteration | IndexError) else reason
+            raise UserError(f"dataset {source.id!r}, split {split!r}, cannot be loaded: {reason}") from None
+        rows = beside
+    if not len(rows):
+        raise UserError(f"dataset {source.id!r}, split {split!r}, has no rows")
+    return rows
 
 
 def _load(source: Source, split: str) -> Dataset:
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 
     files = _files(source.id)
     if files:
         kinds = {READERS.get(Path(file).suffix) for file in files}
         if len(kinds) > 1 or None in kinds:
             raise UserError(f"dataset {source.id!r}: files are of one kind, one of {', '.join(READERS)}")
-        return load_dataset(str(kinds.pop()), data_files=files, split="train")
+        kind = str(kinds.pop())
+        as_text: dict[str, Any] = {}
+        if kind == "csv":  # every cell is text: an answer may be "None", or a number
+            with open(files[0], encoding="utf-8-sig", newline="") as lines:
+                names = next(csv.reader(lines))
+            as_text = {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False}
+        return load_dataset(kind, data_files=[glob.escape(file) for file in files], split="train", **as_text)
     path = find_path(source.id)
     if path is None:
         if glob.has_magic(source.id) or Path(source.id).suffix in READERS:
@@ -109,8 +133,29 @@ def _load(source: Source, split: str) -> Dataset:
         return load_dataset(source.id, source.config or None, split=split, revision=source.revision or None)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
-        return saved if isinstance(saved, Dataset) else DatasetDict(saved)[split]
+        if isinstance(saved, Dataset):
+            return saved
+        if split not in saved:
+            raise LookupError(f"it has {', '.join(map(str, saved))}")
+        return DatasetDict(saved)[split]
     return load_dataset(str(path), source.config or None, split=split)
+
+
+def _other_split(source: Source) -> str:
+    """The one split that there is, or the one that is named for training; "" where none stands out."""
+    from datasets import DatasetDict, get_dataset_split_names, load_from_disk
+
+    path = find_path(source.id)
+    try:
+        if path and (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(str(path))
+            names = [str(name) for name in saved] if isinstance(saved, DatasetDict) else []
+        else:
+            names = get_dataset_split_names(str(path or source.id), source.config or None)
+    except Exception:  # whatever it is, the first error says it better
+        return ""
+    named = [name for name in names if name.startswith("train")]
+    return next((found[0] for found in (names, named) if len(found) == 1), "")
 
 
 def _files(name: str) -> list[str]:
@@ -139,16 +184,20 @@ def _file_beside_script(source: Source, split: str) -> Dataset | None:
     return None
 
 
-def _broken_line(name: str) -> str:
-    """Where a local JSONL file is not JSON, for datasets does not say; "" where that is not the fault."""
-    for file in _files(name):
-        if not file.endswith(".jsonl"):
-            continue
-        try:
-            read_lines(Path(file))
-        except UserError as error:
-            return str(error)
-    return ""
+def _check_files(files: list[str]) -> None:
+    """What datasets does not say of local files: which is empty, which is not UTF-8, which line is not JSON."""
+    for name in map(Path, files):
+        if name.stat().st_size == 0:
+            raise UserError(f"{name.name} is empty")
+        if name.suffix == ".jsonl":
+            read_lines(name, keep=False)
+        elif name.suffix in (".json", ".csv"):
+            try:
+                with name.open(encoding="utf-8") as content:
+                    while content.read(1 << 20):
+                        pass
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name.name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def sample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:

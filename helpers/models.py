@@ -10,17 +10,24 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers import chat_formats
 from helpers.errors import SettingsError, UserError
 from helpers.fields import RunSettings
 from helpers.paths import find_path
-from helpers.runs import is_main_process, read_run
+from helpers.processes import is_main_process
+from helpers.runs import read_run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig
 
 DEMO = "--recipe recipes/demo.yaml"
 LARGEST_ON_CPU = 3.0  # billions of parameters; above it one step takes minutes
+
+
+def sharded() -> bool:
+    """Whether accelerate was launched with DeepSpeed or FSDP."""
+    return any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("DEEPSPEED", "FSDP"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +42,25 @@ class Plan:
     fp16: bool
 
     @property
-    def use_cpu(self) -> bool:
-        return self.device == "cpu"
+    def device_args(self) -> dict[str, Any]:
+        """What TrainingArguments is told of a CPU. DeepSpeed finds it by itself, and is told how to talk."""
+        if self.device != "cpu":
+            return {}
+        return {"ddp_backend": "gloo"} if sharded() else {"use_cpu": True}
 
     @property
     def optimizer(self) -> str:
-        """AdamW with 8-bit state that pages to the CPU's memory on a GPU, PyTorch's own elsewhere."""
-        return "paged_adamw_8bit" if self.device == "cuda" else "adamw_torch"
+        """AdamW with 8-bit state that pages to the CPU's memory on a GPU, PyTorch's own elsewhere and when sharded."""
+        return "paged_adamw_8bit" if self.device == "cuda" and not sharded() else "adamw_torch"
 
     @property
-    def device_map(self) -> dict[str, Any]:
-        """The whole model on this process's device: "auto" would spread it over GPUs, which training refuses."""
+    def device_map(self) -> dict[str, Any] | None:
+        """The whole model on this process's device: "auto" would spread it over GPUs, which training refuses.
+
+        None where DeepSpeed or FSDP decides what goes where.
+        """
+        if sharded():
+            return None
         return {"": int(os.environ.get("LOCAL_RANK", "0")) if self.device == "cuda" else self.device}
 
     def __rich__(self) -> Any:
@@ -137,6 +152,13 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     if settings.values()["tuning"] == "full":
         raise SettingsError(f"--tuning full, but {folder.name} is an adapter: it can only be trained further as one")
+    name = str(settings.values().get("chat_format"))
+    new = chat_formats.TOKENS.get(name, ())
+    if any(token not in (folder / "tokenizer.json").read_text(encoding="utf-8") for token in new):
+        raise SettingsError(
+            f"--chat_format {name} needs {', '.join(new)}, which the adapter in {folder.name} was trained without: "
+            "give it to 01_sft.py"
+        )
     before = read_run(folder).get("settings", {})
     theirs = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
     theirs["lora_targets"] = before.get("lora_targets", config["target_modules"])
@@ -148,45 +170,6 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
             )
     settings.adopt("parent", **theirs)
     return config
-
-
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokens beyond the model's vocabulary a row each in embeddings and LM head: the mean of all others.
-
-    The same base and tokenizer always give the same rows, so an adapter that replaces them (`token_rows`) finds the
-    base that it was trained on.
-    """
-    from peft.utils.other import TrainableTokensWrapper
-
-    # trl 1.16 (trainer/utils.py, add_fused_lm_head) asks the LM head for its bias, which peft 0.21's wrapper has not
-    bias = property(lambda wrapper: getattr(wrapper.original_module, "bias", None))
-    TrainableTokensWrapper.bias = bias  # type: ignore[attr-defined]
-    before = _weight(model.get_input_embeddings()).shape[0]
-    if len(tokenizer) <= before:
-        return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is not None:
-            weight = _weight(layer)
-            weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
-
-
-def _weight(layer: torch.nn.Module) -> torch.Tensor:
-    return layer.weight.data  # type: ignore[return-value]
-
-
-def token_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]
-) -> dict[str, list[int]] | None:
-    """`trainable_token_indices` for PEFT: the rows of `tokens` in the embeddings and, where it is not tied to them, in
-    the LM head; None for no tokens."""
-    if not tokens:
-        return None
-    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]  # type: ignore[arg-type]
-    layers = [model.get_input_embeddings()]
-    if not model.config.tie_word_embeddings:
-        layers.append(model.get_output_embeddings())
-    return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def train_adapter_in_float32(model: torch.nn.Module) -> None:
@@ -215,13 +198,20 @@ def compute_4bit_alike(model: torch.nn.Module) -> None:
 
 
 def save_policy(trainer: Any, folder: Path) -> None:
-    """Save the model, or the trained adapter alone: TRL's save_model adds the frozen "ref" copy to it."""
+    """Save the tokenizer, and the model or the trained adapter: TRL's save_model adds the frozen "ref" copy to that.
+
+    Every process of a launch takes part: under ZeRO-3 and FSDP each holds a piece of the weights.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         # rows of added tokens are in the adapter: the embeddings need not be saved whole for their sake
         whole = "auto" if model.peft_config["default"].trainable_token_indices is None else False
-        model.save_pretrained(
-            str(folder), selected_adapters=["default"], is_main_process=is_main_process(), save_embedding_layers=whole
-        )
+        if is_main_process():
+            model.save_pretrained(
+                str(folder), selected_adapters=["default"], state_dict=state, save_embedding_layers=whole
+            )
     else:
         trainer.save_model(str(folder))
+    if is_main_process():
+        trainer.processing_class.save_pretrained(folder)

@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers.accounts import Account, Part, Split, mix, settle
-from helpers.chat import check_chat, fold_system, takes_system
+from helpers.accounts import Account, Part, mix, settle
+from helpers.chat import check_chat, folded, takes_system
 from helpers.columns import list_columns, message_column, recognise, token_column
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
 from helpers.formats import ADAPTERS, Options, Pair
 from helpers.lengths import Limits, Tokens, encode_pairs, within
 from helpers.loading import Source
-from helpers.rows import TOKENIZERS, map_rows, short_key
+from helpers.rows import TOKENIZERS, map_rows, short_key, with_system
+from helpers.split import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,11 @@ def _prepare(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str, options: Options, num_proc: int
 ) -> tuple[Dataset, str]:
     name = data_format if data_format != "auto" else recognise(list_columns(rows))
-    if name not in ADAPTERS:
+    if name and name not in ADAPTERS:
+        raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join(ADAPTERS)}")
+    if options.recommended and "status" not in rows.column_names:
+        raise SettingsError("--recommended: this set says of no row whether it is (argilla/distilabel-intel-orca does)")
+    if not name:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
             "a preference set needs prompt, chosen and rejected, or name one with --data_format"
@@ -93,28 +98,35 @@ def _read_batch(
         made = ADAPTERS[name]({column: values[position] for column, values in batch.items()}, options)
         for pair in [made] if isinstance(made, str) else made:
             rows.append(row)
-            found.append(pair if isinstance(pair, str) else _fault_of_margin(pair.margin, options.min_margin) or pair)
-    changes = [""] * len(found)
-    for i, pair in enumerate(found):
-        if not system and isinstance(pair, Pair) and pair.prompt[0]["role"] == "system":
-            found[i] = dataclasses.replace(pair, prompt=fold_system(pair.prompt))
-            changes[i] = "system message folded into the first user turn"
+            if isinstance(pair, Pair):
+                head = with_system(pair.prompt, options.system_prompt)
+                pair = _fault_of_margin(pair.margin, options.min_margin) or dataclasses.replace(pair, prompt=head)
+            found.append(pair)
     good = [i for i, pair in enumerate(found) if isinstance(pair, Pair)]
-    tokens: list[Tokens | None] = [None] * len(found)
-    faults = [pair if isinstance(pair, str) else "" for pair in found]
     pairs = [pair for pair in found if isinstance(pair, Pair)]
-    for i, pair, ids in zip(good, pairs, encode_pairs(TOKENIZERS[tokenizer], pairs), strict=True):
+    tokens: list[Tokens | None] = [None] * len(found)
+    changes: list[list[str]] = [[] for _ in found]
+    faults = [pair if isinstance(pair, str) else "" for pair in found]
+    keys: list[Pair | None] = [pair if isinstance(pair, Pair) else None for pair in found]  # before anything is trimmed
+    for i, pair, ids in zip(good, pairs, encode_pairs(TOKENIZERS[tokenizer], pairs, system), strict=True):
         if isinstance(ids, str):
             faults[i] = ids
-        else:
-            found[i], tokens[i], faults[i], change = within(TOKENIZERS[tokenizer], pair, ids, limits)
-            changes[i] = changes[i] or change
-    return _table(rows, found, tokens, faults, changes)
+            continue
+        if not system and pair.prompt[0]["role"] == "system":
+            changes[i].append("system message folded into the first user turn")
+        try:
+            pair, tokens[i], faults[i], change = within(TOKENIZERS[tokenizer], pair, ids, limits, system)
+        except UserError as error:
+            raise UserError(f"row {rows[i]}: {error}") from None
+        found[i] = dataclasses.replace(pair, prompt=folded(pair.prompt, system))
+        changes[i] += [change] if change else []
+    return _table(rows, found, keys, tokens, faults, ["; ".join(c) for c in changes])
 
 
 def _table(
     rows: list[int],
     found: Sequence[Pair | str],
+    keys: Sequence[Pair | None],
     tokens: Sequence[Tokens | None],
     faults: list[str],
     changes: list[str],
@@ -130,9 +142,8 @@ def _table(
         "tokens": pa.array([len(t[0]) + max(len(t[1]), len(t[2])) if t else 0 for t in tokens], pa.int32()),
     }
     for i, side in enumerate(("prompt", "chosen", "rejected")):
-        messages = [getattr(pair, side) if pair else [] for pair in pairs]
-        table[f"{side}_key"] = pa.array(map(short_key, messages), pa.string())
-        table[side] = message_column(messages)
+        table[f"{side}_key"] = pa.array([short_key(getattr(pair, side)) if pair else "" for pair in keys], pa.string())
+        table[side] = message_column([getattr(pair, side) if pair else [] for pair in pairs])
         table[f"{side}_ids"] = token_column([t[i] if t else [] for t in tokens])
     return pa.table(table)
 

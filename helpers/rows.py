@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import UserError
+from helpers.processes import one_at_a_time
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
+TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
 TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {}  # forked workers inherit them; sending one takes half a second
 
 
@@ -53,17 +56,18 @@ def map_rows(
     if count:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process of many, each with threads of its own, is slower
     try:
-        return rows.map(
-            read,
-            batched=True,
-            batch_size=100,
-            with_indices=True,
-            fn_kwargs=work | {"tokenizer": fingerprint},
-            remove_columns=rows.column_names,
-            num_proc=count,
-            new_fingerprint=fingerprint,
-            desc="Reading rows",
-        )
+        with one_at_a_time(fingerprint):
+            return rows.map(
+                read,
+                batched=True,
+                batch_size=100,
+                with_indices=True,
+                fn_kwargs=work | {"tokenizer": fingerprint},
+                remove_columns=rows.column_names,
+                num_proc=count,
+                new_fingerprint=fingerprint,
+                desc="Reading rows",
+            )
     finally:
         del TOKENIZERS[fingerprint]
         if count:
@@ -102,6 +106,22 @@ def conversation(value: Any) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
+def transcript(text: Any) -> list[Message]:
+    """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] where it is none."""
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return []
+    parts = TURN.split(text)[1:]
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
+    return [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
+
+
+def with_system(messages: list[Message], system_prompt: str) -> list[Message]:
+    """The conversation behind a system message: its own, or `system_prompt`, if there is one."""
+    if not system_prompt or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
 def fault_of(messages: list[Message]) -> str:
     """Why a conversation cannot be learned from, or "": it is system?, then user and assistant in turns."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
@@ -124,13 +144,23 @@ def short_key(messages: list[Message]) -> str:
     return hashlib.sha1(key_of(messages).encode("utf-8", "surrogatepass")).hexdigest()[:20] if messages else ""
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises UserError with the line's number."""
+def read_lines(file: Path, keep: bool = True) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none of them unless `keep`, where it is only looked through.
+
+    Raises UserError with the number of a line that is not UTF-8, or not a JSON object.
+    """
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file.name}, line {number}, is not JSON: {error}") from None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if not isinstance(row, dict):
+                        raise UserError(f"{file.name}, line {number}, is not a JSON object")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file.name}, line {number}, is not JSON: {error}") from None
+                if keep:
+                    rows.append(row)
     return rows

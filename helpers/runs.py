@@ -16,18 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import SettingsError, Stop, UserError, in_kernel
+from helpers.checkpoints import explain, named_checkpoint, newest_marked, set_broken_aside
+from helpers.errors import Interrupted, SettingsError, Stop, UserError, in_kernel
 from helpers.fields import RunSettings
 from helpers.paths import REPO, find_path, short_path
+from helpers.processes import is_main_process, wait_for_all
 from helpers.provenance import commit, versions
 
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
 WEIGHTS = "*.safetensors"
-
-
-def is_main_process() -> bool:
-    """True for the one process of a launch that prints, writes and pushes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclasses.dataclass
@@ -37,6 +34,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     replaces: bool = False  # the folder holds an older run, which goes when this one has something to write
+    resume_from: Path | None = None  # a checkpoint that was named by hand
 
     @property
     def name(self) -> str:
@@ -50,12 +48,6 @@ class Run:
     def base_model(self) -> str:
         """The model at the root of the lineage: a Hub id or a folder."""
         return str(self.record["base_model"])
-
-    @property
-    def checkpoint(self) -> str | None:
-        """The newest whole checkpoint, or None: the Trainer writes trainer_state.json after all the rest."""
-        whole = [f.parent for f in self.folder.glob("checkpoint-*/trainer_state.json") if _is_json(f)]
-        return str(max(whole, key=lambda f: int(f.name.rpartition("-")[2]))) if whole else None
 
     @property
     def is_adapter(self) -> bool:
@@ -77,24 +69,35 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
-        """Mark what happens to the run; gives the checkpoint to resume from, if there is one."""
-        self.update(status="running")  # first: where this run replaces another, that one's checkpoints go
-        checkpoint = self.checkpoint
-        if checkpoint:
-            print(f"Going on from {short_path(checkpoint)}.")
+        """Mark what happens to the run; gives the checkpoint to resume from, if there is one.
+
+        Raises UserError for what a user can mend: see `checkpoints.explain`.
+        """
         try:
-            yield checkpoint
-        except KeyboardInterrupt:
-            self.update(status="interrupted")
-            raise
+            self.update(status="running")  # first: where this run replaces another, that one's checkpoints go
+            if is_main_process() and not self.resume_from:
+                set_broken_aside(self.folder)
+            wait_for_all()
+            checkpoint = self.resume_from or newest_marked(self.folder)
+            if checkpoint:
+                print(f"Going on from {short_path(checkpoint)}.")
+            yield str(checkpoint) if checkpoint else None
         except BaseException as error:
-            self.update(status="failed", error=f"{type(error).__name__}: {error}")
+            stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+            explained = None if stopped else explain(error, self.folder)
+            with contextlib.suppress(OSError):  # a full disk has no room for this either
+                if stopped:
+                    self.update(status="interrupted")
+                else:
+                    self.update(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
+            if explained:
+                raise explained from None
             raise
 
     def finish(self, **fields: Any) -> None:
         """The run is whole: its weights are in the folder."""
         weights = hashlib.sha256()
-        for file in sorted(self.folder.glob(WEIGHTS)):
+        for file in sorted(self.folder.glob(WEIGHTS)) if is_main_process() else ():
             with file.open("rb") as content:
                 weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
@@ -124,6 +127,8 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
     run = Run(folder, read_run(folder))
+    if settings.resume not in ("auto", "never"):
+        run.resume_from = named_checkpoint(settings.resume)
     if settings.dry_run:
         state = run.record.get("status", "new")
         raise Stop(f"Dry run: {short_path(folder)} ({state}) would start from {parent.name if parent else base_model}.")
@@ -154,6 +159,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         base_model=base_model,
         parent=parent.name if parent else None,
         parent_folder=str(parent.folder) if parent else None,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
         versions=versions(),
         commit=commit(),
     )
@@ -236,14 +242,6 @@ def _refuse_other_settings(run: Run, settings: RunSettings) -> None:
 
 def _next_line(run: Run, settings: RunSettings) -> str:
     return f"Next: {run.next_command(settings.recipe)}" if run.record["step"] in NEXT else ""
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
 
 
 def _now() -> str:

@@ -24,6 +24,7 @@ from helpers import layers, trl_fields
 from helpers.errors import SettingsError, in_kernel, report_user_errors
 from helpers.fields import RunSettings, TrainSettings
 from helpers.paths import REPO
+from helpers.processes import be_quiet_unless_main, one_at_a_time
 
 __all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
@@ -40,6 +41,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     """
     report_user_errors()
     quieten()
+    if not in_kernel():
+        be_quiet_unless_main()
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
     if {"-h", "--help"} & set(argv):
@@ -103,7 +106,8 @@ def run_prepare(module: str) -> None:
     """python -m MODULE, in this process, without our own command line."""
     words, sys.argv = sys.argv, sys.argv[:1]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with one_at_a_time(f"prepare {module}"):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ImportError as error:
         raise SettingsError(f"--prepare {module}: {error}") from None
     finally:

@@ -11,6 +11,12 @@ from helpers.errors import UserError
 from helpers.paths import find_path
 from helpers.runs import find_run, read_run
 
+# What must stand beside a configuration, for a folder to be a model or an adapter.
+WEIGHTS = {
+    "config.json": ("*.safetensors", "*.bin"),
+    "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
+}
+
 
 def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -> str:
     """The path of a local folder as one can open it from here, or the Hub id as it is.
@@ -22,6 +28,9 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
 
     path = find_path(model_id)
     if path and (path / file).is_file():
+        weights = WEIGHTS.get(file, ("*",))
+        if not any(True for pattern in weights for _ in path.glob(pattern)):
+            raise UserError(f"{model_id!r} has a {file} and no weights ({' or '.join(weights)})")
         return str(path)
     try:
         if path:

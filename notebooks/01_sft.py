@@ -91,16 +91,18 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers.accounts import Split
 from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
-from helpers.curves import draw, final_metrics, log_to, read_history
+from helpers.curves import draw, final_metrics, read_history
 from helpers.data_report import DataReport
+from helpers.embeddings import fit_embeddings, token_rows
+from helpers.guard import keep_watch
 from helpers.instructions import load_instructions
 from helpers.lengths import Limits
 from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, fit_embeddings, save_policy, token_rows, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.sources import local_or_hub
+from helpers.split import Split
 
 # %% [markdown]
 # ## Data
@@ -123,6 +125,7 @@ train_set, eval_set, account = load_instructions(
     Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
     settings.strict,
     settings.dataset_num_proc,
+    settings.system_prompt,
 )
 run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
@@ -139,6 +142,39 @@ show(report, report.figure)
 
 # %%
 show(show_labels(tokenizer, train_set[0]))
+
+# %% [markdown]
+# ## How it is trained
+#
+# `SFTConfig` in full view; any field of it that is a flag comes last and wins.
+
+# %%
+config = dict(
+    output_dir=str(run.folder),
+    run_name=run.name,
+    num_train_epochs=settings.num_train_epochs,
+    learning_rate=settings.learning_rate,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,  # below 1: a share of all steps
+    per_device_train_batch_size=settings.per_device_train_batch_size,
+    per_device_eval_batch_size=settings.per_device_eval_batch_size,
+    gradient_accumulation_steps=settings.accumulation(),
+    max_length=settings.max_length or None,  # what packing fills; no row is longer
+    optim=plan.optimizer,
+    bf16=plan.bf16,
+    fp16=plan.fp16,
+    **plan.device_args,
+    **settings.early_stopping(),
+    eval_strategy="steps",
+    eval_steps=0.2,
+    save_steps=0.2,
+    save_total_limit=2,
+    logging_steps=10,
+    logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
+    report_to=settings.report_to,
+    seed=settings.seed,
+)
+training_args = SFTConfig(**config | settings.trl)
 
 # %% [markdown]
 # ## Model
@@ -173,32 +209,6 @@ if settings.tuning != "full":
 # ## Trainer
 
 # %%
-config = dict(
-    output_dir=str(run.folder),
-    run_name=run.name,
-    num_train_epochs=settings.num_train_epochs,
-    learning_rate=settings.learning_rate,
-    lr_scheduler_type="cosine",
-    warmup_steps=0.05,  # below 1: a share of all steps
-    per_device_train_batch_size=settings.per_device_train_batch_size,
-    per_device_eval_batch_size=settings.per_device_eval_batch_size,
-    gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    max_length=settings.max_length or None,  # what packing fills; no row is longer
-    optim=plan.optimizer,
-    bf16=plan.bf16,
-    fp16=plan.fp16,
-    use_cpu=plan.use_cpu,
-    eval_strategy="steps",
-    eval_steps=0.2,
-    save_steps=0.2,
-    save_total_limit=2,
-    logging_steps=10,
-    report_to=settings.report_to,
-    seed=settings.seed,
-)
-training_args = SFTConfig(**config | settings.trl)
-
-# %%
 prepare_wandb(settings.report_to, settings.wandb_project)
 trainer = SFTTrainer(
     model=model,
@@ -208,7 +218,7 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     peft_config=adapter,
 )
-log_to(trainer, run.folder / "metrics.jsonl")
+keep_watch(trainer, run.folder, settings.early_stopping_patience)  # logs, marked checkpoints, signals
 if adapter is not None and settings.adapter_dtype == "fp32":
     train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
@@ -225,7 +235,6 @@ if not run.finished:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         save_policy(trainer, run.folder)
-        tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]
@@ -236,8 +245,7 @@ if not run.finished:
 
 # %%
 figure = draw(read_history(run.folder / "metrics.jsonl"), run.name)
-figure.savefig(run.folder / "curves.png", dpi=120)
-show(figure)
+show(figure, save_as=run.folder / "curves.png")
 for name, value in run.record["metrics"].items():
     print(f"{name:28} {value:.6g}")
 

@@ -31,8 +31,7 @@
 # %% [markdown]
 # ## Settings
 #
-# Each field is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env` and a recipe's key. Any other field
-# of TRL's `DPOConfig` works the same way without standing here.
+# Each is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env`, a recipe key; so is all of `DPOConfig`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     num_train_epochs: float = 1.0  # passes over the pairs
     learning_rate: float = 5e-5  # the highest; 5e-7 to 1e-6 suits tuning in full
     per_device_train_batch_size: int = 1  # pairs at a time
-    per_device_eval_batch_size: int = 1  # likewise, in evaluation
     gradient_accumulation_steps: int = 16  # batches to one step
     tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
     lora_r: int = 256  # rank of the adapter
@@ -109,17 +107,19 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
-from helpers.accounts import Split
 from helpers.chat import apply_chat_format, render
-from helpers.curves import draw, final_metrics, log_to, read_history
+from helpers.curves import draw, final_metrics, read_history
 from helpers.data_report import DataReport
+from helpers.embeddings import fit_embeddings, token_rows
 from helpers.formats import Options
+from helpers.guard import keep_watch
 from helpers.lengths import Limits
 from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, fit_embeddings, save_policy, token_rows, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.preferences import load_preferences
 from helpers.runs import merge_and_push
 from helpers.sources import local_or_hub
+from helpers.split import Split
 from helpers.trainer import TokenizedDPOTrainer
 
 # %% [markdown]
@@ -146,7 +146,7 @@ train_set, eval_set, account = load_preferences(
     read_sources(settings),
     tokenizer,
     Limits(settings.max_prompt_length, settings.max_length, settings.overlong),
-    Options(settings.pairing, settings.recommended, settings.min_margin, settings.seed),
+    Options(settings.pairing, settings.recommended, settings.min_margin, settings.system_prompt, settings.seed),
     Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
     settings.strict,
     settings.dataset_num_proc,
@@ -160,11 +160,46 @@ show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 # %%
 report = DataReport.of(train_set, eval_set, account, settings.max_length)
 show(report, report.figure)
-
-# %%
 pair = train_set[0]  # one pair as the model sees it
 print(render(tokenizer, pair["prompt"], prompt=True))
 print("  chosen:  ", tokenizer.decode(pair["chosen_ids"]), "\n  rejected:", tokenizer.decode(pair["rejected_ids"]))
+
+# %% [markdown]
+# ## How it is trained
+#
+# `DPOConfig` in full view; any field of it that is a flag comes last and wins.
+
+# %%
+config = dict(
+    output_dir=str(run.folder),
+    run_name=run.name,
+    beta=settings.dpo_beta,
+    loss_type=list(settings.loss_type),
+    max_length=settings.max_length or None,
+    num_train_epochs=settings.num_train_epochs,
+    learning_rate=settings.learning_rate,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.1,  # below 1: a share of all steps
+    max_grad_norm=0.3,
+    per_device_train_batch_size=settings.per_device_train_batch_size,
+    per_device_eval_batch_size=settings.per_device_train_batch_size,
+    gradient_accumulation_steps=settings.accumulation(),
+    optim=plan.optimizer,
+    bf16=plan.bf16,
+    fp16=plan.fp16,
+    **plan.device_args,
+    **settings.early_stopping(),
+    eval_strategy="steps",
+    eval_on_start=True,  # the curves begin where policy and reference are one
+    eval_steps=0.2,
+    save_steps=0.2,
+    save_total_limit=2,
+    logging_steps=10,
+    logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
+    report_to=settings.report_to,
+    seed=settings.seed,
+)
+training_args = DPOConfig(**config | settings.trl)
 
 # %% [markdown]
 # ## Model
@@ -185,7 +220,7 @@ loading = dict(
 model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
 compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
 fit_embeddings(model, tokenizer)  # rows for tokens that the chat format added
-adapter = None
+adapter = reference = None
 if from_adapter:
     model = PeftModel.from_pretrained(model, parent.folder, is_trainable=True)
 elif settings.tuning != "full":
@@ -197,42 +232,12 @@ elif settings.tuning != "full":
         trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=start_revision or None,  # of the base, for whoever loads the adapter
     )
-reference = None
-if settings.tuning == "full" and not settings.trl.get("precompute_ref_log_probs"):
+if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
     reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
     fit_embeddings(reference, tokenizer)
 
 # %% [markdown]
 # ## Trainer
-
-# %%
-config = dict(
-    output_dir=str(run.folder),
-    run_name=run.name,
-    beta=settings.dpo_beta,
-    loss_type=list(settings.loss_type),
-    max_length=settings.max_length or None,
-    num_train_epochs=settings.num_train_epochs,
-    learning_rate=settings.learning_rate,
-    lr_scheduler_type="cosine",
-    warmup_steps=0.1,  # below 1: a share of all steps
-    max_grad_norm=0.3,
-    per_device_train_batch_size=settings.per_device_train_batch_size,
-    per_device_eval_batch_size=settings.per_device_eval_batch_size,
-    gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    optim=plan.optimizer,
-    bf16=plan.bf16,
-    fp16=plan.fp16,
-    use_cpu=plan.use_cpu,
-    eval_strategy="steps",
-    eval_steps=0.2,
-    save_steps=0.2,
-    save_total_limit=2,
-    logging_steps=10,
-    report_to=settings.report_to,
-    seed=settings.seed,
-)
-training_args = DPOConfig(**config | settings.trl)
 
 # %%
 prepare_wandb(settings.report_to, settings.wandb_project)
@@ -245,11 +250,9 @@ trainer = TokenizedDPOTrainer(  # TRL's DPOTrainer, on rows that are tokens alre
     processing_class=tokenizer,
     peft_config=adapter,
 )
-log_to(trainer, run.folder / "metrics.jsonl")
+keep_watch(trainer, run.folder, settings.early_stopping_patience)  # logs, marked checkpoints, signals
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
-    # TRL casts QLoRA adapters to bf16, where at DPO's learning rates most updates round away (AdamW at 1e-5: 75 % of
-    # weights do not move in 200 steps). They are trained in float32 here.
-    train_adapter_in_float32(trainer.model)
+    train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds most of DPO's updates away
 
 # %% [markdown]
 # ## Train
@@ -264,7 +267,6 @@ if not run.finished:
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
         save_policy(trainer, run.folder)
-        tokenizer.save_pretrained(run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]
@@ -274,9 +276,7 @@ if not run.finished:
 # either kind become less likely: a lower learning rate, a higher β, or `--loss_type sigmoid sft` holds the chosen ones.
 
 # %%
-figure = draw(read_history(run.folder / "metrics.jsonl"), run.name)
-figure.savefig(run.folder / "curves.png", dpi=120)
-show(figure)
+show(draw(read_history(run.folder / "metrics.jsonl"), run.name), save_as=run.folder / "curves.png")
 for name, value in run.record["metrics"].items():
     print(f"{name:28} {value:.6g}")
 

@@ -86,8 +86,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chat import apply_chat_format
+from helpers.embeddings import fit_embeddings
 from helpers.merging import compare_logits, comparison_table, last_logits
-from helpers.models import fit_embeddings
 
 tokenizer = AutoTokenizer.from_pretrained(policy_from.tokenizer, trust_remote_code=settings.trust_remote_code)
 apply_chat_format(tokenizer, "auto")

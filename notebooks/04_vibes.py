@@ -93,8 +93,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from helpers.chat import apply_chat_format
+from helpers.embeddings import fit_embeddings
 from helpers.generation import SideBySide, generate_answers, sampling_of
-from helpers.models import compute_4bit_alike, fit_embeddings
+from helpers.models import compute_4bit_alike
 
 sampling = sampling_of(settings)
 conversations = [[{"role": "user", "content": question["prompt"]}] for question in questions]

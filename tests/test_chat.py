@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from helpers.chat import apply_chat_format, check_chat, encode, render, tokenize
 from helpers.chat_formats import FORMATS, MISTRAL
+from helpers.embeddings import fit_embeddings, token_rows
 from helpers.errors import UserError
-from helpers.models import fit_embeddings, token_rows
 
 TALK = [
     {"role": "user", "content": "What is 2 plus 3?"},

@@ -58,6 +58,12 @@ def several(row: dict[str, Any]) -> Dataset:
 
 
 @pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of these tests' own: what they train is not the "latest" of others."""
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
 def hub() -> Iterator[local.Hub]:
     with local.serve() as server:
         yield server
@@ -65,7 +71,10 @@ def hub() -> Iterator[local.Hub]:
 
 def drive(project: Project, jobs: list[tuple[str, dict[str, Any]]], **env: str) -> list[str]:
     """Run notebooks one after another in one process; how each ended."""
-    flags = [(notebook, [str(w) for n, v in given.items() for w in (f"--{n}", v)]) for notebook, given in jobs]
+    flags = []
+    for notebook, given in jobs:
+        values = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+        flags.append((notebook, [str(w) for n, v in values.items() for w in (f"--{n}", *v)]))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER], input=json.dumps(flags), cwd=project.root, env=project.env | env,
         capture_output=True, text=True,

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import PreTrainedTokenizerBase
 
-from helpers.accounts import Account, Split
+from helpers.accounts import Account
 from helpers.data_findings import Answers, find_all, leaks, longer_is_chosen, near_ties, openings
 from helpers.data_report import DataReport, main
 from helpers.errors import SettingsError
@@ -22,6 +22,7 @@ from helpers.formats import Options
 from helpers.lengths import Limits
 from helpers.loading import Source
 from helpers.preferences import load_preferences
+from helpers.split import Split
 from tests.conftest import REPO
 
 
@@ -59,7 +60,7 @@ def test_near_ties_by_rating_and_by_words() -> None:
     other = [text.upper() for text in chosen]
     assert near_ties(answers(chosen, other)) == []
     close, same = near_ties(answers(chosen, chosen[:1] + other[1:], margins=[4.0] * 8 + [0.4, 0.2]))
-    assert (close.value, close.matters, same.value, same.matters) == (0.2, True, 0.1, True)
+    assert (close.value, close.matters, same.value, same.matters) == (0.1, True, 0.1, True)
     assert "--min_margin 0.4 leaves them out" in close.text
 
 
@@ -99,7 +100,7 @@ def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
     assert "15 of them because of: over-long" in found["dropped"].text
     assert "(200 to 900 tokens)" in found["over-long"].text
     assert "--max_length 900 would keep" in found["over-long"].text
-    assert found["cut answers"].text.startswith("1 answers lost their end at max_length 128")
+    assert found["cut answers"].text.startswith("1 rows have an answer that lost its end at max_length 128")
     assert list(found)[-1] in ("longer is chosen", "openings")  # what does not matter comes last
 
 

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.columns import recognise
-from helpers.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored, transcript
+from helpers.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored
+from helpers.instructions import READERS, read_chosen
+from helpers.rows import fault_of, transcript
 
 
 def user(text: str) -> dict[str, str]:
@@ -182,3 +184,17 @@ def test_no_junk_makes_an_adapter_raise_and_what_it_gives_can_be_trained_on(row:
             assert [m["role"] for m in made.chosen + made.rejected] == ["assistant", "assistant"]
             assert made.chosen[0]["content"].strip() != made.rejected[0]["content"].strip()
             assert all(m["content"].strip() for m in made.prompt[-1:] + made.chosen + made.rejected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.dictionaries(st.sampled_from([*NAMES, "messages", "completion", "output", "label"]), JUNK))
+def test_no_junk_makes_an_instruction_reader_raise(row: dict[str, Any]) -> None:
+    for _, reader in READERS.values():
+        found = reader(row)
+        assert found
+        if not isinstance(found, str):
+            assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in found)
+            assert isinstance(fault_of(found), str)
+    for name in ADAPTERS:
+        found = read_chosen(row, name)
+        assert isinstance(found, str) or not fault_of(found)

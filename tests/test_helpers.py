@@ -99,17 +99,6 @@ def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
         runs.find_run(tmp_path, "x", "dpo")
 
 
-def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
-    run = runs.start_run(settings_of(tmp_path), "org/m")
-    run.update()
-    assert run.checkpoint is None
-    for step, content in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
-        (run.folder / f"checkpoint-{step}").mkdir()
-        if content:
-            (run.folder / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    assert run.checkpoint == str(run.folder / "checkpoint-10")
-
-
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")])
 def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseException], status: str) -> None:
     run = runs.start_run(settings_of(tmp_path), "org/m")
@@ -194,10 +183,23 @@ def test_several_gpus_need_a_launcher_or_a_choice(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for name, said in ((str(tmp_path / "empty"), "has no config.json"), ("not/a/model", "neither a folder here nor")):
+    for name in ("empty", "bare", "gone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    for name, said in (
+        (str(tmp_path / "empty"), "has no config.json"),
+        ("not/a/model", "neither a folder here nor"),
+        (str(tmp_path / "bare"), r"has a config.json and no weights \(\*.safetensors or \*.bin\)"),
+    ):
         with pytest.raises(UserError, match=said):
             sources.local_or_hub(name)
+    adapter = '{"peft_type": "LORA", "base_model_name_or_path": "BASE"}'.replace("BASE", str(tmp_path / "nowhere"))
+    (tmp_path / "gone" / "adapter_config.json").write_text(adapter)
+    with pytest.raises(UserError, match=r"adapter_config.json and no weights"):
+        sources.find_adapter(str(tmp_path / "gone"))
+    (tmp_path / "gone" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="nowhere' is neither a folder here nor a Hub id"):
+        sources.find_adapter(str(tmp_path / "gone"))
 
 
 def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:
@@ -259,7 +261,9 @@ def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> N
         folder.mkdir()
         if name.endswith("full"):
             (folder / "config.json").write_text("{}")
+            (folder / "model.safetensors").write_bytes(b"x")
         else:
+            (folder / "adapter_model.safetensors").write_bytes(b"x")
             config = {"base_model_name_or_path": str(base), "revision": "v2", "peft_type": "LORA"}
             (folder / "adapter_config.json").write_text(json.dumps(config))
         record = {"step": name[:3], "status": "finished", "finished": "2026", "base_model": "org/m"}

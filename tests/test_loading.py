@@ -12,20 +12,21 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from helpers.accounts import Split
 from helpers.errors import SettingsError, UserError
 from helpers.formats import Options
 from helpers.instructions import load_instructions
 from helpers.lengths import Limits
 from helpers.loading import Source, load_rows, read_sources, sample
 from helpers.preferences import load_preferences, prepare_preferences
+from helpers.split import Split
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
 
 
 def settings(*dataset_id: str, **more: str) -> Any:
     common = {"dataset_config": "", "dataset_split": "train", "dataset_revision": "", "data_format": "auto"}
-    return SimpleNamespace(dataset_id=dataset_id, **common | {"eval_split": ""} | more)
+    sources = {"dataset_split": "flag" if "dataset_split" in more else "default"}
+    return SimpleNamespace(dataset_id=dataset_id, sources=sources, **common | {"eval_split": ""} | more)
 
 
 def write_pairs(file: Path, prompts: list[str], chosen: str = "yes") -> str:
@@ -79,12 +80,43 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
             load_rows(Source(str(tmp_path / name)))
         assert reason in str(raised.value)
         assert "\n" not in str(raised.value)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(ROWS[0]).replace("a", "é").encode("latin-1"))
+    (tmp_path / "list.jsonl").write_text("[1]")
+    Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "none")
+    said = {
+        "empty.jsonl": "empty.jsonl is empty", "latin.jsonl": "latin.jsonl, line 1, is not UTF-8",
+        "list.jsonl": "list.jsonl, line 1, is not a JSON object", "none": "it has no rows",
+    }  # fmt: skip
+    for name, reason in said.items():
+        with pytest.raises(UserError, match=reason):
+            load_rows(Source(str(tmp_path / name)))
     for name in ("no such/data set/at all", "no/such.jsonl"):
         with pytest.raises(UserError, match=f"dataset '{name}'"):
             load_rows(Source(name))
     DatasetDict({"train_prefs": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "named")
-    with pytest.raises(UserError, match="split 'train', cannot be loaded"):
+    with pytest.raises(UserError, match="split 'train', cannot be loaded: it has train_prefs"):
         load_rows(Source(str(tmp_path / "named")))
+
+
+def test_cells_of_a_csv_are_text_and_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "w[1].csv").write_text("prompt,chosen,rejected\na,None,12\nb,2020-01-01,NA\n")
+    rows = load_rows(Source(str(tmp_path / "w[1].csv"))).to_list()
+    assert [tuple(row.values()) for row in rows] == [("a", "None", "12"), ("b", "2020-01-01", "NA")]
+
+
+def test_a_set_saved_with_a_format_is_read_as_it_is(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "set")
+    assert load_rows(Source(str(tmp_path / "set"))).to_list() == ROWS
+
+
+def test_an_evaluation_split_is_another_one_and_not_of_a_file(tmp_path: Path) -> None:
+    for given, said in (
+        ("a/b", "is the split that is trained on"),
+        (write_pairs(tmp_path / "x.jsonl", ["a"]), "is of a file"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            read_sources(settings(given, eval_split="train" if given == "a/b" else "test"))
 
 
 def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,7 +139,7 @@ def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokeniz
 
 
 def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
-    assert read_sources(settings("a/b", data_format="triplet")) == [Source("a/b", format="triplet")]
+    assert read_sources(settings("a/b", data_format="triplet")) == [Source("a/b", format="triplet", any_split=True)]
     some = read_sources(settings("a/b", '{"id": "c/d", "fraction": 0.5, "split": "test"}', dataset_split="train_prefs"))
     assert some == [Source("a/b", split="train_prefs"), Source("c/d", split="test", fraction=0.5)]
     for text, said in {
@@ -121,6 +153,24 @@ def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
             read_sources(settings(text))
     with pytest.raises(SettingsError, match="--dataset_id is empty"):
         read_sources(settings())
+
+
+def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"train_prefs": rows, "test_prefs": rows}).save_to_disk(tmp_path / "set")
+    (source,) = read_sources(settings(str(tmp_path / "set")))
+    assert load_rows(source).to_list() == ROWS
+    assert "there is no split 'train', so 'train_prefs' is read" in capsys.readouterr().out
+    (source,) = read_sources(settings(str(tmp_path / "set"), dataset_split="validation"))
+    with pytest.raises(UserError, match="it has train_prefs, test_prefs"):
+        load_rows(source)
+    (tmp_path / "folder").mkdir()
+    rows.to_json(tmp_path / "folder" / "alpaca_noisy_multi_preference.json")
+    (source,) = read_sources(settings(str(tmp_path / "folder")))
+    assert load_rows(dataclasses.replace(source, split="train_sft")).to_list() == ROWS
 
 
 def test_a_share_of_the_rows_is_the_seed_s_and_keeps_their_numbers() -> None:

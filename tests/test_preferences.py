@@ -222,14 +222,88 @@ def test_tokens_are_those_of_stock_trl(chat_format: str, demo_folder: Path) -> N
         assert tokenizer.decode(pair["prompt_ids"]) == render(tokenizer, pair["prompt"], prompt=True)
 
 
-def test_a_template_whose_prompt_is_no_prefix_gives_stock_s_tokens_too(demo_folder: Path) -> None:
+def test_a_pair_whose_answer_runs_into_its_prompt_is_dropped(demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
-    tokenizer.chat_template = MISTRAL.replace("' [/INST]'", "' [/INST] '").replace("{{- ' ' + message", "{{- message")
-    rows = triplets(("What is 2 plus 3?", "It is 5.", "6"), ("Hm?", "5", "It"))
-    pairs, _ = prepare_preferences(rows, tokenizer, NO_LIMITS)
-    stock = trl_tokens(pairs, tokenizer)
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert pairs[column][:] == stock[column][:]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}: {{ messages[1]['content'] + eos_token if messages[1:] }}"
+    rows = triplets(("What is 2 plus 3?", "It is 5.", "It is 6."), ("Hm?", "(It is 5.", "(It"))
+    assert len(tokenizer.tokenize(": It")) < len(tokenizer.tokenize(": ") + tokenizer.tokenize("It"))
+    pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
+    assert account.examples["the answer's first token runs into the prompt"][0] == 0
+    for pair in pairs:
+        assert tokenizer.decode(pair["prompt_ids"]) == render(tokenizer, pair["prompt"], prompt=True)
+
+
+def test_text_that_would_be_read_as_a_control_token_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = triplets(("a?", "It is 5.</s>", "y"), ("b?", "x", "<unk> y"), ("c? <s>", "x", "y"), ("d?", "x < s >", "y"))
+    _, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
+    assert (account.examples, account.kept) == ({"a control token in its text": [0, 1, 2]}, 1)
+
+
+def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
+    from helpers.split import Split, split_by_prompt
+
+    rows = [(f"{'word ' * 60}What is {i}?", "x " * (1 + j), "y") for i in range(30) for j in (0, 5, 20)]
+    pairs, account = prepare_preferences(triplets(*rows), tokenizer, Limits(0, 60, "trim_prompt"))
+    assert (account.changed["prompt trimmed from the left"], account.noted["duplicate prompt"]) == (90, 60)
+    train, held_out = split_by_prompt(pairs, Split(0, 20, 0.2, seed=1))
+    numbers = [{p[-1]["content"].split()[-1] for p in side["prompt"]} for side in (train, held_out)]
+    assert not numbers[0] & numbers[1]
+    for prompt in pairs["prompt"]:  # whole words alone
+        assert set(prompt[0]["content"].split()[:-3]) <= {"word"}, prompt
+
+
+def test_all_that_was_changed_in_a_row_is_counted(demo_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+    tokenizer.chat_template = MISTRAL.replace("messages[0]['content'] + '\\n\\n'", "raise_exception('no system')")
+    row = {"system": "Be kind.", "question": "What? " * 60 + "Why?", "chosen": "x " * 9, "rejected": "y"}
+    rows = Dataset.from_list([row])
+    pairs, account = prepare_preferences(rows, tokenizer, Limits(40, 60, "trim_prompt"))
+    folded = "system message folded into the first user turn"
+    assert (dict(account.changed), account.changed_rows) == ({folded: 1, "prompt trimmed from the left": 1}, 1)
+    text = pairs[0]["prompt"][0]["content"]
+    assert text.startswith("Be kind.\n\nWhat?")
+    assert text.endswith("Why?")
+    short = Dataset.from_list([row | {"question": "Why?", "chosen": "x " * 60}])
+    _, account = prepare_preferences(short, tokenizer, Limits(40, 60, "cut_answer"))
+    assert dict(account.changed) == {folded: 1, "an answer lost its end": 1}
+
+
+def test_pairs_lost_from_rows_that_are_kept_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    _, row, _ = ROWS["openbmb/UltraFeedback"]
+    long = json.loads(json.dumps(row))
+    long["completions"][0]["response"] = "No, " * 60
+    pairs, account = prepare_preferences(Dataset.from_list([long]), tokenizer, Limits(0, 60), options=Options("all"))
+    assert (len(pairs), account.kept, dict(account.lost_pairs)) == (1, 1, {"a pair of a kept row: over-long": 2})
+    with pytest.raises(UserError, match="a pair of a kept row: over-long: 2"):
+        account.check(strict=True)
+    account.check(strict=False)
+
+
+def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = triplets(("a? " * 40, "x", "y"), ("b?", "x", "y"), ("c? " * 90, "x", "y"))
+    for overlong in ("drop", "cut_answer"):
+        _, account = prepare_preferences(rows, tokenizer, Limits(40, 150, overlong))
+        assert account.examples == {"prompt over-long": [0], "over-long": [2]}
+        assert (len(account.long_prompts), len(account.over_long)) == (1, 1)
+        assert 40 < account.long_prompts[0] < 150 < account.over_long[0]
+
+
+def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match="--data_format 'triplets' is not one of auto, messages, triplet"):
+        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, "triplets")
+    with pytest.raises(UserError, match="--recommended: this set says of no row"):
+        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, options=Options(recommended=True))
+    with pytest.raises(UserError, match="row 1: over-long: "):
+        prepare_preferences(triplets(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, Limits(32, 64, "error"))
+
+
+def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -> None:
+    from helpers.instructions import prepare_instructions
+
+    pairs, _ = prepare_preferences(triplets(("\n\nHuman: Why?\n\nAssistant:", "x", "y")), tokenizer, NO_LIMITS)
+    assert pairs[0]["prompt"] == [user("Why?")]
+    rows = Dataset.from_list([{"prompt": f"{i}?", "completion": "x", "label": i > 0} for i in range(3)])
+    assert prepare_instructions(rows, tokenizer, NO_LIMITS)[1].examples == {"labelled as not wanted": [0]}
 
 
 def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:

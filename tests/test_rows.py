@@ -10,7 +10,6 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.accounts import Split, split_by_prompt
 from helpers.chat import render
 from helpers.chat_formats import MISTRAL
 from helpers.errors import UserError
@@ -18,6 +17,7 @@ from helpers.instructions import prepare_instructions
 from helpers.lengths import Limits
 from helpers.preferences import prepare_preferences
 from helpers.rows import read_lines
+from helpers.split import Split, split_by_prompt
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -116,6 +116,15 @@ def test_no_prompt_is_on_both_sides_and_the_split_is_the_seed_s() -> None:
     assert few["row"][:] == train["row"][:][:30]
     _, half = split_by_prompt(rows, Split(0, 0, 0.5, seed=1))
     assert 50 <= len(half) <= 52
+
+
+def test_no_more_is_held_out_than_a_small_set_can_spare(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Dataset.from_dict({"prompt_key": [str(i) for i in range(2000)]})
+    train, held_out = split_by_prompt(rows, Split(11_000, 2_750, 0.2))
+    assert (len(train), len(held_out)) == (1500, 500)
+    assert "Held out: 500 rather than --eval_rows 2,750, of 2,000 that there are." in capsys.readouterr().out
+    train, held_out = split_by_prompt(rows.select(range(4)), Split(0, 0, 0.1))
+    assert (len(train), len(held_out)) == (3, 1)
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_file() -> None:

@@ -1,0 +1,113 @@
+"""Checkpoints that can be trusted: a marker with every file's size and hash, written after all the rest."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import UserError
+from helpers.paths import find_path, short_path
+
+MARKER = "whole.json"
+FULL = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Write the marker of a checkpoint whose files are all there."""
+    files = {str(file.relative_to(checkpoint)): _seal(file) for file in sorted(checkpoint.rglob("*")) if file.is_file()}
+    draft = checkpoint / f".{MARKER}"
+    draft.write_text(json.dumps(files, indent=1) + "\n")
+    draft.replace(checkpoint / MARKER)
+
+
+def fault_of_checkpoint(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or "" where every file is what the marker says."""
+    try:
+        files = json.loads((checkpoint / MARKER).read_text())
+    except (OSError, json.JSONDecodeError):
+        return "it was not written to its end"
+    for name, seal in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != seal["bytes"] or _seal(file) != seal:
+            return f"{name} is not what was saved"
+    return ""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N of a run, the newest first."""
+    found = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda f: -int(f.name.rpartition("-")[2]))
+
+
+def newest_marked(folder: Path) -> Path | None:
+    """The newest checkpoint with a marker, which `set_broken_aside` has looked into."""
+    return next((f for f in checkpoints(folder) if (f / MARKER).is_file()), None)
+
+
+def set_broken_aside(folder: Path) -> None:
+    """Rename each checkpoint newer than the newest whole one, and say why: it is not resumed from, nor counted."""
+    for checkpoint in checkpoints(folder):
+        if not (fault := fault_of_checkpoint(checkpoint)):
+            return
+        aside = checkpoint.with_name(f"broken-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        print(f"{short_path(checkpoint)} is set aside as {aside.name}: {fault}.")
+
+
+def named_checkpoint(name: str) -> Path:
+    """The folder that --resume PATH names. Raises UserError where it is not a whole checkpoint."""
+    path = find_path(name)
+    if path is None or not path.is_dir():
+        raise UserError(f"--resume {name!r} is neither auto nor never, nor the folder of a checkpoint")
+    if fault := fault_of_checkpoint(path):
+        raise UserError(f"--resume {name!r} cannot be resumed from: {fault}")
+    return path.resolve()
+
+
+def explain(error: BaseException, folder: Path) -> UserError | None:
+    """The one line for what ends long runs: a full disk, a folder that cannot be written, too little memory. None for
+    what is not of these. What a full disk cut short is removed, so that its space is free again."""
+    text = f"{type(error).__name__} {error}".lower()
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in FULL):
+        for checkpoint in checkpoints(folder):
+            if not (checkpoint / MARKER).is_file():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        return UserError(f"the disk is full: free some space for {short_path(folder)}, then {_again(folder)}")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        what = getattr(error, "filename", None) or folder
+        return UserError(
+            f"{short_path(str(what))} cannot be written: give another --output_dir, or mend its permissions"
+        )
+    if (
+        isinstance(error, MemoryError)
+        or "outofmemory" in text
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    ):
+        return UserError(
+            "out of memory: halve --per_device_train_batch_size and double --gradient_accumulation_steps, lower "
+            f"--max_length, or give --gradient_checkpointing True or --tuning qlora; {_again(folder, changed=True)}"
+        )
+    return None
+
+
+def _again(folder: Path, changed: bool = False) -> str:
+    last = newest_marked(folder)
+    if changed:
+        return f"{last.name} stays as it is" if last else "no checkpoint had been saved"
+    return f"give the same command: it goes on from {last.name}" if last else "give the same command again"
+
+
+def _seal(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+        return {"bytes": os.fstat(content.fileno()).st_size, "sha256": digest}

@@ -1,0 +1,133 @@
+"""What keeps a run from being lost: marked checkpoints, a save when it is told to stop, an end when it goes wrong."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from helpers.checkpoints import mark_whole, newest_marked
+from helpers.curves import log_to
+from helpers.errors import Interrupted, UserError
+from helpers.paths import short_path
+from helpers.processes import is_main_process, wait_for_all
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def keep_watch(trainer: Trainer, folder: Path, patience: int = 0) -> None:
+    """Log to metrics.jsonl in `folder`, mark its checkpoints, and stop cleanly on SIGTERM, SIGINT and a loss of NaN.
+
+    With `patience`, training also stops after so many evaluations that were no better.
+    """
+    log_to(trainer, folder / "metrics.jsonl")
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    trainer.add_callback(Guard(trainer, folder))
+
+
+class Guard(TrainerCallback):
+    """Reads what transformers 5.23 calls while it trains (trainer.py); saves through the Trainer itself."""
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.eval_on_start = args.eval_on_start and state.global_step == 0  # it was done before what is resumed
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:  # a second time: at once
+            raise KeyboardInterrupt
+        self.received = number
+        if is_main_process():
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping.", flush=True)
+
+    def _told_to_stop(self) -> bool:
+        """Whether any process has received a signal; asked by all of them at the same step."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return self.received is not None
+        flag = torch.tensor(self.received or 0, device=self.trainer.args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        self.received = int(flag) or None
+        return self.received is not None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._told_to_stop():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        if control.should_save:
+            self._refuse_nan(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.before and self._told_to_stop():  # an evaluation may last longer than the grace that is given
+            self._refuse_nan(state)
+            if not (self.folder / f"checkpoint-{state.global_step}").exists() and state.global_step:
+                self.trainer._save_checkpoint(self.trainer.model, trial=None)
+                self.on_save(args, state, control)
+            self._stop(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise self._nan(state, "the loss is not a number")
+
+    def _refuse_nan(self, state: TrainerState) -> None:
+        """No checkpoint is made of weights that are lost."""
+        weights = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in weights):
+            raise self._nan(state, "weights are not numbers any more")
+
+    def _nan(self, state: TrainerState, what: str) -> UserError:
+        last = newest_marked(self.folder)
+        kept = f"{last.name} is whole" if last else "no checkpoint had been saved"
+        return UserError(
+            f"{what} (found at step {state.global_step}; {kept}): lower --learning_rate or --max_grad_norm, or raise "
+            "--warmup_steps; with --resume never the run begins anew"
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        wait_for_all()  # each process writes files of its own
+        if is_main_process():
+            mark_whole(self.folder / f"checkpoint-{state.global_step}")
+        wait_for_all()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.received is not None:
+            self._stop(state)
+        self.give_signals_back()
+
+    def _stop(self, state: TrainerState) -> None:
+        self.give_signals_back()
+        name, number = signal.Signals(self.received or 0).name, self.received or 0
+        last = newest_marked(self.folder)
+        goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
+        raise Interrupted(f"stopped by {name} at step {state.global_step} of {state.max_steps}: {goes_on}", number)
+
+    def give_signals_back(self) -> None:
+        """Let signals mean what they meant before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}

@@ -1,0 +1,167 @@
+"""Checkpoints are whole or not resumed from, and what ends a long run is one line that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.checkpoints import (
+    MARKER,
+    explain,
+    fault_of_checkpoint,
+    mark_whole,
+    named_checkpoint,
+    newest_marked,
+    set_broken_aside,
+)
+from helpers.errors import Interrupted, UserError
+from helpers.runs import Run
+from tests.conftest import DPO, Project
+from tests.test_notebooks import results, wait_for
+
+
+def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    (path / "global_step").mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(bytes(range(200)))
+    (path / "global_step" / "rank_0.pt").write_bytes(b"optimizer")
+    if marked:
+        mark_whole(path)
+    return path
+
+
+def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 10)
+    files = json.loads((path / MARKER).read_text())
+    assert {name: seal["bytes"] for name, seal in files.items()} == {
+        "model.safetensors": 200,
+        "global_step/rank_0.pt": 9,
+    }
+    assert fault_of_checkpoint(path) == ""
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(100)), "model.safetensors is not what was saved"),
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(200)), "model.safetensors is not what was saved"),
+        (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
+        (lambda f: (f / MARKER).unlink(), "it was not written to its end"),
+        (lambda f: (f / MARKER).write_text("{"), "it was not written to its end"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_set_aside(
+    harm: Any, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 4, marked=False)  # older than a whole one: nobody asks
+    whole = checkpoint(tmp_path, 9)
+    broken = checkpoint(tmp_path, 10)
+    harm(broken)
+    assert fault_of_checkpoint(broken) == fault
+    with pytest.raises(UserError, match="cannot be resumed from: "):
+        named_checkpoint(str(broken))
+    set_broken_aside(tmp_path)
+    assert fault in capsys.readouterr().out
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-9", "broken-checkpoint-10"}
+    assert newest_marked(tmp_path) == whole
+    assert named_checkpoint(str(whole)) == whole
+    with pytest.raises(UserError, match="neither auto nor never"):
+        named_checkpoint("sometimes")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space for"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "the disk is full"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/no"), "/no cannot be written: give another --output_dir"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "/file/x cannot be written"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "halve --per_device_train_batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+    ],
+)  # fmt: skip
+def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Exception, said: str, tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, marked=False)
+    run = Run(tmp_path, {})
+
+    def train() -> None:
+        with run.training() as found:
+            assert found == str(whole)
+            checkpoint(tmp_path, 11, marked=False)
+            raise error
+
+    with pytest.raises(UserError) as raised:
+        train()
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert fault_of_checkpoint(whole) == ""
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", str(raised.value))
+    if "disk" in said:
+        assert "goes on from checkpoint-9" in str(raised.value)
+        assert not (tmp_path / "checkpoint-11").exists()  # what was cut short makes room
+
+
+def test_what_is_not_the_user_s_stays_a_traceback(tmp_path: Path) -> None:
+    assert explain(ValueError("a shape does not fit"), tmp_path) is None
+    run = Run(tmp_path, {})
+    with pytest.raises(ValueError, match="a shape"), run.training():
+        raise ValueError("a shape does not fit")
+    assert run.record["status"] == "failed"
+    for error in (KeyboardInterrupt(), Interrupted("stopped by SIGTERM", 15)):
+        with pytest.raises(type(error)), run.training():
+            raise error
+        assert run.record["status"] == "interrupted"
+
+
+FLAGS = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run: str) -> None:
+    folder = project.root / "outputs" / "told"
+    words = [*FLAGS, "--save_steps", "5", "--run_name", "told"]
+    process = subprocess.Popen(
+        project.command("02_dpo.py", *words), cwd=project.root, env=project.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(lambda: '"step": 2' in (folder / "metrics.jsonl").read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "SIGTERM: saving a checkpoint, then stopping." in out
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    (saved,) = folder.glob("checkpoint-*")
+    assert int(saved.name.rpartition("-")[2]) in (2, 3, 4)
+    assert line.endswith(f"the same command goes on from outputs/told/{saved.name}")
+    assert "Traceback" not in err
+    assert fault_of_checkpoint(saved) == ""
+    assert project.record("told")["status"] == "interrupted"
+    done = project.run("02_dpo.py", *words)
+    assert f"Going on from outputs/told/{saved.name}." in done.stdout
+    ended, expected = results(project, "told"), results(project, dpo_run)
+    for counted in ("train_loss", "eval_num_tokens"):  # the Trainer's mean and TRL's counter begin at the resume
+        del ended[counted], expected[counted]
+    assert ended == expected
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str) -> None:
+    words = [*FLAGS, "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0", "--run_name", "nan"]
+    done = project.run("02_dpo.py", *words, status=1)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "lower --learning_rate" in line
+    assert "Traceback" not in done.stderr
+    record = project.record("nan")
+    assert record["status"] == "failed"
+    for saved in (project.root / "outputs" / "nan").glob("checkpoint-*"):
+        from safetensors.torch import load_file
+
+        assert all(bool(t.isfinite().all()) for t in load_file(saved / "adapter_model.safetensors").values())
