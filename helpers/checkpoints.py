@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
 from helpers.paths import find_path, short_path
 
 MARKER = "whole.json"
@@ -57,9 +57,43 @@ def set_broken_aside(folder: Path) -> None:
         if not (fault := fault_of_checkpoint(checkpoint)):
             return
         aside = checkpoint.with_name(f"broken-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_broken(folder)  # the last one is enough to look into
         checkpoint.rename(aside)
         print(f"{short_path(checkpoint)} is set aside as {aside.name}: {fault}.")
+
+
+def remove_broken(folder: Path) -> None:
+    """Remove what `set_broken_aside` has put aside."""
+    for broken in folder.glob("broken-checkpoint-*"):
+        shutil.rmtree(broken, ignore_errors=True)
+
+
+def where_to_go_on(folder: Path, named: Path | None, before: str | None) -> Path | None:
+    """The checkpoint to resume from: the newest whole one, or at the first start with --resume PATH the one `named`.
+
+    `before` is what an earlier start was given. Checkpoints of the run that come after a named one of its own belong to
+    a road not taken, and are set aside.
+    """
+    if named is None or str(named) == before:
+        set_broken_aside(folder)
+        return newest_marked(folder)
+    if named.parent == folder.resolve():
+        for later in [
+            c for c in checkpoints(folder) if int(c.name.rpartition("-")[2]) > int(named.name.rpartition("-")[2])
+        ]:
+            shutil.rmtree(later.with_name(f"left-{later.name}"), ignore_errors=True)
+            later.rename(later.with_name(f"left-{later.name}"))
+            print(f"{short_path(later)} is set aside as left-{later.name}: it comes after {named.name}.")
+    return named
+
+
+def refuse_other_processes(folder: Path, before: int | None, now: int, global_batch_size: int) -> None:
+    """Raise SettingsError where a run would go on with other rows to a step: with another number of processes."""
+    if before and before != now and not global_batch_size and newest_marked(folder):
+        raise SettingsError(
+            f"{short_path(folder)} was begun with {before} processes: with {now} a step would have other rows. Go on "
+            f"with {before}, or anew with --resume never (--global_batch_size makes a step the same with any number)"
+        )
 
 
 def named_checkpoint(name: str) -> Path:
@@ -73,6 +107,14 @@ def named_checkpoint(name: str) -> Path:
 
 
 def explain(error: BaseException, folder: Path) -> UserError | None:
+    """`_explain`, as an error that one process of several may have alone."""
+    explained = _explain(error, folder)
+    if explained is not None:
+        explained.everywhere = "WORLD_SIZE" not in os.environ
+    return explained
+
+
+def _explain(error: BaseException, folder: Path) -> UserError | None:
     """The one line for what ends long runs: a full disk, a folder that cannot be written, too little memory. None for
     what is not of these. What a full disk cut short is removed, so that its space is free again."""
     text = f"{type(error).__name__} {error}".lower()
@@ -81,7 +123,9 @@ def explain(error: BaseException, folder: Path) -> UserError | None:
         for checkpoint in checkpoints(folder):
             if not (checkpoint / MARKER).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        return UserError(f"the disk is full: free some space for {short_path(folder)}, then {_again(folder)}")
+        remove_broken(folder)
+        where = short_path(str(getattr(error, "filename", None) or folder))
+        return UserError(f"the disk is full: free some space for {where}, then {_again(folder)}")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         what = getattr(error, "filename", None) or folder
         return UserError(
@@ -94,7 +138,7 @@ def explain(error: BaseException, folder: Path) -> UserError | None:
         or "can't allocate memory" in text
     ):
         return UserError(
-            "out of memory: halve --per_device_train_batch_size and double --gradient_accumulation_steps, lower "
+            "out of memory: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to match) or "
             f"--max_length, or give --gradient_checkpointing True or --tuning qlora; {_again(folder, changed=True)}"
         )
     return None

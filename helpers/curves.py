@@ -80,7 +80,9 @@ def log_to(trainer: Trainer, file: Path) -> None:
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The held-out metrics of the last step: those just logged, or an evaluation made now."""
+    """The held-out metrics of the weights that are saved: those just logged, or an evaluation made now."""
+    if trainer.args.load_best_model_at_end:  # these are other weights than those of the last step
+        return trainer.evaluate()
     last = trainer.state.log_history[-2:]  # the end-of-training summary follows the last evaluation
     done = [log for log in last if "eval_loss" in log and log["step"] == trainer.state.global_step]
     return done[-1] if done else trainer.evaluate()

@@ -11,6 +11,7 @@ class UserError(Exception):
     """A mistake of the user's, told in one line that says what to do. `status` is the command's exit status."""
 
     status = 1
+    everywhere = True  # every process of a launch raises it alike, and one of each machine's says it
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback."""
@@ -51,9 +52,10 @@ def report_user_errors() -> None:
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine's processes says it
-            sys.exit(error.status)
-        print(error if isinstance(error, Stop) else f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if rank == "0" or not error.everywhere:
+            who = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
+            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.stderr)
         sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
 
     if not in_kernel():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from helpers.errors import SettingsError
 
+RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
@@ -94,21 +95,33 @@ class TrainSettings(RunSettings):
 
     def early_stopping(self) -> dict[str, Any]:
         """What the trainer's config needs for --early_stopping_patience."""
+        if not self.early_stopping_patience:
+            return {}
         best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-        return best if self.early_stopping_patience else {}
+        best["restore_callback_states_from_checkpoint"] = True  # its count, when a run goes on
+        steps = self.trl.get("eval_steps", self.trl.get("save_steps"))  # what is best has to be saved when it is found
+        return best | ({} if steps is None else {"eval_steps": steps, "save_steps": steps})
 
     def accumulation(self) -> int:
         """Batches to one step: as given, or what makes --global_batch_size of these processes. Raises SettingsError."""
         own: Any = self  # the notebooks' own fields
         per_device, processes = own.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
-        if not self.global_batch_size:
+        rank = {
+            name: RANKS.index(self.sources.get(name, "default").split()[0])
+            for name in ("global_batch_size", "gradient_accumulation_steps")
+        }
+        if not self.global_batch_size or rank["gradient_accumulation_steps"] > rank["global_batch_size"]:
             return int(own.gradient_accumulation_steps)
+        if rank["gradient_accumulation_steps"] == rank["global_batch_size"]:
+            raise SettingsError("--global_batch_size sets --gradient_accumulation_steps: give one of them")
         if self.global_batch_size % (per_device * processes):
             raise SettingsError(
                 f"--global_batch_size {self.global_batch_size} is not a multiple of --per_device_train_batch_size "
                 f"{per_device} x {processes} processes"
             )
-        return self.global_batch_size // int(per_device * processes)
+        steps = self.global_batch_size // int(per_device * processes)
+        self.adopt("global_batch_size", gradient_accumulation_steps=steps)
+        return steps
 
     def __post_init__(self) -> None:
         if self.streaming:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.checkpoints import mark_whole, newest_marked
 from helpers.curves import log_to
@@ -45,11 +47,14 @@ class Guard(TrainerCallback):
         self.trainer, self.folder = trainer, folder
         self.received: int | None = None
         self.before: dict[int, Any] = {}
+        self.limit: int | None = None  # checkpoints that are kept
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         args.eval_on_start = args.eval_on_start and state.global_step == 0  # it was done before what is resumed
+        # the Trainer would delete old checkpoints before the new one has its marker: on_save does it after
+        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
@@ -99,6 +104,7 @@ class Guard(TrainerCallback):
             raise self._nan(state, "weights are not numbers any more")
 
     def _nan(self, state: TrainerState, what: str) -> UserError:
+        self.give_signals_back()
         last = newest_marked(self.folder)
         kept = f"{last.name} is whole" if last else "no checkpoint had been saved"
         return UserError(
@@ -110,12 +116,18 @@ class Guard(TrainerCallback):
         wait_for_all()  # each process writes files of its own
         if is_main_process():
             mark_whole(self.folder / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(
+                str(self.folder),
+                save_total_limit=self.limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
         wait_for_all()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.received is not None:
+        if self._told_to_stop() and state.global_step < state.max_steps:  # else it is done, but for the last save
             self._stop(state)
         self.give_signals_back()
 
@@ -123,7 +135,8 @@ class Guard(TrainerCallback):
         self.give_signals_back()
         name, number = signal.Signals(self.received or 0).name, self.received or 0
         last = newest_marked(self.folder)
-        goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
+        same = "the same command" + (" without --resume never" if "never" in sys.argv else "")
+        goes_on = f"{same} goes on from {short_path(last)}" if last else "no checkpoint had been saved"
         raise Interrupted(f"stopped by {name} at step {state.global_step} of {state.max_steps}: {goes_on}", number)
 
     def give_signals_back(self) -> None:

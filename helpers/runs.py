@@ -10,18 +10,26 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.checkpoints import explain, named_checkpoint, newest_marked, set_broken_aside
+from helpers.checkpoints import (
+    explain,
+    named_checkpoint,
+    newest_marked,
+    refuse_other_processes,
+    remove_broken,
+    where_to_go_on,
+)
 from helpers.errors import Interrupted, SettingsError, Stop, UserError, in_kernel
 from helpers.fields import RunSettings
-from helpers.paths import REPO, find_path, short_path
+from helpers.paths import find_path, short_path
 from helpers.processes import is_main_process, wait_for_all
 from helpers.provenance import commit, versions
+from helpers.publishing import merge_and_push
 
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
 WEIGHTS = "*.safetensors"
@@ -73,12 +81,19 @@ class Run:
 
         Raises UserError for what a user can mend: see `checkpoints.explain`.
         """
+        main = threading.current_thread() is threading.main_thread()
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
-            self.update(status="running")  # first: where this run replaces another, that one's checkpoints go
-            if is_main_process() and not self.resume_from:
-                set_broken_aside(self.folder)
+            before = self.record.get("resumed_from")
+            named = str(self.resume_from) if self.resume_from else before
+            self.update(
+                status="running", resumed_from=named
+            )  # first: a run that this one replaces takes its checkpoints
+            if is_main_process():
+                where_to_go_on(self.folder, self.resume_from, before)
             wait_for_all()
-            checkpoint = self.resume_from or newest_marked(self.folder)
+            first = self.resume_from and str(self.resume_from) != before
+            checkpoint = self.resume_from if first else newest_marked(self.folder)
             if checkpoint:
                 print(f"Going on from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
@@ -93,6 +108,9 @@ class Run:
             if explained:
                 raise explained from None
             raise
+        finally:
+            for number, handler in handlers.items():  # whatever ended it
+                signal.signal(number, handler)
 
     def finish(self, **fields: Any) -> None:
         """The run is whole: its weights are in the folder."""
@@ -101,6 +119,8 @@ class Run:
             with file.open("rb") as content:
                 weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
+        if is_main_process():
+            remove_broken(self.folder)
         self.update(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
 
     def next_command(self, recipe: str = "") -> str:
@@ -152,6 +172,8 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         return run
     if not run.record:
         run.record = {"step": settings.step, "status": "running", "started": _now()}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_other_processes(folder, run.record.get("processes"), processes, getattr(settings, "global_batch_size", 0))
     run.record |= dict(
         settings=settings.values(),
         identity=settings.identity(),
@@ -159,7 +181,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         base_model=base_model,
         parent=parent.name if parent else None,
         parent_folder=str(parent.folder) if parent else None,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=processes,
         versions=versions(),
         commit=commit(),
     )
@@ -193,33 +215,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def merge_and_push(run: Run, settings: Any) -> None:
-    """Do for a DPO run what 03_merge_push.py does, in a process of its own: merge, push, or both, as its settings ask.
-
-    What there is to push goes out as it is where merging is not asked for, or where nothing is to be merged.
-    Raises UserError where it fails; what it says is on the screen.
-    """
-    if not is_main_process() or not (settings.merge_adaptors or settings.push_to_hub):
-        return
-    if settings.merge_adaptors and not run.is_adapter:
-        print(f"{run.name} was tuned in full: there is nothing to merge.")
-    flags = {
-        "run": run.folder,
-        "output_dir": settings.output_dir,
-        "what": "merged" if settings.merge_adaptors and run.is_adapter else "adapter",
-        "push_to_hub": settings.push_to_hub,
-        "hub_repo_id": settings.hub_repo_id,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    if flags["what"] == "adapter" and not settings.push_to_hub:
-        return
-    words = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
-    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    status = subprocess.run(words, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode
-    if status:
-        raise UserError(f"03_merge_push.py stopped with status {status}: what it says stands above")
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -22,12 +22,11 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from helpers import layers, trl_fields
 from helpers.errors import SettingsError, in_kernel, report_user_errors
-from helpers.fields import RunSettings, TrainSettings
+from helpers.fields import RANKS, RunSettings, TrainSettings
 from helpers.paths import REPO
 from helpers.processes import be_quiet_unless_main, one_at_a_time
 
 __all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
-RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
 
 S = TypeVar("S", bound=RunSettings)
 

@@ -164,7 +164,6 @@ config = dict(
     bf16=plan.bf16,
     fp16=plan.fp16,
     **plan.device_args,
-    **settings.early_stopping(),
     eval_strategy="steps",
     eval_steps=0.2,
     save_steps=0.2,
@@ -174,7 +173,7 @@ config = dict(
     report_to=settings.report_to,
     seed=settings.seed,
 )
-training_args = SFTConfig(**config | settings.trl)
+training_args = SFTConfig(**config | settings.early_stopping() | settings.trl)
 
 # %% [markdown]
 # ## Model

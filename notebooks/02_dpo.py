@@ -117,7 +117,7 @@ from helpers.lengths import Limits
 from helpers.loading import read_sources
 from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.preferences import load_preferences
-from helpers.runs import merge_and_push
+from helpers.publishing import merge_and_push
 from helpers.sources import local_or_hub
 from helpers.split import Split
 from helpers.trainer import TokenizedDPOTrainer
@@ -188,7 +188,6 @@ config = dict(
     bf16=plan.bf16,
     fp16=plan.fp16,
     **plan.device_args,
-    **settings.early_stopping(),
     eval_strategy="steps",
     eval_on_start=True,  # the curves begin where policy and reference are one
     eval_steps=0.2,
@@ -199,7 +198,7 @@ config = dict(
     report_to=settings.report_to,
     seed=settings.seed,
 )
-training_args = DPOConfig(**config | settings.trl)
+training_args = DPOConfig(**config | settings.early_stopping() | settings.trl)
 
 # %% [markdown]
 # ## Model

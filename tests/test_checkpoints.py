@@ -19,7 +19,9 @@ from helpers.checkpoints import (
     mark_whole,
     named_checkpoint,
     newest_marked,
+    refuse_other_processes,
     set_broken_aside,
+    where_to_go_on,
 )
 from helpers.errors import Interrupted, UserError
 from helpers.runs import Run
@@ -84,7 +86,7 @@ def test_a_broken_checkpoint_is_named_and_set_aside(
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/no"), "/no cannot be written: give another --output_dir"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "/file/x cannot be written"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "halve --per_device_train_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --per_device_train_batch_size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
     ],
 )  # fmt: skip
@@ -165,3 +167,63 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
         from safetensors.torch import load_file
 
         assert all(bool(t.isfinite().all()) for t in load_file(saved / "adapter_model.safetensors").values())
+
+
+def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_path: Path) -> None:
+    first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    assert where_to_go_on(tmp_path, first.resolve(), None) == first.resolve()
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "left-checkpoint-8"}
+    later = checkpoint(tmp_path, 6)
+    assert where_to_go_on(tmp_path, first.resolve(), str(first.resolve())) == later  # a second start goes on
+    assert where_to_go_on(tmp_path, None, None) == later
+    other = checkpoint(tmp_path / "another", 2)
+    assert where_to_go_on(tmp_path, other.resolve(), None) == other.resolve()
+    assert later.is_dir()
+    assert not second.exists()
+
+
+def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:
+    refuse_other_processes(tmp_path, 1, 8, 0)  # nothing to go on from
+    checkpoint(tmp_path, 4)
+    refuse_other_processes(tmp_path, None, 8, 0)
+    refuse_other_processes(tmp_path, 8, 8, 0)
+    refuse_other_processes(tmp_path, 1, 8, 64)  # a step is the same with any number
+    with pytest.raises(UserError, match="was begun with 1 processes: with 8 a step would have other rows"):
+        refuse_other_processes(tmp_path, 1, 8, 0)
+
+
+def test_only_the_last_broken_checkpoint_is_kept_and_none_of_a_finished_run(tmp_path: Path) -> None:
+    for step in (4, 6):
+        checkpoint(tmp_path, step, marked=False)
+        set_broken_aside(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"broken-checkpoint-6"}
+    Run(tmp_path, {}).finish()
+    assert not (tmp_path / "broken-checkpoint-6").exists()
+
+
+def test_the_same_number_of_checkpoints_is_kept_and_the_best_one_s_metrics_are_the_run_s(
+    project: Project, dpo_run: str
+) -> None:
+    words = [*FLAGS, "--run_name", "patient", "--early_stopping_patience", "1", "--learning_rate", "0.5"]
+    words += [
+        "--save_total_limit",
+        "1",
+        "--save_steps",
+        "1",
+        "--eval_steps",
+        "1",
+        "--max_steps",
+        "12",
+        "--max_grad_norm",
+        "1",
+    ]
+    project.run("02_dpo.py", *words)
+    folder = project.root / "outputs" / "patient"
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    assert max(log["step"] for log in history) < 12  # it stopped early
+    # the last is of the weights that are kept, which are not those of the last step
+    assert losses[-2] > losses[-1] == project.record("patient")["metrics"]["eval_loss"] == min(losses[1:])
+    kept = list(folder.glob("checkpoint-*"))
+    assert 1 <= len(kept) <= 2  # the newest, and the best
+    assert all(fault_of_checkpoint(c) == "" for c in kept)

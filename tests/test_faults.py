@@ -18,7 +18,7 @@ from tests.conftest import DPO, Project
 from tests.test_notebooks import results
 
 pytestmark = pytest.mark.long
-STEPS = 24
+STEPS = 48
 GIVEN = DPO | {"max_steps": STEPS, "save_steps": 2, "eval_steps": 8, "eval_rows": 64}
 FLAGS = [word for name, value in GIVEN.items() for word in (f"--{name}", str(value))]
 
@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
 
 
 def test_a_signal_in_an_evaluation_loses_no_step(project: Project, undisturbed: dict[str, float]) -> None:
-    words = [*FLAGS, "--save_steps", "24", "--per_device_train_batch_size", "4", "--run_name", "evaluating"]
+    words = [*FLAGS, "--save_steps", "48", "--per_device_train_batch_size", "4", "--run_name", "evaluating"]
     folder = project.root / "outputs" / "evaluating"
     process = start(project, *words)
     wait(lambda: last_step(folder) >= 8, process)

@@ -297,3 +297,33 @@ def test_of_two_ways_to_say_one_thing_the_higher_layer_wins(tmp_path: Path, monk
 def test_this_is_no_kernel_and_a_user_error_shows_one_line_in_one() -> None:
     assert not in_kernel()
     assert UserError("do this")._render_traceback_() == ["UserError: do this"]
+
+
+def test_a_global_batch_is_made_of_processes_and_batches_by_the_highest_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclasses.dataclass
+    class Train(Settings):
+        per_device_train_batch_size: int = 2  # rows
+        gradient_accumulation_steps: int = 16  # batches
+
+    def accumulation(*words: str) -> int:
+        return load_settings(Train, {}, list(words)).accumulation()
+
+    assert accumulation() == 16
+    assert accumulation("--global_batch_size", "32") == 16
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert accumulation("--global_batch_size", "32") == 4
+    with pytest.raises(SettingsError, match="32 is not a multiple of --per_device_train_batch_size 3 x 4 processes"):
+        accumulation("--global_batch_size", "32", "--per_device_train_batch_size", "3")
+    (tmp_path / "r.yaml").write_text("dpo: {global_batch_size: 32}")
+    assert accumulation("--recipe", "r.yaml") == 4
+    assert accumulation("--recipe", "r.yaml", "--gradient_accumulation_steps", "5") == 5
+    with pytest.raises(SettingsError, match="give one of them"):
+        accumulation("--global_batch_size", "32", "--gradient_accumulation_steps", "5")
+
+
+def test_early_stopping_saves_when_it_evaluates() -> None:
+    assert load().early_stopping() == {}
+    given = load("--early_stopping_patience", "2", "--save_steps", "50").early_stopping()
+    assert (given["load_best_model_at_end"], given["eval_steps"], given["save_steps"]) == (True, 50, 50)
