@@ -1,4 +1,4 @@
-"""The account of every row of every set that is mixed, and the split into train and evaluation rows."""
+"""The account of every row of every set that is mixed."""
 
 from __future__ import annotations
 
@@ -39,25 +39,9 @@ class Account:
     changed_rows: int = 0
     lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def drop(self, reason: str, row: int | str) -> None:
-        self.dropped[reason] += 1
-        self._example(reason, row)
-
-    def change(self, reason: str, row: int | str) -> None:
-        self.changed[reason] += 1
-        self._example(reason, row)
-
-    def lose(self, reason: str, row: int | str) -> None:
-        """One of a row's pairs that is not kept, while another is."""
-        self.lost_pairs[reason] += 1
-        self._example(reason, row)
-
-    def note(self, reason: str, row: int | str) -> None:
-        """Something worth knowing of a row that is kept as it is."""
-        self.noted[reason] += 1
-        self._example(reason, row)
-
-    def _example(self, reason: str, row: int | str) -> None:
+    def count(self, what: Counter[str], reason: str, row: int | str) -> None:
+        """One more of `what` (changed, dropped, lost_pairs or noted) for this reason, with the row's number."""
+        what[reason] += 1
         if len(numbers := self.examples.setdefault(reason, [])) < EXAMPLES:
             numbers.append(row)
 
@@ -124,13 +108,12 @@ def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> 
     names = [source.name for source in sources]
     for source in sources:
         shown = source.name if names.count(source.name) == 1 else source.id
-        for name in dict.fromkeys((source.eval_split, source.split)):
-            if name:
-                held_out = name == source.eval_split
-                rows, numbers = sample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
-                made, found = prepare(rows, source.format)
-                parts.append(Part(made, numbers, f"{shown} {name} " if several else "", held_out))
-                formats.append(found)
+        for name in filter(None, (source.eval_split, source.split)):
+            held_out = name == source.eval_split
+            rows, numbers = sample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
+            made, found = prepare(rows, source.format)
+            parts.append(Part(made, numbers, f"{shown} {name} " if several else "", held_out))
+            formats.append(found)
     account, train, held_out_rows = settle(parts)
     account.format = ", ".join(dict.fromkeys(formats))
     account.check(strict)
@@ -173,28 +156,31 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
             seen.add(key)
             number = part.number(row)
             if first.setdefault(key[0], number) != number:
-                account.note("duplicate prompt", number)
+                account.count(account.noted, "duplicate prompt", number)
             kept[row] = kept.get(row) or change
             good.append(i)
         for row, row_faults in dropped.items():
             if row not in kept:
-                account.drop(row_faults[0], part.number(row))
+                account.count(account.dropped, row_faults[0], part.number(row))
             for fault in row_faults if row in kept else ():
-                account.lose(f"a pair of a kept row: {fault}", part.number(row))
+                account.count(account.lost_pairs, f"a pair of a kept row: {fault}", part.number(row))
         for row, change in kept.items():
             account.changed_rows += bool(change)
             for reason in change.split("; ") if change else ():
-                account.change(reason, part.number(row))
+                account.count(account.changed, reason, part.number(row))
         account.kept += len(kept)
-        for fault, lengths in (("over-long", account.over_long), ("prompt over-long", account.long_prompts)):
-            long = part.made.select([i for i, found in enumerate(columns[1]) if found == fault])
-            lengths += (
-                long["tokens"][:] if fault == "over-long" else map(len, long["prompt_ids"][:]) if len(long) else []
-            )
+        account.over_long += _where(part.made, columns[1], "over-long")["tokens"][:]
+        if "prompt_ids" in part.made.column_names:
+            long = _where(part.made, columns[1], "prompt over-long")
+            account.long_prompts += map(len, long["prompt_ids"][:])
         sets.append(part.made.select(good).remove_columns(list(BOOKKEEPING)))
     count = sum(part.held_out for part in parts)
     held_out = concatenate_datasets(sets[:count]) if count else None
     return account, concatenate_datasets(sets[count:]), held_out
+
+
+def _where(made: Dataset, faults: list[str], fault: str) -> Dataset:
+    return made.select([i for i, found in enumerate(faults) if found == fault])
 
 
 def _keys(made: Dataset) -> list[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ from helpers.paths import find_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHECKED = 16  # rows whose text and tokens `check_chat` looks at before training
 PROBE = [
     {"role": "user", "content": "Apples?"},
     {"role": "assistant", "content": "Two."},
@@ -26,7 +27,7 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> t
     """Give the tokenizer a template: "auto" keeps its own, and takes mistral where it has none; else one of
     `chat_formats.FORMATS`, or a file of Jinja.
 
-    Returns the name of what is in use, and the tokens that had to be added for it (see `models.fit_embeddings`). A
+    Returns the name of what is in use, and the tokens that had to be added for it (see `embeddings.fit_embeddings`). A
     tokenizer without a padding token pads with <unk>, or else with the end-of-sequence token: TRL's collators mask
     padding by position, so neither is ever a label. Raises UserError for a format that is not known.
     """

@@ -43,7 +43,7 @@ def fault_of_checkpoint(checkpoint: Path) -> str:
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N of a run, the newest first."""
     found = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda f: -int(f.name.rpartition("-")[2]))
+    return sorted(found, key=_step, reverse=True)
 
 
 def newest_marked(folder: Path) -> Path | None:
@@ -68,23 +68,18 @@ def remove_broken(folder: Path) -> None:
         shutil.rmtree(broken, ignore_errors=True)
 
 
-def where_to_go_on(folder: Path, named: Path | None, before: str | None) -> Path | None:
-    """The checkpoint to resume from: the newest whole one, or at the first start with --resume PATH the one `named`.
+def set_later_aside(folder: Path, named: Path) -> None:
+    """Rename each checkpoint of the run that comes after `named`, one of its own: they belong to a road not taken."""
+    for later in checkpoints(folder) if named.parent == folder.resolve() else ():
+        if _step(later) > _step(named):
+            aside = later.with_name(f"left-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+            print(f"{short_path(later)} is set aside as {aside.name}: it comes after {named.name}.")
 
-    `before` is what an earlier start was given. Checkpoints of the run that come after a named one of its own belong to
-    a road not taken, and are set aside.
-    """
-    if named is None or str(named) == before:
-        set_broken_aside(folder)
-        return newest_marked(folder)
-    if named.parent == folder.resolve():
-        for later in [
-            c for c in checkpoints(folder) if int(c.name.rpartition("-")[2]) > int(named.name.rpartition("-")[2])
-        ]:
-            shutil.rmtree(later.with_name(f"left-{later.name}"), ignore_errors=True)
-            later.rename(later.with_name(f"left-{later.name}"))
-            print(f"{short_path(later)} is set aside as left-{later.name}: it comes after {named.name}.")
-    return named
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def refuse_other_processes(folder: Path, before: int | None, now: int, global_batch_size: int) -> None:

@@ -40,7 +40,7 @@ def recognise(columns: dict[str, bool]) -> str:
 
 
 def message_column(conversations: list[list[Message]]) -> Any:
-    """Lists of {role, content} as an Arrow array: several times faster than from Python's dicts one by one."""
+    """Lists of {role, content} as an Arrow array, made from its columns rather than from dicts one by one."""
     import pyarrow as pa
 
     messages = list(itertools.chain.from_iterable(conversations))

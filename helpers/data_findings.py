@@ -116,16 +116,14 @@ def near_ties(rows: Answers) -> list[Finding]:
         share = float((rows.margins < close).mean())
         text = f"{share:.0%} of rated pairs are less than {close:.2g} apart (the widest {rows.margins.max():.3g})"
         more = f": who rated them was hardly sure. --min_margin {close:.2g} leaves them out."
-        found += (
-            [Finding("near ties", share, text + (more if share >= OFTEN else "."), share >= OFTEN)] if share else []
-        )
+        if share:
+            found.append(Finding("near ties", share, text + (more if share >= OFTEN else "."), share >= OFTEN))
     alike = [_overlap(c, r) >= ALIKE for c, r in zip(rows.chosen, rows.rejected, strict=True)]
     share = sum(alike) / len(alike)
     if any(alike):
         text = f"{sum(alike):,} pairs ({share:.1%}) have answers of nearly the same words, "
-        text += (
-            f"such as {rows.chosen[alike.index(True)][:60]!r}: there is little to learn where they differ in a detail."
-        )
+        example = rows.chosen[alike.index(True)][:60]
+        text += f"such as {example!r}: there is little to learn where they differ in a detail."
         found.append(Finding("nearly the same answers", share, text, share >= OFTEN))
     return found
 
@@ -194,13 +192,12 @@ def _rows_lost(account: Account, max_length: int) -> list[Finding]:
     for reason, (tokens, limit, value) in limits.items():
         if count := account.dropped[reason] + account.lost_pairs[f"a pair of a kept row: {reason}"]:
             share, longest = account.dropped[reason] / account.read, sorted(tokens)
-            text = (
-                f"{count:,} of what there was is {reason} at {limit}{value} ({longest[0]:,} to {longest[-1]:,} tokens) "
-            )
+            what = "prompts are" if limit == "max_prompt_length" else "conversations or pairs are"
+            text = f"{count:,} {what} over {limit}{value} ({longest[0]:,} to {longest[-1]:,} tokens) and were dropped"
             enough = longest[math.ceil(0.9 * count) - 1]
-            more = f": --{limit} {enough} would keep most of it, --overlong trim_prompt what has a long prompt."
+            more = f": --{limit} {enough} would keep most of them, --overlong trim_prompt those with a long prompt."
             matters = share >= OFTEN / 2
-            found.append(Finding(reason, share, text + "and was dropped" + (more if matters else "."), matters))
+            found.append(Finding(reason, share, text + (more if matters else "."), matters))
     if cut := account.changed["an answer lost its end"]:
         text = f"{cut:,} rows have an answer that lost its end at max_length {max_length:,}: the model learns not to "
         text += "stop. A larger --max_length or --overlong drop mends that."

@@ -119,9 +119,7 @@ class TrainSettings(RunSettings):
                 f"--global_batch_size {self.global_batch_size} is not a multiple of --per_device_train_batch_size "
                 f"{per_device} x {processes} processes"
             )
-        steps = self.global_batch_size // int(per_device * processes)
-        self.adopt("global_batch_size", gradient_accumulation_steps=steps)
-        return steps
+        return self.global_batch_size // int(per_device * processes)
 
     def __post_init__(self) -> None:
         if self.streaming:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -135,8 +134,7 @@ class Guard(TrainerCallback):
         self.give_signals_back()
         name, number = signal.Signals(self.received or 0).name, self.received or 0
         last = newest_marked(self.folder)
-        same = "the same command" + (" without --resume never" if "never" in sys.argv else "")
-        goes_on = f"{same} goes on from {short_path(last)}" if last else "no checkpoint had been saved"
+        goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
         raise Interrupted(f"stopped by {name} at step {state.global_step} of {state.max_steps}: {goes_on}", number)
 
     def give_signals_back(self) -> None:

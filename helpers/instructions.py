@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from helpers.accounts import Account, Part, mix, settle
-from helpers.chat import check_chat, encode, encode_prompt, folded, special_text, takes_system
+from helpers.chat import CHECKED, check_chat, encode, encode_prompt, folded, special_text, takes_system
 from helpers.columns import list_columns, message_column, recognise, token_column
 from helpers.errors import SettingsError, UserError
 from helpers.formats import ADAPTERS, Options, not_text
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-CHECKED = 16  # rows whose tokens are looked at before training
 
 
 def read_messages(row: Row) -> list[Message] | str:

@@ -83,11 +83,7 @@ def from_variables(
         except json.JSONDecodeError:
             listed = None
         # a text may hold spaces; the values of TRL's lists, and of ours but for prompts and datasets, hold none
-        one = (
-            (name in types and "tuple" not in str(types[name]))
-            or name in ("prompts", "dataset_id")
-            or text.startswith("{")
-        )
+        one = name in ("prompts", "dataset_id") or (name in types and "tuple" not in str(types[name]))
         found[name] = as_words(listed) if listed else [text] if one or text.startswith("{") else text.split()
     return found
 

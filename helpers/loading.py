@@ -94,12 +94,16 @@ def load_rows(source: Source, split: str = "") -> Dataset:
 
     split = split or source.split
     try:
-        _check_files(_files(source.id))
+        files = [Path(file) for file in _files(source.id)]
+        _refuse_unreadable(files)
         rows = _load(source, split).with_format(None)
     except (OSError, ValueError, LookupError, RuntimeError, StopIteration, DatasetsError) as error:  # and the Hub's
-        if source.any_split and (other := _other_split(source)):
+        if source.any_split and split == source.split and (other := _other_split(source)):
             print(f"{source.id}: there is no split {split!r}, so {other!r} is read.")
             return load_rows(dataclasses.replace(source, split=other, any_split=False))
+        for file in files:
+            if file.suffix == ".jsonl":
+                read_lines(file)  # says which line it is
         beside = _file_beside_script(source, split)
         if beside is None:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -184,20 +188,20 @@ def _file_beside_script(source: Source, split: str) -> Dataset | None:
     return None
 
 
-def _check_files(files: list[str]) -> None:
-    """What datasets does not say of local files: which is empty, which is not UTF-8, which line is not JSON."""
-    for name in map(Path, files):
-        if name.stat().st_size == 0:
-            raise UserError(f"{name.name} is empty")
-        if name.suffix == ".jsonl":
-            read_lines(name, keep=False)
-        elif name.suffix in (".json", ".csv"):
-            try:
-                with name.open(encoding="utf-8") as content:
-                    while content.read(1 << 20):
-                        pass
-            except UnicodeDecodeError as error:
-                raise UserError(f"{name.name} is not UTF-8: {error.reason} at byte {error.start}") from None
+def _refuse_unreadable(files: list[Path]) -> None:
+    """What datasets does not say of local files: which is empty, which line is not UTF-8, or not an object."""
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file.name} is empty")
+        if file.suffix in (".json", ".jsonl", ".csv"):
+            with file.open("rb") as content:
+                for number, line in enumerate(content, 1):
+                    try:
+                        text = line.decode("utf-8-sig" if number == 1 else "utf-8").lstrip()
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
+                    if file.suffix == ".jsonl" and text and not text.startswith("{"):
+                        raise UserError(f"{file.name}, line {number}, is not a JSON object")
 
 
 def sample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:

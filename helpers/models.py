@@ -154,7 +154,8 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
         raise SettingsError(f"--tuning full, but {folder.name} is an adapter: it can only be trained further as one")
     name = str(settings.values().get("chat_format"))
     new = chat_formats.TOKENS.get(name, ())
-    if any(token not in (folder / "tokenizer.json").read_text(encoding="utf-8") for token in new):
+    known = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json"))
+    if any(token not in known for token in new):
         raise SettingsError(
             f"--chat_format {name} needs {', '.join(new)}, which the adapter in {folder.name} was trained without: "
             "give it to 01_sft.py"

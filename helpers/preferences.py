@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.accounts import Account, Part, mix, settle
-from helpers.chat import check_chat, folded, takes_system
+from helpers.chat import CHECKED, check_chat, folded, takes_system
 from helpers.columns import list_columns, message_column, recognise, token_column
 from helpers.errors import SettingsError, UserError
 from helpers.formats import ADAPTERS, Options, Pair
@@ -19,8 +19,6 @@ from helpers.split import Split
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-CHECKED = 16  # rows whose tokens are looked at before training
 
 
 def load_preferences(

@@ -45,13 +45,13 @@ def map_rows(
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int,
 ) -> Dataset:
-    """`read` over `rows` in batches, a table for each, cached by content; see `processes` for `num_proc`.
+    """`read` over `rows` in batches, a table for each, cached by content; see `worker_count` for `num_proc`.
 
     `read` takes a batch, the numbers of its rows, `work`, and a key of TOKENIZERS.
     """
     fingerprint = content_fingerprint(rows, tokenizer, work)
     TOKENIZERS[fingerprint] = tokenizer
-    count = processes(num_proc, len(rows))
+    count = worker_count(num_proc, len(rows))
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     if count:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process of many, each with threads of its own, is slower
@@ -75,7 +75,7 @@ def map_rows(
             os.environ.update({"TOKENIZERS_PARALLELISM": before} if before else {})
 
 
-def processes(wanted: int, rows: int) -> int | None:
+def worker_count(wanted: int, rows: int) -> int | None:
     """How many processes `Dataset.map` may use for so many rows; None for this one alone.
 
     Where Python does not fork, a new process would run the whole of a flat notebook again.
@@ -144,11 +144,8 @@ def short_key(messages: list[Message]) -> str:
     return hashlib.sha1(key_of(messages).encode("utf-8", "surrogatepass")).hexdigest()[:20] if messages else ""
 
 
-def read_lines(file: Path, keep: bool = True) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none of them unless `keep`, where it is only looked through.
-
-    Raises UserError with the number of a line that is not UTF-8, or not a JSON object.
-    """
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises UserError with the number of a line that is not UTF-8, or not an object."""
     rows = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -161,6 +158,5 @@ def read_lines(file: Path, keep: bool = True) -> list[dict[str, Any]]:
                     raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
                 except json.JSONDecodeError as error:
                     raise UserError(f"{file.name}, line {number}, is not JSON: {error}") from None
-                if keep:
-                    rows.append(row)
+                rows.append(row)
     return rows

@@ -22,7 +22,8 @@ from helpers.checkpoints import (
     newest_marked,
     refuse_other_processes,
     remove_broken,
-    where_to_go_on,
+    set_broken_aside,
+    set_later_aside,
 )
 from helpers.errors import Interrupted, SettingsError, Stop, UserError, in_kernel
 from helpers.fields import RunSettings
@@ -43,6 +44,7 @@ class Run:
     record: dict[str, Any]
     replaces: bool = False  # the folder holds an older run, which goes when this one has something to write
     resume_from: Path | None = None  # a checkpoint that was named by hand
+    anew: bool = False  # --resume never: the same command would not go on
 
     @property
     def name(self) -> str:
@@ -85,21 +87,22 @@ class Run:
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
             before = self.record.get("resumed_from")
-            named = str(self.resume_from) if self.resume_from else before
-            self.update(
-                status="running", resumed_from=named
-            )  # first: a run that this one replaces takes its checkpoints
+            named = self.resume_from if str(self.resume_from) != before else None  # it holds for its first start only
+            # before anything else: a run that this one replaces goes, and its checkpoints with it
+            self.update(status="running", resumed_from=str(named) if named else before)
             if is_main_process():
-                where_to_go_on(self.folder, self.resume_from, before)
+                set_later_aside(self.folder, named) if named else set_broken_aside(self.folder)
             wait_for_all()
-            first = self.resume_from and str(self.resume_from) != before
-            checkpoint = self.resume_from if first else newest_marked(self.folder)
+            checkpoint = named or newest_marked(self.folder)
             if checkpoint:
                 print(f"Going on from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             explained = None if stopped else explain(error, self.folder)
+            told = explained or (error if isinstance(error, Interrupted) else None)
+            if told and self.anew and newest_marked(self.folder):
+                told.args = (f"{told} (leave out --resume never, which would begin anew)",)
             with contextlib.suppress(OSError):  # a full disk has no room for this either
                 if stopped:
                     self.update(status="interrupted")
@@ -170,6 +173,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
             raise Stop(f"{message}\n{_next_line(run, settings)}")
         print(message)
         return run
+    run.anew = settings.resume == "never"
     if not run.record:
         run.record = {"step": settings.step, "status": "running", "started": _now()}
     processes = int(os.environ.get("WORLD_SIZE", "1"))

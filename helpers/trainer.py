@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on rows that are tokens already: the one method of TRL's that is overridden, in one place."""
+"""TRL's DPOTrainer on rows that are tokens already: what of it is overridden, in one place."""
 
 from __future__ import annotations
 

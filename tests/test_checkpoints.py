@@ -21,7 +21,7 @@ from helpers.checkpoints import (
     newest_marked,
     refuse_other_processes,
     set_broken_aside,
-    where_to_go_on,
+    set_later_aside,
 )
 from helpers.errors import Interrupted, UserError
 from helpers.runs import Run
@@ -171,15 +171,32 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
 
 def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_path: Path) -> None:
     first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
-    assert where_to_go_on(tmp_path, first.resolve(), None) == first.resolve()
+    set_later_aside(tmp_path, first.resolve())
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "left-checkpoint-8"}
-    later = checkpoint(tmp_path, 6)
-    assert where_to_go_on(tmp_path, first.resolve(), str(first.resolve())) == later  # a second start goes on
-    assert where_to_go_on(tmp_path, None, None) == later
-    other = checkpoint(tmp_path / "another", 2)
-    assert where_to_go_on(tmp_path, other.resolve(), None) == other.resolve()
-    assert later.is_dir()
     assert not second.exists()
+    run = Run(tmp_path, {"status": "interrupted"}, resume_from=first.resolve())
+    with run.training() as begun:
+        assert begun == str(first.resolve())
+    later = checkpoint(tmp_path, 6)
+    with Run(tmp_path, run.record, resume_from=first.resolve()).training() as begun:
+        assert begun == str(later)  # a second start of the same command goes on
+    with Run(tmp_path, run.record).training() as begun:
+        assert begun == str(later)
+    other = checkpoint(tmp_path / "another", 2)
+    with Run(tmp_path, run.record, resume_from=other.resolve()).training() as begun:
+        assert begun == str(other.resolve())
+    assert later.is_dir()
+
+
+def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    run = Run(tmp_path, {}, anew=True)
+    said = r"stopped \(leave out --resume never, which would begin anew\)$"
+    with pytest.raises(Interrupted, match=said), run.training():
+        raise Interrupted("stopped", 15)
+    with pytest.raises(UserError, match=r"the disk is full: .* --resume never"), run.training():
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+    assert "leave out --resume never" in run.record["error"]
 
 
 def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:

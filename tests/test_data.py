@@ -41,9 +41,11 @@ for notebook, flags in json.load(sys.stdin):
     sys.argv = [notebook, *flags]
     try:
         runpy.run_path("notebooks/" + notebook, run_name="__main__")
-        print("ENDED", json.dumps("well"))
+        end = "well"
     except BaseException as error:
-        print("ENDED", json.dumps(f"{type(error).__name__}: {error}"))
+        end = f"{type(error).__name__}: {error}"
+    for stream in (sys.stdout, sys.stderr):
+        print("ENDED", json.dumps(end), file=stream, flush=True)
 """
 
 
@@ -71,17 +73,28 @@ def hub() -> Iterator[local.Hub]:
 
 def drive(project: Project, jobs: list[tuple[str, dict[str, Any]]], **env: str) -> list[str]:
     """Run notebooks one after another in one process; how each ended."""
-    flags = []
+    commands = []
     for notebook, given in jobs:
         values = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
-        flags.append((notebook, [str(w) for n, v in values.items() for w in (f"--{n}", *v)]))
+        commands.append((notebook, [str(w) for n, v in values.items() for w in (f"--{n}", *v)]))
+    return run_all(project, commands, **env)[0]
+
+
+def run_all(project: Project, commands: list[tuple[str, list[str]]], **env: str) -> tuple[list[str], list[list[str]]]:
+    """`drive` with flags as they are typed; how each ended, and the lines on stderr of each."""
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(flags), cwd=project.root, env=project.env | env,
+        [sys.executable, "-c", DRIVER], input=json.dumps(commands), cwd=project.root, env=project.env | env,
         capture_output=True, text=True,
     )  # fmt: skip
     ended = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("ENDED ")]
-    assert len(ended) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
-    return ended
+    assert len(ended) == len(commands), done.stdout[-3000:] + done.stderr[-3000:]
+    said: list[list[str]] = [[]]
+    for line in done.stderr.splitlines():
+        if line.startswith("ENDED "):
+            said.append([])
+        else:
+            said[-1].append(line)
+    return ended, said[: len(commands)]
 
 
 def test_every_format_trains_from_a_file_and_from_a_hub(

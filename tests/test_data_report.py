@@ -92,9 +92,9 @@ def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
     rows = answers(["a b"] * 4, ["c d"] * 4)
     account = Account(read=20, kept=4, over_long=[300, 200, 900] * 5)
     for row in range(15):
-        account.drop("over-long", row)
-    account.drop("tie", 19)
-    account.change("an answer lost its end", 1)
+        account.count(account.dropped, "over-long", row)
+    account.count(account.dropped, "tie", 19)
+    account.count(account.changed, "an answer lost its end", 1)
     found = {f.name: f for f in find_all(rows, rows, account, 128)}
     assert found["dropped"].value == 0.8
     assert "15 of them because of: over-long" in found["dropped"].text

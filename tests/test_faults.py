@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import signal
 import subprocess
@@ -146,8 +147,6 @@ def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
         assert any(not fault_of_checkpoint(c) for c in checkpoints(folder))
         filler.unlink()
         project.run("02_dpo.py", *words)
-        import json
-
         metrics = json.loads((folder / "run.json").read_text())["metrics"]
     for name, value in undisturbed.items():
         assert metrics[name] == value, name

@@ -167,6 +167,9 @@ def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
     (source,) = read_sources(settings(str(tmp_path / "set"), dataset_split="validation"))
     with pytest.raises(UserError, match="it has train_prefs, test_prefs"):
         load_rows(source)
+    (source,) = read_sources(settings(str(tmp_path / "set"), eval_split="test_perfs"))
+    with pytest.raises(UserError, match="split 'test_perfs', cannot be loaded: it has train_prefs, test_prefs"):
+        load_rows(source, source.eval_split)  # what is evaluated on is never what is trained on
     (tmp_path / "folder").mkdir()
     rows.to_json(tmp_path / "folder" / "alpaca_noisy_multi_preference.json")
     (source,) = read_sources(settings(str(tmp_path / "folder")))
@@ -236,6 +239,7 @@ def test_processes_give_what_one_gives(tmp_path: Path, tokenizer: PreTrainedToke
     two, account_of_two = prepare_preferences(
         rows.select(range(len(rows))), tokenizer, Limits(8, 64, "trim_prompt"), num_proc=2
     )
+    assert one._fingerprint != two._fingerprint
     assert one.to_list() == two.to_list()
     assert account.as_dict() == account_of_two.as_dict()
     assert account.dropped == {"duplicate pair": 230}
@@ -246,9 +250,9 @@ def test_where_nothing_is_forked_one_process_does_it(
 ) -> None:
     import multiprocess
 
-    from helpers.rows import processes
+    from helpers.rows import worker_count
 
-    assert (processes(0, 10), processes(3, 10), processes(3, 2), processes(1, 9000)) == (None, 3, 2, None)
+    assert [worker_count(*n) for n in ((0, 10), (3, 10), (3, 2), (1, 9000))] == [None, 3, 2, None]
     monkeypatch.setattr(multiprocess, "get_start_method", lambda: "spawn")
-    assert processes(0, 90_000) is processes(4, 90_000) is None
+    assert worker_count(0, 90_000) is worker_count(4, 90_000) is None
     assert "not forked on this system" in capsys.readouterr().out

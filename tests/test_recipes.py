@@ -16,7 +16,7 @@ from helpers.errors import SettingsError
 from helpers.layers import SECTIONS
 from helpers.settings import load_settings
 from tests.conftest import REPO, Project, code_cells
-from tests.test_data import SFT_ROWS, drive, several
+from tests.test_data import SFT_ROWS, drive, run_all, several
 from tests.test_formats import ROWS
 from tests.test_notebooks import _settings_class
 
@@ -159,9 +159,6 @@ DPO_004 = """02_dpo.py --model_id MODEL --dataset_id PAIRS --num_train_epochs 1 
 def test_commands_of_the_systems_that_it_grew_from_run(
     models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     farm = tmp_path / "alpaca_farm"
     farm.mkdir()
     several(ROWS["tatsu-lab/alpaca_farm"][1]).to_json(farm / "alpaca_noisy_multi_preference.json")
@@ -171,32 +168,20 @@ def test_commands_of_the_systems_that_it_grew_from_run(
         "MODEL": models["mistral"], "FARM": farm, "PAIRS": tmp_path / "pairs.jsonl", "OUT": tmp_path / "out",
         "SFT_DATA": tmp_path / "talks.jsonl",
     }  # fmt: skip
-    renamed = {
-        SFT_000: 15 + 4, DPO_000: 13 + 3 - 1, DPO_002: 1, DPO_004: 0,
-    }  # fmt: skip
+    texts = (SFT_000, DPO_000, DPO_002, DPO_004)
     commands = []
-    for text in renamed:
-        words = [str(paths.get(word, word)) for word in shlex.split(text)]
-        commands.append((words[0], words[1:]))
-    driver = (
-        "import json, runpy, sys\n"
-        "for notebook, flags in json.load(sys.stdin):\n"
-        "    sys.argv = [notebook, *flags]\n"
-        "    runpy.run_path('notebooks/' + notebook, run_name='__main__')\n"
-        "    print('ENDED', flush=True); print('ENDED', file=sys.stderr, flush=True)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", driver], input=json.dumps(commands), cwd=project.root, env=project.env,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ENDED") == len(commands)
-    for (text, _), said in zip(renamed.items(), done.stderr.split("ENDED"), strict=False):
-        notes = [line for line in said.splitlines() if line.startswith("note: ")]
-        older = {w[2:] for w in shlex.split(text) if w.startswith("--")}
-        for name in sorted(n for n in older if n.startswith("training_args.") or n in OLD):
+    for text in texts:
+        notebook, *words = [str(paths.get(word, word)) for word in shlex.split(text)]
+        commands.append((notebook, words))
+    ended, said = run_all(project, commands)
+    assert ended == ["well"] * len(commands)
+    for text, lines in zip(texts, said, strict=True):
+        notes = [line for line in lines if line.startswith("note: ")]
+        flags = {w[2:] for w in shlex.split(text) if w.startswith("--")}
+        older = {name for name in flags if name.startswith("training_args.") or name in OLD}
+        for name in sorted(older):
             assert sum(f"--{name} " in note for note in notes) == 1, (name, notes)
-        assert len(notes) == len({n for n in older if n.startswith("training_args.") or n in OLD}), notes
+        assert len(notes) == len(older), notes
     finished = [json.loads(f.read_text()) for f in (tmp_path / "out").glob("*/run.json")]
     assert [r["status"] for r in finished] == ["finished"] * len(finished)
     by_beta = {r["settings"].get("dpo_beta"): r["settings"] for r in finished if r["step"] == "dpo"}

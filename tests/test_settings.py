@@ -308,7 +308,9 @@ def test_a_global_batch_is_made_of_processes_and_batches_by_the_highest_layer(
         gradient_accumulation_steps: int = 16  # batches
 
     def accumulation(*words: str) -> int:
-        return load_settings(Train, {}, list(words)).accumulation()
+        settings = load_settings(Train, {}, list(words))
+        assert settings.accumulation() == settings.accumulation()  # its cell may be run again
+        return settings.accumulation()
 
     assert accumulation() == 16
     assert accumulation("--global_batch_size", "32") == 16
