@@ -80,7 +80,14 @@ def log_to(trainer: Trainer, file: Path) -> None:
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The held-out metrics of the weights that are saved: those just logged, or an evaluation made now."""
+    """Tokens seen, and a second; and the held-out metrics of the weights that are saved."""
+    logged = [log for log in trainer.state.log_history if "train_tokens_per_second" in log]
+    speed = {"tokens_per_second": logged[-1]["train_tokens_per_second"]} if logged else {}
+    return {"tokens_seen": float(trainer.state.num_input_tokens_seen)} | speed | _held_out(trainer)
+
+
+def _held_out(trainer: Trainer) -> dict[str, float]:
+    """The metrics just logged, or an evaluation made now."""
     if trainer.args.load_best_model_at_end:  # these are other weights than those of the last step
         return trainer.evaluate()
     last = trainer.state.log_history[-2:]  # the end-of-training summary follows the last evaluation

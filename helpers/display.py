@@ -29,5 +29,7 @@ def show(*things: Any, save_as: Path | None = None) -> None:
             from IPython.display import display
 
             display(thing)
+        elif isinstance(thing, str):  # as it is: a line of flags is there to be pasted
+            print(thing)
         else:
             Console().print(thing)

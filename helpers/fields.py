@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers.errors import SettingsError
+from helpers.errors import SettingsError, in_kernel
 
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
-NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict"}
+NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb"}
 
 
 @dataclasses.dataclass
@@ -61,6 +63,9 @@ class RunSettings:
             setattr(self, name, value)
             self.sources[name] = source
 
+    def check(self) -> None:
+        """Refuse settings that cannot work together. Raises SettingsError."""
+
     def __rich__(self) -> Any:
         from rich.table import Table
 
@@ -89,9 +94,12 @@ class TrainSettings(RunSettings):
     strict: bool = False  # stop when any row has to be dropped
     chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
-    attention: str = "auto"  # flash_attention_2 where it is installed, else sdpa; or the name of a Hub kernel
+    attention: str = "auto"  # flash_attention_2 where it or kernels is installed, else sdpa; or a Hub kernel's name
     lora_targets: str = "all-linear"  # layers that get an adapter: all-linear, or a regular expression
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
+    use_rslora: bool = False  # scale the adapter by alpha / sqrt(r) instead of alpha / r, for high ranks
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the adapter, such as embed_tokens
+    memory_gb: float = 24.0  # memory of the GPU that --dry_run looks whether it fits into
 
     def early_stopping(self) -> dict[str, Any]:
         """What the trainer's config needs for --early_stopping_patience."""
@@ -121,9 +129,51 @@ class TrainSettings(RunSettings):
             )
         return self.global_batch_size // int(per_device * processes)
 
-    def __post_init__(self) -> None:
-        if self.streaming:
-            raise SettingsError(
+    def check(self) -> None:
+        """Refuse, before anything is fetched, what cannot work. Raises SettingsError."""
+        tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
+        respawned = multiprocessing.get_start_method() != "fork" and not in_kernel()
+        wrong = [
+            (
+                self.streaming,
                 "--streaming True: rows that are read as training goes cannot be counted, checked or split beforehand; "
-                "leave it out (--train_rows trains on fewer)"
-            )
+                "leave it out (--train_rows trains on fewer)",
+            ),
+            (
+                not adapter and self.quantization not in ("auto", "none"),
+                f"--tuning full cannot train {self.quantization} weights: use --tuning qlora, or --quantization none",
+            ),
+            (
+                tuning == "qlora" and self.quantization == "none",
+                "--tuning qlora has quantized weights: use --tuning lora, or leave out --quantization none",
+            ),
+            (
+                adapter and self.trl.get("sync_ref_model", False),
+                "--sync_ref_model: the reference of an adapter is the base without it, and cannot follow it: "
+                "use --tuning full, or leave it out",
+            ),
+            (
+                adapter and _matches(self.lora_targets, "lm_head", "embed_out"),
+                f"--lora_targets {self.lora_targets!r} takes in the LM head, whose weight TRL's loss reads without an "
+                "adapter: leave it out (--modules_to_save lm_head trains it whole)",
+            ),
+            (
+                self.trl.get("packing", False) and self.trl.get("packing_strategy") == "wrapped",
+                "--packing_strategy wrapped lets conversations in one row see each other: leave it out",
+            ),
+            (
+                respawned and self.trl.get("dataloader_num_workers", 0) > 0,
+                "--dataloader_num_workers: this system starts a worker by running the notebook again: leave it at 0",
+            ),
+        ]
+        for is_so, message in wrong:
+            if is_so:
+                raise SettingsError(message)
+
+
+def _matches(targets: str, *names: str) -> bool:
+    """Whether a regular expression of layers takes in one of these, or names it. Raises SettingsError."""
+    try:
+        return any(name in targets or re.fullmatch(targets, name) for name in names)
+    except re.error as error:
+        raise SettingsError(f"--lora_targets {targets!r} is not a regular expression: {error}") from None

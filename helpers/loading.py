@@ -39,6 +39,11 @@ class Source:
     any_split: bool = False  # the split was not asked for: where it is not there, another for training will do
 
     @property
+    def is_file_name(self) -> bool:
+        """Whether the id can only mean files: it is a glob, or ends like a file of rows."""
+        return glob.has_magic(self.id) or Path(self.id).suffix in READERS
+
+    @property
     def name(self) -> str:
         """Short, to tell its rows from another's."""
         return self.id.rstrip("/").rpartition("/")[2]
@@ -132,7 +137,7 @@ def _load(source: Source, split: str) -> Dataset:
         return load_dataset(kind, data_files=[glob.escape(file) for file in files], split="train", **as_text)
     path = find_path(source.id)
     if path is None:
-        if glob.has_magic(source.id) or Path(source.id).suffix in READERS:
+        if source.is_file_name:
             raise UserError(f"dataset {source.id!r}: there is no such file")
         return load_dataset(source.id, source.config or None, split=split, revision=source.revision or None)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():

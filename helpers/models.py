@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,31 +64,46 @@ class Plan:
             return None
         return {"": int(os.environ.get("LOCAL_RANK", "0")) if self.device == "cuda" else self.device}
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
+    def as_dict(self) -> dict[str, str]:
+        """The decision in words, for run.json."""
         bits = "none"
         if self.quantization is not None:
             bits = "4-bit NF4, double" if self.quantization.load_in_4bit else "8-bit"
-        table = Table("device", "weights", "computed in", "quantization", "attention", box=None, pad_edge=False)
-        computed = "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
-        table.add_row(self.device, str(self.dtype).removeprefix("torch."), computed, bits, self.attention)
+        return {
+            "device": self.device,
+            "weights": str(self.dtype).removeprefix("torch."),
+            "computed in": "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32",
+            "quantization": bits,
+            "attention": self.attention,
+        }
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*self.as_dict(), box=None, pad_edge=False)
+        table.add_row(*self.as_dict().values())
         return table
 
 
 def plan_model(
-    model_id: str, tuning: str = "lora", quantization: str = "auto", attention: str = "auto", use_cpu: bool = False
+    model_id: str,
+    tuning: str = "lora",
+    quantization: str = "auto",
+    attention: str = "auto",
+    given: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Decide, from what this machine has, how `model_id` is loaded for `tuning` ("full", "lora", "qlora" or "none").
+    """Decide, from what this machine has, how `model_id` is loaded for `tuning` (that of 02_dpo.py, or "none").
 
     Weights that are themselves trained stay in float32, with bfloat16 autocast where the hardware has it; others are
     loaded in bfloat16 on a GPU. bfloat16 by emulation counts as none: float16 is used there, and flash-attention, which
-    needs the same generation of GPU, is not. Raises UserError where a model of this size needs a GPU and there is none,
-    and SettingsError where the settings contradict each other.
+    needs the same generation of GPU, is not; without that package its kernel comes from the Hub, where `kernels` is
+    installed. `given` are TRL's fields that were given by hand: use_cpu is heeded. Raises UserError where a model of
+    this size needs a GPU and there is none.
     """
     import torch
     from transformers import BitsAndBytesConfig
 
+    use_cpu = (given or {}).get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
     if device == "cuda":
@@ -98,10 +114,6 @@ def plan_model(
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     if quantization == "auto":
         quantization = "4bit" if tuning == "qlora" else "none"
-    if tuning == "full" and quantization != "none":
-        raise SettingsError(
-            f"--tuning full cannot train {quantization} weights: use --tuning qlora, or --quantization none"
-        )
     config = None
     if quantization == "4bit":
         config = BitsAndBytesConfig(
@@ -114,7 +126,7 @@ def plan_model(
     elif quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     if attention == "auto":
-        flash = device == "cuda" and bf16 and importlib.util.find_spec("flash_attn") is not None
+        flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
         attention = "flash_attention_2" if flash else "sdpa"
     dtype = torch.float32 if tuning == "full" else compute
     return Plan(device, dtype, config, attention, bf16, fp16)

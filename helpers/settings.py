@@ -63,13 +63,15 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     settings = cls(**{name: parse_words(types[name], name, *w) for name, w in words.items() if name in types})
     settings.sources = dict.fromkeys(types, "default") | {name: source for name, (_, source) in words.items()}
     if given := {name: w for name, w in words.items() if name not in types}:
-        settings.trl = trl_fields.parse(step, given, SettingsError)
+        parse = trl_fields.parse_plainly if settings.dry_run else trl_fields.parse
+        settings.trl = parse(step, given, SettingsError)
     for name, hint in types.items():
         if hint is Path:  # by hand: from where it was typed; in a default or a file: from the repository
             start = Path.cwd() if settings.sources[name].startswith(("flag", "environment")) else REPO
             setattr(settings, name, start / getattr(settings, name))
     if settings.wandb_project and not settings.given("report_to"):
         settings.report_to = "wandb"
+    settings.check()
     _show(settings)
     if settings.prepare and not settings.dry_run:
         run_prepare(settings.prepare)
@@ -153,8 +155,7 @@ def parse_words(hint: Any, name: str, words: list[str], source: str) -> Any:
     import tyro
 
     if hint is bool:
-        switch = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
-        words = [switch.get(word.lower(), word) for word in words] or ["True"]
+        words = [str(trl_fields.SWITCH.get(word.lower(), word)) for word in words] or ["True"]
     elif hint is str and words == ["None"]:
         return ""
     try:

@@ -59,18 +59,19 @@ RESPELLED: dict[tuple[str, str], tuple[str | None, list[str]]] = {
     ("load_in_8bit", "true"): ("quantization", ["8bit"]),
     ("report_to", "none"): ("report_to", ["none"]),
 }
+SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 OLDER = frozenset(RENAMED) | frozenset(GONE) | {name for name, _ in RESPELLED}
 
 
 @functools.cache
-def names(step: str) -> frozenset[str]:
-    """Field names of the step's config, read from the installed sources: importing TRL takes seconds.
+def kinds(step: str) -> dict[str, str]:
+    """Fields of the step's config and their annotations, read from the installed sources: importing TRL takes seconds.
 
     Publishing is ours, so push_to_hub and hub_* are not among them.
     """
     if step not in CONFIGS:
-        return frozenset()
-    found = set()
+        return {}
+    found: dict[str, str] = {}
     for source in (*SOURCES, f"trl/trainer/{step}_config.py"):
         package, _, rest = source.partition("/")
         spec = importlib.util.find_spec(package)
@@ -78,9 +79,15 @@ def names(step: str) -> frozenset[str]:
             continue
         for node in ast.parse((Path(spec.origin).parent / rest).read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name in ("TrainingArguments", "_BaseConfig", CONFIGS[step]):
-                targets = [n.target for n in node.body if isinstance(n, ast.AnnAssign)]
-                found |= {t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("_")}
-    return frozenset(n for n in found if n != "push_to_hub" and not n.startswith("hub_"))
+                fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+                found |= {ast.unparse(n.target): ast.unparse(n.annotation) for n in fields}
+    ours = ("push_to_hub", "hub_", "_")
+    return {name: kind for name, kind in found.items() if not name.startswith(ours)}
+
+
+def names(step: str) -> frozenset[str]:
+    """Field names of the step's config."""
+    return frozenset(kinds(step))
 
 
 def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
@@ -113,17 +120,17 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
     """Values of TRL fields, through TRL's own argument parser; `given` maps a name to its words and their source."""
     parser = _parser(step)
     actions = {action.dest: action for action in parser._actions}
-    kinds = {f.name: f.type for f in dataclasses.fields(parser.dataclass_types[0])}
+    hints = {f.name: f.type for f in dataclasses.fields(parser.dataclass_types[0])}
     values: dict[str, Any] = {}
     for name, (words, source) in given.items():
         action = actions.get(name)
         if action is None:
             raise error(f"--{name} cannot be set from outside (from {source}): write it into the notebook's config")
-        if words == ["None"] and "None" in str(kinds[name]):
+        if words == ["None"] and "None" in str(hints[name]):
             values[name] = None  # argparse has no word for None
             continue
         if not words:
-            if "bool" not in str(kinds[name]):
+            if "bool" not in str(hints[name]):
                 raise error(f"--{name} needs a value (from {source})")
             words = ["True"]  # a switch: HfArgumentParser refuses some without a word
 
@@ -132,6 +139,27 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
 
         parser.error = fail
         values[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
+    return values
+
+
+def parse_plainly(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
+    """`parse` by the annotations alone, for a dry run, which has no time for importing TRL."""
+    values: dict[str, Any] = {}
+    for name, (words, source) in given.items():
+        kind = kinds(step)[name]
+        plain = {"float": float, "int": int}.get(kind.removesuffix(" | None"), str)
+        word = words[0] if words else "True" if "bool" in kind else ""
+        try:
+            if words == ["None"] and "None" in kind:
+                values[name] = None
+            elif "bool" in kind:
+                values[name] = SWITCH[word.lower()]
+            elif kind.startswith("list["):
+                values[name] = [float(w) if "float" in kind else w for w in words]
+            else:
+                values[name] = plain(word) if word else int(word)
+        except (KeyError, ValueError):
+            raise error(f"--{name} takes {kind}, not {' '.join(words) or 'nothing'!r} (from {source})") from None
     return values
 
 

@@ -54,7 +54,7 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     data_format: str = "auto"  # by the columns; or messages, completion, alpaca, or any of 02_dpo.py's
     max_length: int = 2048  # tokens of a conversation; 0 for no limit
 
-    tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
+    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # all weights, or an adapter; qlora's base is in 4 bits
     lora_r: int = 64  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
 
@@ -77,13 +77,15 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.display import show
+from helpers.fit import estimate_fit
 from helpers.models import plan_model
 from helpers.runs import start_run
 
-plan = plan_model(
-    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
-)
+if settings.dry_run:  # how much memory, how many steps; then start_run stops
+    show(*estimate_fit(settings))
 run = start_run(settings, base_model=settings.model_id)
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
+run.describe(plan=plan.as_dict())
 show(plan)
 
 # %%
@@ -169,6 +171,7 @@ config = dict(
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
+    include_num_input_tokens_seen="non_padding",
     logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
     report_to=settings.report_to,
     seed=settings.seed,
@@ -198,7 +201,10 @@ if settings.tuning != "full":
     adapter = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
+        modules_to_save=settings.modules_to_save or None,
         task_type="CAUSAL_LM",
         trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=settings.revision or None,  # of the base, for whoever loads the adapter
@@ -206,6 +212,8 @@ if settings.tuning != "full":
 
 # %% [markdown]
 # ## Trainer
+#
+# TRL's own, which packs conversations into full rows with `--packing`, apart from each other.
 
 # %%
 prepare_wandb(settings.report_to, settings.wandb_project)

@@ -65,7 +65,7 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     learning_rate: float = 5e-5  # the highest; 5e-7 to 1e-6 suits tuning in full
     per_device_train_batch_size: int = 1  # pairs at a time
     gradient_accumulation_steps: int = 16  # batches to one step
-    tuning: Literal["full", "lora", "qlora"] = "qlora"  # train all weights, or an adapter, on a 4-bit base or not
+    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # all weights, or an adapter; qlora's base is in 4 bits
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
     merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
@@ -80,12 +80,13 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Where it starts, the machine, and the run
 #
-# From a model as published, or from a finished run of `01_sft.py`. The run's name follows from the settings and from
-# what it starts from, so the same command finds its own run again, and goes on where it stopped.
+# From a published model, or a finished run of `01_sft.py`. The run's name follows from that and the settings, so the
+# same command finds its own run again, and goes on where it stopped.
 
 # %%
 from helpers.credentials import hf_token, prepare_wandb
 from helpers.display import show
+from helpers.fit import estimate_fit
 from helpers.models import adapter_settings, plan_model
 from helpers.runs import find_run, start_run
 
@@ -96,10 +97,11 @@ if parent:
 if settings.push_to_hub:
     hf_token("--push_to_hub")  # now, and not after hours of training
 from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
-plan = plan_model(
-    settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl.get("use_cpu", False)
-)
+if settings.dry_run:  # how much memory, how many steps; then start_run stops
+    show(*estimate_fit(settings, parent))
 run = start_run(settings, base_model=settings.model_id, parent=parent)
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
+run.describe(plan=plan.as_dict())
 show(plan)
 
 # %%
@@ -160,8 +162,7 @@ show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 # %%
 report = DataReport.of(train_set, eval_set, account, settings.max_length)
 show(report, report.figure)
-pair = train_set[0]  # one pair as the model sees it
-print(render(tokenizer, pair["prompt"], prompt=True))
+print(render(tokenizer, (pair := train_set[0])["prompt"], prompt=True))  # one pair as the model sees it
 print("  chosen:  ", tokenizer.decode(pair["chosen_ids"]), "\n  rejected:", tokenizer.decode(pair["rejected_ids"]))
 
 # %% [markdown]
@@ -194,6 +195,7 @@ config = dict(
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
+    include_num_input_tokens_seen="non_padding",
     logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
     report_to=settings.report_to,
     seed=settings.seed,
@@ -203,9 +205,8 @@ training_args = DPOConfig(**config | settings.early_stopping() | settings.trl)
 # %% [markdown]
 # ## Model
 #
-# The frozen base is the reference: with the adapter switched off it is what the policy started as, so no second model
-# is loaded. An adapter of `01_sft.py` is trained further, and TRL keeps a frozen copy of it as the reference. Only
-# tuning in full needs a second copy of the weights.
+# With the adapter switched off the frozen base is the reference. An adapter of `01_sft.py` is trained further, beside a
+# frozen copy of it that is the reference. Only tuning in full needs a second copy of the weights.
 
 # %%
 set_seed(settings.seed)
@@ -226,7 +227,10 @@ elif settings.tuning != "full":
     adapter = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
+        modules_to_save=settings.modules_to_save or None,
         task_type="CAUSAL_LM",
         trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=start_revision or None,  # of the base, for whoever loads the adapter
@@ -234,9 +238,6 @@ elif settings.tuning != "full":
 if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
     reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
     fit_embeddings(reference, tokenizer)
-
-# %% [markdown]
-# ## Trainer
 
 # %%
 prepare_wandb(settings.report_to, settings.wandb_project)

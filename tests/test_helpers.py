@@ -131,18 +131,16 @@ def test_the_plan_follows_the_tuning() -> None:
     assert models.plan_model("org/m", "lora", "8bit").quantization.load_in_8bit
     assert models.plan_model("org/m", "full").dtype == torch.float32
     assert models.plan_model("org/m", attention="eager").attention == "eager"
-    with pytest.raises(SettingsError, match="--tuning full cannot train 4bit weights"):
-        models.plan_model("org/m", "full", "4bit")
 
 
 class FakeGpu:
     """What plan_model asks PyTorch about a GPU; its answers are all that the plan can follow here."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1, kind: str = "cuda") -> None:
         import importlib.util
 
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
@@ -161,7 +159,7 @@ def test_the_plan_on_a_gpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Non
     assert models.plan_model("org/m", "full").dtype == torch.float32  # weights that are trained
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert models.plan_model("org/m").device_map == {"": 3}
-    forced = models.plan_model("org/m", use_cpu=True)
+    forced = models.plan_model("org/m", given={"use_cpu": True})
     assert (forced.device, forced.optimizer, forced.device_map) == ("cpu", "adamw_torch", {"": "cpu"})
 
 
@@ -172,6 +170,14 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16_without_flash_att
     plan = models.plan_model("org/m", "qlora")
     assert (plan.dtype, plan.bf16, plan.fp16, plan.attention) == (torch.float16, False, True, "sdpa")
     assert plan.quantization.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_the_plan_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, bf16=True, kind="mps")
+    plan = models.plan_model("org/m")
+    assert (plan.device, plan.dtype, plan.bf16, plan.fp16) == ("mps", torch.float32, False, False)
+    assert (plan.attention, plan.optimizer, plan.device_map) == ("sdpa", "adamw_torch", {"": "mps"})
+    assert plan.as_dict()["computed in"] == "float32"
 
 
 def test_several_gpus_need_a_launcher_or_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
