@@ -136,6 +136,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     parts = memory.estimate(decoder, job)
     left_out = ("optimizer" if "paged" in job.optimizer else "") if case["gpu"] else "logits"
     expected = parts["peak"] - parts.get(left_out, 0.0)
+    found.pop("start")
     return case | found | {"estimate": parts, "compared": expected, "ratio": expected / found["peak"]}
 
 

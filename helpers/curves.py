@@ -83,7 +83,8 @@ def final_metrics(trainer: Trainer) -> dict[str, float]:
     """Tokens seen, and a second; and the held-out metrics of the weights that are saved."""
     logged = [log for log in trainer.state.log_history if "train_tokens_per_second" in log]
     speed = {"tokens_per_second": logged[-1]["train_tokens_per_second"]} if logged else {}
-    return {"tokens_seen": float(trainer.state.num_input_tokens_seen)} | speed | _held_out(trainer)
+    held_out = {name: value for name, value in _held_out(trainer).items() if name != "num_input_tokens_seen"}
+    return {"tokens_seen": float(trainer.state.num_input_tokens_seen)} | speed | held_out
 
 
 def _held_out(trainer: Trainer) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from types import TracebackType
 
 
@@ -49,6 +50,8 @@ def report_user_errors() -> None:
     """From here on a command prints a UserError as one line, and exits with its status."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if _of_a_config(error, trace):
+            error = SettingsError(f"TRL refuses these settings: {' '.join(str(error).split())}")
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
@@ -60,3 +63,10 @@ def report_user_errors() -> None:
 
     if not in_kernel():
         sys.excepthook = hook
+
+
+def _of_a_config(error: BaseException, trace: TracebackType | None) -> bool:
+    """Whether SFTConfig, DPOConfig or what they inherit from refused its values."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+    files = {os.path.basename(code.co_filename) for code in frames if code.co_name == "__post_init__"}
+    return isinstance(error, ValueError) and bool(files & {"training_args.py", "sft_config.py", "dpo_config.py"})

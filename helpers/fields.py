@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from helpers import trl_fields
 from helpers.errors import SettingsError, in_kernel
 
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
-NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb"}
+NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
 
 
 @dataclasses.dataclass
@@ -132,6 +133,7 @@ class TrainSettings(RunSettings):
     def check(self) -> None:
         """Refuse, before anything is fetched, what cannot work. Raises SettingsError."""
         tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
+        unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.losses()) if self.step == "dpo" else []
         respawned = multiprocessing.get_start_method() != "fork" and not in_kernel()
         wrong = [
             (
@@ -148,6 +150,10 @@ class TrainSettings(RunSettings):
                 "--tuning qlora has quantized weights: use --tuning lora, or leave out --quantization none",
             ),
             (
+                bool(unknown),
+                f"--loss_type {' '.join(unknown)} is none of TRL's losses: {', '.join(sorted(trl_fields.losses()))}",
+            ),
+            (
                 adapter and self.trl.get("sync_ref_model", False),
                 "--sync_ref_model: the reference of an adapter is the base without it, and cannot follow it: "
                 "use --tuning full, or leave it out",
@@ -160,6 +166,10 @@ class TrainSettings(RunSettings):
             (
                 self.trl.get("packing", False) and self.trl.get("packing_strategy") == "wrapped",
                 "--packing_strategy wrapped lets conversations in one row see each other: leave it out",
+            ),
+            (
+                self.trl.get("packing", False) and not getattr(self, "max_length", 1),
+                "--packing fills rows of --max_length tokens: give one above 0",
             ),
             (
                 respawned and self.trl.get("dataloader_num_workers", 0) > 0,

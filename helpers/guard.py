@@ -119,7 +119,7 @@ class Guard(TrainerCallback):
                 str(self.folder),
                 save_total_limit=self.limit,
                 best_model_checkpoint=state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,
             )
         wait_for_all()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helpers.credentials import hf_token
 from helpers.errors import UserError
+from helpers.hub_errors import reason
 from helpers.paths import find_path
 
 # What a model is made of. Checkpoints, optimizer states, logs, run.json and .env never travel; nor does TRL's
@@ -48,7 +49,6 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
         )
         is_private = bool(api.model_info(repo_id).private)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"pushing to {repo_id} failed: {reason}") from None
+        raise UserError(f"pushing to {repo_id} failed: {reason(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
     return f"{api.endpoint}/{repo_id}"

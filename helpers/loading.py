@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import SettingsError, UserError
+from helpers.hub_errors import reason
 from helpers.paths import REPO, find_path
 from helpers.rows import read_lines
 
@@ -111,13 +112,17 @@ def load_rows(source: Source, split: str = "") -> Dataset:
                 read_lines(file)  # says which line it is
         beside = _file_beside_script(source, split)
         if beside is None:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            reason = "it has no rows" if isinstance(error, StopIteration | IndexError) else reason
-            raise UserError(f"dataset {source.id!r}, split {split!r}, cannot be loaded: {reason}") from None
+            no_rows = isinstance(error, StopIteration | IndexError)
+            why = "it has no rows" if no_rows else reason(error) if not files else _own_words(error)
+            raise UserError(f"dataset {source.id!r}, split {split!r}, cannot be loaded: {why}") from None
         rows = beside
     if not len(rows):
         raise UserError(f"dataset {source.id!r}, split {split!r}, has no rows")
     return rows
+
+
+def _own_words(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def _load(source: Source, split: str) -> Dataset:

@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import chat_formats
-from helpers.errors import SettingsError, UserError
+from helpers.errors import SettingsError, UserError, in_kernel
 from helpers.fields import RunSettings
 from helpers.paths import find_path
 from helpers.processes import is_main_process
@@ -149,9 +151,10 @@ def _refuse_several_gpus() -> None:
     import torch
 
     if "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
+        words = "notebooks/..." if in_kernel() else shlex.join(sys.argv)
         raise UserError(
-            f"{n} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to use one of them, "
-            "or start with `accelerate launch` in place of python to use all"
+            f"{n} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to use one of them, or use all with: "
+            f"accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes {n} {words}"
         )
 
 

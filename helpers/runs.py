@@ -146,6 +146,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
     Raises SettingsError where a name given by hand belongs to a run with other settings.
     """
+    _refuse_unwritable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
@@ -226,6 +227,13 @@ def write_json(file: Path, content: Any) -> None:
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
     draft.replace(file)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Now, and not after a model has been fetched."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{short_path(there)} cannot be written: give another --output_dir, or mend its permissions")
 
 
 def _refuse_other_settings(run: Run, settings: RunSettings) -> None:

@@ -72,6 +72,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     if settings.wandb_project and not settings.given("report_to"):
         settings.report_to = "wandb"
     settings.check()
+    if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     _show(settings)
     if settings.prepare and not settings.dry_run:
         run_prepare(settings.prepare)
@@ -99,6 +101,7 @@ def quieten() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helpers.credentials import hf_token
 from helpers.errors import UserError
+from helpers.hub_errors import reason
 from helpers.paths import find_path
 from helpers.runs import find_run, read_run
 
@@ -47,7 +48,7 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
     except GatedRepoError:
         raise UserError(f"{model_id} is gated, and your token may not read it: accept its terms on its page") from None
     except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{model_id!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{model_id!r} cannot be loaded: {reason(error)}") from None
     return model_id
 
 
@@ -77,7 +78,10 @@ def find_adapter(name: str, base_model_id: str = "") -> Candidate:
         raise UserError(f"there is no adapter to merge: {error}") from None
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
-    base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
+    try:
+        base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
+    except UserError as error:
+        raise UserError(f"the base of the adapter in {name!r}: {error}; --base_model_id names another") from None
     return Candidate(Path(name).name, base, adapter, revision)
 
 

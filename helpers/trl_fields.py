@@ -85,6 +85,17 @@ def kinds(step: str) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if not name.startswith(ours)}
 
 
+@functools.cache
+def losses() -> frozenset[str]:
+    """The losses that DPOTrainer knows: what its code compares `loss_type` with."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse((Path(spec.origin).parent / "trainer" / "dpo_trainer.py").read_text())
+    compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and ast.unparse(n.left) == "loss_type"]
+    return frozenset(str(c.value) for n in compared for c in n.comparators if isinstance(c, ast.Constant))
+
+
 def names(step: str) -> frozenset[str]:
     """Field names of the step's config."""
     return frozenset(kinds(step))

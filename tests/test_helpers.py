@@ -182,8 +182,11 @@ def test_the_plan_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_gpus_need_a_launcher_or_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpu(monkeypatch, bf16=True, count=4)
-    with pytest.raises(UserError, match="4 GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0"):
+    monkeypatch.setattr("sys.argv", ["notebooks/02_dpo.py", "--run_name", "two words"])
+    with pytest.raises(UserError, match="4 GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0") as raised:
         models.plan_model("org/m")
+    launch = "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 4 notebooks/02_dpo.py"
+    assert f"{launch} --run_name 'two words'" in str(raised.value)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert models.plan_model("org/m").device == "cuda"
 

@@ -127,6 +127,11 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["--optim"], "--optim needs a value (from flag)"),
         (["--max_steps", "1", "2"], "unrecognized arguments: 2 (from flag)"),
         (["--streaming", "True"], "--streaming True: rows that are read as training goes cannot be counted"),
+        (["--tuning", "full", "--quantization", "4bit"], "--tuning full cannot train 4bit weights: use --tuning qlora"),
+        (["--sync_ref_model"], "--sync_ref_model: the reference of an adapter is the base without it"),
+        (["--lora_targets", ".*(q_proj|lm_head)"], "takes in the LM head, whose weight TRL's loss reads"),
+        (["--lora_targets", ".*"], "--lora_targets '.*' takes in the LM head"),
+        (["--lora_targets", "(q_proj"], "--lora_targets '(q_proj' is not a regular expression: missing )"),
         (["--recipe", "nowhere.yaml"], "recipe 'nowhere.yaml' is not a file; there are recipes/demo.yaml"),
     ],
 )
@@ -267,10 +272,27 @@ def test_naming_a_wandb_project_turns_wandb_on() -> None:
 def test_the_digest_follows_what_a_run_is_and_not_where_it_is_kept() -> None:
     plain = load()
     assert plain.digest() == load("--output_dir", "x", "--run_name", "y", "--resume", "never").digest()
+    assert plain.digest() == load("--local_rank", "1").digest()  # what DeepSpeed's launcher gives each process
     assert plain.digest() != load("--lora_r", "16").digest()
     assert plain.digest() != load("--max_grad_norm", "1").digest()
     assert plain.digest() != plain.digest("parent")
     assert len(plain.digest()) == 6
+
+
+def test_workers_are_refused_where_a_worker_would_run_the_notebook_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import multiprocessing
+
+    assert load("--dataloader_num_workers", "2").trl == {"dataloader_num_workers": 2}
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(SettingsError, match="starts a worker by running the notebook again: leave it at 0"):
+        load("--dataloader_num_workers", "2")
+    assert load("--dataloader_num_workers", "0").trl == {"dataloader_num_workers": 0}
+
+
+def test_what_tuning_in_full_may_do_an_adapter_may_not() -> None:
+    assert load("--tuning", "full", "--sync_ref_model").trl == {"sync_ref_model": True}
+    assert load("--tuning", "full", "--lora_targets", ".*").lora_targets == ".*"
+    assert load("--modules_to_save", "lm_head", "embed_tokens").modules_to_save == ("lm_head", "embed_tokens")
 
 
 def test_two_ways_to_say_one_thing_contradict_each_other() -> None:
