@@ -68,6 +68,7 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # all weights, or an adapter; qlora's base is in 4 bits
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
+    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute each prompt once for both answers: same gradients
     merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
     push_to_hub: bool = False  # publish afterwards, privately, as 03_merge_push.py does
     hub_repo_id: str = ""  # where to: name/model
@@ -120,9 +121,9 @@ from helpers.loading import read_sources
 from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
 from helpers.preferences import load_preferences
 from helpers.publishing import merge_and_push
+from helpers.shared_prefix import SharedPrefixDPOTrainer
 from helpers.sources import local_or_hub
 from helpers.split import Split
-from helpers.trainer import TokenizedDPOTrainer
 
 # %% [markdown]
 # ## Data
@@ -130,6 +131,7 @@ from helpers.trainer import TokenizedDPOTrainer
 # Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
 # nothing, and pairs that are too long would lose the end of their answers (`--overlong trim_prompt` shortens their
 # prompts instead). A prompt is on one side of the split only. A recipe may mix sets, with a `fraction` of each.
+# A report then says what the pairs will teach beside what they are meant to (so does `python -m helpers.data_report`).
 
 # %%
 start, start_revision = settings.model_id, settings.revision
@@ -155,9 +157,6 @@ train_set, eval_set, account = load_preferences(
 )
 run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
-
-# %% [markdown]
-# What these pairs will teach beside what they are meant to. `python -m helpers.data_report` says it without training.
 
 # %%
 report = DataReport.of(train_set, eval_set, account, settings.max_length)
@@ -241,7 +240,7 @@ if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
 
 # %%
 prepare_wandb(settings.report_to, settings.wandb_project)
-trainer = TokenizedDPOTrainer(  # TRL's DPOTrainer, on rows that are tokens already
+trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each prompt computed once
     model=model,
     ref_model=reference,
     args=training_args,
@@ -249,6 +248,7 @@ trainer = TokenizedDPOTrainer(  # TRL's DPOTrainer, on rows that are tokens alre
     eval_dataset=eval_set,
     processing_class=tokenizer,
     peft_config=adapter,
+    shared_prefix=settings.shared_prefix,
 )
 keep_watch(trainer, run.folder, settings.early_stopping_patience)  # logs, marked checkpoints, signals
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":

@@ -34,8 +34,10 @@ import os, runpy, sys, torch
 sys.argv = sys.argv[1:]
 done = runpy.run_path(sys.argv[0], run_name="__main__")
 words = done["tokenizer"]("What is 2 plus 3?", return_tensors="pt").to(done["trainer"].args.device)
-with torch.inference_mode():
-    logits = done["trainer"].model_wrapped.eval()(**words).logits
+model = done["trainer"].model_wrapped
+model.eval()
+with torch.no_grad():
+    logits = model(**words).logits
 if os.environ.get("RANK", "0") == "0":
     torch.save(logits, done["run"].folder / "logits.pt")
 """
@@ -56,6 +58,8 @@ def launch(project: Project, demo: Path, engine: str, job: str, folder: Path, pr
         "run_name": name, "per_device_train_batch_size": 4 // processes,
         "model_id": demo / "tiny-mistral", "dataset_id": demo / data,
     }  # fmt: skip
+    if job != "sft":  # one process computes as stock does
+        given["shared_prefix"] = "off" if engine == "one" else "on"
     words = [str(w) for n, v in given.items() for w in (f"--{n}", v)]
     (folder / "and_then.py").write_text(AND_THEN)
     command = [sys.executable, str(folder / "and_then.py"), str(project.root / "notebooks" / notebook), *words]

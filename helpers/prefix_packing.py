@@ -1,0 +1,136 @@
+"""A batch of preference pairs as one row in which each shared prompt stands once: pure arithmetic on tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where everything is in a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
+
+    `lengths` has (prefix, chosen, rejected) of each pair, in tokens; `gather` the position to score each label from.
+    It travels through the model as a forward keyword, so that checkpointed layers find it again.
+    """
+
+    lengths: list[tuple[int, int, int]]
+    gather: torch.Tensor
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = dataclasses.field(default_factory=dict)
+    varlen: Varlen | None = None
+
+    @property
+    def first(self) -> int:
+        """Tokens of all [prefix, chosen], which is where the rejected tails begin."""
+        return sum(prefix + chosen for prefix, chosen, _ in self.lengths)
+
+    def branches(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Queries and keys of each attention call, in the order of the packed row. Both end at the same token."""
+        start = tail = 0
+        for prefix, chosen, _ in self.lengths:
+            whole = slice(start, start + prefix + chosen)
+            yield whole, [whole]
+            start = whole.stop
+        start, tail = 0, start
+        for prefix, chosen, rejected in self.lengths:
+            if rejected:
+                own = slice(tail, tail + rejected)
+                yield own, [slice(start, start + prefix), own]
+            start, tail = start + prefix + chosen, tail + rejected
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """What the last `queries` of `keys` tokens see, (1, 1, queries, keys); None where that is plainly causal."""
+        window = window if window is not None and window < keys else None
+        if queries == keys and window is None:
+            return None
+        if (queries, keys, window) not in self.masks:
+            i = torch.arange(keys - queries, keys, device=device)[:, None]
+            j = torch.arange(keys, device=device)
+            seen = j <= i if window is None else (j <= i) & (j > i - window)
+            self.masks[queries, keys, window] = seen[None, None]
+        return self.masks[queries, keys, window]
+
+
+@dataclasses.dataclass(frozen=True)
+class Varlen:
+    """What two varlen calls need: borders (cu_seqlens, int32) and longest lengths, for [prefix, chosen] and for the
+    rejected tails, whose keys are `keys` of the packed row: their own prefix, and then themselves."""
+
+    chosen: torch.Tensor
+    longest_chosen: int
+    rejected: torch.Tensor
+    longest_rejected: int
+    rejected_keys: torch.Tensor
+    longest_keys: int
+    keys: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> Varlen:
+        """Pairs without a rejected tail have no sequence in the second call: an empty one has no row to compute."""
+        tailed = [(i, p, r) for i, (p, _, r) in enumerate(plan.lengths) if r]
+        starts = _borders([p + c for p, c, _ in plan.lengths])
+        tails = _borders([r for _, _, r in tailed])
+        keys = [
+            torch.cat([torch.arange(starts[i], starts[i] + p), torch.arange(plan.first + at, plan.first + at + r)])
+            for (i, p, r), at in zip(tailed, tails, strict=False)
+        ]
+        both = [p + r for _, p, r in tailed]
+        return cls(
+            chosen=torch.tensor(starts, dtype=torch.int32, device=device),
+            longest_chosen=max(p + c for p, c, _ in plan.lengths),
+            rejected=torch.tensor(tails, dtype=torch.int32, device=device),
+            longest_rejected=max((r for _, _, r in tailed), default=0),
+            rejected_keys=torch.tensor(_borders(both), dtype=torch.int32, device=device),
+            longest_keys=max(both, default=0),
+            keys=torch.cat(keys).to(device) if keys else torch.empty(0, dtype=torch.long, device=device),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed batch: ids and positions (1, N); `labels` (1, S) of the S scored positions; where these stand in the
+    padded batch, `scored` (2B, L - 1); and the plan."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    scored: torch.Tensor
+    plan: Plan
+
+
+def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
+    """Pack a batch of TRL's collator: (2B, L), chosen rows and then rejected ones, padded on the right.
+
+    What a pair's two rows share is their longest common prefix, which may reach into the answers. Positions of a
+    rejected tail go on from the end of its prefix. A label is scored from the token before it, and the last token of a
+    prefix from its one place for both rows.
+    """
+    rows, length = input_ids.shape
+    pairs = rows // 2
+    real, position = attention_mask.bool(), torch.arange(length, device=input_ids.device)
+    same = (input_ids[:pairs] == input_ids[pairs:]) & real[:pairs] & real[pairs:]
+    prefix = same.long().cumprod(1).sum(1)
+    shared = position < prefix[:, None]
+    kept = torch.cat([real[:pairs], real[pairs:] & ~shared])  # row-major: all [prefix, chosen], then all tails
+    place = (kept.flatten().cumsum(0) - 1).view(rows, length)
+    place = torch.cat([place[:pairs], torch.where(shared, place[:pairs], place[pairs:])])
+    tails = real.sum(1) - prefix.repeat(2)
+    lengths = torch.stack([prefix, tails[:pairs], tails[pairs:]], 1).tolist()  # the one wait for the device
+    scored = labels[:, 1:] != -100
+    return Packed(
+        input_ids=input_ids[kept][None],
+        position_ids=position.expand(rows, length)[kept][None],
+        labels=labels[:, 1:][scored][None],
+        scored=scored,
+        plan=Plan([(p, c, r) for p, c, r in lengths], place[:, :-1][scored]),
+    )
+
+
+def _borders(lengths: list[int]) -> list[int]:
+    """0 and the running sums."""
+    borders = [0]
+    for length in lengths:
+        borders.append(borders[-1] + length)
+    return borders
