@@ -220,7 +220,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         if difference <= tolerance:
             print(
                 f"shared prefix: on; the first batch's log-probabilities differ from stock's by {difference:.1g} "
-                f"(root mean square; at most {tolerance:g}); it computes {packed:,} tokens instead of {labels.numel():,}"
+                f"(root mean square; at most {tolerance:g}); {packed:,} tokens are computed for {labels.numel():,}"
             )
             return
         self.sharing.on = False
