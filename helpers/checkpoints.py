@@ -82,9 +82,16 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def refuse_other_processes(folder: Path, before: int | None, now: int, global_batch_size: int) -> None:
-    """Raise SettingsError where a run would go on with other rows to a step: with another number of processes."""
-    if before and before != now and not global_batch_size and newest_marked(folder):
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError now, and not after a model has been fetched."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{short_path(there)} cannot be written: give another --output_dir, or mend its permissions")
+
+
+def refuse_other_processes(folder: Path, before: int | None, now: int, same_rows: bool) -> None:
+    """Raise SettingsError where a run would go on with another number of processes, and other rows to a step."""
+    if before and before != now and not same_rows and newest_marked(folder):
         raise SettingsError(
             f"{short_path(folder)} was begun with {before} processes: with {now} a step would have other rows. Go on "
             f"with {before}, or anew with --resume never (--global_batch_size makes a step the same with any number)"

@@ -81,7 +81,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
 def _gated(c: Mapping[str, Any]) -> Decoder:
     hidden, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     size = c.get("head_dim") or hidden // heads
-    query, key_value = heads * size, c.get("num_key_value_heads", heads) * size
+    query, key_value = heads * size, (c.get("num_key_value_heads") or heads) * size
     bias, output_bias = GATED[c["model_type"]]
     if "attention_bias" in c and c["model_type"] != "qwen2":
         bias = output_bias = bool(c["attention_bias"])
@@ -128,17 +128,19 @@ def _gpt_neox(c: Mapping[str, Any]) -> Decoder:
 def _built(c: Mapping[str, Any]) -> Decoder:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     config = AutoConfig.for_model(**c)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     text, head = config.get_text_config(), model.get_output_embeddings()
     tables = [model.get_input_embeddings(), head]
-    linears = tuple(
-        Linear(name, module.in_features, module.out_features, module.bias is not None)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    )
+    linears = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            rows, columns = module.weight.shape
+            inputs, outputs = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
+            linears.append(Linear(name, inputs, outputs, module.bias is not None))
     tied = bool(text.tie_word_embeddings)
     in_linears = sum(n.weights + n.outputs * n.bias for n in linears)
     embeddings = sum(t.weight.numel() for t in tables[: 1 if tied else 2])
@@ -149,6 +151,6 @@ def _built(c: Mapping[str, Any]) -> Decoder:
     return Decoder(
         text.num_hidden_layers, text.hidden_size, heads * size, groups * size,
         inner, any("gate" in linear.name for linear in linears), tables[0].weight.shape[0], tied,
-        getattr(text, "max_position_embeddings", 0), linears,
+        getattr(text, "max_position_embeddings", 0), tuple(linears),
         sum(p.numel() for p in model.parameters()) - in_linears - embeddings,
     )  # fmt: skip

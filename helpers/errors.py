@@ -7,6 +7,9 @@ import sys
 import traceback
 from types import TracebackType
 
+# How PEFT 0.21 and transformers 5.23 begin to say that a setting names nothing.
+REFUSED = {"Target modules": "--lora_targets", "Specified `attn_implementation": "--attention"}
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line that says what to do. `status` is the command's exit status."""
@@ -52,6 +55,9 @@ def report_user_errors() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if _of_a_config(error, trace):
             error = SettingsError(f"TRL refuses these settings: {' '.join(str(error).split())}")
+        for start, setting in REFUSED.items():
+            if isinstance(error, ValueError) and str(error).startswith(start):
+                error = SettingsError(f"{setting}: {' '.join(str(error).split())}")
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()

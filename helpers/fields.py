@@ -15,6 +15,8 @@ from helpers import trl_fields
 from helpers.errors import SettingsError, in_kernel
 
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
+LEAST = dict.fromkeys(("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size"), 0)
+LEAST |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"), 1)
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
@@ -66,6 +68,10 @@ class RunSettings:
 
     def check(self) -> None:
         """Refuse settings that cannot work together. Raises SettingsError."""
+
+    def rows_a_step(self) -> int:
+        """Rows to one step, of all processes; 0 where nothing is trained."""
+        return 0
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -130,8 +136,18 @@ class TrainSettings(RunSettings):
             )
         return self.global_batch_size // int(per_device * processes)
 
+    def rows_a_step(self) -> int:
+        """Rows to one step, of all processes."""
+        own: Any = self
+        return int(own.per_device_train_batch_size) * self.accumulation() * int(os.environ.get("WORLD_SIZE", "1"))
+
     def check(self) -> None:
         """Refuse, before anything is fetched, what cannot work. Raises SettingsError."""
+        for name, least in LEAST.items():
+            if (value := getattr(self, name, least)) < least:
+                raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
+        if self.global_batch_size:
+            self.accumulation()  # says where it does not divide
         tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
         unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.losses()) if self.step == "dpo" else []
         respawned = multiprocessing.get_start_method() != "fork" and not in_kernel()
@@ -182,8 +198,8 @@ class TrainSettings(RunSettings):
 
 
 def _matches(targets: str, *names: str) -> bool:
-    """Whether a regular expression of layers takes in one of these, or names it. Raises SettingsError."""
+    """Whether a regular expression of layers takes in one of these. Raises SettingsError where it is none."""
     try:
-        return any(name in targets or re.fullmatch(targets, name) for name in names)
+        return any(re.fullmatch(targets, name) for name in names)
     except re.error as error:
         raise SettingsError(f"--lora_targets {targets!r} is not a regular expression: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 from helpers.decoder import read_decoder
 from helpers.errors import SettingsError
 from helpers.fields import TrainSettings
-from helpers.memory import GB, Job, estimate, fitting, read_job
+from helpers.memory import GB, STATES, Job, estimate, fitting, read_job
 from helpers.runs import Run, read_run
 from helpers.sources import local_or_hub
 from helpers.workload import Work, read_work
@@ -22,13 +22,13 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     the rows are here. Nothing is written. Raises UserError where there is no such model, or a set is here that cannot
     be used, and SettingsError where the settings contradict each other.
     """
-    values = settings.values()
-    root = local_or_hub(values["model_id"], values["revision"])
+    values, whole = settings.values(), parent is not None and not parent.is_adapter
+    root = str(parent.folder) if parent and whole else local_or_hub(values["model_id"], values["revision"])
     accumulation = settings.accumulation()
     work = _work_lines(read_work(settings, root, accumulation), settings)
     try:
         decoder = read_decoder(json.loads(_config_file(root, values["revision"]).read_text()))
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         return [f"Memory: unknown, because its config.json is of a kind that is not known here: {reason}", *work]
     job = read_job(values, settings.step, decoder, parent is not None and parent.is_adapter)
@@ -37,23 +37,27 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     parts, limit = estimate(decoder, job), values["memory_gb"] * GB
     lines = []
     if parts["peak"] > limit:
-        lines = [f"  {words}  ({_size(peak)})" for words, peak in fitting(decoder, job, accumulation, limit)]
-        if lines:
-            lines = ["What would make it fit:", *lines]
-        else:
-            lines = [f"No setting makes it fit: the weights alone take {_size(parts['weights'])}."]
+        found = fitting(decoder, job, 0 if values["global_batch_size"] else accumulation, limit)
+        lines = [f"  {words}  ({_size(peak)})" for words, peak in found]
+        fits = found[0][1] <= limit
+        lines = [
+            "What would make it fit:" if fits else "Nothing makes it fit. It needs least with:",
+            *lines,
+        ]
     return [_table(parts, job, limit), *lines, *work]
 
 
 def _table(parts: dict[str, float], job: Job, limit: float) -> Any:
     from rich.table import Table
 
-    plain = "float32" if job.full or job.compute == 4 else "bfloat16"
+    plain = "float32" if job.compute == 4 or (job.full and not job.stage) else "bfloat16"
+    known = any(job.optimizer.removeprefix("paged_").startswith(kind) for kind in STATES)
+    pages = ", which may page to the CPU" if "paged" in job.optimizer else ""
     shape = f"batch {job.batch}, {job.length:,} tokens"
     said = {
         "weights": {4: "4-bit NF4", 8: "8-bit"}.get(job.bits, plain) if not job.full else plain,
         "adapter": "and its frozen copy, the reference" if job.frozen_copy else f"rank {job.rank}",
-        "optimizer": job.optimizer + (", which may page to the CPU" if "paged" in job.optimizer else ""),
+        "optimizer": job.optimizer + (pages if known else ", counted as AdamW"),
         "activations": shape if job.checkpointing else f"{shape}, no checkpointing",
         "reference": "another copy of the weights",
         "peak": f"{'fits' if parts['peak'] <= limit else 'does not fit'} into {limit / GB:g} GB (--memory_gb)",

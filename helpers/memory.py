@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from helpers.decoder import Decoder, Linear
+from helpers.errors import SettingsError
 
 GB = 10**9
-# Bytes of optimizer state to a parameter, where it is not AdamW's 8 in float32 (bitsandbytes' have blocks of 256).
-STATES = {"8bit": 2 + 2 * 4 / 256, "sgd": 0.0, "adafactor": 4.0, "lion": 4.0, "lion_8bit": 1 + 4 / 256}
+# States that an optimizer keeps of each weight: a prefix of its name, and how many (adafactor's are rows and columns).
+STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adamw": 2, "adam": 2, "ademamix": 3}
 SMALL = 4096  # parameters of a weight below which bitsandbytes keeps its state in float32
 TILE = (4096, 32768)  # rows and columns of the logits that TRL has at a time (trl 1.16, kernels/chunked_logprob.py)
 
@@ -36,7 +39,7 @@ class Job:
     precomputed: bool  # the reference's log-probabilities are, and it is not there while training
     flash: bool
     on_gpu: bool
-    whole: int = 0  # modules that are trained whole beside the adapter
+    whole: tuple[str, ...] = ()  # modules that are trained whole beside the adapter
     stage: int = 0  # ZeRO's; FSDP shards what stage 3 does
     processes: int = 1
 
@@ -50,7 +53,6 @@ def read_job(values: Mapping[str, Any], step: str, decoder: Decoder, trained_fur
     on_gpu = not values.get("use_cpu", False)
     bits = {"4bit": 4, "8bit": 8, "none": 16, "auto": 4 if values["tuning"] == "qlora" else 16}[values["quantization"]]
     engine = next((e for e in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"), "")
-    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if engine == "DEEPSPEED" else 3
     return Job(
         step=step,
         tuning=values["tuning"],
@@ -67,10 +69,24 @@ def read_job(values: Mapping[str, Any], step: str, decoder: Decoder, trained_fur
         precomputed=values.get("precompute_ref_log_probs", False),
         flash="flash" in values["attention"],
         on_gpu=on_gpu,
-        whole=len(values["modules_to_save"]),
-        stage=stage if engine else 0,
+        whole=tuple(values["modules_to_save"]),
+        stage=_stage(values, engine) if engine else 0,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def _stage(values: Mapping[str, Any], engine: str) -> int:
+    """ZeRO's stage: that of --deepspeed FILE, of the file that accelerate was given, or of its own settings."""
+    if engine == "FSDP":
+        return 3
+    file = values.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not file:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SettingsError(f"--deepspeed {file} cannot be read: {error}") from None
+    return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
 def estimate(decoder: Decoder, job: Job) -> dict[str, float]:
@@ -82,13 +98,15 @@ def estimate(decoder: Decoder, job: Job) -> dict[str, float]:
     trained, mixed = trained_sizes(decoder, job), job.full and job.stage > 0 and job.compute == 2
     share = {name: job.processes if job.stage >= stage else 1 for name, stage in (("optimizer", 1), ("gradients", 2))}
     weights = weight_bytes(decoder, job) / (job.processes if job.stage >= 3 else 1)
-    adapter = 0.0 if job.full else sum(trained) * job.adapter
+    table, count = trained_embeddings(decoder, job), sum(trained) + trained_embeddings(decoder, job)
+    states = sum(state_bytes(n, job) for n in trained) + state_bytes(table, job, embedding=True)
+    adapter = 0.0 if job.full else count * job.adapter
     part = {
         "weights": weights,
         "adapter": adapter * (2 if job.frozen_copy else 1),
-        "gradients": sum(trained) * (2 if mixed else 4 if job.full else job.adapter) / share["gradients"],
+        "gradients": count * (2 if mixed else 4 if job.full else job.adapter) / share["gradients"],
         # DeepSpeed and FSDP keep the weights that are trained in bfloat16, and the exact ones with the optimizer
-        "optimizer": (sum(state_bytes(n, job) for n in trained) + 4 * mixed * sum(trained)) / share["optimizer"],
+        "optimizer": (states + 4 * mixed * count) / share["optimizer"],
         "reference": weights if job.full and job.step == "dpo" and not job.precomputed else 0.0,
         "activations": activation_bytes(decoder, job),
         "logits": logit_bytes(decoder, job),
@@ -117,25 +135,32 @@ def quantized_bytes(linear: Linear, bits: int) -> float:
 
 
 def trained_sizes(decoder: Decoder, job: Job) -> list[int]:
-    """The number of parameters of each weight that is trained."""
+    """The number of parameters of each weight that is trained, but for the input embeddings."""
     if job.full:
         biases = [linear.outputs for linear in decoder.linears if linear.bias]
-        tables = [decoder.vocabulary * decoder.hidden] * (1 if decoder.tied else 2)
-        return [*(linear.weights for linear in decoder.linears), *biases, *tables, decoder.norms]
+        head = [] if decoder.tied else [decoder.vocabulary * decoder.hidden]
+        return [*(linear.weights for linear in decoder.linears), *biases, *head, decoder.norms]
     targets = decoder.targets(job.targets)
     sizes = [job.rank * side for linear in targets for side in (linear.inputs, linear.outputs)]
     sizes += [linear.outputs for linear in targets] if job.tuning == "dora" else []
-    return sizes + [decoder.vocabulary * decoder.hidden] * job.whole
+    return sizes + [decoder.vocabulary * decoder.hidden for name in job.whole if "embed" not in name]
 
 
-def state_bytes(size: int, job: Job) -> float:
-    """What the optimizer keeps of a weight with so many parameters."""
+def trained_embeddings(decoder: Decoder, job: Job) -> int:
+    """Parameters of the input embeddings, where they are trained."""
+    return decoder.vocabulary * decoder.hidden if job.full or any("embed" in name for name in job.whole) else 0
+
+
+def state_bytes(size: int, job: Job, embedding: bool = False) -> float:
+    """What the optimizer keeps of a weight with so many parameters; one that is not in STATES counts as AdamW.
+
+    8-bit states have a constant to each block of 256; small weights and embeddings (transformers 5.23, trainer.py,
+    create_optimizer) have float32 ones nevertheless.
+    """
     name = job.optimizer.removeprefix("paged_")
-    eight = "8bit" in name
-    kind = "lion" if "lion" in name else next((k for k in ("sgd", "adafactor") if name.startswith(k)), "adamw")
-    if eight and size >= SMALL:
-        return size * (STATES["lion_8bit"] if kind == "lion" else STATES["8bit"])
-    return size * STATES.get(kind, 8.0)
+    states = next((n for kind, n in STATES.items() if name.startswith(kind)), 2)
+    in_8bit = "8bit" in name and size >= SMALL and not embedding
+    return states * size * ((1 + 4 / 256) if in_8bit else 4.0)
 
 
 def activation_bytes(decoder: Decoder, job: Job) -> float:
@@ -171,7 +196,10 @@ def logit_bytes(decoder: Decoder, job: Job) -> float:
 
 def fitting(decoder: Decoder, job: Job, accumulation: int, limit: float) -> list[tuple[str, float]]:
     """Flags that bring the peak under `limit` bytes, each with its peak: those that do it alone, or else one upon
-    another, those first that leave the result as it is. [] where nothing does."""
+    another, those first that leave the result as it is. Where nothing does, all together, whose peak is above it.
+
+    `accumulation` is 0 where it follows from --global_batch_size.
+    """
     alone, upon, words = [], job, list[str]()
     for kind in _changes(job, accumulation):
         tried = [(said, _peak(decoder, dataclasses.replace(job, **fields))) for said, fields in kind]
@@ -186,7 +214,7 @@ def fitting(decoder: Decoder, job: Job, accumulation: int, limit: float) -> list
         said, fields = kind[-1]
         if _peak(decoder, dataclasses.replace(upon, **fields)) < _peak(decoder, upon):
             upon, words = dataclasses.replace(upon, **fields), [*words, said]
-    return []
+    return [(" ".join(words), _peak(decoder, upon))]
 
 
 def _peak(decoder: Decoder, job: Job) -> float:
@@ -199,8 +227,11 @@ def _changes(job: Job, accumulation: int) -> list[list[tuple[str, dict[str, Any]
     if not job.checkpointing:
         kinds.append([("--gradient_checkpointing True", {"checkpointing": True})])
     halves = [job.batch >> i for i in range(1, job.batch.bit_length())]
-    batch, steps = "--per_device_train_batch_size", "--gradient_accumulation_steps"
-    kinds.append([(f"{batch} {n} {steps} {math.ceil(accumulation * job.batch / n)}", {"batch": n}) for n in halves])
+    batches = [(f"--per_device_train_batch_size {n}", math.ceil(accumulation * job.batch / n), n) for n in halves]
+    steps = " --gradient_accumulation_steps"
+    kinds.append([(f"{said}{steps} {more}" if accumulation else said, {"batch": n}) for said, more, n in batches])
+    if job.full and job.step == "dpo" and not job.precomputed:
+        kinds.append([("--precompute_ref_log_probs True", {"precomputed": True})])
     if "8bit" not in job.optimizer and job.stage == 0 and job.on_gpu:
         kinds.append([("--optim paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"})])
     if job.full:
@@ -208,7 +239,7 @@ def _changes(job: Job, accumulation: int) -> list[list[tuple[str, dict[str, Any]
     elif job.bits > 4:
         kinds.append([("--quantization 4bit", {"bits": 4})])
     ranks = [job.rank >> i for i in range(1, job.rank.bit_length() - 3)]
-    if not job.full:
+    if not job.full and not job.frozen_copy:  # an adapter that is trained further keeps its rank
         kinds.append([(f"--lora_r {n}", {"rank": n}) for n in ranks])
     shorter = range(job.length // 128 * 128 - (job.length % 128 == 0) * 128, 255, -128)
     kinds.append([(f"--max_length {n}", {"length": n}) for n in shorter])

@@ -178,14 +178,29 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     before = read_run(folder).get("settings", {})
     theirs = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
     theirs["lora_targets"] = before.get("lora_targets", config["target_modules"])
+    theirs["use_rslora"] = config.get("use_rslora", False)
+    theirs["modules_to_save"] = tuple(config.get("modules_to_save") or ())
+    tuning, dora = settings.values()["tuning"], config.get("use_dora", False)
+    if (tuning == "dora") != dora and tuning != "qlora":  # on 4-bit weights either is qlora
+        theirs["tuning"] = "dora" if dora else "lora"
     for name, value in theirs.items():
-        by_hand = not settings.sources[name].startswith(("default", "recipe"))
-        if by_hand and getattr(settings, name) != value:
-            raise SettingsError(
-                f"--{name} {getattr(settings, name)}, but the adapter in {folder.name} has {value}: leave it out"
-            )
+        by_hand = not settings.sources.get(name, "default").startswith(("default", "recipe"))
+        # a DoRA adapter may be trained further by --tuning lora: what that says is that the base is not quantized
+        if by_hand and (given := getattr(settings, name)) != value and not (name == "tuning" and dora):
+            raise SettingsError(f"--{name} {given}, but the adapter in {folder.name} has {value}: leave it out")
     settings.adopt("parent", **theirs)
     return config
+
+
+def modules_named(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
+    """LoraConfig's modules_to_save. Raises SettingsError for a name of no module, which PEFT takes without a word."""
+    have = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in names:
+        if name not in have:
+            raise SettingsError(
+                f"--modules_to_save {name} is the name of no module; there are {', '.join(sorted(have))}"
+            )
+    return list(names) or None
 
 
 def train_adapter_in_float32(model: torch.nn.Module) -> None:

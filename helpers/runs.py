@@ -21,6 +21,7 @@ from helpers.checkpoints import (
     named_checkpoint,
     newest_marked,
     refuse_other_processes,
+    refuse_unwritable,
     remove_broken,
     set_broken_aside,
     set_later_aside,
@@ -146,7 +147,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
     Raises SettingsError where a name given by hand belongs to a run with other settings.
     """
-    _refuse_unwritable(settings.output_dir)
+    refuse_unwritable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
@@ -171,14 +172,15 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
             if settings.step == "dpo" and (push or getattr(settings, "merge_adaptors", False)):
                 merge_and_push(run, settings)
                 message = f"{short_path(folder)} was finished before; it was not trained again."
-            raise Stop(f"{message}\n{_next_line(run, settings)}")
+            raise Stop(f"{message}\nNext: {run.next_command(settings.recipe)}" if settings.step in NEXT else message)
         print(message)
         return run
     run.anew = settings.resume == "never"
     if not run.record:
         run.record = {"step": settings.step, "status": "running", "started": _now()}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    refuse_other_processes(folder, run.record.get("processes"), processes, getattr(settings, "global_batch_size", 0))
+    rows = settings.rows_a_step()
+    refuse_other_processes(folder, run.record.get("processes"), processes, rows == run.record.get("rows_a_step"))
     run.record |= dict(
         settings=settings.values(),
         identity=settings.identity(),
@@ -187,6 +189,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         parent=parent.name if parent else None,
         parent_folder=str(parent.folder) if parent else None,
         processes=processes,
+        rows_a_step=rows,
         versions=versions(),
         commit=commit(),
     )
@@ -229,13 +232,6 @@ def write_json(file: Path, content: Any) -> None:
     draft.replace(file)
 
 
-def _refuse_unwritable(folder: Path) -> None:
-    """Now, and not after a model has been fetched."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{short_path(there)} cannot be written: give another --output_dir, or mend its permissions")
-
-
 def _refuse_other_settings(run: Run, settings: RunSettings) -> None:
     before = run.record["identity"]
     now = json.loads(json.dumps(settings.identity(), default=str))
@@ -245,10 +241,6 @@ def _refuse_other_settings(run: Run, settings: RunSettings) -> None:
             f"{short_path(run.folder)} was made with other settings ({', '.join(other)}): "
             "give another --run_name, or --resume never to replace it"
         )
-
-
-def _next_line(run: Run, settings: RunSettings) -> str:
-    return f"Next: {run.next_command(settings.recipe)}" if run.record["step"] in NEXT else ""
 
 
 def _now() -> str:

@@ -75,7 +75,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     _show(settings)
-    if settings.prepare and not settings.dry_run:
+    if settings.prepare:
         run_prepare(settings.prepare)
     return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from helpers.runs import find_run, read_run
 
 # What must stand beside a configuration, for a folder to be a model or an adapter.
 WEIGHTS = {
-    "config.json": ("*.safetensors", "*.bin"),
+    "config.json": ("*.safetensors", "pytorch_model*.bin"),
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
@@ -32,6 +33,10 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
         weights = WEIGHTS.get(file, ("*",))
         if not any(True for pattern in weights for _ in path.glob(pattern)):
             raise UserError(f"{model_id!r} has a {file} and no weights ({' or '.join(weights)})")
+        for index in path.glob("*.index.json"):
+            names = set(json.loads(index.read_text()).get("weight_map", {}).values())
+            if missing := sorted(name for name in names if not (path / name).is_file()):
+                raise UserError(f"{model_id!r} lacks {', '.join(missing)}, which its {index.name} names")
         return str(path)
     try:
         if path:

@@ -6,7 +6,6 @@ Read in TRL 1.16 and transformers 5.23.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Collection, Mapping
@@ -131,17 +130,16 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
     """Values of TRL fields, through TRL's own argument parser; `given` maps a name to its words and their source."""
     parser = _parser(step)
     actions = {action.dest: action for action in parser._actions}
-    hints = {f.name: f.type for f in dataclasses.fields(parser.dataclass_types[0])}
     values: dict[str, Any] = {}
     for name, (words, source) in given.items():
         action = actions.get(name)
         if action is None:
             raise error(f"--{name} cannot be set from outside (from {source}): write it into the notebook's config")
-        if words == ["None"] and "None" in str(hints[name]):
+        if words == ["None"] and "None" in kinds(step)[name]:
             values[name] = None  # argparse has no word for None
             continue
         if not words:
-            if "bool" not in str(hints[name]):
+            if "bool" not in kinds(step)[name]:
                 raise error(f"--{name} needs a value (from {source})")
             words = ["True"]  # a switch: HfArgumentParser refuses some without a word
 
@@ -151,6 +149,18 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
         parser.error = fail
         values[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
     return values
+
+
+@functools.cache
+def choices(kind: str) -> list[str]:
+    """The values of an annotation that is one of transformers' enums, from its sources; [] for any other."""
+    spec = importlib.util.find_spec("transformers")
+    for file in ("trainer_utils.py", "training_args.py") if spec and spec.origin else ():
+        for node in ast.parse((Path(str(spec.origin)).parent / file).read_text()).body:  # type: ignore[union-attr]
+            if isinstance(node, ast.ClassDef) and node.name == kind.removesuffix(" | str"):
+                members = [n.value for n in node.body if isinstance(n, ast.Assign)]
+                return [str(value.value) for value in members if isinstance(value, ast.Constant)]
+    return []
 
 
 def parse_plainly(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
@@ -165,12 +175,15 @@ def parse_plainly(step: str, given: Mapping[str, tuple[list[str], str]], error: 
                 values[name] = None
             elif "bool" in kind:
                 values[name] = SWITCH[word.lower()]
+            elif word not in (choices(kind) or [word]):
+                raise ValueError
             elif kind.startswith("list["):
                 values[name] = [float(w) if "float" in kind else w for w in words]
             else:
                 values[name] = plain(word) if word else int(word)
         except (KeyError, ValueError):
-            raise error(f"--{name} takes {kind}, not {' '.join(words) or 'nothing'!r} (from {source})") from None
+            one = " or ".join(choices(kind)) or kind
+            raise error(f"--{name} takes {one}, not {' '.join(words) or 'nothing'!r} (from {source})") from None
     return values
 
 

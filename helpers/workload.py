@@ -43,7 +43,7 @@ def read_work(settings: TrainSettings, model: str, accumulation: int) -> Work:
     values = settings.values()
     count, by_characters = _counter(model, values["revision"])
     given = values.get("max_steps", -1)
-    train = tokens = 0.0
+    train, tokens, own_evaluation = 0.0, 0.0, False
     for source in read_sources(settings):
         try:
             with _offline():
@@ -53,11 +53,13 @@ def read_work(settings: TrainSettings, model: str, accumulation: int) -> Work:
                 raise
             return Work(None, given if given > 0 else None, None, f"{source.id} has not been downloaded yet")
         mean, kept = _look(rows, values, settings.step, source, count)
-        kept -= _held_out(kept, source, values)
         train, tokens = train + kept, tokens + kept * mean
+        own_evaluation = own_evaluation or bool(source.eval_split)
+    mean = tokens / max(1.0, train)
+    train -= 0.0 if own_evaluation else _held_out(train, values)
     if train < 1:
         raise UserError("none of the rows looked at can be used: python -m helpers.data_report says why")
-    mean, trained = tokens / train, min(values["train_rows"] or math.inf, train)
+    trained = min(values["train_rows"] or math.inf, train)
     units = trained * mean / values["max_length"] if values.get("packing") else trained
     per_step = values["per_device_train_batch_size"] * accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     epoch = max(1, math.ceil(round(units) / per_step))
@@ -65,10 +67,8 @@ def read_work(settings: TrainSettings, model: str, accumulation: int) -> Work:
     return Work(round(trained), steps, steps / epoch * trained * mean, by_characters)
 
 
-def _held_out(kept: float, source: Source, values: dict[str, Any]) -> float:
+def _held_out(kept: float, values: dict[str, Any]) -> float:
     """As `split_by_prompt` has it, but for prompts that stand there twice."""
-    if source.eval_split:
-        return 0.0
     share = max(1.0, values["eval_fraction"] * kept)
     return float(min(values["eval_rows"], max(share, kept // 4))) if values["eval_rows"] else share
 
@@ -87,18 +87,23 @@ def _look(rows: Dataset, values: dict[str, Any], step: str, source: Source, coun
     looked_at = rows.select(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
     total, prompts = (values.get(name) or math.inf for name in ("max_length", "max_prompt_length"))
     options = Options(values.get("pairing", "worst"), values.get("recommended", False), values.get("min_margin", 0.0))
+    shortened = values["overlong"] in ("trim_prompt", "cut_answer")
     found: list[int] = []
     for row in looked_at:
         if step == "sft":
             talk = READERS[name][1](row) if talks else read_chosen(row, name)
             tokens = math.inf if isinstance(talk, str) else count(talk)
-            found += [int(tokens)] if tokens <= total else []
+            if tokens <= total or (shortened and tokens < math.inf):
+                found.append(int(min(tokens, total)))
             continue
         made = ADAPTERS[name](row, options)
         for pair in [] if isinstance(made, str) else made:
             if not isinstance(pair, str):
                 prompt, chosen, rejected = count(pair.prompt), count(pair.chosen), count(pair.rejected)
-                if prompt <= prompts and prompt + max(chosen, rejected) <= total:
+                longest = max(chosen, rejected)
+                if shortened:
+                    prompt = int(max(1, min(prompt, prompts, total - longest)))
+                if prompt <= prompts and prompt + longest <= total:
                     found.append(2 * prompt + chosen + rejected)
     share = source.fraction * len(rows) / len(looked_at)
     return sum(found) / max(1, len(found)), len(found) * share

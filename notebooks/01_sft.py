@@ -102,7 +102,7 @@ from helpers.guard import keep_watch
 from helpers.instructions import load_instructions
 from helpers.lengths import Limits
 from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
 from helpers.sources import local_or_hub
 from helpers.split import Split
 
@@ -204,7 +204,7 @@ if settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
-        modules_to_save=settings.modules_to_save or None,
+        modules_to_save=modules_named(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
         trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=settings.revision or None,  # of the base, for whoever loads the adapter

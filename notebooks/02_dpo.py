@@ -118,7 +118,7 @@ from helpers.formats import Options
 from helpers.guard import keep_watch
 from helpers.lengths import Limits
 from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, save_policy, train_adapter_in_float32
+from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
 from helpers.preferences import load_preferences
 from helpers.publishing import merge_and_push
 from helpers.shared_prefix import SharedPrefixDPOTrainer
@@ -229,7 +229,7 @@ elif settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
-        modules_to_save=settings.modules_to_save or None,
+        modules_to_save=modules_named(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
         trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
         revision=start_revision or None,  # of the base, for whoever loads the adapter

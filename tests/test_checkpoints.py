@@ -200,13 +200,13 @@ def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
 
 
 def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:
-    refuse_other_processes(tmp_path, 1, 8, 0)  # nothing to go on from
+    refuse_other_processes(tmp_path, 1, 8, False)  # nothing to go on from
     checkpoint(tmp_path, 4)
-    refuse_other_processes(tmp_path, None, 8, 0)
-    refuse_other_processes(tmp_path, 8, 8, 0)
-    refuse_other_processes(tmp_path, 1, 8, 64)  # a step is the same with any number
+    refuse_other_processes(tmp_path, None, 8, False)
+    refuse_other_processes(tmp_path, 8, 8, False)
+    refuse_other_processes(tmp_path, 1, 8, True)  # a step is the same with any number
     with pytest.raises(UserError, match="was begun with 1 processes: with 8 a step would have other rows"):
-        refuse_other_processes(tmp_path, 1, 8, 0)
+        refuse_other_processes(tmp_path, 1, 8, False)
 
 
 def test_only_the_last_broken_checkpoint_is_kept_and_none_of_a_finished_run(tmp_path: Path) -> None:

@@ -191,6 +191,17 @@ def test_several_gpus_need_a_launcher_or_a_choice(monkeypatch: pytest.MonkeyPatc
     assert models.plan_model("org/m").device == "cuda"
 
 
+def test_a_model_that_lacks_a_shard_says_which(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(
+        UserError, match=r"lacks model-00002-of-00002\.safetensors, which its model\.safetensors\.index"
+    ):
+        sources.local_or_hub(str(tmp_path))
+
+
 def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     for name in ("empty", "bare", "gone"):
         (tmp_path / name).mkdir()
@@ -198,7 +209,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     for name, said in (
         (str(tmp_path / "empty"), "has no config.json"),
         ("not/a/model", "neither a folder here nor"),
-        (str(tmp_path / "bare"), r"has a config.json and no weights \(\*.safetensors or \*.bin\)"),
+        (str(tmp_path / "bare"), r"has a config.json and no weights \(\*.safetensors or pytorch_model\*.bin\)"),
     ):
         with pytest.raises(UserError, match=said):
             sources.local_or_hub(name)
@@ -224,6 +235,12 @@ def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path:
     assert models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
     with pytest.raises(SettingsError, match=f"--lora_r 64, but the adapter in {tmp_path.name} has 4"):
         models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "64"))
+    with pytest.raises(SettingsError, match=r"--tuning dora, but the adapter in .* has lora: leave it out"):
+        models.adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "dora"))
+    theirs = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(theirs))
+    models.adapter_settings(tmp_path, settings := settings_of(tmp_path, "--tuning", "lora"))
+    assert (settings.tuning, settings.modules_to_save) == ("dora", ("lm_head",))
 
 
 def test_adapter_weights_train_in_float32_from_their_exact_values() -> None:

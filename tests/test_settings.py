@@ -127,6 +127,8 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["--optim"], "--optim needs a value (from flag)"),
         (["--max_steps", "1", "2"], "unrecognized arguments: 2 (from flag)"),
         (["--streaming", "True"], "--streaming True: rows that are read as training goes cannot be counted"),
+        (["--lora_r", "0"], "--lora_r 0 cannot be: 1 is the least"),
+        (["--global_batch_size", "-8"], "--global_batch_size -8 cannot be: 0 is the least"),
         (["--tuning", "full", "--quantization", "4bit"], "--tuning full cannot train 4bit weights: use --tuning qlora"),
         (["--sync_ref_model"], "--sync_ref_model: the reference of an adapter is the base without it"),
         (["--lora_targets", ".*(q_proj|lm_head)"], "takes in the LM head, whose weight TRL's loss reads"),
