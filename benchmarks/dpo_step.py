@@ -12,6 +12,7 @@ largest resident size on a CPU, and what PyTorch had allocated on a GPU. Results
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -168,7 +169,7 @@ def main(argv: list[str]) -> None:
     large, short = "--large" in argv, "--short" in argv
     names = [*SHAPES, MIXTURE]
     if large:
-        kinds = ("sdpa", "flash_attention_2")
+        kinds = ["sdpa"] + ["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))
         cases = [{"rows": n, "batch": b, "attention": a} for n in ("512:64", MIXTURE) for b in (4, 8) for a in kinds]
         cases = [case | {"checkpointing": True} for case in cases]
     elif short:

@@ -75,7 +75,7 @@ def flags(case: dict[str, Any], folder: Path) -> list[str]:
         "overlong": "trim_prompt", "train_rows": 0, "eval_rows": 2, "max_steps": STEPS, "save_strategy": "no",
         "eval_strategy": "no", "eval_on_start": False, "tuning": case.get("tuning", "qlora"),
         "per_device_train_batch_size": case["batch"], "gradient_accumulation_steps": 2, "logging_steps": 1,
-        "gradient_checkpointing": case.get("gradient_checkpointing", True), "memory_gb": 1000,
+        "gradient_checkpointing": case.get("gradient_checkpointing", True), "shared_prefix": "off",
     }  # fmt: skip
     if not case["gpu"]:
         given |= {"lora_r": 64, "optim": "adamw_torch"}

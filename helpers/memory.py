@@ -93,7 +93,8 @@ def estimate(decoder: Decoder, job: Job) -> dict[str, float]:
     """Bytes on one device by part, with `peak` their sum.
 
     Weights, adapters, gradients and optimizer states are counted. Activations follow what autograd keeps of a layer of
-    these widths, read from traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py compares).
+    these widths, read from traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py compares); prompts that DPO
+    computes once for both answers make them less.
     """
     trained, mixed = trained_sizes(decoder, job), job.full and job.stage > 0 and job.compute == 2
     share = {name: job.processes if job.stage >= stage else 1 for name, stage in (("optimizer", 1), ("gradients", 2))}
