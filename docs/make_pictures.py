@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 
 from helpers.curves import draw, read_history
@@ -15,9 +17,39 @@ from helpers.rows import read_lines
 from helpers.runs import find_run
 
 PICTURES = Path(__file__).parent / "pictures"
+COLOURS = {"prompt": "#7a8ca8", "chosen": "#5a9e6f", "rejected": "#c56a5c", "padding": "#eeeeee"}
+
+
+def draw_packed() -> Figure:
+    """A batch of two pairs as stock DPOTrainer computes it, and as one row in which each prompt stands once."""
+    pairs = [(9, 3, 6), (5, 7, 2)]  # tokens of prompt, chosen and rejected
+    width = max(p + max(c, r) for p, c, r in pairs)
+    rows = [[("prompt", p), (side, n), ("padding", width - p - n)] for i, side in ((1, "chosen"), (2, "rejected"))
+            for p, n in ((pair[0], pair[i]) for pair in pairs)]  # fmt: skip
+    packed = [part for p, c, _ in pairs for part in (("prompt", p), ("chosen", c))]
+    packed += [("rejected", r) for _, _, r in pairs]
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[4, 1])
+    for axis, lines, title in (
+        (above, rows, f"TRL: {len(rows)} rows of {width}, {len(rows) * width} tokens computed"),
+        (below, [packed], f"here: one row, {sum(n for _, n in packed)} tokens computed"),
+    ):
+        for y, line in enumerate(reversed(lines)):
+            x = 0
+            for kind, count in line:
+                for i in range(count):
+                    axis.add_patch(Rectangle((x + i, y), 0.9, 0.8, color=COLOURS[kind]))
+                x += count
+        axis.set(xlim=(0, 34), ylim=(0, len(lines)), aspect="equal")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_axis_off()
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    above.legend(handles, COLOURS, frameon=False, fontsize=9, loc="center right")
+    return figure
 
 
 def main() -> None:
+    draw_packed().savefig(PICTURES / "packed.png", dpi=130)
     dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
     draw(read_history(dpo.folder / "metrics.jsonl"), dpo.name).savefig(PICTURES / "curves.png", dpi=110)
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
-@dataclasses.dataclass
 class Plan:
     """Where everything is in a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
 
     `lengths` has (prefix, chosen, rejected) of each pair, in tokens; `gather` the position to score each label from.
-    It travels through the model as a forward keyword, so that checkpointed layers find it again.
+    It travels through the model as a forward keyword, so that checkpointed layers find it again. (No dataclass: FSDP
+    would copy one at every layer.)
     """
 
-    lengths: list[tuple[int, int, int]]
-    gather: torch.Tensor
-    masks: dict[tuple[int, int, int | None], torch.Tensor] = dataclasses.field(default_factory=dict)
-    varlen: Varlen | None = None
+    def __init__(self, lengths: list[tuple[int, int, int]], gather: torch.Tensor) -> None:
+        self.lengths, self.gather = lengths, gather
+        self.masks: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.varlen: Varlen | None = None
 
     @property
     def first(self) -> int:
@@ -45,12 +46,12 @@ class Plan:
         window = window if window is not None and window < keys else None
         if queries == keys and window is None:
             return None
-        if (queries, keys, window) not in self.masks:
+        if (queries, keys, window, device) not in self.masks:
             i = torch.arange(keys - queries, keys, device=device)[:, None]
             j = torch.arange(keys, device=device)
             seen = j <= i if window is None else (j <= i) & (j > i - window)
-            self.masks[queries, keys, window] = seen[None, None]
-        return self.masks[queries, keys, window]
+            self.masks[queries, keys, window, device] = seen[None, None]
+        return self.masks[queries, keys, window, device]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
     place = (kept.flatten().cumsum(0) - 1).view(rows, length)
     place = torch.cat([place[:pairs], torch.where(shared, place[:pairs], place[pairs:])])
     tails = real.sum(1) - prefix.repeat(2)
-    lengths = torch.stack([prefix, tails[:pairs], tails[pairs:]], 1).tolist()  # the one wait for the device
+    lengths = torch.stack([prefix, tails[:pairs], tails[pairs:]], 1).tolist()  # waits for the device
     scored = labels[:, 1:] != -100
     return Packed(
         input_ids=input_ids[kept][None],

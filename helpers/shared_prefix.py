@@ -1,7 +1,7 @@
 """DPOTrainer that computes each prompt once, for its two answers: the same log-probabilities and gradients for less.
 
 Read in TRL 1.16 (dpo_trainer.py, trainer/utils.py: add_fused_lm_head) and transformers 5.23 (masking_utils.py,
-integrations/sdpa_attention.py, modeling_flash_attention_utils.py). What is TRL's stays TRL's: the collator, the losses,
+integrations/sdpa_attention.py, integrations/flash_attention.py). What is TRL's stays TRL's: the collator, the losses,
 the reference, the metrics. Only the causal LM's forward is wrapped, where TRL asks it for log-probabilities. Each run
 computes its first batch both ways and compares.
 """
@@ -10,83 +10,92 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flash_attention import get_target_dtype
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask, sdpa_mask
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from helpers.errors import UserError
-from helpers.prefix_packing import Packed, Plan, Varlen, pack
+from helpers.errors import SettingsError, UserError
+from helpers.prefix_packing import Packed, Varlen, pack
 from helpers.trainer import TokenizedDPOTrainer
 
 READ_IN = {"trl": "1.16.0", "transformers": "5.23.0"}
-SDPA, FLASH = "shared_prefix_sdpa", "shared_prefix_varlen"
-# How far the first batch's log-probabilities may be from stock's, root mean square: rounding, and nothing else.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# How far a row's log-probabilities may be from stock's, root mean square, where stock's own rounding is not larger.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
+NOISE = 10  # times as far as stock is from itself, with its rows in another order and one more column of padding
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+NO_PATH = ("s_aux", "position_bias", "cache")  # of attention, which a packed row has no place for
+Attention = Callable[..., tuple[torch.Tensor, None]]
 
 
-def attend(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, plan: Plan | None = None, **more: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of a packed row by SDPA, two calls a pair: [prefix, chosen], and the rejected tail over its prefix and
-    itself. Query, key and value are (1, heads, N, size); without a plan it is transformers' own."""
-    if plan is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-    parts = []
-    for queries, keys in plan.branches():
-        k, v = (torch.cat([x[:, :, where] for where in keys], 2) for x in (key, value))
-        mask = plan.mask(queries.stop - queries.start, k.shape[2], sliding_window, query.device)
-        parts.append(sdpa_attention_forward(module, query[:, :, queries], k, v, mask, dropout, scaling)[0])
-    return torch.cat(parts, 1), None
+def by_branches(attention: Attention) -> Attention:
+    """`attention` (transformers' for SDPA) that computes a packed row, where a plan comes with it: two calls a pair,
+    [prefix, chosen], and the rejected tail over its prefix and itself. Query, key and value are (1, heads, N, size)."""
+
+    @functools.wraps(attention)
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *words: Any, **more: Any) -> Any:
+        plan = more.pop("plan", None)
+        if plan is None:
+            return attention(module, query, key, value, attention_mask, *words, **more)
+        _refuse_others(more)
+        window, parts = more.pop("sliding_window", None), []
+        for queries, keys in plan.branches():
+            k, v = (_at(x, keys) for x in (key, value))
+            mask = plan.mask(queries.stop - queries.start, k.shape[2], window, query.device)
+            parts.append(attention(module, query[:, :, queries], k, v, mask, *words, **more)[0])
+        return torch.cat(parts, 1), None
+
+    return attend
 
 
-def attend_varlen(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, plan: Plan | None = None, **more: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """The same by flash-attention, in two calls for the whole batch. Its causal mask is aligned at the lower right, so
-    the tail's first query sees all of its prefix."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    call: Any = functools.partial(
-        _flash_attention_forward, is_causal=True, dropout=dropout, softmax_scale=scaling, sliding_window=sliding_window,
-        softcap=more.get("softcap"), target_dtype=get_target_dtype(query, module), use_top_left_mask=False,
-        attn_implementation=module.config._shared_prefix_over,
-    )  # fmt: skip
-    if plan is None:
-        return call(query, key, value, attention_mask, query_length=query.shape[1], **more), None
-    plan.varlen = where = plan.varlen or Varlen.of(plan, query.device)
-    first = plan.first
-    out = [
-        call(
-            query[:, :first], key[:, :first], value[:, :first], None, query_length=first,
-            cu_seq_lens_q=where.chosen, cu_seq_lens_k=where.chosen,
-            max_length_q=where.longest_chosen, max_length_k=where.longest_chosen,
-        )
-    ]  # fmt: skip
-    if where.longest_rejected:
-        keys, values = (x.index_select(1, where.keys) for x in (key, value))
-        out.append(
-            call(
-                query[:, first:], keys, values, None, query_length=query.shape[1] - first,
-                cu_seq_lens_q=where.rejected, cu_seq_lens_k=where.rejected_keys,
-                max_length_q=where.longest_rejected, max_length_k=where.longest_keys,
-            )
-        )  # fmt: skip
-    return torch.cat(out, 1), None
+def by_varlen(attention: Attention) -> Attention:
+    """The same for flash-attention, in two calls for the whole batch. Its causal mask is aligned at the lower right, so
+    a tail's first query sees all of its prefix."""
+
+    @functools.wraps(attention)
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *words: Any, **more: Any) -> Any:
+        plan = more.pop("plan", None)
+        if plan is None:
+            return attention(module, query, key, value, attention_mask, *words, **more)
+        _refuse_others(more)
+        more.pop("position_ids", None)  # the borders of sequences are given
+        plan.varlen = where = plan.varlen or Varlen.of(plan, query.device)
+        first = plan.first
+        q, k, v = (x[:, :, :first] for x in (query, key, value))
+        borders = {"cu_seq_lens_q": where.chosen, "cu_seq_lens_k": where.chosen}
+        borders |= {"max_length_q": where.longest_chosen, "max_length_k": where.longest_chosen}
+        parts = [attention(module, q, k, v, None, *words, **more, **borders)[0]]
+        if where.longest_rejected:
+            q, k, v = query[:, :, first:], *(x.index_select(2, where.keys) for x in (key, value))
+            borders = {"cu_seq_lens_q": where.rejected, "cu_seq_lens_k": where.rejected_keys}
+            borders |= {"max_length_q": where.longest_rejected, "max_length_k": where.longest_keys}
+            parts.append(attention(module, q, k, v, None, *words, **more, **borders)[0])
+        return torch.cat(parts, 1), None
+
+    return attend
 
 
-AttentionInterface.register(SDPA, attend)
-AttentionMaskInterface.register(SDPA, sdpa_mask)
-AttentionInterface.register(FLASH, attend_varlen)
-AttentionMaskInterface.register(FLASH, flash_attention_mask)
+def _at(x: torch.Tensor, where: list[slice]) -> torch.Tensor:
+    return x[:, :, where[0]] if len(where) == 1 else torch.cat([x[:, :, part] for part in where], 2)
+
+
+def _refuse_others(given: dict[str, Any]) -> None:
+    for name in NO_PATH:
+        if given.pop(name, None) is not None:
+            raise NotImplementedError(f"attention with {name}")
+
+
+def take_over(name: str) -> None:
+    """From here on attention of this name computes packed rows too; without a plan it is what it was."""
+    attention: Any = ALL_ATTENTION_FUNCTIONS[name]
+    if not hasattr(attention, "computes_plans"):
+        attend: Any = by_branches(attention) if name == "sdpa" else by_varlen(attention)
+        attend.computes_plans = True
+        AttentionInterface.register(name, attend)
 
 
 class Sharing:
@@ -104,19 +113,21 @@ class Sharing:
 
     def wrap(self, model: Any) -> None:
         """Wrap the forward that TRL's `add_fused_lm_head` gave a causal LM; it is called with TRL's batches."""
-        fused, over = model.forward, model.config._attn_implementation
-        model.set_attn_implementation(SDPA if over == "sdpa" else FLASH)
-        model.config._shared_prefix_over = over
+        fused, backbone = model.forward, model.base_model
+        take_over(model.config._attn_implementation)
 
         def keep_scored(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
             """The LM head computes what it is given: hidden states of the scored positions alone."""
             if (plan := kwargs.get("plan")) is not None:
-                out.last_hidden_state = out.last_hidden_state[0].index_select(0, plan.gather)[None]
+                hidden = out.last_hidden_state
+                out.last_hidden_state = hidden[0].index_select(0, plan.gather.to(hidden.device))[None]
             return out
 
-        model.base_model.register_forward_hook(keep_scored, with_kwargs=True)
+        if before := getattr(backbone, "_keep_scored", None):  # of an earlier trainer of this model
+            before.remove()
+        backbone._keep_scored = backbone.register_forward_hook(keep_scored, with_kwargs=True)
 
-        @functools.wraps(fused)
+        @functools.wraps(fused.__func__)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
             names = ("input_ids", "attention_mask", "labels")
             if not self.on or not kwargs.get("fused_lm_head") or any(kwargs.get(name) is None for name in names):
@@ -142,10 +153,12 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
     """TokenizedDPOTrainer that computes what chosen and rejected rows begin with once.
 
     `shared_prefix`: "on", "auto" (stock where it does not apply, or where the first batch differs, with one line that
-    says why) or "off". Raises UserError where it is "on" and cannot be.
+    says why) or "off". Raises UserError where it is "on" and cannot be, and SettingsError for another word.
     """
 
     def __init__(self, *args: Any, shared_prefix: str = "auto", **kwargs: Any) -> None:
+        if shared_prefix not in ("auto", "on", "off"):
+            raise SettingsError(f"--shared_prefix takes auto, on or off, not {shared_prefix!r}")
         self.shared_prefix, self._compared = shared_prefix, False
         self.sharing: Sharing | None = None
         super().__init__(*args, **kwargs)
@@ -158,24 +171,26 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
     def _share(self) -> None:
         if self.shared_prefix == "off" or self.sharing is not None:
             return
-        if reason := self._why_not():
+        models: list[Any] = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        if reason := next(filter(None, map(self._why_not, models)), ""):
             self._give_up(reason)
             return
         self.sharing = Sharing()
-        for model in filter(None, (self.model, self.ref_model)):
-            whole: Any = self.accelerator.unwrap_model(model)
-            self.sharing.wrap(whole.get_base_model() if isinstance(whole, PeftModel) else whole)
+        for model in models:
+            self.sharing.wrap(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _give_up(self, reason: str) -> None:
         if self.shared_prefix == "on":
             raise UserError(f"--shared_prefix on cannot be: {reason}; auto goes on without")
         self.shared_prefix = "off"
+        if self.sharing is not None:
+            self.sharing.on = False
         print(f"shared prefix: off, because {reason}")
 
-    def _why_not(self) -> str:
+    def _why_not(self, model: Any) -> str:
         """Why prompts cannot be shared in this run, or ""."""
-        model: Any = self.model
-        config, over = model.config.get_text_config(), model.config._attn_implementation
+        args: Any = self.args
+        config, over = model.config.get_text_config(), str(model.config._attn_implementation)
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if self._is_vision_dataset:
             return "the data has images"
@@ -183,17 +198,25 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             return "the model's auxiliary loss counts every row's tokens"
         if kinds:
             return f"the model has layers of another kind than attention ({', '.join(sorted(kinds))})"
-        if over != "sdpa" and "flash" not in str(over):
+        if over != "sdpa" and "flash" not in over:
             return f"it has no path for {over} attention (sdpa and flash-attention it has)"
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             return "the adapter puts tokens of its own before the prompt"
         if self.accelerator.parallelism_config is not None:
             return "sequences are split over devices"
+        if args.torch_compile:
+            return "every batch has another shape, which torch_compile would compile anew"
+        if not args.disable_dropout:
+            return "dropout would be the same for both answers of a prompt"
         return ""
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         self._compare(model, inputs)
-        return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
+        try:
+            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
+        finally:
+            if self.sharing is not None:
+                self.sharing.packed = None  # nothing of a batch outlives its step
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         self._compare(model, inputs)
@@ -204,32 +227,68 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         if self.sharing is None or self._compared:
             return
         self._compared = True
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
-        training, found = model.training, []
-        model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            for self.sharing.on in (False, True):
-                found.append(model(**given, use_cache=False, fused_lm_head=True).log_probs)
-        model.train(training)
-        scored = labels[:, 1:] != -100
-        squares = ((found[1] - found[0]).double()[scored] ** 2).mean()
-        difference = float(self.accelerator.gather(squares[None]).max().sqrt())
-        tolerance = TOLERANCE[self._computed_in()]
-        packed = self.sharing.pack(*given.values()).input_ids.numel()
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
+        difference = noise = -1.0
+        failed = ""
+        for each in {id(m): m for m in (model, self.ref_model) if m is not None}.values():
+            self.sharing.on = False
+            stock = self._log_probs(each, ids, mask, labels)
+            order = torch.arange(len(ids), device=ids.device).view(2, -1).flip(1).flatten()
+            widen = functools.partial(torch.nn.functional.pad, pad=(0, 1))
+            padded = widen(ids[order], value=0), widen(mask[order], value=0), widen(labels[order], value=-100)
+            again = self._log_probs(each, *padded)[order, :-1]
+            self.sharing.on = True
+            try:
+                shared = self._log_probs(each, ids, mask, labels)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model that is not known here does to what it is given
+                shared, failed = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            noise = max(noise, self._apart(stock, again, labels))
+            difference = max(difference, self._apart(stock, shared, labels))
+        if difference < 0:  # no process has a label in this batch
+            self._compared = False
+            return
+        if int(self.accelerator.gather(torch.tensor([bool(failed)], device=ids.device).int()).max()):
+            return self._give_up(f"the model does not take a packed row ({failed or 'on another process'})")
+        tolerance = max(TOLERANCE[self._computed_in()], NOISE * noise)
+        far = f"differ from stock's by {difference:.1g}"
         if difference <= tolerance:
+            packed = self.sharing.pack(ids, mask, labels).input_ids.numel()
             print(
-                f"shared prefix: on; the first batch's log-probabilities differ from stock's by {difference:.1g} "
-                f"(root mean square; at most {tolerance:g}); {packed:,} tokens are computed for {labels.numel():,}"
+                f"shared prefix: on; the first batch's log-probabilities {far} (a row's root mean square; at most "
+                f"{tolerance:.1g}); {packed:,} tokens are computed for {labels.numel():,}"
             )
             return
-        self.sharing.on = False
         have = ", ".join(f"{name} {metadata.version(name)} (read in {READ_IN[name]})" for name in READ_IN)
-        self._give_up(f"the first batch's log-probabilities differ from stock's by {difference:.2g}, with {have}")
+        said = f"the first batch's log-probabilities {far}, where {tolerance:.1g} would be rounding"
+        self._give_up(f"{said}, with {have}")
+
+    def _log_probs(self, model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                found: torch.Tensor = model(**given, use_cache=False, fused_lm_head=True).log_probs
+        finally:
+            model.train(training)
+        return found
+
+    def _apart(self, one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> float:
+        """The largest root mean square difference of a row, over all processes; infinite where one is not a number, and
+        -1 where no row has a label."""
+        scored = labels[:, 1:] != -100
+        count = scored.sum(1)
+        squares = ((one - other).masked_fill(~scored, 0.0) ** 2).sum(1) / count.clamp(min=1)
+        squares = torch.nan_to_num(squares, nan=torch.inf).masked_fill(count == 0, -1.0)
+        worst = float(self.accelerator.gather(squares.max()[None]).max())
+        return worst if worst < 0 else worst**0.5
 
     def _computed_in(self) -> torch.dtype:
-        """The type that decides on rounding; 4-bit and 8-bit layers of bitsandbytes round like bfloat16."""
-        if getattr(self.model, "is_quantized", False) or self.args.bf16:
+        if self.args.bf16 or self.args.fp16:
             return torch.bfloat16
         weights: Any = self.model
-        return torch.float16 if self.args.fp16 else next(weights.parameters()).dtype
+        kinds: list[torch.dtype] = [w.dtype for w in weights.parameters() if w.is_floating_point()]
+        return kinds[0]

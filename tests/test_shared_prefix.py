@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import DPOConfig
 from trl.trainer import utils
 
 from helpers import shared_prefix
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
 from helpers.prefix_packing import Plan, Varlen, pack
 from helpers.shared_prefix import SharedPrefixDPOTrainer
 
@@ -262,9 +264,9 @@ def test_reference_log_probabilities_computed_before_and_evaluation(
         given = {"precompute_ref_log_probs": True, "per_device_eval_batch_size": 3}
         trainer = train_with(mode, build(), tokenizer, tmp_path, adapter(), data.remove_columns("mode"), **given)
         metrics = {k: torch.tensor(v) for k, v in trainer.evaluate().items() if "eval_" in k and "per_second" not in k}
-        metrics.pop("eval_runtime")
+        metrics = {name: value for name, value in metrics.items() if not name.endswith("time")}
         found.append(step(trainer) | metrics)
-        assert trainer.sharing is None if mode == "off" else trainer.sharing.packed is not None
+        assert trainer.sharing is None if mode == "off" else trainer.sharing.on
     compare(*found)
 
 
@@ -337,25 +339,29 @@ def test_the_borders_for_flash_attention_say_what_a_dense_mask_says(lengths: lis
 
 
 def varlen_by_hand(
-    query: Any, key: Any, value: Any, attention_mask: Any, *, cu_seq_lens_q: Any = None, cu_seq_lens_k: Any = None,
-    softmax_scale: float, sliding_window: int | None, max_length_q: int = 0, max_length_k: int = 0, **more: Any,
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), **more: Any,
 ) -> Any:  # fmt: skip
-    """What flash-attention's varlen call gives, sequence by sequence; without borders, the whole as one batch."""
-    groups = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
-    if cu_seq_lens_q is None:
-        rows = [(b, slice(None), slice(None)) for b in range(len(query))]
-    else:
-        q, k = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
-        rows = [(0, slice(q[i], q[i + 1]), slice(k[i], k[i + 1])) for i in range(len(q) - 1)]
-        assert max(b - a for a, b in itertools.pairwise(q)) == max_length_q
-        assert max(b - a for a, b in itertools.pairwise(k)) == max_length_k
+    """What flash-attention's varlen kernel gives, (tokens, heads, size), sequence by sequence."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert max(b - a for a, b in itertools.pairwise(q)) == max_seqlen_q
+    assert max(b - a for a, b in itertools.pairwise(k)) == max_seqlen_k
+    assert causal
     out = torch.zeros_like(query)
-    for b, queries, keys in rows:
-        score = torch.einsum("ihd,jhd->hij", query[b, queries], key[b, keys]) * softmax_scale
-        i, j = torch.arange(score.shape[1])[:, None] + score.shape[2] - score.shape[1], torch.arange(score.shape[2])
-        seen = (j <= i) if sliding_window is None else (j <= i) & (j > i - sliding_window)
-        out[b, queries] = torch.einsum("hij,jhd->ihd", score.masked_fill(~seen, -torch.inf).softmax(-1), value[b, keys])
+    for i in range(len(q) - 1):
+        queries, keys = slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+        score = torch.einsum("ihd,jhd->hij", query[queries], key[keys]) * softmax_scale
+        own, there = (
+            torch.arange(score.shape[1])[:, None] + score.shape[2] - score.shape[1],
+            torch.arange(score.shape[2]),
+        )
+        seen = there <= own
+        if window_size[0] >= 0:
+            seen &= there >= own - window_size[0]
+        out[queries] = torch.einsum("hij,jhd->ihd", score.masked_fill(~seen, -torch.inf).softmax(-1), value[keys])
     return out
 
 
@@ -363,12 +369,88 @@ def varlen_by_hand(
 def test_the_varlen_path_is_what_stock_computes(
     kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import modeling_flash_attention_utils as flash
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    kernels = (None, varlen_by_hand, None, None, None), (flash._lazy_define_process_function(varlen_by_hand), dict)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *words, **more: kernels)
+    packed = shared_prefix.by_varlen(flash_attention_forward)
+
+    def attend(*words: Any, plan: Plan | None = None, **more: Any) -> Any:
+        if plan is None:  # there is no padding without the package's own code
+            return sdpa_attention_forward(*words, **more)
+        return packed(*words, plan=plan, **more)
+
+    attend.computes_plans = True  # type: ignore[attr-defined]
     stock = step(train_with("off", build(kind), tokenizer, tmp_path, adapter()))
-    monkeypatch.setattr(shared_prefix, "_flash_attention_forward", varlen_by_hand)
-    monkeypatch.setattr(
-        shared_prefix, "SDPA", shared_prefix.FLASH
-    )  # as where the model was loaded with flash-attention
-    trainer = train_with("on", build(kind), tokenizer, tmp_path, adapter())
-    trainer._compared = True  # stock has no kernel here to compare with
-    assert trainer.model.config._attn_implementation == shared_prefix.FLASH
-    compare(stock, step(trainer))
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", attend)
+    try:
+        compare(stock, step(train_with("on", build(kind), tokenizer, tmp_path, adapter())))
+    finally:
+        AttentionInterface.register("sdpa", before)
+
+
+def test_a_second_trainer_of_a_model_shares_too_and_nothing_of_it_is_saved(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = build()
+    keys = set(model.config.to_dict())
+    found = []
+    for mode in ("on", "on", "off"):
+        trainer = train_with(mode, model, tokenizer, tmp_path)
+        trainer.ref_model.load_state_dict(build().state_dict())
+        model.load_state_dict(build().state_dict())
+        found.append(step(trainer))
+        model.zero_grad()
+    for name, value in found[2].items():
+        if not name.startswith("gradient"):
+            torch.testing.assert_close(found[1][name], value, atol=2e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert {k for k in json.loads((tmp_path / "saved" / "config.json").read_text()) if k.startswith("_")} <= keys
+    assert "shared_prefix" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_a_model_that_does_not_pass_the_plan_on_goes_on_as_stock(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = AutoConfig.for_model(
+        "stablelm", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    found = []
+    for mode in ("off", "auto"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # TRL writes into it
+        found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter())))
+    compare(*found)
+    assert "shared prefix: off, because the model does not take a packed row (" in capsys.readouterr().out
+
+
+def test_layers_with_windows_of_their_own_and_rows_that_are_cut(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=2,
+    )  # fmt: skip
+    assert set(config.layer_types) == {"full_attention", "sliding_attention"}
+    for most in (None, 30, 22):  # of the third pair only the prompt is left, or not even that
+        found = []
+        for mode in ("off", "on"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # TRL writes into it
+            found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter(), max_length=most)))
+        compare(*found)
+
+
+def test_other_words_and_settings_that_cannot_be_are_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="--shared_prefix takes auto, on or off, not 'onn'"):
+        train_with("onn", build(), tokenizer, tmp_path, adapter())
+    with pytest.raises(UserError, match="torch_compile would compile anew"):
+        train_with("on", build(), tokenizer, tmp_path, adapter(), torch_compile=True)
+    with pytest.raises(UserError, match="dropout would be the same for both answers"):
+        train_with("on", build(), tokenizer, tmp_path, adapter(), disable_dropout=False)
