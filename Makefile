@@ -55,8 +55,8 @@ notebooks: $(VENV)/.run  ## build notebooks/*.ipynb from the .py files
 
 bench: $(VENV)/.dev  ## measure ours beside what one would use instead
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/prepare.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/prepare.py --rows 5000
+	$(BIN)/python benchmarks/dpo_step.py --short
 
 pictures: $(VENV)/.run  ## draw the README's pictures from the newest demo runs
 	$(BIN)/python docs/make_pictures.py

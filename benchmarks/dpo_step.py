@@ -1,28 +1,37 @@
 """How long a DPO step takes, and what it needs of memory, beside stock DPOTrainer on the same model, rows and seed.
 
-    python benchmarks/dpo_step.py            # every case, an hour on two CPU cores
-    python benchmarks/dpo_step.py --short    # what `make bench` runs, under ten minutes
-    python benchmarks/dpo_step.py --large    # Mistral-7B with random weights, QLoRA, on a GPU
+    python benchmarks/dpo_step.py                      # every case, an hour on two CPU cores
+    python benchmarks/dpo_step.py --short              # what `make bench` runs, in some seven minutes
+    python benchmarks/dpo_step.py --pairs FILE.jsonl   # with rows of AlpacaFarm's columns beside the others
+    python benchmarks/dpo_step.py --large              # Mistral-7B with random weights, QLoRA, on a GPU
 
-Each measurement is a fresh process, and the two alternate. A step's time is the median of a process's steps after the
-first; a ratio is one of medians over processes, with the lowest and highest of the pairs beside it. The limit is what
-the count of tokens allows: padded ones that stock computes, over those that stand in a packed row. Memory is the
-largest resident size on a CPU, and what PyTorch had allocated on a GPU. Results go to results/dpo_step-<machine>.json.
+Each measurement is a fresh process, and the two alternate. Its time is that of its steps after the first, in which
+shared prompts are compared with stock; a ratio is one of medians over processes, with the lowest and highest of the
+pairs beside it. The limit is what the count of tokens allows: padded ones that stock computes, over those that stand in
+a packed row. Memory is the largest resident size on a CPU, and what PyTorch had allocated on a GPU. On a GPU of known
+speed, utilisation counts what must be computed at least once: forward of the reference, forward and backward of the
+policy by 2 operations each for every weight outside embeddings and every token of a packed row. Results go to
+results/dpo_step-<machine>.json, and into the table of docs/performance.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,12 +47,19 @@ LARGE = {
     "num_attention_heads": 32,
     "vocab": 32000,
 }
-STEPS = 4
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by the makers
+TABLE_OF = {  # in docs/performance.md
+    size: re.compile(rf"(?<=<!-- dpo_step {size} -->\n).*?(?=<!-- end -->)", re.DOTALL) for size in ("small", "large")
+}
 
 
 def make_rows(name: str, vocabulary: int, count: int) -> list[dict[str, list[int]]]:
-    """Rows of tokens, of one shape, or with the lengths of UltraFeedback's (drawn from log-normal distributions)."""
+    """Rows of tokens: of one shape, with the lengths of UltraFeedback's (drawn from log-normal distributions), or of a
+    file, in pieces of at most five letters."""
     draw = random.Random(0)
+    if name.endswith(".jsonl"):
+        read = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        return [in_pieces(row, vocabulary) for row in draw.sample(read, count)]
 
     def ids(length: float) -> list[int]:
         return [draw.randrange(3, vocabulary) for _ in range(max(1, int(length)))]
@@ -57,6 +73,14 @@ def make_rows(name: str, vocabulary: int, count: int) -> list[dict[str, list[int
             prompt, answers = SHAPES[name][0], [SHAPES[name][1]] * 2
         rows.append({"prompt_ids": ids(prompt), "chosen_ids": ids(answers[0]), "rejected_ids": ids(answers[1])})
     return rows
+
+
+def in_pieces(row: dict[str, Any], vocabulary: int) -> dict[str, list[int]]:
+    better = int(row["preference"])
+    texts = {"prompt_ids": f"{row['instruction']} {row['input']}".strip()}
+    texts |= {"chosen_ids": row[f"output_{better}"], "rejected_ids": row[f"output_{3 - better}"]}
+    pieces = {name: re.findall(r"\w{1,5}|\W", text)[:1024] for name, text in texts.items()}
+    return {name: [3 + zlib.crc32(piece.encode()) % (vocabulary - 3) for piece in pieces[name]] for name in texts}
 
 
 def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,23 +124,33 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         )  # fmt: skip
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    base = list(model.parameters())
     words = {"<s>": 0, "</s>": 1, "<unk>": 2}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
         bos_token="<s>", eos_token="</s>", pad_token="<unk>",
     )  # fmt: skip
-    rows = Dataset.from_list(make_rows(case["rows"], vocabulary, STEPS * case["batch"]))
+    rows = Dataset.from_list(make_rows(case["rows"], vocabulary, case["steps"] * case["batch"]))
     args = DPOConfig(
-        output_dir=str(folder / "out"), max_length=None, per_device_train_batch_size=case["batch"], max_steps=STEPS,
-        gradient_checkpointing=case["checkpointing"], use_cpu=not gpu, bf16=gpu, report_to="none", seed=0,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "out"), max_length=None, per_device_train_batch_size=case["batch"],
+        max_steps=case["steps"], gradient_checkpointing=case["checkpointing"], use_cpu=not gpu, bf16=gpu,
+        report_to="none", seed=0, save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = SharedPrefixDPOTrainer(
         model=model, args=args, train_dataset=rows, processing_class=tokenizer, shared_prefix=case["shared"],
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
-    trainer._compared = True  # the comparison of the first batch is not a step
     seconds: list[float] = []
+    tokens: list[tuple[int, int, int]] = []
+    collate: Any = trainer.data_collator
+
+    def count(rows: Any) -> Any:
+        batch = collate(rows)
+        packed = pack(batch["input_ids"], batch["attention_mask"], batch["input_ids"])
+        tokens.append((batch["input_ids"].numel(), packed.input_ids.numel(), int(batch["attention_mask"].sum())))
+        return batch
+
+    trainer.data_collator = count
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *words: Any, **more: Any) -> None:
@@ -129,17 +163,18 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     trainer.add_callback(Clock())
     trainer.train()
-    padded = packed = 0
-    for batch in trainer.get_train_dataloader():
-        padded += batch["input_ids"].numel()
-        packed += pack(batch["input_ids"], batch["attention_mask"], batch["input_ids"]).input_ids.numel()
+    padded, packed, real = map(sum, zip(*tokens[1 : case["steps"]], strict=True))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else resident
+    head = vocabulary * sizes["hidden_size"]
+    weights = sum(math.prod(w.quant_state.shape if hasattr(w, "quant_state") else w.shape) for w in base) - 2 * head
     return {
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": sum(seconds[1:]),
+        "steps": len(seconds) - 1,
         "peak_mib": peak,
         "limit": padded / packed,
-        "tokens": padded / STEPS,
+        "tokens": real,
+        "operations": 6 * weights * packed,
     }
 
 
@@ -148,7 +183,7 @@ def run(case: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"off": [], "on": []}
     for _ in range(rounds):
         for shared, results in found.items():
-            words = [sys.executable, __file__, json.dumps(case | {"shared": shared}), folder]
+            words = [sys.executable, __file__, "--one", json.dumps(case | {"shared": shared}), folder]
             done = subprocess.run(words, capture_output=True, text=True, cwd=HERE.parent, env=os.environ)
             if done.returncode:
                 raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
@@ -156,47 +191,92 @@ def run(case: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
     stock, ours = (statistics.median(r["seconds"] for r in results) for results in found.values())
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(*found.values(), strict=True)]
     memory = [max(r["peak_mib"] for r in results) for results in found.values()]
+    one = found["on"][0]
     return case | {
-        "ratio": stock / ours, "lowest": min(ratios), "highest": max(ratios), "limit": found["on"][0]["limit"],
-        "stock_seconds": stock, "our_seconds": ours, "stock_mib": memory[0], "our_mib": memory[1],
-        "tokens_per_second": found["on"][0]["tokens"] / ours, "rounds": rounds,
+        "rounds": rounds, "ratio": stock / ours, "lowest": min(ratios), "highest": max(ratios), "limit": one["limit"],
+        "stock_seconds_a_step": stock / one["steps"], "our_seconds_a_step": ours / one["steps"],
+        "stock_tokens_per_second": one["tokens"] / stock, "our_tokens_per_second": one["tokens"] / ours,
+        "stock_mib": memory[0], "our_mib": memory[1],
+        "stock_operations_per_second": one["operations"] / stock, "our_operations_per_second": one["operations"] / ours,
     }  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
+def cases(given: argparse.Namespace) -> list[dict[str, Any]]:
+    names = [*SHAPES, MIXTURE]
+    if given.large:
+        kinds = ["sdpa"] + ["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))
+        made = [{"rows": n, "batch": b, "attention": a} for n in ("512:64", MIXTURE) for b in (4, 8) for a in kinds]
+        return [case | {"large": True, "checkpointing": True, "steps": 6, "rounds": 3} for case in made]
+    batches = (4,) if given.short else (4, 2)
+    made = [{"rows": n, "batch": b, "checkpointing": c} for b in batches for c in (True, False) for n in names]
+    made[len(names) : len(names)] = [{"rows": name, "batch": 4, "checkpointing": True} for name in given.pairs]
+    for case in made:
+        case["large"], first = False, case["batch"] == 4 and case["checkpointing"]
+        case["steps"] = 3 if given.short else 8 if case["rows"] == MIXTURE else 4
+        case["rounds"] = 2 if given.short else 5 if first else 3
+    return [case for case in made if case["checkpointing"] or not given.short]
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown of the results, and where they come from."""
+    have = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    peak = next((peak for name, peak in PEAK.items() if name in content["machine"]), None)
+    lines = [
+        f"{content['date']}, {content['machine']}, Python {content['python']}, {have}; {content['model']}.\n",
+        "| prompt : answer tokens | batch | checkpointing | faster | pairs of processes | by tokens | memory, MiB |"
+        + " tokens/s | utilisation |" * bool(peak),
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- | --- |" * bool(peak),
+    ]
+    for r in content["results"]:
+        name = Path(r["rows"]).stem.replace("_", " ") + (f" ({r['attention']})" if "attention" in r else "")
+        lines.append(
+            f"| {name} | {r['batch']} | {'on' if r['checkpointing'] else 'off'} | **{r['ratio']:.2f}** | "
+            f"{r['lowest']:.2f} to {r['highest']:.2f} ({r['rounds']}) | {r['limit']:.2f} | "
+            f"{r['stock_mib']:,.0f} to {r['our_mib']:,.0f} |"
+        )
+        if peak:
+            speeds = [f"{r[f'{who}_tokens_per_second']:,.0f}" for who in ("stock", "our")]
+            used = [f"{r[f'{who}_operations_per_second'] / peak:.0%}" for who in ("stock", "our")]
+            lines[-1] += f" {' to '.join(speeds)} | {' to '.join(used)} |"
+    return "\n".join(lines) + "\n"
+
+
+def main(given: argparse.Namespace) -> None:
     import torch
 
-    large, short = "--large" in argv, "--short" in argv
-    names = [*SHAPES, MIXTURE]
-    if large:
-        kinds = ["sdpa"] + ["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))
-        cases = [{"rows": n, "batch": b, "attention": a} for n in ("512:64", MIXTURE) for b in (4, 8) for a in kinds]
-        cases = [case | {"checkpointing": True} for case in cases]
-    elif short:
-        cases = [{"rows": name, "batch": 4, "checkpointing": True} for name in names]
-    else:
-        cases = [{"rows": n, "batch": b, "checkpointing": c} for n in names for b in (2, 4) for c in (True, False)]
-    machine = torch.cuda.get_device_name() if large else f"CPU, {os.cpu_count()} cores"
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
-    results = []
+    if given.large and not torch.cuda.is_available():
+        raise SystemExit("--large needs a GPU")
+    content: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if given.large else f"CPU, {os.cpu_count()} cores",
+        "model": "Mistral-7B with random weights, QLoRA r 16 on all linear layers, bfloat16"
+        if given.large
+        else "a Mistral of 20 million weights, LoRA r 16 on all linear layers, float32",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "results": [],
+    }
+    name = content["machine"].lower().replace(",", "").replace(" ", "-") + ("-short" if given.short else "")
+    page = HERE.parent / "docs" / "performance.md"
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
-            result = run(case | {"large": large}, 2 if short else 5, folder)
-            results.append(result)
-            print(
-                f"{case['rows']:20} batch {case['batch']} checkpointing {'on ' if case['checkpointing'] else 'off'} "
-                f"{case.get('attention', '')} ratio {result['ratio']:.2f} ({result['lowest']:.2f} to "
-                f"{result['highest']:.2f}; tokens {result['limit']:.2f})  memory {result['stock_mib']:,.0f} to "
-                f"{result['our_mib']:,.0f} MiB",
-                flush=True,
-            )
-    content = {"machine": machine, "python": platform.python_version(), "versions": versions, "results": results}
-    name = machine.lower().replace(",", "").replace(" ", "-") + ("-short" if short else "")
-    (HERE / "results" / f"dpo_step-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        for case in cases(given):
+            result = run(case, case["rounds"], folder) | {"rows": Path(case["rows"]).name}
+            content["results"].append(result)
+            print(table(content).splitlines()[-1], flush=True)
+            (HERE / "results" / f"dpo_step-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+            where = TABLE_OF["large" if given.large else "small"]
+            page.write_text(where.sub(lambda _: table(content), page.read_text("utf-8")), encoding="utf-8")
+    print(f"\n{table(content)}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        print("\n" + json.dumps(measure(json.loads(sys.argv[1]), Path(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--pairs", nargs="*", default=[], metavar="FILE.jsonl")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print("\n" + json.dumps(measure(json.loads(options.one[0]), Path(options.one[1]))))
     else:
-        main(sys.argv[1:])
+        main(options)

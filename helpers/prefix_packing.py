@@ -27,19 +27,16 @@ class Plan:
         """Tokens of all [prefix, chosen], which is where the rejected tails begin."""
         return sum(prefix + chosen for prefix, chosen, _ in self.lengths)
 
-    def branches(self) -> Iterator[tuple[slice, list[slice]]]:
-        """Queries and keys of each attention call, in the order of the packed row. Both end at the same token."""
-        start = tail = 0
-        for prefix, chosen, _ in self.lengths:
-            whole = slice(start, start + prefix + chosen)
-            yield whole, [whole]
-            start = whole.stop
-        start, tail = 0, start
-        for prefix, chosen, rejected in self.lengths:
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each [prefix, chosen], and then of each rejected tail that there is."""
+        return [prefix + chosen for prefix, chosen, _ in self.lengths] + [r for *_, r in self.lengths if r]
+
+    def tails(self) -> Iterator[tuple[int, int]]:
+        """Of each rejected tail that there is: its pair, and how many tokens of that pair's row it sees."""
+        for row, (prefix, _, rejected) in enumerate(self.lengths):
             if rejected:
-                own = slice(tail, tail + rejected)
-                yield own, [slice(start, start + prefix), own]
-            start, tail = start + prefix + chosen, tail + rejected
+                yield row, prefix
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """What the last `queries` of `keys` tokens see, (1, 1, queries, keys); None where that is plainly causal."""
@@ -70,19 +67,18 @@ class Varlen:
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> Varlen:
         """Pairs without a rejected tail have no sequence in the second call: an empty one has no row to compute."""
-        tailed = [(i, p, r) for i, (p, _, r) in enumerate(plan.lengths) if r]
-        starts = _borders([p + c for p, c, _ in plan.lengths])
-        tails = _borders([r for _, _, r in tailed])
-        keys = [
-            torch.cat([torch.arange(starts[i], starts[i] + p), torch.arange(plan.first + at, plan.first + at + r)])
-            for (i, p, r), at in zip(tailed, tails, strict=False)
-        ]
-        both = [p + r for _, p, r in tailed]
+        pairs = len(plan.lengths)
+        starts, tails = _borders(plan.sizes[:pairs]), _borders(plan.sizes[pairs:])
+        keys, both = [], []
+        for (row, seen), start, end in zip(plan.tails(), tails, tails[1:], strict=False):
+            own = torch.arange(plan.first + start, plan.first + end)
+            keys.append(torch.cat([torch.arange(starts[row], starts[row] + seen), own]))
+            both.append(len(keys[-1]))
         return cls(
             chosen=torch.tensor(starts, dtype=torch.int32, device=device),
-            longest_chosen=max(p + c for p, c, _ in plan.lengths),
+            longest_chosen=max(plan.sizes[:pairs]),
             rejected=torch.tensor(tails, dtype=torch.int32, device=device),
-            longest_rejected=max((r for _, _, r in tailed), default=0),
+            longest_rejected=max(plan.sizes[pairs:], default=0),
             rejected_keys=torch.tensor(_borders(both), dtype=torch.int32, device=device),
             longest_keys=max(both, default=0),
             keys=torch.cat(keys).to(device) if keys else torch.empty(0, dtype=torch.long, device=device),

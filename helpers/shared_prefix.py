@@ -1,101 +1,35 @@
 """DPOTrainer that computes each prompt once, for its two answers: the same log-probabilities and gradients for less.
 
-Read in TRL 1.16 (dpo_trainer.py, trainer/utils.py: add_fused_lm_head) and transformers 5.23 (masking_utils.py,
-integrations/sdpa_attention.py, integrations/flash_attention.py). What is TRL's stays TRL's: the collator, the losses,
-the reference, the metrics. Only the causal LM's forward is wrapped, where TRL asks it for log-probabilities. Each run
-computes its first batch both ways and compares.
+Read in TRL 1.16 (dpo_trainer.py, trainer/utils.py: add_fused_lm_head) and transformers 5.23 (masking_utils.py). What is
+TRL's stays TRL's: the collator, the losses, the reference, the metrics. Only the causal LM's forward is wrapped, where
+TRL asks it for log-probabilities. Each run computes its first batch both ways and compares.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import add_fused_lm_head
 
 from helpers.errors import SettingsError, UserError
-from helpers.prefix_packing import Packed, Varlen, pack
+from helpers.prefix_attention import take_over
+from helpers.prefix_packing import Packed, pack
 from helpers.trainer import TokenizedDPOTrainer
 
 READ_IN = {"trl": "1.16.0", "transformers": "5.23.0"}
 # How far a row's log-probabilities may be from stock's, root mean square, where stock's own rounding is not larger.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
 NOISE = 10  # times as far as stock is from itself, with its rows in another order and one more column of padding
+# Positions that TRL's LM head scores at once on a CPU. They are scored one by one whatever this is; TRL's own 4,096 fit
+# all of a small batch, and were most of a step's memory.
+HEAD_TOKENS = 512
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
-NO_PATH = ("s_aux", "position_bias", "cache")  # of attention, which a packed row has no place for
-Attention = Callable[..., tuple[torch.Tensor, None]]
-
-
-def by_branches(attention: Attention) -> Attention:
-    """`attention` (transformers' for SDPA) that computes a packed row, where a plan comes with it: two calls a pair,
-    [prefix, chosen], and the rejected tail over its prefix and itself. Query, key and value are (1, heads, N, size)."""
-
-    @functools.wraps(attention)
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *words: Any, **more: Any) -> Any:
-        plan = more.pop("plan", None)
-        if plan is None:
-            return attention(module, query, key, value, attention_mask, *words, **more)
-        _refuse_others(more)
-        window, parts = more.pop("sliding_window", None), []
-        for queries, keys in plan.branches():
-            k, v = (_at(x, keys) for x in (key, value))
-            mask = plan.mask(queries.stop - queries.start, k.shape[2], window, query.device)
-            parts.append(attention(module, query[:, :, queries], k, v, mask, *words, **more)[0])
-        return torch.cat(parts, 1), None
-
-    return attend
-
-
-def by_varlen(attention: Attention) -> Attention:
-    """The same for flash-attention, in two calls for the whole batch. Its causal mask is aligned at the lower right, so
-    a tail's first query sees all of its prefix."""
-
-    @functools.wraps(attention)
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *words: Any, **more: Any) -> Any:
-        plan = more.pop("plan", None)
-        if plan is None:
-            return attention(module, query, key, value, attention_mask, *words, **more)
-        _refuse_others(more)
-        more.pop("position_ids", None)  # the borders of sequences are given
-        plan.varlen = where = plan.varlen or Varlen.of(plan, query.device)
-        first = plan.first
-        q, k, v = (x[:, :, :first] for x in (query, key, value))
-        borders = {"cu_seq_lens_q": where.chosen, "cu_seq_lens_k": where.chosen}
-        borders |= {"max_length_q": where.longest_chosen, "max_length_k": where.longest_chosen}
-        parts = [attention(module, q, k, v, None, *words, **more, **borders)[0]]
-        if where.longest_rejected:
-            q, k, v = query[:, :, first:], *(x.index_select(2, where.keys) for x in (key, value))
-            borders = {"cu_seq_lens_q": where.rejected, "cu_seq_lens_k": where.rejected_keys}
-            borders |= {"max_length_q": where.longest_rejected, "max_length_k": where.longest_keys}
-            parts.append(attention(module, q, k, v, None, *words, **more, **borders)[0])
-        return torch.cat(parts, 1), None
-
-    return attend
-
-
-def _at(x: torch.Tensor, where: list[slice]) -> torch.Tensor:
-    return x[:, :, where[0]] if len(where) == 1 else torch.cat([x[:, :, part] for part in where], 2)
-
-
-def _refuse_others(given: dict[str, Any]) -> None:
-    for name in NO_PATH:
-        if given.pop(name, None) is not None:
-            raise NotImplementedError(f"attention with {name}")
-
-
-def take_over(name: str) -> None:
-    """From here on attention of this name computes packed rows too; without a plan it is what it was."""
-    attention: Any = ALL_ATTENTION_FUNCTIONS[name]
-    if not hasattr(attention, "computes_plans"):
-        attend: Any = by_branches(attention) if name == "sdpa" else by_varlen(attention)
-        attend.computes_plans = True
-        AttentionInterface.register(name, attend)
 
 
 class Sharing:
@@ -114,7 +48,11 @@ class Sharing:
     def wrap(self, model: Any) -> None:
         """Wrap the forward that TRL's `add_fused_lm_head` gave a causal LM; it is called with TRL's batches."""
         fused, backbone = model.forward, model.base_model
+        add_fused_lm_head(model)  # a second one, without what is only logged of a policy
+        reference = model.forward
         take_over(model.config._attn_implementation)
+        if model.device.type == "cpu":
+            chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
 
         def keep_scored(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
             """The LM head computes what it is given: hidden states of the scored positions alone."""
@@ -133,7 +71,8 @@ class Sharing:
             if not self.on or not kwargs.get("fused_lm_head") or any(kwargs.get(name) is None for name in names):
                 return fused(*args, **kwargs)
             batch = self.pack(*(kwargs.pop(name) for name in names))
-            out = fused(
+            # In training a forward without gradients is the reference's, of which only log-probabilities are read.
+            out = (reference if self_.training and not torch.is_grad_enabled() else fused)(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=batch.input_ids.new_empty(1, 1, 1, 1),  # a 4D mask is passed on as it is, and not read

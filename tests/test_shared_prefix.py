@@ -23,6 +23,7 @@ from trl.trainer import utils
 
 from helpers import shared_prefix
 from helpers.errors import SettingsError, UserError
+from helpers.prefix_attention import by_varlen, with_plan
 from helpers.prefix_packing import Plan, Varlen, pack
 from helpers.shared_prefix import SharedPrefixDPOTrainer
 
@@ -153,19 +154,14 @@ def test_a_batch_is_what_stock_computes(
         compare(*found, exact=dtype == torch.float64)
 
 
-def rejected_sees_chosen(self: Plan) -> Iterator[tuple[slice, list[slice]]]:
-    starts = [0]
-    for prefix, chosen, _ in self.lengths:
-        starts.append(starts[-1] + prefix + chosen)
-    tailed = [i for i, (_, _, rejected) in enumerate(self.lengths) if rejected]
-    for n, (queries, keys) in enumerate(BRANCHES(self)):
-        i = n - len(self.lengths)
-        yield queries, keys if i < 0 else [slice(starts[tailed[i]], starts[tailed[i] + 1]), keys[1]]
+def rejected_sees_chosen(self: Plan) -> Iterator[tuple[int, int]]:
+    for row, _ in TAILS(self):
+        yield row, self.sizes[row]
 
 
-def a_prompt_token_is_dropped(self: Plan) -> Iterator[tuple[slice, list[slice]]]:
-    for queries, keys in BRANCHES(self):
-        yield queries, keys if len(keys) == 1 else [slice(keys[0].start, keys[0].stop - 1), keys[1]]
+def a_prompt_token_is_dropped(self: Plan) -> Iterator[tuple[int, int]]:
+    for row, seen in TAILS(self):
+        yield row, seen - 1
 
 
 def positions_go_on(*words: Any) -> Any:
@@ -173,11 +169,11 @@ def positions_go_on(*words: Any) -> Any:
     return dataclasses.replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
 
 
-BRANCHES = Plan.branches
+TAILS = Plan.tails
 WRONG: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "rejected attends to chosen": (Plan, "branches", rejected_sees_chosen),
+    "rejected attends to chosen": (Plan, "tails", rejected_sees_chosen),
     "positions are not restarted": (shared_prefix, "pack", positions_go_on),
-    "one prompt token is dropped": (Plan, "branches", a_prompt_token_is_dropped),
+    "one prompt token is dropped": (Plan, "tails", a_prompt_token_is_dropped),
 }
 
 
@@ -301,21 +297,18 @@ def test_a_packed_row_holds_each_prompt_once() -> None:
     assert batch.plan.lengths == [(3, 2, 1), (2, 1, 3)]
     assert batch.labels.tolist() == [[4, 5, 9, 6, 10, 11, 12]]
     assert batch.plan.gather.tolist() == [2, 3, 6, 2, 6, 9, 10]  # the last of a prompt scores both first tokens
-    branches = [(q.start, q.stop, [(k.start, k.stop) for k in keys]) for q, keys in batch.plan.branches()]
-    assert branches == [(0, 5, [(0, 5)]), (5, 8, [(5, 8)]), (8, 9, [(0, 3), (8, 9)]), (9, 12, [(5, 7), (9, 12)])]
+    assert batch.plan.sizes == [5, 3, 1, 3]
+    assert list(batch.plan.tails()) == [(0, 3), (1, 2)]
 
 
-def dense(plan: Plan, window: int | None) -> torch.Tensor:
-    """Who sees whom in the whole packed row, from the branches."""
-    count = sum(map(sum, plan.lengths))
-    seen = torch.zeros(count, count, dtype=torch.bool)
-    for queries, keys in plan.branches():
-        there = [i for where in keys for i in range(where.start, where.stop)]
-        own = list(range(queries.start, queries.stop))
-        for row, query in enumerate(own):
-            last = len(there) - len(own) + row
-            first = 0 if window is None else max(0, last - window + 1)
-            seen[query, there[first : last + 1]] = True
+def dense(lengths: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Who sees whom in the whole packed row."""
+    owners = [(pair, i < p, "chosen", i) for pair, (p, c, _) in enumerate(lengths) for i in range(p + c)]
+    owners += [(pair, False, "rejected", p + i) for pair, (p, _, r) in enumerate(lengths) for i in range(r)]
+    seen = torch.zeros(len(owners), len(owners), dtype=torch.bool)
+    for i, (pair, _, side, at) in enumerate(owners):
+        for j, (other, in_prefix, its, there) in enumerate(owners):
+            seen[i, j] = pair == other and there <= at and (side == its or in_prefix)
     return seen
 
 
@@ -323,7 +316,7 @@ def dense(plan: Plan, window: int | None) -> torch.Tensor:
 def test_the_borders_for_flash_attention_say_what_a_dense_mask_says(lengths: list[tuple[int, int, int]]) -> None:
     plan = Plan(lengths, torch.empty(0))
     where = Varlen.of(plan, torch.device("cpu"))
-    seen = torch.zeros_like(dense(plan, None))
+    seen = torch.zeros_like(dense(lengths))
     for start, end in zip(where.chosen[:-1].tolist(), where.chosen[1:].tolist(), strict=True):
         seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
     for i in range(len(where.rejected) - 1):
@@ -331,7 +324,7 @@ def test_the_borders_for_flash_attention_say_what_a_dense_mask_says(lengths: lis
         keys = where.keys[where.rejected_keys[i] : where.rejected_keys[i + 1]].tolist()
         for row, query in enumerate(queries):  # causal, aligned at the lower right
             seen[query, keys[: len(keys) - len(queries) + row + 1]] = True
-    assert torch.equal(seen, dense(plan, None))
+    assert torch.equal(seen, dense(lengths))
     assert where.longest_chosen == max(p + c for p, c, _ in lengths)
     assert where.longest_rejected == max(r for _, _, r in lengths)
     assert where.longest_keys == max((p + r for p, _, r in lengths if r), default=0)
@@ -375,7 +368,7 @@ def test_the_varlen_path_is_what_stock_computes(
 
     kernels = (None, varlen_by_hand, None, None, None), (flash._lazy_define_process_function(varlen_by_hand), dict)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *words, **more: kernels)
-    packed = shared_prefix.by_varlen(flash_attention_forward)
+    packed = with_plan(flash_attention_forward, by_varlen)
 
     def attend(*words: Any, plan: Plan | None = None, **more: Any) -> Any:
         if plan is None:  # there is no padding without the package's own code
