@@ -1,56 +1,219 @@
-"""Adapter + base → merged weights, and how far the merged model is from the one that was trained."""
+"""Adapter + base → merged weights, tensor by tensor: the memory of one of them, whatever the model's size.
+
+Read in PEFT 0.21 (tuners/tuners_utils.py: _unload_and_optionally_merge; utils/save_and_load.py). The model and its
+adapter are built on the meta device, without weights. Each adapted layer is given its own when its turn comes, merged
+by PEFT itself, written, and emptied again; so every kind of LoRA that PEFT can merge is merged as PEFT would.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat import render
-from helpers.rows import Message
+import torch
+
+from helpers.errors import UserError
+from helpers.weight_files import Entry, WeightFiles, plan_shards, write_index, write_shard
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-def last_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]
-) -> list[torch.Tensor]:
-    """For each conversation the float32 logits at every position, (tokens, vocabulary), one at a time: no padding."""
-    import torch
-
-    found = []
-    for messages in conversations:
-        text = render(tokenizer, messages, prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        with torch.inference_mode():
-            found.append(model(input_ids=ids).logits[0].float().cpu())
-    return found
+Change = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
 
 
-def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
-    """How far apart two models' next-token distributions are, over all positions of the same conversations.
+class Unknown(Exception):
+    """A kind of adapter or checkpoint that is not merged tensor by tensor; says which."""
 
-    `max_abs` and `mean_abs` are differences of logits, `top1` is the share of positions with the same most likely
-    token, `kl` the mean of KL(before ‖ after) in nats.
+
+class Merge:
+    """The tensors of `base` with `adapter` added, one at a time.
+
+    `base` and `adapter` are folders. A base with fewer than `vocabulary` rows in its embeddings is given the rows that
+    `fit_embeddings` adds. `change` is done to every base weight first. Raises Unknown.
     """
-    import torch
-    from torch.nn.functional import kl_div, log_softmax
 
-    a, b = torch.cat(before), torch.cat(after)
-    kl = kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="batchmean", log_target=True)
-    return {
-        "max_abs": float((a - b).abs().max()),
-        "mean_abs": float((a - b).abs().mean()),
-        "top1": float((a.argmax(-1) == b.argmax(-1)).float().mean()),
-        "kl": max(0.0, float(kl)),  # rounding can put a zero below zero
-    }
+    def __init__(
+        self, base: Path, adapter: Path, vocabulary: int = 0, change: Any = None, trust_remote_code: bool = False
+    ) -> None:
+        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        peft_config = PeftConfig.from_pretrained(adapter)
+        self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        text = self.config.get_text_config()
+        _refuse_unknown(peft_config, base, self.config)
+        self.base, self.added = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
+        self.rows, self.vocabulary = text.vocab_size, max(vocabulary, text.vocab_size)
+        text.vocab_size = self.vocabulary
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
+        self.change: Change = change(model) if change else lambda name, weight: weight
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))  # a name, and what it is tied to
+        if unknown := [name for name in self.base if name not in model.state_dict()]:
+            raise Unknown(f"a checkpoint whose names are not the model's ({unknown[0]})")
+        peft_config.init_lora_weights = False  # nothing is initialized: all of it comes from the files
+        peft_config.inference_mode = True
+        with torch.device("meta"):
+            self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
+        keys = {name: torch.nn.Parameter(torch.empty(self.added.entry(name).shape, device="meta"), False)
+                for name in self.added}  # fmt: skip
+        self._names = {id(value): name for name, value in keys.items()}
+        set_peft_model_state_dict(self.model, dict(keys), low_cpu_mem_usage=True)
+        self._wrapped = self._find_wrapped()
+        self._last: tuple[str, dict[str, torch.Tensor]] = "", {}
+
+    def _find_wrapped(self) -> dict[str, Any]:
+        """Adapted modules by their names in the base."""
+        found: dict[str, Any] = {}
+        for name, module in self.model.get_base_model().named_modules():
+            adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
+            if adapted and not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = module
+        return found
+
+    def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
+        """What a merged checkpoint holds, in the order of the base's; floating-point tensors in `dtype`, if given.
+
+        Weights that are tied and no longer equal are written both, and the configuration says that they are not tied.
+        """
+        found = [self._entry(name, dtype) for name in self.base]
+        for name, to in self.tied.items():
+            touched = {owner for owner in (_owner(name), _owner(to)) if owner in self._wrapped}
+            if touched and not torch.equal(self.tensor(name), self.tensor(to)):
+                self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+                have = {entry.name for entry in found}
+                found += [self._entry(each, dtype) for each in (name, to) if each not in have]
+        return found
+
+    def _entry(self, name: str, dtype: torch.dtype | None) -> Entry:
+        stored = self.base.entry(self._stored(name))
+        shape = (self.vocabulary, *stored.shape[1:]) if self._has_a_row_a_token(name) else stored.shape
+        return Entry(name, shape, dtype if dtype and stored.dtype.is_floating_point else stored.dtype)
+
+    def _stored(self, name: str) -> str:
+        """A weight's name in the base's files, where tied ones stand once."""
+        if name in self.base:
+            return name
+        other = {**self.tied, **{to: name for name, to in self.tied.items()}}.get(name, name)
+        if other not in self.base:
+            raise Unknown(f"a base without {name}")
+        return other
+
+    def _has_a_row_a_token(self, name: str) -> bool:
+        model = self.model.get_base_model()
+        layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+        names = {n for n, module in model.named_modules() if any(module is layer for layer in layers)}
+        return self.vocabulary > self.rows and _owner(name) in names
+
+    def from_base(self, name: str) -> torch.Tensor:
+        """A weight of the base, with rows for added tokens, and changed."""
+        weight = self.base[self._stored(name)]
+        if self._has_a_row_a_token(name):
+            more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
+            weight = torch.cat([weight, more])
+        return self.change(name, weight)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A merged weight, in float32 where anything was added to it."""
+        owner = _owner(name)
+        if owner not in self._wrapped:
+            return self.from_base(name)
+        if self._last[0] != owner:
+            self._last = owner, self.layer(owner, merged=True).state_dict()
+        return self._last[1][name.removeprefix(f"{owner}.")]
+
+    def layer(self, owner: str, merged: bool = False) -> Any:
+        """The adapted layer `owner` with its weights, in float32; or what PEFT merges it to."""
+        layer = copy.deepcopy(self._wrapped[owner])
+        originals = dict(self._wrapped[owner].named_parameters())
+        for path, parameter in originals.items():
+            if (key := self._names.get(id(parameter))) is not None:
+                value = self.added[key]
+            else:
+                value = self.from_base(f"{owner}.{path.rpartition('.')[2]}")
+            parent, _, kind = path.rpartition(".")
+            layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value.float().clone(), False)
+        if not merged:
+            return layer
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        layer.merge(safe_merge=False, adapter_names=None)
+        return layer.get_base_layer()
 
 
-def comparison_table(rows: dict[str, dict[str, float]]) -> Any:
-    """A rich table of `compare_logits` results by name."""
-    from rich.table import Table
+def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: int, dtype: torch.dtype | None) -> None:
+    """Write the merged weights into `folder`, which need not exist; one that a stopped merge left is gone on with.
 
-    table = Table("logits of", "largest difference", "mean", "same top token", "KL", box=None, pad_edge=False)
-    for name, row in rows.items():
-        table.add_row(name, f"{row['max_abs']:.2e}", f"{row['mean_abs']:.2e}", f"{row['top1']:.2%}", f"{row['kl']:.2e}")
-    return table
+    Each file is written beside its name and renamed when it is whole, so what stands there is not written again.
+    `identity` tells one merge from another: a folder of another is emptied first. Raises UserError where the disk has
+    no room for what is missing.
+    """
+    from tqdm import tqdm
+
+    shards = plan_shards(merge.entries(dtype), largest)
+    plan = identity | {"base": merge.base.stamp(), "adapter": merge.added.stamp()}
+    plan |= {"shards": {file: [[e.name, e.shape, str(e.dtype)] for e in entries] for file, entries in shards.items()}}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+    mark = folder / "merge.digest"
+    if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
+    for draft in folder.glob("*.part"):
+        draft.unlink()
+    sizes = {file: sum(entry.size for entry in entries) for file, entries in shards.items()}
+    missing = {file: size for file, size in sizes.items() if not (folder / file).is_file()}
+    if (free := shutil.disk_usage(folder).free) < (need := sum(missing.values()) + 2**20):
+        raise UserError(f"the merged weights need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
+        bar.update(sum(sizes.values()) - sum(missing.values()))
+        for file, entries in shards.items():
+            if file in missing:
+                write_shard(folder / file, entries, merge.tensor, bar.update)
+    write_index(folder, shards)
+
+
+def merge_by_peft(folder: Path, base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, **more: Any) -> None:
+    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model.
+
+    `more`: trust_remote_code, dtype, max_shard_size.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from helpers.embeddings import fit_embeddings
+
+    trust, size, dtype = more["trust_remote_code"], more["max_shard_size"], more["dtype"]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust)
+    fit_embeddings(model, tokenizer)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    shutil.rmtree(folder, ignore_errors=True)
+    (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=size)
+
+
+def _refuse_unknown(peft_config: Any, base: Path, config: Any) -> None:
+    kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+    if kind != "LORA":
+        raise Unknown(f"an adapter of kind {kind}")
+    for name, usual in {"bias": "none", "lora_bias": False}.items():
+        if getattr(peft_config, name, usual) != usual:
+            raise Unknown(f"an adapter with {name}={getattr(peft_config, name)!r}")
+    for name in ("target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens"):
+        if getattr(peft_config, name, None):
+            raise Unknown(f"an adapter with {name}")
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            "the adapter's base is quantized itself, and merging into it would round the adapter away: name the "
+            "weights that it was made from with --base_model_id"
+        )
+    if not any(base.glob("*.safetensors")):
+        raise Unknown("a base that is not in safetensors")
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
