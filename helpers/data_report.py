@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
 
+PROMPTS = 32  # that are kept with a run
 QUANTILES = {"5 %": 0.05, "half": 0.5, "95 %": 0.95, "99 %": 0.99, "longest": 1.0}
 
 
@@ -42,12 +44,14 @@ class DataReport:
     held_out: Answers
     max_length: int
     findings: list[Finding]
+    prompts: list[Any] = dataclasses.field(default_factory=list)  # the first held-out ones, for what comes later
 
     @classmethod
     def of(cls, train: Dataset, held_out: Dataset, account: Account, max_length: int = 0) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` gave, at the `max_length` they were given."""
         answers = read_answers(train), read_answers(held_out)
-        return cls(account, *answers, max_length, find_all(*answers, account, max_length))
+        prompts = held_out[:PROMPTS]["prompt"] if "prompt" in held_out.column_names else []
+        return cls(account, *answers, max_length, find_all(*answers, account, max_length), list(prompts))
 
     @property
     def lengths(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -89,8 +93,10 @@ class DataReport:
         return draw_report(self)
 
     def save(self, folder: Path) -> None:
-        """data_report.png and data_report.json in `folder`."""
+        """data_report.png and data_report.json in `folder`, and the held-out prompts that a merge is tried on."""
         if is_main_process():
+            lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self.prompts]
+            (folder / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             self.figure.savefig(folder / "data_report.png", dpi=120)
             write_json(folder / "data_report.json", self.as_dict())
 

@@ -43,7 +43,7 @@ class Merge:
         from peft import PeftConfig, PeftModel, set_peft_model_state_dict
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        peft_config = PeftConfig.from_pretrained(adapter)
+        peft_config = PeftConfig.from_pretrained(str(adapter))
         self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         text = self.config.get_text_config()
         _refuse_unknown(peft_config, base, self.config)
@@ -105,7 +105,7 @@ class Merge:
         return other
 
     def _has_a_row_a_token(self, name: str) -> bool:
-        model = self.model.get_base_model()
+        model: Any = self.model.get_base_model()
         layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
         names = {n for n, module in model.named_modules() if any(module is layer for layer in layers)}
         return self.vocabulary > self.rows and _owner(name) in names
@@ -127,6 +127,10 @@ class Merge:
             self._last = owner, self.layer(owner, merged=True).state_dict()
         return self._last[1][name.removeprefix(f"{owner}.")]
 
+    def linear_layers(self) -> list[str]:
+        """Names of adapted layers that multiply by a matrix."""
+        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
+
     def layer(self, owner: str, merged: bool = False) -> Any:
         """The adapted layer `owner` with its weights, in float32; or what PEFT merges it to."""
         layer = copy.deepcopy(self._wrapped[owner])
@@ -141,7 +145,8 @@ class Merge:
         if not merged:
             return layer
         if hasattr(layer, "unload_and_optionally_merge_module"):
-            return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            unload: Any = layer.unload_and_optionally_merge_module
+            return unload(merge=True, safe_merge=False, adapter_names=None)
         layer.merge(safe_merge=False, adapter_names=None)
         return layer.get_base_layer()
 
@@ -178,22 +183,28 @@ def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: in
     write_index(folder, shards)
 
 
-def merge_by_peft(folder: Path, base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, **more: Any) -> None:
-    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model.
-
-    `more`: trust_remote_code, dtype, max_shard_size.
-    """
+def merge_by_peft(
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | None,
+    largest: int,
+    trust_remote_code: bool = False,
+) -> None:
+    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from helpers.embeddings import fit_embeddings
 
-    trust, size, dtype = more["trust_remote_code"], more["max_shard_size"], more["dtype"]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", trust_remote_code=trust_remote_code
+    )
     fit_embeddings(model, tokenizer)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     shutil.rmtree(folder, ignore_errors=True)
-    (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=size)
+    (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
 
 
 def _refuse_unknown(peft_config: Any, base: Path, config: Any) -> None:

@@ -21,7 +21,7 @@ class QuantizedBase:
     """
 
     def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
         from transformers.quantizers.base import HfQuantizer
 
@@ -46,12 +46,13 @@ def round_trip(weight: torch.Tensor, config: Any) -> torch.Tensor:
 
     if config.load_in_8bit:
         rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
-        return functional.int8_vectorwise_dequant(rows, scales).to(weight.dtype)
+        whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales).to(weight.dtype)
+        return whole
     packed, state = functional.quantize_4bit(
         weight.contiguous(),
         compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type,
         quant_storage=config.bnb_4bit_quant_storage,
     )
-    found: torch.Tensor = functional.dequantize_4bit(packed, state)
-    return found.to(config.bnb_4bit_compute_dtype)
+    found: torch.Tensor = functional.dequantize_4bit(packed, state).to(config.bnb_4bit_compute_dtype)
+    return found

@@ -200,7 +200,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
 def find_run(output_dir: Path, which: str, step: str) -> Run:
     """A finished run of `step`: the newest for "latest", or the one in the folder `which`. Raises UserError."""
     if which == "latest":
-        runs = [Run(f.parent, read_run(f.parent)) for f in output_dir.glob("*/run.json")]
+        runs = [Run(f.parent, read_run(f.parent)) for f in output_dir.glob("[!.]*/run.json")]
         runs = [run for run in runs if run.finished and run.record["step"] == step]
         if runs:
             return max(runs, key=lambda run: str(run.record["finished"]))

@@ -123,7 +123,7 @@ def write_shard(file: Path, entries: list[Entry], tensor: Callable[[str], torch.
             if tuple(value.shape) != entry.shape:
                 raise ValueError(f"{entry.name} is {tuple(value.shape)}, not {entry.shape}")
             value = value.to(entry.dtype).contiguous()
-            out.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+            out.write(value.view(-1).view(torch.uint8).numpy().data)
             if told:
                 told(entry.size)
         out.flush()

@@ -23,8 +23,9 @@
 # python notebooks/03_merge_push.py --adapter FOLDER                      # an adapter from elsewhere
 # ```
 #
-# Merging adds each adapter's product to the weight it belongs to, $W + \frac{\alpha}{r}BA$. Everything happens on the
-# CPU, so it works next to a training and on a machine without a GPU.
+# Merging adds each adapter's product to the weight it belongs to, $W + \frac{\alpha}{r}BA$, in float32 and one weight
+# at a time: memory for one of them is enough, whatever the model's size, and no GPU is needed. Then the merged model is
+# compared with the policy as it was trained, and is not kept where the two differ.
 
 # %% [markdown]
 # ## Settings
@@ -38,16 +39,19 @@ from helpers.settings import RunSettings, load_settings
 
 @dataclass
 class Settings(RunSettings):
-    """Merge an adapter into its base and publish the result."""
+    """Merge an adapter into its base, prove the merge, and publish the result."""
 
     step: ClassVar[str] = "merge"
 
     run: str = "latest"  # finished run of 02_dpo.py: its folder, or latest
     adapter: str = ""  # an adapter's folder or Hub id, in place of a run
     base_model_id: str = ""  # the adapter's base, where it is not the one it names
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"  # auto: dequantized for what was trained in 4 bits
+    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the merged weights; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
     max_shard_size: str = "2GB"  # largest file of weights
     max_kl: float = 0.01  # nats; a merge that moves the answers further than this is not kept
+    compare_merges: bool = False  # for a quantized run: merge in the other ways too, and print how far each is
 
     push_to_hub: bool = False  # publish
     hub_repo_id: str = ""  # where to: name/model
@@ -70,8 +74,10 @@ from helpers.hub import files_to_push, push_folder
 from helpers.runs import find_run, start_run
 from helpers.settings import one_of
 from helpers.sources import find_adapter
+from helpers.weight_files import WeightFiles, parse_size
 
 one_of(settings, "run", "adapter")
+largest_file = parse_size(settings.max_shard_size)
 source = None if settings.adapter else find_run(settings.output_dir, settings.run, "dpo")
 to_push = Path(settings.adapter) if settings.adapter else source.folder
 if settings.push_to_hub and settings.what == "adapter" and not settings.dry_run:
@@ -82,65 +88,119 @@ merge_run = start_run(settings, base_model=source.base_model if source else poli
 print(f"adapter {policy_from.adapter}\nbase    {policy_from.base}")
 
 # %%
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import merge_proof
 from helpers.chat import apply_chat_format
 from helpers.embeddings import fit_embeddings
-from helpers.merging import compare_logits, comparison_table, last_logits
+from helpers.merged_folder import complete, draft_of, local_folder, move_in
+from helpers.merging import Merge, Unknown, merge_by_peft, merge_into
+from helpers.models import compute_4bit_alike
+from helpers.quantized_base import QuantizedBase
 
 tokenizer = AutoTokenizer.from_pretrained(policy_from.tokenizer, trust_remote_code=settings.trust_remote_code)
 apply_chat_format(tokenizer, "auto")
-base = AutoModelForCausalLM.from_pretrained(
-    policy_from.base,
-    revision=policy_from.revision or "main",
-    dtype="auto",
-    device_map="cpu",
-    trust_remote_code=settings.trust_remote_code,
-)
-fit_embeddings(base, tokenizer)  # rows for tokens that the chat format added
-policy = PeftModel.from_pretrained(base, policy_from.adapter, torch_device="cpu")
+base_folder = local_folder(policy_from.base, policy_from.revision)
+adapter_folder = local_folder(policy_from.adapter)
+trained = merge_proof.Trained.by(source, settings.merge_base)
+into = settings.merge_base
+if into == "auto":
+    into = "dequantized" if trained.quantization else "original"
+if into == "dequantized" and not trained.quantization:
+    raise UserError("--merge_base dequantized, but this run was trained on the original weights")
+print(f"merging into the {into} weights")
 
 # %% [markdown]
-# ## Merge and check
+# ## Merge
 #
-# The same conversations go through the adapter on its base and then through the merged weights. In float32 they agree
-# to about 1e-5; in bfloat16 the sum is rounded once more, and a KL of up to about 1e-3 is what one sees.
+# A QLoRA adapter was trained against weights that had been rounded to 4 bits, and has learned to correct for that.
+# **dequantized** adds it to those very weights: the merged model is the policy as it was trained, at full size.
+# **original** adds it to the published weights, which is another model, a little off in every layer: choose it when the
+# adapter is to go onto the published weights anyway, as where one base serves many adapters.
 
 # %%
-questions = ["What is the capital of France?", "Write a short poem about the sea.", "What is 12 + 30?"]
-questions += ["Explain to a child why the sky is blue.", "Translate 'good morning' into Spanish."]
-conversations = [[{"role": "user", "content": question}] for question in questions]
-
-# %%
+kwargs = dict(trust_remote_code=settings.trust_remote_code)
+stored = torch.float32 if trained.dtype == "auto" else trained.dtype
+out_dtype = None if settings.merge_dtype == "auto" else getattr(torch, settings.merge_dtype)
+changes = {"original": None, "dequantized": lambda model: QuantizedBase(model, trained.quantization, stored)}
+draft = draft_of(merge_run)
+merging = None
 if not merge_run.finished:
-    policy.eval()
-    with_adapter = last_logits(policy, tokenizer, conversations)
-    with policy.disable_adapter():
-        without = last_logits(policy, tokenizer, conversations)
-    merged = policy.merge_and_unload()
-    proof = compare_logits(with_adapter, last_logits(merged, tokenizer, conversations))
-    show(
-        comparison_table(
-            {"merged, against the adapter": proof, "base, against it": compare_logits(with_adapter, without)}
-        )
+    try:
+        merging = Merge(base_folder, adapter_folder, len(tokenizer), changes[into], **kwargs)
+        merge_into(draft, merging, {"merge_base": into}, largest_file, out_dtype)
+        complete(draft, merging, tokenizer, base_folder, out_dtype)
+    except Unknown as reason:
+        print(f"This is {reason}: PEFT merges it, in the memory of the whole model, into the original weights.")
+        into = "original"
+        merge_by_peft(draft, base_folder, adapter_folder, tokenizer, out_dtype, largest_file, **kwargs)
+        tokenizer.save_pretrained(draft)
+
+# %% [markdown]
+# ## Prove it
+#
+# Held-out prompts go through the policy as it was trained, 4 bits included, and through what was written. In float32 a
+# KL of 1e-8 is what one sees; in bfloat16 each weight is rounded once more, which gives up to about 1e-3. A model that
+# fits into no memory here is looked at layer by layer.
+
+# %%
+size = sum(WeightFiles(base_folder).entry(name).size for name in WeightFiles(base_folder)) if merging else 0
+device = merge_proof.device_for(size)
+conversations = merge_proof.held_out_prompts(source)
+
+
+def load_policy():
+    """The adapter on its base, as it was trained."""
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=trained.dtype, quantization_config=trained.quantization, device_map={"": device}, **kwargs
     )
+    compute_4bit_alike(base)
+    fit_embeddings(base, tokenizer)  # rows for tokens that the chat format added
+    return PeftModel.from_pretrained(base, adapter_folder).eval()
+
+
+# %%
+proof = merge_run.record.get("metrics", {})
+if not merge_run.finished and device:
+    policy = load_policy()
+    with_adapter = merge_proof.last_logits(policy, tokenizer, conversations)
+    with policy.disable_adapter():
+        without = merge_proof.last_logits(policy, tokenizer, conversations)
+    policy = None
+    merge_proof.make_room()
+    merged = AutoModelForCausalLM.from_pretrained(draft, dtype="auto", device_map={"": device}, **kwargs).eval()
+    proof = merge_proof.compare_logits(with_adapter, merge_proof.last_logits(merged, tokenizer, conversations))
+    merged = None
+    found = {f"merged into {into}": proof, "base alone": merge_proof.compare_logits(with_adapter, without)}
+    show(merge_proof.comparison_table(found))
+elif not merge_run.finished:
+    proof = merge_proof.compare_layers(merging, draft)
+    print(f"Too large to load here: {proof['layers']} layers differ by {proof['relative']:.1e} at most.")
 
 # %% [markdown]
 # The first row should be near zero and the second far from it: the adapter does something, and the merge kept it.
 
 # %%
 if not merge_run.finished:
-    if proof["kl"] > settings.max_kl:
-        raise UserError(
-            f"the merged model's KL is {proof['kl']:.2e}, above --max_kl {settings.max_kl}: nothing is kept"
-        )
-    merge_run.update()  # first: where this run replaces another, that one's weights go
-    merged.save_pretrained(merge_run.folder, max_shard_size=settings.max_shard_size)
-    tokenizer.save_pretrained(merge_run.folder)
-    merge_run.finish(metrics=proof)
+    merge_proof.refuse(proof, settings.max_kl, draft)
+    move_in(merge_run, draft, metrics=proof, merge_base=into)
 for file in files_to_push(merge_run.folder):
     print(f"{file.stat().st_size / 1e6:10,.2f} MB  {file.name}")
+
+# %% [markdown]
+# ## The other ways, if asked
+#
+# `--compare_merges` merges a quantized run in the other ways as well, and into 4 bits as PEFT does by itself, which
+# rounds the adapter away with the weights.
+
+# %%
+if settings.compare_merges and trained.quantization and device:
+    sources = base_folder, adapter_folder, len(tokenizer)
+    ways = {name: Merge(*sources, change, **kwargs) for name, change in changes.items()}
+    rows = merge_proof.compare_merges(load_policy, ways, tokenizer, conversations, draft)
+    show(merge_proof.comparison_table(rows))
 
 # %% [markdown]
 # ## Publish, if asked

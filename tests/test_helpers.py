@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from helpers import curves, generation, models, runs, sources
 from helpers.errors import SettingsError, Stop, UserError
 from helpers.judging import judge_by_rules
-from helpers.merging import compare_logits, last_logits
+from helpers.merge_proof import compare_logits, last_logits
 from helpers.settings import RunSettings, load_settings
 
 

@@ -181,8 +181,7 @@ def test_what_is_not_known_is_handed_to_peft(tmp_path: Path, tokenizer: PreTrain
     model = build()
     model.resize_token_embeddings(len(tokenizer))
     base, adapter = save(tmp_path / "other", model, LORA)
-    more = {"trust_remote_code": False, "max_shard_size": "1GB", "dtype": torch.bfloat16}
-    merge_by_peft(tmp_path / "out", base, adapter, tokenizer, **more)
+    merge_by_peft(tmp_path / "out", base, adapter, tokenizer, torch.bfloat16, 10**9)
     theirs, _ = peft_merge(base, adapter)
     assert all(torch.equal(weight, theirs[name].bfloat16()) for name, weight in tensors(tmp_path / "out").items())
 
