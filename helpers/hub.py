@@ -1,19 +1,26 @@
-"""Publishing a folder: private unless told otherwise, only files that are named, and said before and after."""
+"""Publishing a folder: private unless told otherwise, only files that are named, in one commit."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.credentials import hf_token
 from helpers.errors import UserError
-from helpers.hub_errors import reason
+from helpers.hub_errors import patiently, reason
+from helpers.model_card import base_of, lineage, write_card
 from helpers.paths import find_path
+from helpers.runs import read_run
+from helpers.secret_scan import RECORDS, find_paths, find_secrets
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # What a model is made of. Checkpoints, optimizer states, logs, run.json and .env never travel; nor does TRL's
-# README.md, which names folders of this machine.
+# README.md, which names folders of this machine: the card is written from the run.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
-             "*.model", "*.py", "chat_template.jinja")  # fmt: skip
+             "*.model", "*.py", "chat_template.jinja", "curves.png")  # fmt: skip
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -21,34 +28,99 @@ def files_to_push(folder: Path) -> list[Path]:
     return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
 
 
-def push_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a model's files in one commit; the address of the repository. Raises UserError.
+def prepare_push(folder: Path, repo_id: str, licence: str = "") -> tuple[list[Path], str]:
+    """What a push would send, printed with its size: files, and the card's text. Nothing is sent.
 
-    Without a `repo_id` it is the folder's name, under the token's account. A repository that exists keeps its
-    visibility; one that is public is refused when `private` was meant. So is an adapter whose base is a folder here.
+    Raises UserError where there is no whole model, where its base is a folder of this machine, or where a token or a
+    path of this machine stands in what would be sent.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    repo_id = repo_id or folder.name
-    adapter = folder / "adapter_config.json"
+    adapter, files = folder / "adapter_config.json", files_to_push(folder)
     if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
         raise UserError(
             f"the base of {folder.name} is a folder here, which nobody else has: push it merged (--what merged)"
         )
-    names = [file.name for file in files_to_push(folder)]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"{folder.name} has no weights to push")
+    card = write_card(folder, repo_id or folder.name, licence)
+    records = [file for pattern in RECORDS for file in folder.glob(pattern)]
+    if found := find_secrets([*files, *records], card):
+        raise UserError(f"nothing was sent: {'; '.join(found)}. Take it out, and make a new one: it has been written")
+    if found := find_paths(files, card):
+        raise UserError(f"nothing was sent: {', '.join(found)} names a folder of this machine")
+    for file in files:
+        print(f"{file.stat().st_size / 1e6:10,.2f} MB  {file.name}")
+    print(f"{len(card.encode()) / 1e6:10,.2f} MB  README.md")
+    return files, card
+
+
+def push_folder(folder: Path, repo_id: str, private: bool, licence: str = "", revision: str = "", tag: str = "") -> str:
+    """Upload a model's files and its card in one commit; the address of the repository. Raises UserError.
+
+    Without a `repo_id` it is the folder's name, under the token's account. A repository that exists keeps its
+    visibility; one that is public is refused when `private` was meant. `revision` is a branch, made where it is not
+    there; `tag` names the commit. Files that are there already are not sent again.
+    """
+    from httpx2 import TransportError
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo_id = repo_id or folder.name
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))
+    files, card = prepare_push(folder, repo_id, licence or licence_of(api, base_of(folder, lineage(folder))))
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
             raise UserError(f"{repo_id} exists and is public: push with --no_private, or name another --hub_repo_id")
-        print(f"Pushing {len(names)} files to {repo_id} ({'private' if is_private else 'public'}).")
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=f"Upload {folder.name}"
-        )
+        print(f"Pushing {len(files) + 1} files to {repo_id} ({'private' if is_private else 'public'}).")
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        adds = [CommitOperationAdd(file.name, file) for file in files]
+        adds.append(CommitOperationAdd("README.md", card.encode()))
+        message = f"Upload {folder.name}"
+        done = patiently(lambda: api.create_commit(repo_id, adds, commit_message=message, revision=revision or None))
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=done.oid)
         is_private = bool(api.model_info(repo_id).private)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"pushing to {repo_id} failed: {reason(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
+    if is_private and not private:
+        print("It was private before, and stays so: its page on the Hub can change that.")
     return f"{api.endpoint}/{repo_id}"
+
+
+def licence_of(api: HfApi, base: str) -> str:
+    """What the base's card on the Hub says; "" where that is nothing, or there is none."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        data = api.model_info(base).card_data if base else None
+    except (HfHubHTTPError, TransportError, OSError):
+        return ""
+    return str(data.get("license") or "") if data else ""
+
+
+def preview_push(folder: Path, output_dir: Path, what: str, repo_id: str, licence: str = "") -> None:
+    """What --push_to_hub would send of the run in `folder`, and its card; nothing is sent.
+
+    Of a run that has not been merged there is only the adapter to show yet.
+    """
+    found = [folder] if what != "merged" else []
+    merges = [f.parent for f in output_dir.glob("[!.]*/run.json") if is_merge_of(f.parent, folder)]
+    if what != "adapter" and merges:
+        found.append(max(merges, key=lambda place: (place / "run.json").stat().st_mtime))
+    elif what != "adapter":
+        print(f"{folder.name} is not merged yet: without --dry_run, or without --push_to_hub first, it will be.")
+    for place in found:
+        print(f"Would go to {repo_id or place.name}, from {place.name}:")
+        _, card = prepare_push(place, repo_id, licence)
+        print(f"\n{card}")
+
+
+def is_merge_of(place: Path, folder: Path) -> bool:
+    """Whether the run in `place` is a finished merge of the run in `folder`."""
+    record = read_run(place)
+    parent = record.get("parent_folder") or ""
+    return record.get("step") == "merge" and record.get("status") == "finished" and Path(parent) == folder

@@ -56,6 +56,9 @@ def move_in(run: Run, draft: Path, **fields: Any) -> None:
     """
     folder, run.folder, run.replaces = run.folder, draft, False
     (draft / "merge.digest").unlink(missing_ok=True)
+    curves = Path(run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the card
+    if curves.is_file():
+        shutil.copyfile(curves, draft / "curves.png")
     run.finish(**fields)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

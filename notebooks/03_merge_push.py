@@ -55,8 +55,11 @@ class Settings(RunSettings):
 
     push_to_hub: bool = False  # publish
     hub_repo_id: str = ""  # where to: name/model
-    what: Literal["merged", "adapter"] = "merged"  # what is published
+    hub_revision: str = ""  # branch to push to; main where none is named
+    hub_tag: str = ""  # name for what was pushed
+    what: Literal["merged", "adapter", "both"] = "merged"  # published; the adapter of both goes to name/model-adapter
     private: bool = True  # visible to its owner only; --no_private for everybody
+    license: str = ""  # of what is published, as "apache-2.0"; the base's where none is given
 
 
 # %%
@@ -70,7 +73,8 @@ from pathlib import Path
 
 from helpers.display import show
 from helpers.errors import Stop, UserError
-from helpers.hub import files_to_push, push_folder
+from helpers.hub import files_to_push, preview_push, push_folder
+from helpers.paths import short_path
 from helpers.runs import find_run, start_run
 from helpers.settings import one_of
 from helpers.sources import find_adapter
@@ -80,8 +84,11 @@ one_of(settings, "run", "adapter")
 largest_file = parse_size(settings.max_shard_size)
 source = None if settings.adapter else find_run(settings.output_dir, settings.run, "dpo")
 to_push = Path(settings.adapter) if settings.adapter else source.folder
-if settings.push_to_hub and settings.what == "adapter" and not settings.dry_run:
-    push_folder(to_push, settings.hub_repo_id, settings.private)  # as it is: an adapter, or a model tuned in full
+publishing = dict(licence=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
+if settings.push_to_hub and settings.dry_run:
+    preview_push(to_push, settings.output_dir, settings.what, settings.hub_repo_id, settings.license)
+elif settings.push_to_hub and settings.what == "adapter":
+    push_folder(to_push, settings.hub_repo_id, settings.private, **publishing)  # an adapter, or a model tuned in full
     raise Stop("Nothing was merged for that.")
 policy_from = find_adapter(str(to_push), settings.base_model_id)
 merge_run = start_run(settings, base_model=source.base_model if source else policy_from.base, parent=source)
@@ -205,18 +212,35 @@ if settings.compare_merges and trained.quantization and device:
 # %% [markdown]
 # ## Publish, if asked
 #
-# `--push_to_hub --hub_repo_id name/model` sends the files above and nothing else, also after a merge that had finished
-# before. The repository is private unless `--no_private` is given. The token is read from `HF_TOKEN`, from `.env`, or
-# from `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the files above, a model card written from the run, and nothing else,
+# also after a merge that had finished before. The repository is private unless `--no_private` is given, whatever the
+# account's default. Where a token stands in a file, nothing is sent. `--dry_run` prints the files and the card. The
+# token is read from `HF_TOKEN`, from `.env`, or from `hf auth login`.
 
 # %%
 if settings.push_to_hub:
-    push_folder(merge_run.folder, settings.hub_repo_id, settings.private)
+    push_folder(merge_run.folder, settings.hub_repo_id, settings.private, **publishing)
+if settings.push_to_hub and settings.what == "both":
+    beside = f"{settings.hub_repo_id or merge_run.name}-adapter"
+    push_folder(to_push, beside, settings.private, **publishing)
+
+# %% [markdown]
+# ## Other ways out
+#
+# The folder is a model like any other. Nothing of this repository is needed to use it.
+
+# %%
+place = short_path(merge_run.folder)
+print(f"""transformers   AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
+PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(to_push)}")   # base and adapter, not merged
+served         vllm serve {place}
+               transformers serve {place}
+GGUF           python llama.cpp/convert_hf_to_gguf.py {place} --outfile {place}/model.gguf --outtype bf16
+evaluated      lm_eval --model hf --model_args pretrained={place},dtype=auto --tasks ifeval --apply_chat_template""")
 
 # %% [markdown]
 # ## Next
 #
-# The folder loads with `AutoModelForCausalLM.from_pretrained` and is served by `vllm serve` or `transformers serve`.
 # The next notebook shows how its answers changed.
 
 # %%

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.fail: dict[str, tuple[int, dict[str, str]]] = {}  # part of a path → status and headers to answer with
+        # part of a path → status and headers to answer with, and a message; 0 breaks the connection
+        self.fail: dict[str, tuple[int, dict[str, str]] | tuple[int, dict[str, str], str]] = {}
+        self.times: dict[str, int] = {}  # how often a part fails, where that is not always
 
     @property
     def url(self) -> str:
@@ -60,9 +63,15 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        for part, (status, headers) in self.server.fail.items():
-            if part in path:
-                return self.answer({"error": f"failing with {status}"}, status, **headers)
+        for part, (status, headers, *message) in self.server.fail.items():
+            left = self.server.times.get(part, 1)
+            if part in path and left:
+                if part in self.server.times:
+                    self.server.times[part] = left - 1
+                if status == 0:
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                said = message[0] if message else f"failing with {status}"
+                return self.answer({"error": said}, status, **headers)
         if self.command in ("POST", "PUT") and "/storage/" not in path and not self.may_write():
             return self.answer({"error": "a token that may write is needed"}, 401)
         for pattern, method in ROUTES:
@@ -96,9 +105,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
         if repo := self.repo(kind, repo_id):
             siblings = [{"rfilename": name} for name in repo["files"]]
-            self.answer(
-                {"id": repo_id, "sha": repo["sha"], "private": repo["private"], "siblings": siblings, "tags": []}
-            )
+            answer = {"id": repo_id, "sha": repo["sha"], "private": repo["private"], "siblings": siblings, "tags": []}
+            self.answer(answer | {"cardData": repo.get("card", {})})
 
     def tree(self, kind: str, repo_id: str, revision: str, folder: str | None = None) -> None:
         if (repo := self.repo(kind, repo_id)) is None:
@@ -159,12 +167,23 @@ class Handler(BaseHTTPRequestHandler):
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
+            files = repo["files"] if revision == "main" else repo["branches"][revision]
             if entry["key"] == "file":
-                repo["files"][value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
-                repo["files"][value["path"]] = self.server.objects[value["oid"]]
+                files[value["path"]] = self.server.objects[value["oid"]]
         repo["sha"] = hashlib.sha1(self.body).hexdigest()
         self.answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/{repo['sha']}", "commitOid": repo["sha"]})
+
+    def branch(self, kind: str, repo_id: str, name: str) -> None:
+        if repo := self.repo(kind, repo_id):
+            repo.setdefault("branches", {}).setdefault(name, dict(repo["files"]))
+            self.answer({})
+
+    def tag(self, kind: str, repo_id: str, revision: str) -> None:
+        if repo := self.repo(kind, repo_id):
+            repo.setdefault("tags", {})[json.loads(self.body)["tag"]] = revision
+            self.answer({})
 
     def whoami(self) -> None:
         if not self.may_write():
@@ -191,6 +210,8 @@ ROUTES = [
     (rf"GET /api/{REPO}/tree/([^/]+)/(.+)", Handler.tree),
     (rf"POST /api/{REPO}/preupload/([^/]+)", Handler.preupload),
     (rf"POST /api/{REPO}/commit/([^/]+)", Handler.commit),
+    (rf"POST /api/{REPO}/branch/([^/]+)", Handler.branch),
+    (rf"POST /api/{REPO}/tag/([^/]+)", Handler.tag),
     (r"POST /(?:(datasets)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /storage/(\w+)", Handler.store),
     (r"GET /(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", Handler.resolve),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from helpers.errors import UserError
 from tests import hub as local
@@ -22,12 +24,13 @@ def hub() -> Iterator[local.Hub]:
 @pytest.fixture
 def online(hub: local.Hub, monkeypatch: pytest.MonkeyPatch) -> local.Hub:
     """The client of this process speaks to the tests' Hub, with a token."""
-    import huggingface_hub.constants as constants
+    from huggingface_hub import constants, hf_api
 
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setenv("HF_TOKEN", local.TOKEN)
     return hub
 
@@ -43,7 +46,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_push_is_private_and_sends_the_model_s_files_alone(
+def test_a_push_is_private_and_sends_the_model_s_files_and_a_card_alone(
     online: local.Hub, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from helpers.hub import push_folder
@@ -51,6 +54,8 @@ def test_a_push_is_private_and_sends_the_model_s_files_alone(
     push_folder(model, "me/name", private=True)
     repo = online.repos["models/me/name"]
     assert repo["private"] is True
+    card = repo["files"].pop("README.md").decode()
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert {n: c.decode() for n, c in repo["files"].items()} == {
         name: f"{{}} {name}"
         for name in (
@@ -62,9 +67,10 @@ def test_a_push_is_private_and_sends_the_model_s_files_alone(
         )
     }
     said = capsys.readouterr().out
-    assert "Pushing 5 files to me/name (private)." in said
+    assert "Pushing 6 files to me/name (private)." in said
     assert "me/name is private." in said
     assert local.TOKEN not in said
+    assert sum("/commit/" in request for request in online.requests) == 1
 
 
 def test_an_adapter_on_a_base_that_nobody_else_has_is_not_pushed(online: local.Hub, model: Path) -> None:
@@ -134,6 +140,11 @@ def test_push_to_hub_false_never_pushes_and_merge_adaptors_pushes_the_merged_mod
     done = project.run("02_dpo.py", *flags, "--resume", "never", "--merge_adaptors", "--push_to_hub", **online)
     again = project.run("02_dpo.py", *flags, "--merge_adaptors", "--push_to_hub", "--hub_repo_id", "me/again", **online)
     assert "was finished before; it was not trained again" in again.stderr
+    cards = [hub.repos[f"models/me/{name}"]["files"]["README.md"].decode() for name in ("again", "pushed")]
+    assert cards[0] == cards[1].replace("me/pushed", "me/again").replace("# pushed", "# again").replace(
+        "name: pushed", "name: again"
+    )
+    hub.repos["models/me/again"]["files"]["README.md"] = cards[1].encode()
     assert hub.repos["models/me/again"]["files"] == hub.repos["models/me/pushed"]["files"]
     repo = hub.repos["models/me/pushed"]
     assert repo["private"] is True
@@ -152,6 +163,8 @@ def test_push_to_hub_false_never_pushes_and_merge_adaptors_pushes_the_merged_mod
 def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
     hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:
+    from huggingface_hub import ModelCard
+
     model = {file.name: file.read_bytes() for file in (demo_folder / "tiny-mistral").iterdir()}
     hub.add("models", "org/tiny", model)
     hub.add("datasets", "org/pairs", {"train.jsonl": (demo_folder / "preferences" / "train.jsonl").read_bytes()})
@@ -167,3 +180,197 @@ def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
     project.run("02_dpo.py", *flags, "--run_name", "offline", **online, HF_HUB_OFFLINE="1")
     assert project.record("offline")["metrics"]["eval_loss"] == record["metrics"]["eval_loss"]
     assert len(hub.requests) == asked
+
+    flags = ["--run", "outputs/from_hub", "--run_name", "from_hub_merged", "--push_to_hub", "--hub_repo_id", "me/whole"]
+    done = project.run("03_merge_push.py", *flags, "--license", "apache-2.0", **online, HF_TOKEN=local.TOKEN)
+    files = hub.repos["models/me/whole"]["files"]
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("org/tiny", "merge", "apache-2.0")
+    assert data.datasets == ["org/pairs"]
+    assert {result.metric_type for result in data.eval_results} == {"accuracy", "margin", "loss"}
+    assert b"Against the policy as it was trained" in files["README.md"]
+    assert files["curves.png"][1:4] == b"PNG"
+    assert "me/whole (private)" in done.stdout
+    for name, content in files.items():
+        assert str(project.root).encode() not in content, name
+        assert local.TOKEN.encode() not in content, name
+    sent = len(hub.writes())
+    listed = project.run("03_merge_push.py", *flags, "--dry_run", "--what", "both", **online, HF_TOKEN=local.TOKEN)
+    assert "MB  model.safetensors" in listed.stdout
+    assert "MB  adapter_model.safetensors" in listed.stdout
+    assert "base_model: org/tiny" in listed.stdout
+    assert len(hub.writes()) == sent
+
+
+PROMPT = [{"role": "user", "content": "What is 2 plus 3?"}]
+
+
+def answer(model: Any, tokenizer: Any) -> list[int]:
+    inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    found: list[int] = model.eval().generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+    return found
+
+
+@pytest.fixture
+def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path]:
+    """A base that is on the Hub, an adapter of it, and the two merged, in two files of weights."""
+    from peft import LoraConfig, get_peft_model
+
+    from helpers.merging import Merge, merge_into
+    from tests.test_helpers import tiny_mistral
+
+    torch.manual_seed(0)
+    base = tiny_mistral(len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    online.add("models", "org/base", {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir()})
+    online.repos["models/org/base"]["card"] = {"license": "apache-2.0"}
+    policy = get_peft_model(
+        base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    policy.peft_config["default"].base_model_name_or_path = "org/base"
+    policy.save_pretrained(str(tmp_path / "adapter"))
+    merge = Merge(tmp_path / "base", tmp_path / "adapter")
+    merge_into(tmp_path / "merged", merge, {}, 150_000, None)
+    merge.config.save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return {name: tmp_path / name for name in ("base", "adapter", "merged")}
+
+
+def test_what_arrives_is_what_was_listed_and_answers_alike_from_an_empty_cache(
+    online: local.Hub, trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from helpers.hub import prepare_push, push_folder
+
+    for name in ("adapter", "merged"):
+        # the adapter names its base, whose licence is taken over
+        files, card = prepare_push(trained[name], f"me/{name}", "apache-2.0" if name == "adapter" else "")
+        push_folder(trained[name], f"me/{name}", private=True)
+        repo = online.repos[f"models/me/{name}"]
+        assert repo["private"] is True
+        assert repo["files"] == {f.name: f.read_bytes() for f in files} | {"README.md": card.encode()}
+    assert len(list(trained["merged"].glob("*.safetensors"))) > 1
+    cache = {"cache_dir": tmp_path / "cache", "token": local.TOKEN}
+    there = AutoModelForCausalLM.from_pretrained("me/merged", **cache)
+    tokenizer = AutoTokenizer.from_pretrained("me/merged", **cache)
+    here = AutoModelForCausalLM.from_pretrained(trained["merged"])
+    assert answer(there, tokenizer) == answer(here, AutoTokenizer.from_pretrained(trained["merged"]))
+    base = AutoModelForCausalLM.from_pretrained("org/base", **cache)
+    assert answer(PeftModel.from_pretrained(base, "me/adapter", **cache), tokenizer) == answer(here, tokenizer)
+    card = online.repos["models/me/adapter"]["files"]["README.md"].decode()
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("org/base", "adapter", "peft")
+
+
+@pytest.mark.parametrize(
+    ("part", "fails", "said"),
+    [
+        ("/storage/", (0, {}), ""),
+        ("/commit/", (429, {"Retry-After": "0"}), ""),
+        ("/commit/", (0, {}), ""),
+        ("/create", (401, {}), "the Hub does not accept your token (401)"),
+        ("/commit/", (403, {}), "your token may not do that (403)"),
+        ("objects/batch", (403, {}, "Private repository storage limit reached"), "storage limit reached"),
+    ],
+    ids=["broken connection", "429", "broken commit", "401", "403", "quota"],
+)
+def test_a_push_survives_or_says_why_in_one_line_and_the_next_sends_what_is_missing(
+    part: str, fails: Any, said: str, online: local.Hub, trained: dict[str, Path]
+) -> None:
+    from helpers.hub import push_folder
+
+    online.fail[part] = fails
+    if not said:
+        online.times[part] = 1  # once, and then well
+        push_folder(trained["merged"], "me/name", private=True)
+    else:
+        with pytest.raises(UserError) as raised:
+            push_folder(trained["merged"], "me/name", private=True)
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
+        online.fail.clear()
+        sent = set(online.objects)
+        online.requests.clear()
+        push_folder(trained["merged"], "me/name", private=True)
+        again = [r for r in online.requests if r.startswith("PUT")]
+        assert len(again) == len(list(trained["merged"].glob("*.safetensors"))) - len(sent)
+    files = online.repos["models/me/name"]["files"]
+    assert all(files[f.name] == f.read_bytes() for f in trained["merged"].glob("*.safetensors"))
+
+
+def test_a_branch_and_a_tag(online: local.Hub, trained: dict[str, Path]) -> None:
+    from helpers.hub import push_folder
+
+    push_folder(trained["adapter"], "me/name", private=True, revision="beta", tag="v1")
+    repo = online.repos["models/me/name"]
+    assert "adapter_model.safetensors" in repo["branches"]["beta"]
+    assert "adapter_model.safetensors" not in repo["files"]
+    assert repo["tags"] == {"v1": repo["sha"]}
+
+
+@pytest.mark.parametrize("where", ["run.json", "train.log", "tokenizer_config.json"])
+@pytest.mark.parametrize("token", [local.TOKEN, "hf_" + "a1B2" * 9])
+def test_a_token_in_what_is_sent_or_beside_it_stops_the_push(
+    where: str, token: str, online: local.Hub, trained: dict[str, Path]
+) -> None:
+    from helpers.hub import push_folder
+
+    file = trained["merged"] / where
+    file.write_text((file.read_text() if file.exists() else "{}") + f"\n# {token}")
+    with pytest.raises(UserError, match=f"nothing was sent: .* in {where}") as raised:
+        push_folder(trained["merged"], "me/name", private=True)
+    assert token not in str(raised.value)
+    assert online.writes() == []
+
+
+def test_a_folder_of_this_machine_in_what_is_sent_stops_the_push(online: local.Hub, trained: dict[str, Path]) -> None:
+    from helpers.hub import push_folder
+    from helpers.paths import REPO
+
+    config = trained["merged"] / "config.json"
+    config.write_text(config.read_text().replace("{", f'{{"_name": "{REPO}/outputs",', 1))
+    with pytest.raises(UserError, match=r"nothing was sent: config.json names a folder of this machine"):
+        push_folder(trained["merged"], "me/name", private=True)
+    assert online.writes() == []
+
+
+def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_path: Path) -> None:
+    import json
+
+    from huggingface_hub import ModelCard
+
+    from helpers.model_card import write_card
+
+    common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
+    data = {"read": 10, "kept": 8, "dropped": 2, "train": 6, "eval": 2}
+    settings = {"dataset_id": ["org/talks"], "dataset_revision": "abc", "revision": "v2", "learning_rate": 1e-5}
+    dpo = {"dpo_beta": 0.2, "loss_type": ["ipo"], "dataset_id": ["org/pairs", "mine.jsonl"], "max_steps": 7}
+    runs: dict[str, dict[str, Any]] = {
+        "sft": {"settings": settings, "data": data, "sources": {}},
+        "dpo": {"settings": dpo, "sources": {"max_steps": "flag"}, "data": data, "metrics": {"eval_loss": 0.5}},
+        "merge": {"settings": {}, "metrics": {"kl": 1e-6, "top1": 1.0, "max_abs": 0.1, "mean_abs": 0.01}},
+    }
+    parent = None
+    for step, record in runs.items():
+        (tmp_path / step).mkdir()
+        record |= common | {"step": step, "parent_folder": parent}
+        (tmp_path / step / "run.json").write_text(json.dumps(record))
+        parent = str(tmp_path / step)
+    (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
+    text = write_card(tmp_path / "merge", "me/x", "mit")
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/base", "merge", "mit")
+    assert card.data.datasets == ["org/pairs", "org/talks"]
+    assert "[org/base](https://huggingface.co/org/base) at revision `v2`: instruction-tuned, then aligned" in text
+    assert "with β = 0.2 and the ipo loss." in text
+    assert "Data: org/pairs, mine.jsonl; 10 rows were read, 8 kept and 2 dropped; 6 were trained on" in text
+    assert "Data: org/talks at revision `abc`" in text
+    assert "| max_steps | 7 |" in text
+    assert "KL 1.00e-06 nats" in text
+    assert str(tmp_path) not in text
+    assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
+    assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"
