@@ -204,8 +204,8 @@ for file in files_to_push(merge_run.folder):
 
 # %%
 if settings.compare_merges and trained.quantization and device:
-    sources = base_folder, adapter_folder, len(tokenizer)
-    ways = {name: Merge(*sources, change, **kwargs) for name, change in changes.items()}
+    parts = base_folder, adapter_folder, len(tokenizer)
+    ways = {name: Merge(*parts, change, **kwargs) for name, change in changes.items()}
     rows = merge_proof.compare_merges(load_policy, ways, tokenizer, conversations, draft)
     show(merge_proof.comparison_table(rows))
 

@@ -1,0 +1,72 @@
+"""A merge that is killed at any moment is whole after the next start, and never taken for whole before."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.errors import UserError
+from helpers.runs import find_run
+from helpers.sources import find_candidates
+from helpers.weight_files import WeightFiles
+from tests.conftest import Project
+
+pytestmark = pytest.mark.long
+
+# Runs 03 in a process that kills itself at a call of something: the n-th tensor, or a step towards the final name.
+KILLED = """
+import os, pathlib, runpy, shutil, signal, sys
+from helpers import merged_folder, merging, merge_proof, runs
+where, calls = {where!r}, 0
+def die(*words, **more):
+    global calls
+    calls += 1
+    if calls > {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(*words, **more)
+owner = {owner}
+before = getattr(owner, where)
+setattr(owner, where, die)
+sys.argv = ["03_merge_push.py", *{flags!r}]
+runpy.run_path("notebooks/03_merge_push.py", run_name="__main__")
+"""
+MOMENTS = [
+    *(("merging.Merge", "tensor", after) for after in (0, 3, 8, 14, 20)),
+    ("merging", "write_index", 0),
+    ("merge_proof", "last_logits", 1),
+    ("runs.Run", "finish", 0),
+    ("pathlib.Path", "rename", 0),
+    ("merge_proof", "compare_logits", 1),
+]
+
+
+def test_killed_at_ten_moments(project: Project, dpo_run: str) -> None:
+    outputs = project.root / "outputs"
+    flags = ["--run", f"outputs/{dpo_run}", "--max_shard_size", "500KB"]
+    project.run("03_merge_push.py", *flags, "--run_name", "undisturbed")
+    flags += ["--run_name", "killed"]
+    for owner, where, after in MOMENTS:
+        code = KILLED.format(where=where, after=after, owner=owner, flags=flags)
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (where, done.stdout[-500:], done.stderr[-1000:])
+        assert not (outputs / "killed").exists(), where
+        with pytest.raises(UserError, match="is not the folder of a run"):
+            find_run(outputs, str(outputs / "killed"), "merge")
+        assert find_run(outputs, "latest", "merge").name == "undisturbed"
+        # 04 takes it for a name on the Hub, and the draft for nothing
+        assert find_candidates((str(outputs / "killed"),), outputs)[0].base == str(outputs / "killed")
+    done = project.run("03_merge_push.py", *flags)
+    assert "is finished" in project.run("03_merge_push.py", *flags).stderr
+    assert not list(outputs.glob(".killed*"))
+    one, two = (WeightFiles(outputs / name) for name in ("undisturbed", "killed"))
+    assert list(one) == list(two)
+    assert len(one.files) > 5
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    names = [sorted(file.name for file in Path(outputs / name).iterdir()) for name in ("undisturbed", "killed")]
+    assert names[0] == names[1]

@@ -1,0 +1,42 @@
+"""The whole of the demo's alignment with prompts shared and without: the same curves, and the same answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import Project
+
+pytestmark = pytest.mark.long
+TIMES = ("runtime", "per_second", "seconds")
+
+
+def test_the_demo_is_the_same_with_prompts_shared_and_without(project: Project) -> None:
+    demo = ["--recipe", "recipes/demo.yaml"]
+    project.run("01_sft.py", *demo, "--run_name", "walk-sft")
+    histories, answers, verdicts = {}, {}, {}
+    for mode in ("on", "off"):
+        flags = ["--sft_run", "walk-sft", "--shared_prefix", mode, "--run_name", f"walk-{mode}"]
+        said = project.run("02_dpo.py", *demo, *flags).stdout
+        assert ("shared prefix: on" in said) == (mode == "on")
+        lines = (project.root / "outputs" / f"walk-{mode}" / "metrics.jsonl").read_text().splitlines()
+        histories[mode] = [json.loads(line) for line in lines]
+        project.run("04_vibes.py", *demo, "--models", f"outputs/walk-{mode}", "--run_name", f"vibes-{mode}")
+        vibes = project.root / "outputs" / f"vibes-{mode}"
+        verdicts[mode] = project.record(f"vibes-{mode}")["metrics"]
+        rows = [json.loads(line) for line in (vibes / "answers.jsonl").read_text().splitlines()]
+        answers[mode] = [row["answers"][f"walk-{mode}"] for row in rows]
+    assert len(histories["on"]) == len(histories["off"]) > 30
+    compared = 0
+    for on, off in zip(histories["on"], histories["off"], strict=True):
+        assert set(on) == set(off)
+        for name, value in off.items():
+            if isinstance(value, float | int) and not any(word in name for word in TIMES):
+                assert on[name] == pytest.approx(value, abs=1e-3, rel=1e-3), (name, off.get("step"))
+                compared += 1
+    assert compared > 300
+    for name in ("win", "tie", "loss", "win_rate"):
+        assert verdicts["on"][name] == verdicts["off"][name]
+    same = sum(a == b for a, b in zip(answers["on"], answers["off"], strict=True))
+    assert same > 0.99 * len(answers["on"]) > 400
