@@ -36,7 +36,7 @@ sys.argv = ["03_merge_push.py", *{flags!r}]
 runpy.run_path("notebooks/03_merge_push.py", run_name="__main__")
 """
 MOMENTS = [
-    *(("merging.Merge", "tensor", after) for after in (0, 3, 8, 14, 20)),
+    *(("merging.Merge", "tensor", after) for after in (0, 1, 3, 2, 4)),
     ("merging", "write_index", 0),
     ("merge_proof", "last_logits", 1),
     ("runs.Run", "finish", 0),
