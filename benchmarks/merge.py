@@ -50,7 +50,8 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from helpers.merging import Merge, merge_into
+    from helpers.merged_folder import merge_into
+    from helpers.merging import Merge
 
     peak, done = 0.0, threading.Event()
 

@@ -183,7 +183,7 @@ def compare_merges(
     """
     from transformers import AutoModelForCausalLM
 
-    from helpers.merging import merge_into
+    from helpers.merged_folder import merge_into
 
     policy = load_policy()
     device = policy.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from helpers.errors import UserError
 from helpers.hub_errors import reason
 from helpers.paths import find_path
+from helpers.weight_files import is_whole, plan_shards, write_index, write_shard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.merging import Merge
     from helpers.runs import Run
@@ -35,6 +39,62 @@ def local_folder(model: str, revision: str = "") -> Path:
 def draft_of(run: Run) -> Path:
     """Where a run's merged weights are written until they are whole, beside its folder and hidden."""
     return run.folder.with_name(f".{run.folder.name}.part")
+
+
+def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: int, dtype: torch.dtype | None) -> None:
+    """Write the merged weights into `folder`, which need not exist; one that a stopped merge left is gone on with.
+
+    Each file is written beside its name and renamed when it is whole, so what stands there is not written again.
+    `identity` tells one merge from another: a folder of another is emptied first. Raises UserError where the disk has
+    no room for what is missing.
+    """
+    from tqdm import tqdm
+
+    shards = plan_shards(merge.entries(dtype), largest)
+    plan = identity | {"base": merge.base.stamp(), "adapter": merge.added.stamp()}
+    plan |= {"shards": {file: [[e.name, e.shape, str(e.dtype)] for e in entries] for file, entries in shards.items()}}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+    mark = folder / "merge.digest"
+    if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
+    for draft in folder.glob("*.part"):
+        draft.unlink()
+    sizes = {file: sum(entry.size for entry in entries) for file, entries in shards.items()}
+    missing = {file: size for file, size in sizes.items() if not is_whole(folder / file, shards[file])}
+    if (free := shutil.disk_usage(folder).free) < (need := sum(missing.values()) + 2**20):
+        raise UserError(f"the merged weights need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
+        bar.update(sum(sizes.values()) - sum(missing.values()))
+        for file, entries in shards.items():
+            if file in missing:
+                write_shard(folder / file, entries, merge.tensor, bar.update)
+    write_index(folder, shards)
+
+
+def merge_by_peft(
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | None,
+    largest: int,
+    trust_remote_code: bool = False,
+) -> None:
+    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from helpers.embeddings import fit_embeddings
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    fit_embeddings(model, tokenizer)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    shutil.rmtree(folder, ignore_errors=True)
+    (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
 
 
 def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any) -> None:

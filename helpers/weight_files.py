@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,7 @@ def plan_shards(entries: list[Entry], largest: int) -> dict[str, list[Entry]]:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_shard(file: Path, entries: list[Entry], tensor: Callable[[str], torch.Tensor], told: Any = None) -> None:
-    """Write a file beside its name, one tensor at a time, and give it its name when it is whole.
-
-    `told` is called with the bytes of each tensor once they are written.
-    """
+def _header(entries: list[Entry]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -115,20 +111,40 @@ def write_shard(file: Path, entries: list[Entry], tensor: Callable[[str], torch.
         header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": place}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def is_whole(file: Path, entries: list[Entry]) -> bool:
+    """Whether a file that should hold `entries` is there with all of its bytes."""
+    size = len(_header(entries)) + sum(entry.size for entry in entries)
+    return file.is_file() and file.stat().st_size == size
+
+
+def write_shard(file: Path, entries: list[Entry], tensor: Callable[[str], torch.Tensor], told: Any = None) -> None:
+    """Write a file beside its name, one tensor at a time, and give it its name when it is whole.
+
+    One tensor is made while the one before it is written. `told` is called with the bytes of each that is.
+    """
     draft = file.with_name(file.name + ".part")
-    with draft.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    with draft.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as writer:
+        before: Future[Any] = writer.submit(_write, out, memoryview(_header(entries)))
         for entry in entries:
             value = tensor(entry.name).detach()
             if tuple(value.shape) != entry.shape:
                 raise ValueError(f"{entry.name} is {tuple(value.shape)}, not {entry.shape}")
-            value = value.to(entry.dtype).contiguous()
-            out.write(value.view(-1).view(torch.uint8).numpy().data)
-            if told:
-                told(entry.size)
-        out.flush()
-        os.fsync(out.fileno())  # a name that stands after a crash stands for all of its bytes
+            content = value.to(entry.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            before.result()
+            before = writer.submit(_write, out, content.data, told)
+        before.result()
     draft.replace(file)
+
+
+def _write(out: Any, content: memoryview, told: Any = None) -> None:
+    whole = len(content)
+    while len(content):  # a raw file may take less than it is given
+        content = content[out.write(content) :]
+    if told:
+        told(whole)
 
 
 def write_index(folder: Path, shards: dict[str, list[Entry]]) -> None:

@@ -102,8 +102,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import merge_proof
 from helpers.chat import apply_chat_format
 from helpers.embeddings import fit_embeddings
-from helpers.merged_folder import complete, draft_of, local_folder, move_in
-from helpers.merging import Merge, Unknown, merge_by_peft, merge_into
+from helpers.merged_folder import complete, draft_of, local_folder, merge_by_peft, merge_into, move_in
+from helpers.merging import Merge, Unknown
 from helpers.models import compute_4bit_alike
 from helpers.quantized_base import QuantizedBase
 

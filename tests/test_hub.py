@@ -216,7 +216,8 @@ def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path
     """A base that is on the Hub, an adapter of it, and the two merged, in two files of weights."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers.merging import Merge, merge_into
+    from helpers.merged_folder import merge_into
+    from helpers.merging import Merge
     from tests.test_helpers import tiny_mistral
 
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ runpy.run_path("notebooks/03_merge_push.py", run_name="__main__")
 """
 MOMENTS = [
     *(("merging.Merge", "tensor", after) for after in (0, 1, 3, 2, 4)),
-    ("merging", "write_index", 0),
+    ("merged_folder", "write_index", 0),
     ("merge_proof", "last_logits", 1),
     ("runs.Run", "finish", 0),
     ("pathlib.Path", "rename", 0),

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from helpers.embeddings import fit_embeddings
 from helpers.errors import SettingsError, UserError
-from helpers.merging import Merge, Unknown, merge_by_peft, merge_into
+from helpers.merged_folder import merge_by_peft, merge_into
+from helpers.merging import Merge, Unknown
 from helpers.quantized_base import QuantizedBase
 from helpers.weight_files import Entry, WeightFiles, parse_size, plan_shards
 
