@@ -16,13 +16,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import DPOConfig
 from trl.trainer import utils
 
 from helpers import shared_prefix
 from helpers.errors import SettingsError, UserError
+from helpers.models import compute_4bit_alike, train_adapter_in_float32
 from helpers.prefix_attention import by_varlen, with_plan
 from helpers.prefix_packing import Plan, Varlen, pack
 from helpers.shared_prefix import SharedPrefixDPOTrainer
@@ -84,7 +91,10 @@ def train_with(
         model=model, ref_model=reference, args=args, train_dataset=data or rows(), eval_dataset=data or rows(),
         processing_class=tokenizer, peft_config=peft, shared_prefix=mode,
     )  # fmt: skip
-    trainer.model.to(model.dtype)
+    if getattr(model, "is_quantized", False):
+        train_adapter_in_float32(trainer.model)
+    else:
+        trainer.model.to(model.dtype)
     return trainer
 
 
@@ -199,6 +209,47 @@ def test_what_is_wrong_is_found_by_this_comparison_and_by_the_run_itself(
             stock, step(train_with("auto", build(dtype=dtype), tokenizer, tmp_path, adapter()))
         )  # it goes on, as stock
         assert "shared prefix: off, because the first batch's log-probabilities differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_in_bfloat16_a_run_finds_what_is_wrong_and_takes_what_is_right(
+    wrong: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    step(train_with("on", build(dtype=torch.bfloat16), tokenizer, tmp_path, adapter()))
+    assert "shared prefix: on; the first batch's log-probabilities differ" in capsys.readouterr().out
+    monkeypatch.setattr(*WRONG[wrong])
+    with pytest.raises(UserError, match=r"--shared_prefix on cannot be: the first batch's log-probabilities differ"):
+        step(train_with("on", build(dtype=torch.bfloat16), tokenizer, tmp_path, adapter()))
+
+
+def test_on_weights_in_4_bits(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    found = []
+    for mode in ("off", "on"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=bits, dtype=torch.float32, device_map={"": "cpu"}
+        )
+        compute_4bit_alike(model)
+        torch.manual_seed(0)
+        found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter())))
+    compare(*found)
+
+
+def test_layers_of_several_kinds_as_gemma_has_them(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Windows in some layers, norms within attention, and positions that differ by layer."""
+    config = AutoConfig.for_model(
+        "gemma3_text", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    found = []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa")
+        found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter())))
+    compare(*found)
 
 
 LOSSES: list[dict[str, Any]] = [
