@@ -145,16 +145,29 @@ def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> Non
     exported = project.root / "notebooks" / "02_dpo.ipynb"
     subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", "--output", str(exported),
                     str(exported.with_suffix(".py"))], check=True, capture_output=True)  # fmt: skip
-    parameters = [w for n, v in (DPO | {"run_name": "mill"}).items() for w in ("-p", n, str(v))]
+    parameters = [w for n, v in (DPO | {"run_name": "mill", "report_to": "wandb"}).items() for w in ("-p", n, str(v))]
+    tokens = {"HF_TOKEN": "hf_" + "aB3" * 12, "WANDB_API_KEY": "0f" * 20, "OPENAI_API_KEY": "sk-" + "c4D" * 14}
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(project.root / "tracked")}
+    (project.root / "tracked").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "papermill", str(exported), str(project.root / "out.ipynb"), *parameters],
-        cwd=project.root, env=project.env, capture_output=True, text=True,
+        cwd=project.root, env=project.env | tokens | offline, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     record, command = project.record("mill"), project.record(dpo_run)
     assert (record["sources"]["dpo_beta"], command["sources"]["dpo_beta"]) == ("notebook", "flag")
     assert record["settings"]["dpo_beta"] == command["settings"]["dpo_beta"] == 0.3
     assert results(project, "mill") == results(project, dpo_run)
+    # tokens are in the environment, and nowhere else: not in the executed notebook, the run, or what wandb has kept
+    kept = [project.root / "out.ipynb"]
+    kept += [
+        file for name in ("outputs/mill", "tracked") for file in (project.root / name).rglob("*") if file.is_file()
+    ]
+    assert any(file.suffix == ".wandb" for file in kept)
+    for file in kept:
+        content = file.read_bytes()
+        assert not [name for name, token in tokens.items() if token.encode() in content], file
+    assert not [name for name, token in tokens.items() if token in done.stdout + done.stderr]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
