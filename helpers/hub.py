@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from helpers.credentials import hf_token
 from helpers.errors import UserError
@@ -14,13 +13,11 @@ from helpers.paths import find_path
 from helpers.runs import read_run
 from helpers.secret_scan import RECORDS, find_paths, find_secrets
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 # What a model is made of. Checkpoints, optimizer states, logs, run.json and .env never travel; nor does TRL's
 # README.md, which names folders of this machine: the card is written from the run.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
-             "*.model", "*.py", "chat_template.jinja", "curves.png")  # fmt: skip
+             "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json", "*.py", "chat_template.jinja",
+             "curves.png")  # fmt: skip
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -41,7 +38,7 @@ def prepare_push(folder: Path, repo_id: str, licence: str = "") -> tuple[list[Pa
         )
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"{folder.name} has no weights to push")
-    card = write_card(folder, repo_id or folder.name, licence)
+    card = write_card(folder, repo_id or folder.name, licence or licence_of(base_of(folder, lineage(folder))))
     records = [file for pattern in RECORDS for file in folder.glob(pattern)]
     if found := find_secrets([*files, *records], card):
         raise UserError(f"nothing was sent: {'; '.join(found)}. Take it out, and make a new one: it has been written")
@@ -66,22 +63,22 @@ def push_folder(folder: Path, repo_id: str, private: bool, licence: str = "", re
 
     repo_id = repo_id or folder.name
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))
-    files, card = prepare_push(folder, repo_id, licence or licence_of(api, base_of(folder, lineage(folder))))
+    files, card = prepare_push(folder, repo_id, licence)
     try:
         repo_id = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        is_private = bool(api.model_info(repo_id).private)
+        is_private = bool(patiently(lambda: api.model_info(repo_id)).private)
         if private and not is_private:
             raise UserError(f"{repo_id} exists and is public: push with --no_private, or name another --hub_repo_id")
         print(f"Pushing {len(files) + 1} files to {repo_id} ({'private' if is_private else 'public'}).")
         if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         adds = [CommitOperationAdd(file.name, file) for file in files]
         adds.append(CommitOperationAdd("README.md", card.encode()))
         message = f"Upload {folder.name}"
         done = patiently(lambda: api.create_commit(repo_id, adds, commit_message=message, revision=revision or None))
         if tag:
-            api.create_tag(repo_id, tag=tag, revision=done.oid)
-        is_private = bool(api.model_info(repo_id).private)
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=True))
+        is_private = bool(patiently(lambda: api.model_info(repo_id)).private)
     except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"pushing to {repo_id} failed: {reason(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
@@ -90,14 +87,15 @@ def push_folder(folder: Path, repo_id: str, private: bool, licence: str = "", re
     return f"{api.endpoint}/{repo_id}"
 
 
-def licence_of(api: HfApi, base: str) -> str:
+def licence_of(base: str) -> str:
     """What the base's card on the Hub says; "" where that is nothing, or there is none."""
     from httpx2 import TransportError
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        data = api.model_info(base).card_data if base else None
-    except (HfHubHTTPError, TransportError, OSError):
+        data = HfApi().model_info(base).card_data if base else None
+    except (HfHubHTTPError, TransportError, OSError, ValueError):
         return ""
     return str(data.get("license") or "") if data else ""
 
@@ -114,8 +112,10 @@ def preview_push(folder: Path, output_dir: Path, what: str, repo_id: str, licenc
     elif what != "adapter":
         print(f"{folder.name} is not merged yet: without --dry_run, or without --push_to_hub first, it will be.")
     for place in found:
-        print(f"Would go to {repo_id or place.name}, from {place.name}:")
-        _, card = prepare_push(place, repo_id, licence)
+        to = repo_id or place.name
+        to += "-adapter" if what == "both" and place == folder else ""
+        print(f"Would go to {to}, from {place.name}:")
+        _, card = prepare_push(place, to, licence)
         print(f"\n{card}")
 
 

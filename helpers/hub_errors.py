@@ -65,7 +65,7 @@ def patiently(call: Callable[[], T], tries: int = 5) -> T:
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             answer = cause.response if isinstance(cause, HfHubHTTPError) else None
             told = answer.headers.get("Retry-After", "") if answer is not None else ""
-            wait = float(told) if told.isdigit() else 2.0**attempt
+            wait = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else 2.0**attempt
             passing = isinstance(cause, httpx.TransportError)
             passing |= answer is not None and (answer.status_code == 429 or answer.status_code >= 500)
             if not passing or attempt == tries - 1 or wait > PATIENCE:

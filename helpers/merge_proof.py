@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
     from helpers.merging import Merge
     from helpers.runs import Run
+    from helpers.weight_files import WeightFiles
 
-LAYERS = 8  # that are looked at where the model is too large to be loaded
+POSITIONS = 128  # of each conversation whose logits are compared
+LONGEST = 1024  # tokens of a conversation that are read
+LAYERS = 2  # of each kind that are looked at where the model is too large to be loaded
 # What rounding to bfloat16 (8 bits) leaves of a layer's outputs, root mean square, with room for a factor of two.
 ROUNDED = 2**-7
 QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "What is 12 + 30?",
@@ -72,11 +76,15 @@ def held_out_prompts(run: Run | None, count: int = 16) -> list[list[Message]]:
     return found or [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
-def device_for(size: int) -> str:
-    """Where `size` bytes of weights can be computed with: "cuda", "cpu", or "" where they fit nowhere."""
+def device_for(weights: WeightFiles, *dtypes: Any) -> str:
+    """Where a model of these weights can be computed with, in the largest of `dtypes` ("auto", or None, is the stored
+    one): "cuda", "cpu", or "" where it fits nowhere."""
     import psutil
     import torch
 
+    known = [dtype.itemsize for dtype in dtypes if isinstance(dtype, torch.dtype)]
+    entries = [weights.entry(name) for name in weights]
+    size = sum(e.size // e.dtype.itemsize * max(e.dtype.itemsize, *known, 0) for e in entries)
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size:
         return "cuda"
     return "cpu" if psutil.virtual_memory().available > 1.2 * size else ""
@@ -85,15 +93,18 @@ def device_for(size: int) -> str:
 def last_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]
 ) -> list[torch.Tensor]:
-    """For each conversation the float32 logits at every position, (tokens, vocabulary), one at a time: no padding."""
+    """For each conversation the float32 logits at its last positions, (tokens, vocabulary), one at a time: no padding.
+
+    At most POSITIONS of the last LONGEST tokens each, so that a large vocabulary does not fill the memory.
+    """
     import torch
 
     found = []
     for messages in conversations:
         text = render(tokenizer, messages, prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -LONGEST:]
         with torch.inference_mode():
-            found.append(model(input_ids=ids).logits[0].float().cpu())
+            found.append(model(input_ids=ids.to(model.device)).logits[0, -POSITIONS:].float().cpu())
     return found
 
 
@@ -103,16 +114,22 @@ def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> dic
     `max_abs` and `mean_abs` are differences of logits, `top1` is the share of positions with the same most likely
     token, `kl` the mean of KL(before ‖ after) in nats.
     """
-    import torch
     from torch.nn.functional import kl_div, log_softmax
 
-    a, b = torch.cat(before), torch.cat(after)
-    kl = kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="batchmean", log_target=True)
+    largest = total = same = kl = 0.0
+    positions = sum(len(each) for each in before)
+    for a, b in zip(before, after, strict=True):
+        apart = (a - b).abs()
+        largest = max(largest, float(apart.max()))
+        total += float(apart.mean()) * len(a)
+        same += float((a.argmax(-1) == b.argmax(-1)).sum())
+        kl += float(kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="sum", log_target=True))
+        largest = largest if bool(apart.isfinite().all()) else float("nan")
     return {
-        "max_abs": float((a - b).abs().max()),
-        "mean_abs": float((a - b).abs().mean()),
-        "top1": float((a.argmax(-1) == b.argmax(-1)).float().mean()),
-        "kl": float(kl.clamp(min=0.0)),  # rounding can put a zero below zero
+        "max_abs": largest,
+        "mean_abs": total / positions,
+        "top1": same / positions,
+        "kl": kl / positions if not kl < 0 else 0.0,  # rounding can put a zero below zero
     }
 
 
@@ -126,27 +143,35 @@ def comparison_table(rows: dict[str, dict[str, float]]) -> Any:
     return table
 
 
-def compare_layers(merge: Merge, folder: Path) -> dict[str, float]:
-    """For a model that is too large to load: outputs of some adapted layers, as they are and as they were written.
+def compare_layers(trained: Merge, folder: Path) -> dict[str, float]:
+    """For a model that is too large to load: outputs of some adapted layers, as trained and as they were written.
 
-    `relative` is the largest root mean square difference of a layer's outputs for the same random inputs, beside their
-    own root mean square. The adapter's side is PEFT's forward, which has no part in merging.
+    `trained` has the base as training computed with it. `relative` is the largest root mean square difference of a
+    layer's outputs for the same random inputs, beside their own root mean square; layers of every kind are looked at.
+    The adapter's side is PEFT's forward, which has no part in merging. Raises UserError where there is no such layer.
     """
     import torch
 
     from helpers.weight_files import WeightFiles
 
-    written, names = WeightFiles(folder), merge.linear_layers()
+    written = WeightFiles(folder)
+    kinds: dict[str, list[str]] = {}
+    for name in trained.linear_layers():
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    draw = random.Random(0)
+    names = [name for each in kinds.values() for name in draw.sample(each, min(LAYERS, len(each)))]
+    if not names:
+        raise UserError("the model is too large to load here, and has no layer to compare by itself: nothing is kept")
     worst = 0.0
-    for name in names[:: max(1, len(names) // LAYERS)]:
-        layer = merge.layer(name).eval()
+    for name in names:
+        layer = trained.layer(name).eval()
         inputs = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             before = layer(inputs)
             plain = layer.get_base_layer()
             plain.weight = torch.nn.Parameter(written[f"{name}.weight"].float(), False)
             worst = max(worst, float((plain(inputs) - before).norm() / before.norm()))
-    return {"layers": len(names[:: max(1, len(names) // LAYERS)]), "relative": worst}
+    return {"layers": len(names), "relative": worst}
 
 
 def refuse(proof: dict[str, float], max_kl: float, draft: Path) -> None:

@@ -31,9 +31,24 @@ def local_folder(model: str, revision: str = "") -> Path:
     if path := find_path(model):
         return path
     try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=ALL_OF_A_MODEL))
+        where: Any = {"revision": revision or None, "ignore_patterns": ["*/*", "consolidated*"]}
+        found = Path(snapshot_download(model, allow_patterns=ALL_OF_A_MODEL, **where))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(model, allow_patterns=[*ALL_OF_A_MODEL, "*.bin"], **where))
+        return found
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(f"{model!r} cannot be fetched: {reason(error)}") from None
+
+
+def adapter_as_run(folder: Path) -> Run:
+    """An adapter from elsewhere as what a merge starts from: another file in the same place makes another merge."""
+    from helpers.runs import Run
+
+    content = hashlib.sha256()
+    for file in sorted([*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]):
+        with file.open("rb") as opened:
+            content.update(hashlib.file_digest(opened, "sha256").digest())
+    return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
 
 
 def draft_of(run: Run) -> Path:
@@ -68,8 +83,11 @@ def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: in
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
         bar.update(sum(sizes.values()) - sum(missing.values()))
         for file, entries in shards.items():
-            if file in missing:
-                write_shard(folder / file, entries, merge.tensor, bar.update)
+            try:
+                if file in missing:
+                    write_shard(folder / file, entries, merge.tensor, bar.update)
+            except OSError as error:
+                raise UserError(f"writing the merged weights failed: {error}; the same command goes on") from None
     write_index(folder, shards)
 
 
@@ -82,19 +100,23 @@ def merge_by_peft(
     largest: int,
     trust_remote_code: bool = False,
 ) -> None:
-    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model."""
+    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model. Raises UserError."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from helpers.embeddings import fit_embeddings
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    fit_embeddings(model, tokenizer)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    shutil.rmtree(folder, ignore_errors=True)
-    (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base, dtype="auto", trust_remote_code=trust_remote_code
+        )
+        fit_embeddings(model, tokenizer)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        shutil.rmtree(folder, ignore_errors=True)
+        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"PEFT does not merge this adapter: {' '.join(str(error).split())[:300]}") from None
 
 
 def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any) -> None:
@@ -115,11 +137,11 @@ def move_in(run: Run, draft: Path, **fields: Any) -> None:
     An older merge of that name is whole until then.
     """
     folder, run.folder, run.replaces = run.folder, draft, False
-    (draft / "merge.digest").unlink(missing_ok=True)
     curves = Path(run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the card
     if curves.is_file():
         shutil.copyfile(curves, draft / "curves.png")
     run.finish(**fields)
+    (draft / "merge.digest").unlink(missing_ok=True)  # last: until here a stopped run goes on with what is there
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

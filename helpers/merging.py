@@ -8,6 +8,7 @@ by PEFT itself, written, and emptied again; so every kind of LoRA that PEFT can 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from helpers.weight_files import Entry, WeightFiles
 if TYPE_CHECKING:
     pass
 
+INITIALIZED = ("gaussian", "orthogonal", "eva")  # ways that leave the base as it is
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
 
 
@@ -43,10 +45,14 @@ class Merge:
         peft_config = PeftConfig.from_pretrained(str(adapter))
         self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         text = self.config.get_text_config()
-        _refuse_unknown(peft_config, base, self.config)
+        _refuse_unknown(peft_config, base, adapter, self.config)
         self.base, self.added = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
         self.rows, self.vocabulary = text.vocab_size, max(vocabulary, text.vocab_size)
+        for name in self.added:  # embeddings that were saved whole have as many rows as they were trained with
+            if name.endswith((".embed_tokens.weight", ".lm_head.weight", ".base_layer.weight")):
+                self.vocabulary = max(self.vocabulary, self.added.entry(name).shape[0] if "embed" in name else 0)
         text.vocab_size = self.vocabulary
+        _refuse_rows_beyond(peft_config, self.vocabulary)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
         self.change: Change = change(model) if change else lambda name, weight: weight
@@ -63,8 +69,12 @@ class Merge:
         keys = {name: torch.nn.Parameter(torch.empty(self.added.entry(name).shape, device="meta"), False)
                 for name in self.added}  # fmt: skip
         self._names = {id(value): name for name, value in keys.items()}
-        set_peft_model_state_dict(self.model, dict(keys), low_cpu_mem_usage=True)
+        try:
+            set_peft_model_state_dict(self.model, dict(keys), low_cpu_mem_usage=True)
+        except (RuntimeError, KeyError) as error:
+            raise Unknown(f"an adapter that does not fit its base ({' '.join(str(error).split())[:120]})") from None
         self._wrapped = self._find_wrapped()
+        self._replaced = self._find_replaced()
         self._buffers = [torch.empty(0)] * 3
         self._last: tuple[str, dict[str, torch.Tensor]] = "", {}
 
@@ -74,7 +84,28 @@ class Merge:
         for name, module in self.model.get_base_model().named_modules():
             adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
             if adapted and not any(name.startswith(f"{outer}.") for outer in found):
+                if any(True for _ in getattr(module, "original_module", torch.nn.Identity()).children()):
+                    raise Unknown(f"an adapter that brings {name} whole")
                 found[name] = module
+        return found
+
+    def _find_replaced(self) -> dict[str, str]:
+        """Weights of the base that the adapter brings whole, and their names in its file.
+
+        Raises Unknown where something in the file has no place, or a place that is not filled from it.
+        """
+        found, used = {}, set()
+        for name, parameter in self.model.get_base_model().named_parameters():
+            key = self._names.get(id(parameter))
+            plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+            own = plain != name or not any(name.startswith(f"{owner}.") for owner in self._wrapped)
+            if key is None and not own:
+                raise Unknown(f"an adapter without {name}")
+            if key is not None and own:
+                found[plain] = key
+            used.add(key)
+        if left := sorted(set(self.added) - used):
+            raise Unknown(f"an adapter whose {left[0]} has no place in the model")
         return found
 
     def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
@@ -110,6 +141,8 @@ class Merge:
 
     def from_base(self, name: str) -> torch.Tensor:
         """A weight of the base, with rows for added tokens, and changed."""
+        if name in self._replaced:
+            return self.added[self._replaced[name]]
         weight = self.base[self._stored(name)]
         if self._has_a_row_a_token(name):
             more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
@@ -174,7 +207,7 @@ class Merge:
         return layer.get_base_layer()
 
 
-def _refuse_unknown(peft_config: Any, base: Path, config: Any) -> None:
+def _refuse_unknown(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     if kind != "LORA":
         raise Unknown(f"an adapter of kind {kind}")
@@ -191,6 +224,21 @@ def _refuse_unknown(peft_config: Any, base: Path, config: Any) -> None:
         )
     if not any(base.glob("*.safetensors")):
         raise Unknown("a base that is not in safetensors")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise Unknown("an adapter that is not in safetensors")
+    if not isinstance(peft_config.init_lora_weights, bool) and peft_config.init_lora_weights not in INITIALIZED:
+        # such an adapter takes a part of the base into itself when it is loaded
+        raise Unknown(f"an adapter that was initialized by {peft_config.init_lora_weights}")
+
+
+def _refuse_rows_beyond(peft_config: Any, vocabulary: int) -> None:
+    rows = getattr(peft_config, "trainable_token_indices", None) or []
+    last = max((max(each, default=0) for each in (rows.values() if isinstance(rows, dict) else [rows])), default=0)
+    if last >= vocabulary:
+        raise UserError(
+            f"the adapter has a row for token {last} and the tokenizer {vocabulary:,} tokens: it needs the tokenizer "
+            "that it was trained with, in its folder"
+        )
 
 
 def _owner(name: str) -> str:

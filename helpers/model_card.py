@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def base_of(folder: Path, runs: list[dict[str, Any]]) -> str:
     file = folder / "adapter_config.json"
     base = str(runs[-1]["base_model"]) if runs else ""
     if not base and file.is_file():
-        base = str(json.loads(file.read_text())["base_model_name_or_path"])
+        base = str(json.loads(file.read_text())["base_model_name_or_path"] or "")
     return "" if not base or find_path(base) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
 
 
@@ -85,7 +86,7 @@ def _metadata(folder: Path, runs: list[dict[str, Any]], kind: str, repo_id: str,
             dataset_name=f"{data_name} (held out)", metric_type=metric, metric_name=name.removeprefix("eval_"),
             metric_value=round(float(metrics[name]), 6),
         )
-        for name, metric in EVALUATED.items() if name in metrics
+        for name, metric in EVALUATED.items() if math.isfinite(float(metrics.get(name, math.nan)))
     ]  # fmt: skip
     method = [run["step"] for run in runs if run["step"] in ("dpo", "sft")]
     return ModelCardData(
@@ -200,5 +201,6 @@ def _made_with(runs: list[dict[str, Any]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    words = [str(word) for word in (value if isinstance(value, list | tuple) else [value])]
+    text = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
     return " ".join(text.replace("|", "\\|").split())[:200]

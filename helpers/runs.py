@@ -149,7 +149,8 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     """
     refuse_unwritable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
-    digest = settings.digest(parent.record.get("fingerprint", "") if parent else "")
+    origin = parent.record.get("fingerprint", "") if parent else ""
+    digest = settings.digest(origin)
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
     run = Run(folder, read_run(folder))
     if settings.resume not in ("auto", "never"):
@@ -160,7 +161,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
     if run.record and settings.resume == "never":
         run = Run(folder, {}, replaces=True)
     elif run.record:
-        _refuse_other_settings(run, settings)
+        _refuse_other_settings(run, settings, origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
     if run.finished:
@@ -188,6 +189,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         base_model=base_model,
         parent=parent.name if parent else None,
         parent_folder=str(parent.folder) if parent else None,
+        origin=origin,
         processes=processes,
         rows_a_step=rows,
         versions=versions(),
@@ -232,9 +234,9 @@ def write_json(file: Path, content: Any) -> None:
     draft.replace(file)
 
 
-def _refuse_other_settings(run: Run, settings: RunSettings) -> None:
-    before = run.record["identity"]
-    now = json.loads(json.dumps(settings.identity(), default=str))
+def _refuse_other_settings(run: Run, settings: RunSettings, origin: str) -> None:
+    before = run.record["identity"] | {"what it starts from": run.record.get("origin", origin)}
+    now = json.loads(json.dumps(settings.identity() | {"what it starts from": origin}, default=str))
     other = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
     if other:
         raise SettingsError(

@@ -45,8 +45,14 @@ def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:
 
 
 def find_paths(files: Iterable[Path], text: str = "") -> list[str]:
-    """Names of `files` (or README.md, for `text`) in which a folder of this machine is named."""
+    """Names of `files` (or README.md, for `text`) in which a folder of this machine is named: one that is known here,
+    or, in a configuration, any value that is an absolute path."""
     homes = {str(path).encode() for path in (REPO, Path.home(), Path.cwd()) if len(path.parts) > 1}
     contents = [(file.name, file.read_bytes()) for file in files if file.suffix in (".json", ".jinja", ".py")]
     contents.append(("README.md", text.encode()))
-    return [name for name, content in contents if any(home in content for home in homes)]
+    found = [name for name, content in contents if any(home in content for home in homes)]
+    return found + [n for n, content in contents if n.endswith("config.json") and n not in found and _a_path(content)]
+
+
+def _a_path(content: bytes) -> bool:
+    return bool(re.search(rb':\s*"(?:/[\w.~ -]+){2,}/?"|:\s*"[A-Za-z]:(?:\\\\|/)[^"]*"', content))

@@ -73,7 +73,8 @@ from pathlib import Path
 
 from helpers.display import show
 from helpers.errors import Stop, UserError
-from helpers.hub import files_to_push, preview_push, push_folder
+from helpers.hub import files_to_push, prepare_push, preview_push, push_folder
+from helpers.merged_folder import adapter_as_run, local_folder
 from helpers.paths import short_path
 from helpers.runs import find_run, start_run
 from helpers.settings import one_of
@@ -83,15 +84,20 @@ from helpers.weight_files import WeightFiles, parse_size
 one_of(settings, "run", "adapter")
 largest_file = parse_size(settings.max_shard_size)
 source = None if settings.adapter else find_run(settings.output_dir, settings.run, "dpo")
-to_push = Path(settings.adapter) if settings.adapter else source.folder
+to_push = source.folder if source else local_folder(settings.adapter)
 publishing = dict(licence=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
 if settings.push_to_hub and settings.dry_run:
     preview_push(to_push, settings.output_dir, settings.what, settings.hub_repo_id, settings.license)
 elif settings.push_to_hub and settings.what == "adapter":
     push_folder(to_push, settings.hub_repo_id, settings.private, **publishing)  # an adapter, or a model tuned in full
     raise Stop("Nothing was merged for that.")
+elif settings.push_to_hub and settings.what == "both":
+    prepare_push(to_push, settings.hub_repo_id, settings.license)  # what cannot go stops here, before the merged model
+
+# %%
 policy_from = find_adapter(str(to_push), settings.base_model_id)
-merge_run = start_run(settings, base_model=source.base_model if source else policy_from.base, parent=source)
+parent = source or adapter_as_run(to_push)
+merge_run = start_run(settings, base_model=source.base_model if source else policy_from.base, parent=parent)
 print(f"adapter {policy_from.adapter}\nbase    {policy_from.base}")
 
 # %%
@@ -102,15 +108,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import merge_proof
 from helpers.chat import apply_chat_format
 from helpers.embeddings import fit_embeddings
-from helpers.merged_folder import complete, draft_of, local_folder, merge_by_peft, merge_into, move_in
+from helpers.merged_folder import complete, draft_of, merge_by_peft, merge_into, move_in
 from helpers.merging import Merge, Unknown
 from helpers.models import compute_4bit_alike
 from helpers.quantized_base import QuantizedBase
 
-tokenizer = AutoTokenizer.from_pretrained(policy_from.tokenizer, trust_remote_code=settings.trust_remote_code)
-apply_chat_format(tokenizer, "auto")
 base_folder = local_folder(policy_from.base, policy_from.revision)
-adapter_folder = local_folder(policy_from.adapter)
+adapter_folder = Path(policy_from.adapter)
+has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
+tokenizer = AutoTokenizer.from_pretrained(
+    adapter_folder if has_tokenizer else base_folder, trust_remote_code=settings.trust_remote_code
+)
+apply_chat_format(tokenizer, "auto")
 trained = merge_proof.Trained.by(source, settings.merge_base)
 into = settings.merge_base
 if into == "auto":
@@ -140,8 +149,9 @@ if not merge_run.finished:
         merge_into(draft, merging, {"merge_base": into}, largest_file, out_dtype)
         complete(draft, merging, tokenizer, base_folder, out_dtype)
     except Unknown as reason:
-        print(f"This is {reason}: PEFT merges it, in the memory of the whole model, into the original weights.")
-        into = "original"
+        print(f"This is {reason}: PEFT merges it, in the memory of the whole model.")
+        if into == "dequantized":
+            raise UserError(f"{reason} cannot be merged into dequantized weights: --merge_base original can") from None
         merge_by_peft(draft, base_folder, adapter_folder, tokenizer, out_dtype, largest_file, **kwargs)
         tokenizer.save_pretrained(draft)
 
@@ -153,8 +163,8 @@ if not merge_run.finished:
 # fits into no memory here is looked at layer by layer.
 
 # %%
-size = sum(WeightFiles(base_folder).entry(name).size for name in WeightFiles(base_folder)) if merging else 0
-device = merge_proof.device_for(size)
+written = WeightFiles(merge_run.folder if merge_run.finished else draft)
+device = merge_proof.device_for(written, trained.dtype, out_dtype)
 conversations = merge_proof.held_out_prompts(source)
 
 
@@ -183,7 +193,9 @@ if not merge_run.finished and device:
     found = {f"merged into {into}": proof, "base alone": merge_proof.compare_logits(with_adapter, without)}
     show(merge_proof.comparison_table(found))
 elif not merge_run.finished:
-    proof = merge_proof.compare_layers(merging, draft)
+    as_trained = changes["dequantized" if trained.quantization else "original"]
+    whole = Merge(base_folder, adapter_folder, len(tokenizer), as_trained, **kwargs)
+    proof = merge_proof.compare_layers(whole, draft)
     print(f"Too large to load here: {proof['layers']} layers differ by {proof['relative']:.1e} at most.")
 
 # %% [markdown]
@@ -203,7 +215,7 @@ for file in files_to_push(merge_run.folder):
 # rounds the adapter away with the weights.
 
 # %%
-if settings.compare_merges and trained.quantization and device:
+if settings.compare_merges and trained.quantization and device and merging:
     parts = base_folder, adapter_folder, len(tokenizer)
     ways = {name: Merge(*parts, change, **kwargs) for name, change in changes.items()}
     rows = merge_proof.compare_merges(load_policy, ways, tokenizer, conversations, draft)

@@ -333,7 +333,11 @@ def test_a_folder_of_this_machine_in_what_is_sent_stops_the_push(online: local.H
     from helpers.paths import REPO
 
     config = trained["merged"] / "config.json"
-    config.write_text(config.read_text().replace("{", f'{{"_name": "{REPO}/outputs",', 1))
+    before = config.read_text()
+    config.write_text(before.replace("{", '{"_name": "/data/people/anna/base",', 1))
+    with pytest.raises(UserError, match=r"nothing was sent: config.json names a folder of this machine"):
+        push_folder(trained["merged"], "me/name", private=True)
+    config.write_text(before.replace("{", f'{{"_name": "{REPO}/outputs",', 1))
     with pytest.raises(UserError, match=r"nothing was sent: config.json names a folder of this machine"):
         push_folder(trained["merged"], "me/name", private=True)
     assert online.writes() == []
@@ -375,3 +379,20 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     assert str(tmp_path) not in text
     assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
     assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"
+
+
+def test_a_card_names_no_base_that_nobody_named_and_no_folder(tmp_path: Path) -> None:
+    import json
+
+    from huggingface_hub import ModelCard
+
+    from helpers.model_card import write_card
+
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    assert "None" not in write_card(tmp_path, "me/x")
+    record = {"step": "dpo", "base_model": "org/base", "versions": {}, "metrics": {"eval_loss": float("nan")}}
+    record["settings"] = {"dpo_beta": 0.1, "loss_type": ["sigmoid"], "deepspeed": "/data/me/zero3.json"}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"sources": {"deepspeed": "flag"}}))
+    text = write_card(tmp_path, "me/x")
+    assert "| deepspeed | zero3.json |" in text
+    assert ModelCard(text).data.eval_results is None

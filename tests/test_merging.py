@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from helpers.embeddings import fit_embeddings
 from helpers.errors import SettingsError, UserError
-from helpers.merged_folder import merge_by_peft, merge_into
+from helpers.merge_proof import compare_layers, refuse
+from helpers.merged_folder import adapter_as_run, merge_by_peft, merge_into
 from helpers.merging import Merge, Unknown
 from helpers.quantized_base import QuantizedBase
 from helpers.weight_files import Entry, WeightFiles, parse_size, plan_shards
@@ -185,6 +186,82 @@ def test_what_is_not_known_is_handed_to_peft(tmp_path: Path, tokenizer: PreTrain
     merge_by_peft(tmp_path / "out", base, adapter, tokenizer, torch.bfloat16, 10**9)
     theirs, _ = peft_merge(base, adapter)
     assert all(torch.equal(weight, theirs[name].bfloat16()) for name, weight in tensors(tmp_path / "out").items())
+
+
+def test_embeddings_that_are_in_the_adapter_are_merged_from_there(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """PEFT saves them whole by itself where tokens were added."""
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    with torch.no_grad():
+        policy.get_input_embeddings().weight += 0.1
+    policy.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    merge = Merge(tmp_path / "base", tmp_path / "adapter")
+    merge_into(tmp_path / "merged", merge, {}, 10**9, None)
+    merge.config.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(policy), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (LORA | {"init_lora_weights": "pissa"}, "an adapter that was initialized by pissa"),
+    (LORA | {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]}, "an adapter that brings .*self_attn"),
+    (LORA | {"bias": "all"}, "an adapter with bias='all'"),
+])  # fmt: skip
+def test_what_would_be_merged_wrong_is_not(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, build(), given)
+    with pytest.raises(Unknown, match=said):
+        Merge(base, adapter)
+
+
+def test_an_adapter_with_something_missing_or_left_over(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, build(), LORA)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({n: w for n, w in weights.items() if n != name}, adapter / "adapter_model.safetensors")
+    with pytest.raises(Unknown, match="an adapter without"):
+        Merge(base, adapter)
+    save_file(weights | {"base_model.model.model.layers.9.x.lora_A.weight": weights[name].clone()},
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(Unknown, match="has no place in the model"):
+        Merge(base, adapter)
+    given = LORA | {"trainable_token_indices": {"embed_tokens": [VOCABULARY + 3]}}
+    config = json.loads((adapter / "adapter_config.json").read_text()) | given
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the adapter has a row for token 131 and the tokenizer 128 tokens"):
+        Merge(base, adapter)
+
+
+def test_layers_are_compared_where_a_model_is_too_large(tmp_path: Path) -> None:
+    base, adapter = save(tmp_path, build(), LORA)
+    folder = our_merge(base, adapter)
+    good = compare_layers(Merge(base, adapter), folder)
+    assert good["layers"] == 14  # two of each of seven kinds
+    assert good["relative"] < 1e-5
+    for wrong in ("v_proj", "down_proj"):
+        copied = tmp_path / f"without-{wrong}"
+        weights = tensors(folder)
+        weights |= {n: w for n, w in tensors(base).items() if wrong in n}
+        copied.mkdir()
+        save_file(weights, copied / "model.safetensors")
+        assert compare_layers(Merge(base, adapter), copied)["relative"] > 0.05
+    with pytest.raises(UserError, match=r"merged layers differ by 1.0e-01, which is more than rounding"):
+        refuse({"layers": 14, "relative": 0.1}, 0.01, copied)
+    assert not copied.exists()
+    with pytest.raises(UserError, match="the merged model's KL is nan, above --max_kl"):
+        refuse({"kl": float("nan")}, 0.01, folder)
+
+
+def test_another_adapter_in_the_same_place_is_another_start(tmp_path: Path) -> None:
+    _, adapter = save(tmp_path, build(), LORA)
+    first = adapter_as_run(adapter).record["fingerprint"]
+    assert adapter_as_run(adapter).record["fingerprint"] == first
+    weights = {n: w + 1 for n, w in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    assert adapter_as_run(adapter).record["fingerprint"] != first
 
 
 def test_a_base_that_is_quantized_itself_is_refused(tmp_path: Path) -> None:
