@@ -48,7 +48,7 @@ def write_card(folder: Path, repo_id: str, licence: str = "") -> str:
     data = _metadata(folder, runs, kind, repo_id, licence)
     parts = [f"# {repo_id.rpartition('/')[2]}", _what(runs, kind, data), _use(folder, repo_id, kind, data)]
     parts += [_training(run) for run in runs if run["step"] in ("dpo", "sft")]
-    parts += [_evaluation(folder, runs), _merge(runs), _made_with(runs)]
+    parts += [_evaluation(folder, runs), _verdicts(runs), _merge(runs), _made_with(runs)]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
     try:
         ModelCard(text)
@@ -193,6 +193,21 @@ def _merge(runs: list[dict[str, Any]]) -> str:
         f"{proof['kl']:.2e} nats, same top token {proof['top1']:.2%}, logits differ by {proof['max_abs']:.2e} at most "
         f"and by {proof['mean_abs']:.2e} in the mean."
     )
+
+
+def _verdicts(runs: list[dict[str, Any]]) -> str:
+    """The newest comparison of one of these models with another, where one was made beside the runs."""
+    names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
+    places = {Path(run["folder"]).parent for run in runs}
+    records = [read_run(file.parent) for place in places for file in place.glob("[!.]*/run.json")]
+    found = [r for r in records if r.get("step") in ("vibes", "judge") and r.get("metrics", {}).get("after") in names]
+    if not found:
+        return ""
+    newest = max(found, key=lambda record: str(record.get("finished", "")))["metrics"]
+    lines = ["## Side by side", "", f"Against {newest['before']}, on the same prompts:", ""]
+    lines += ["| win | tie | loss | win rate |", "| --- | --- | --- | --- |"]
+    lines += [f"| {newest['win']} | {newest['tie']} | {newest['loss']} | {newest['win_rate']:.1%} |"]
+    return "\n".join(lines)
 
 
 def _made_with(runs: list[dict[str, Any]]) -> str:

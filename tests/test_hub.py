@@ -366,6 +366,9 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
         (tmp_path / step / "run.json").write_text(json.dumps(record))
         parent = str(tmp_path / step)
     (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
+    (tmp_path / "vibes").mkdir()
+    verdict = {"before": "sft", "after": "dpo", "win": 5, "tie": 2, "loss": 1, "win_rate": 5 / 6}
+    (tmp_path / "vibes" / "run.json").write_text(json.dumps({"step": "vibes", "finished": "1", "metrics": verdict}))
     text = write_card(tmp_path / "merge", "me/x", "mit")
     card = ModelCard(text)
     assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/base", "merge", "mit")
@@ -376,6 +379,8 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     assert "Data: org/talks at revision `abc`" in text
     assert "| max_steps | 7 |" in text
     assert "KL 1.00e-06 nats" in text
+    assert "Against sft, on the same prompts:" in text
+    assert "| 5 | 2 | 1 | 83.3% |" in text
     assert str(tmp_path) not in text
     assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
     assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"
