@@ -161,9 +161,12 @@ def test_push_to_hub_false_never_pushes_and_merge_adaptors_pushes_the_merged_mod
 
 
 def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
-    hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path
-) -> None:
-    from huggingface_hub import ModelCard
+    hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from huggingface_hub import ModelCard, constants
+
+    from helpers.hub import preview_push
 
     model = {file.name: file.read_bytes() for file in (demo_folder / "tiny-mistral").iterdir()}
     hub.add("models", "org/tiny", model)
@@ -195,10 +198,13 @@ def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
         assert str(project.root).encode() not in content, name
         assert local.TOKEN.encode() not in content, name
     sent = len(hub.writes())
-    listed = project.run("03_merge_push.py", *flags, "--dry_run", "--what", "both", **online, HF_TOKEN=local.TOKEN)
-    assert "MB  model.safetensors" in listed.stdout
-    assert "MB  adapter_model.safetensors" in listed.stdout
-    assert "base_model: org/tiny" in listed.stdout
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    preview_push(project.root / "outputs" / "from_hub", project.root / "outputs", "both", "me/whole")
+    listed = capsys.readouterr().out
+    assert "MB  model.safetensors" in listed
+    assert "Would go to me/whole-adapter, from from_hub" in listed
+    assert "MB  adapter_model.safetensors" in listed
+    assert "base_model: org/tiny" in listed
     assert len(hub.writes()) == sent
 
 

@@ -201,6 +201,7 @@ def one_note_for_each_older_name(text: str, said: list[str]) -> None:
     assert len(notes) == len(older), notes
 
 
+@pytest.mark.long
 def test_the_command_of_002_runs_under_its_own_launcher(
     models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:
