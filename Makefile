@@ -55,7 +55,7 @@ notebooks: $(VENV)/.run  ## build notebooks/*.ipynb from the .py files
 
 bench: $(VENV)/.dev  ## measure ours beside what one would use instead
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/prepare.py 5000
+	$(BIN)/python benchmarks/prepare.py 2000
 	$(BIN)/python benchmarks/dpo_step.py --short
 
 pictures: $(VENV)/.run  ## draw the README's pictures from the newest demo runs

@@ -212,7 +212,7 @@ def cases(given: argparse.Namespace) -> list[dict[str, Any]]:
     made[len(names) : len(names)] = [{"rows": name, "batch": 4, "checkpointing": True} for name in given.pairs]
     for case in made:
         case["large"], first = False, case["batch"] == 4 and case["checkpointing"]
-        case["steps"] = 3 if given.short else 8 if case["rows"] == MIXTURE else 4
+        case["steps"] = 2 if given.short else 8 if case["rows"] == MIXTURE else 4
         case["rounds"] = 2 if given.short else 5 if first else 3
     return [case for case in made if case["checkpointing"] or not given.short]
 
