@@ -222,7 +222,7 @@ def table(content: dict[str, Any]) -> str:
     have = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     peak = next((peak for name, peak in PEAK.items() if name in content["machine"]), None)
     lines = [
-        f"{content['date']}, {content['machine']}, Python {content['python']}, {have}; {content['model']}.\n",
+        f"{content['date']}, {content['machine']}, Python {content['python']}, {have};\n{content['model']}.\n",
         "| prompt : answer tokens | batch | checkpointing | faster | pairs of processes | by tokens | memory, MiB |"
         + " tokens/s | utilisation |" * bool(peak),
         "| --- | --- | --- | --- | --- | --- | --- |" + " --- | --- |" * bool(peak),
@@ -265,7 +265,7 @@ def main(given: argparse.Namespace) -> None:
             print(table(content).splitlines()[-1], flush=True)
             (HERE / "results" / f"dpo_step-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
             where = TABLE_OF["large" if given.large else "small"]
-            page.write_text(where.sub(lambda _: table(content), page.read_text("utf-8")), encoding="utf-8")
+            page.write_text(where.sub(lambda _: table(content), page.read_text("utf-8"), count=1), encoding="utf-8")
     print(f"\n{table(content)}")
 
 
