@@ -1,7 +1,7 @@
 """How long a DPO step takes, and what it needs of memory, beside stock DPOTrainer on the same model, rows and seed.
 
-    python benchmarks/dpo_step.py                      # every case, an hour on two CPU cores
-    python benchmarks/dpo_step.py --short              # what `make bench` runs, in some seven minutes
+    python benchmarks/dpo_step.py                      # every case
+    python benchmarks/dpo_step.py --short              # what `make bench` runs
     python benchmarks/dpo_step.py --pairs FILE.jsonl   # with rows of AlpacaFarm's columns beside the others
     python benchmarks/dpo_step.py --large              # Mistral-7B with random weights, QLoRA, on a GPU
 

@@ -11,15 +11,12 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from helpers.errors import UserError
 from helpers.weight_files import Entry, WeightFiles
-
-if TYPE_CHECKING:
-    pass
 
 INITIALIZED = ("gaussian", "orthogonal", "eva")  # ways that leave the base as it is
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
@@ -176,8 +173,8 @@ class Merge:
         return a, b, float(layer.scaling[adapter])
 
     def _plainly(self, a: torch.Tensor, b: torch.Tensor, scale: float, weight: torch.Tensor) -> torch.Tensor:
-        """What PEFT does (lora/layer.py: get_delta_weight, merge), in memory that is used again: fresh pages for each
-        product are a third of the time of a merge."""
+        """What PEFT does (lora/layer.py: get_delta_weight, merge), in memory that is used again: without fresh pages
+        for every product."""
         self._buffers[:2] = self._buffers[1::-1]  # the other one may still be on its way to the disk
         for i in (0, 2):
             if self._buffers[i].numel() < weight.numel():

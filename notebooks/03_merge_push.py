@@ -149,9 +149,9 @@ if not merge_run.finished:
         merge_into(draft, merging, {"merge_base": into}, largest_file, out_dtype)
         complete(draft, merging, tokenizer, base_folder, out_dtype)
     except Unknown as reason:
-        print(f"This is {reason}: PEFT merges it, in the memory of the whole model.")
         if into == "dequantized":
             raise UserError(f"{reason} cannot be merged into dequantized weights: --merge_base original can") from None
+        print(f"This is {reason}: PEFT merges it, in the memory of the whole model.")
         merge_by_peft(draft, base_folder, adapter_folder, tokenizer, out_dtype, largest_file, **kwargs)
         tokenizer.save_pretrained(draft)
 

@@ -309,6 +309,18 @@ def test_a_push_survives_or_says_why_in_one_line_and_the_next_sends_what_is_miss
     assert all(files[f.name] == f.read_bytes() for f in trained["merged"].glob("*.safetensors"))
 
 
+def test_a_hub_that_says_how_long_is_waited_for_that_long(
+    online: local.Hub, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.hub import push_folder
+
+    waits: list[float] = []
+    monkeypatch.setattr("helpers.hub_errors.time.sleep", waits.append)
+    online.fail["/commit/"], online.times["/commit/"] = (429, {"Retry-After": "7"}), 1
+    push_folder(trained["adapter"], "me/name", private=True)
+    assert waits == [7.0]
+
+
 def test_a_branch_and_a_tag(online: local.Hub, trained: dict[str, Path]) -> None:
     from helpers.hub import push_folder
 
