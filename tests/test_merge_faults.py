@@ -48,25 +48,27 @@ MOMENTS = [
 def test_killed_at_ten_moments(project: Project, dpo_run: str) -> None:
     outputs = project.root / "outputs"
     flags = ["--run", f"outputs/{dpo_run}", "--max_shard_size", "500KB"]
-    project.run("03_merge_push.py", *flags, "--run_name", "undisturbed")
-    flags += ["--run_name", "killed"]
+    project.run("03_merge_push.py", *flags, "--run_name", "merged-undisturbed")
+    flags += ["--run_name", "merged-killed"]
     for owner, where, after in MOMENTS:
         code = KILLED.format(where=where, after=after, owner=owner, flags=flags)
         words = [sys.executable, "-c", code]
         done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, (where, done.stdout[-500:], done.stderr[-1000:])
-        assert not (outputs / "killed").exists(), where
+        assert not (outputs / "merged-killed").exists(), where
         with pytest.raises(UserError, match="is not the folder of a run"):
-            find_run(outputs, str(outputs / "killed"), "merge")
-        assert find_run(outputs, "latest", "merge").name == "undisturbed"
+            find_run(outputs, str(outputs / "merged-killed"), "merge")
+        assert find_run(outputs, "latest", "merge").name == "merged-undisturbed"
         # 04 takes it for a name on the Hub, and the draft for nothing
-        assert find_candidates((str(outputs / "killed"),), outputs)[0].base == str(outputs / "killed")
+        assert find_candidates((str(outputs / "merged-killed"),), outputs)[0].base == str(outputs / "merged-killed")
     done = project.run("03_merge_push.py", *flags)
     assert "is finished" in project.run("03_merge_push.py", *flags).stderr
-    assert not list(outputs.glob(".killed*"))
-    one, two = (WeightFiles(outputs / name) for name in ("undisturbed", "killed"))
+    assert not list(outputs.glob(".merged-killed*"))
+    one, two = (WeightFiles(outputs / name) for name in ("merged-undisturbed", "merged-killed"))
     assert list(one) == list(two)
     assert len(one.files) > 5
     assert all(torch.equal(one[name], two[name]) for name in one)
-    names = [sorted(file.name for file in Path(outputs / name).iterdir()) for name in ("undisturbed", "killed")]
+    names = [
+        sorted(file.name for file in Path(outputs / name).iterdir()) for name in ("merged-undisturbed", "merged-killed")
+    ]
     assert names[0] == names[1]
