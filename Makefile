@@ -28,11 +28,12 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/.run  ## instruction-tune, align, merge and compare a tiny model on a CPU, in minutes
+demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on a CPU, in minutes
 	$(BIN)/python notebooks/01_sft.py $(DEMO)
 	$(BIN)/python notebooks/02_dpo.py $(DEMO)
 	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml --resume never
 	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
+	$(BIN)/python notebooks/05_judge.py --recipe recipes/demo.yaml
 
 test: $(VENV)/.dev  ## the tests
 	$(BIN)/python -m pytest

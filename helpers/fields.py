@@ -20,6 +20,8 @@ LEAST |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_st
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
+NOT_IDENTITY |= {"show_rows", "chat", "batch_size", "max_concurrency", "max_calls", "max_tokens", "timeout"}
+NOT_IDENTITY |= {"retry_errors", "price_in", "price_out"}
 NOT_IDENTITY |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
 NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
 

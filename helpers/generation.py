@@ -1,55 +1,53 @@
-"""Answers of a model, in batches, and how they are shown side by side."""
+"""What answers: a model, an adapter on its base, or an endpoint; a batch at a time, or a word at a time."""
 
 from __future__ import annotations
 
-import dataclasses
-import html
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
-from helpers.chat import render
-from helpers.errors import UserError
+from helpers.chat import folded, render, takes_system
+from helpers.endpoint import Endpoint, in_parallel
+from helpers.errors import SettingsError
 from helpers.fields import RunSettings
-from helpers.paths import find_path
-from helpers.rows import Message, read_lines
+from helpers.rows import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Explain to a ten-year-old why the sky is blue.",
-    "A train leaves at 14:50 and takes 2 hours and 25 minutes. When does it arrive?",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Write a short, polite email that declines a meeting.",
-    "List three differences between a lake and a sea, one line each.",
-    "Is it safe to eat raw kidney beans?",
-    "Continue: The lighthouse keeper had not spoken to anyone for a year when",
-)
 SAMPLED = ("temperature", "top_p", "top_k")  # have a meaning when sampling only
+PASSED_ON = ("top_k", "repetition_penalty")  # not OpenAI's: vLLM and others read them from the body
 
 
-def read_prompts(prompts: tuple[str, ...], file: str) -> list[dict[str, Any]]:
-    """Objects with a field `prompt`, from the command line, from a file (.jsonl, or a line each), or of our own."""
-    if not file:
-        return [{"prompt": prompt} for prompt in prompts or PROMPTS]
-    path = find_path(file)
-    if path is None or not path.is_file():
-        raise UserError(f"--prompts_file {file!r} is not a file")
-    if path.suffix != ".jsonl":
-        questions = [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        questions = read_lines(path)
-    if not questions or not all(isinstance(q, dict) and isinstance(q.get("prompt"), str) for q in questions):
-        raise UserError(f"--prompts_file {file!r} needs at least one line, each with a field prompt")
-    return [{"prompt": prompt} for prompt in prompts] + questions
+class Speaker(Protocol):
+    """What answers: a model here, or one behind an endpoint."""
+
+    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+        """One answer a conversation, in their order."""
+
+    def say(self, conversation: list[Message], **sampling: Any) -> str:
+        """One answer, printed as it comes."""
 
 
 def sampling_of(settings: RunSettings) -> dict[str, Any]:
-    """The arguments of `model.generate` among the settings; those of sampling only when it samples."""
+    """The arguments of `model.generate` among the settings; those of sampling only when it samples.
+
+    Raises SettingsError for a word of --generate that is not one of its arguments.
+    """
+    import yaml
+    from transformers import GenerationConfig
+
     names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty")
-    return {name: getattr(settings, name) for name in names + (SAMPLED if settings.values()["do_sample"] else ())}
+    values = settings.values()
+    more = {}
+    for word in values["generate"]:
+        name, equals, value = word.partition("=")
+        known = GenerationConfig().to_dict()
+        if not equals or name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise SettingsError(f"--generate {word}: {f'did you mean {close[0]}=...?' if close else 'give NAME=VALUE'}")
+        more[name] = yaml.safe_load(value)
+    return {name: values[name] for name in names + (SAMPLED if values["do_sample"] else ())} | more
 
 
 def generate_answers(
@@ -65,7 +63,8 @@ def generate_answers(
     """
     import torch
 
-    texts = [render(tokenizer, messages, prompt=True) for messages in conversations]
+    system = takes_system(tokenizer)
+    texts = [render(tokenizer, folded(messages, system), prompt=True) for messages in conversations]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     answers = [""] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -83,40 +82,87 @@ def generate_answers(
     return answers
 
 
-@dataclasses.dataclass
-class SideBySide:
-    """Prompts and the answers of each model: a table in a terminal, HTML in a notebook."""
+class LocalSpeaker:
+    """A model here, with or without an adapter."""
 
-    prompts: list[str]
-    answers: dict[str, list[str]]
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
+    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+        from transformers import set_seed
 
-        table = Table("prompt", *self.answers, show_lines=True)
-        for prompt, *answers in zip(self.prompts, *self.answers.values(), strict=True):
-            table.add_row(*map(Text, (prompt, *answers)))
-        return table
+        set_seed(seed)
+        return generate_answers(self.model, self.tokenizer, conversations, len(conversations), **sampling)
 
-    def _repr_html_(self) -> str:
-        def row(tag: str, cells: list[str]) -> str:
-            style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:.4em .8em"
-            return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(c)}</{tag}>' for c in cells) + "</tr>"
+    def say(self, conversation: list[Message], **sampling: Any) -> str:
+        from transformers import TextStreamer
 
-        body = [row("td", list(cells)) for cells in zip(self.prompts, *self.answers.values(), strict=True)]
-        return f"<table>{row('th', ['prompt', *self.answers])}{''.join(body)}</table>"
+        beams = sampling.get("num_beams", 1) > 1  # which have no words until all of them are done
+        streamer = None if beams else TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (answer,) = generate_answers(self.model, self.tokenizer, [conversation], 1, streamer=streamer, **sampling)
+        if beams:
+            print(answer)
+        return answer
 
-    def sample(self, rows: int) -> SideBySide:
-        """`rows` of the prompts, evenly spread."""
-        step = max(1, len(self.prompts) // max(1, rows))
-        picked = slice(step // 2, None, step)
-        few = {name: answers[picked][:rows] for name, answers in self.answers.items()}
-        return SideBySide(self.prompts[picked][:rows], few)
 
-    def save(self, file: Path) -> None:
-        """JSONL, a prompt a line: {"prompt": ..., "answers": {model: answer}}."""
-        with file.open("w", encoding="utf-8") as out:
-            for prompt, *answers in zip(self.prompts, *self.answers.values(), strict=True):
-                row = {"prompt": prompt, "answers": dict(zip(self.answers, answers, strict=True))}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+class RemoteSpeaker:
+    """A model behind an OpenAI-compatible endpoint; the conversations of a batch are asked at the same time."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+        words = _for_endpoint(sampling) | {"seed": seed}
+        jobs = range(len(conversations))
+        done = in_parallel(jobs, lambda i: self.endpoint.ask(conversations[i], **words).text.strip(), len(jobs))
+        return [text for _, text in sorted(done)]
+
+    def say(self, conversation: list[Message], **sampling: Any) -> str:
+        pieces = []
+        for piece in self.endpoint.stream(conversation, **_for_endpoint(sampling)):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return "".join(pieces).strip()
+
+
+def _for_endpoint(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint has not."""
+    rest = set(sampling) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLED, *PASSED_ON}
+    if sampling.get("num_beams", 1) > 1 or rest:
+        raise SettingsError(f"an endpoint takes no {', '.join(sorted(rest)) or '--num_beams'}: leave it out")
+    words: dict[str, Any] = {"max_tokens": sampling["max_new_tokens"], "temperature": 0.0}
+    if sampling.get("do_sample"):
+        words |= {"temperature": sampling["temperature"], "top_p": sampling["top_p"]}
+    usual = {"top_k": 50, "repetition_penalty": 1.0}
+    body = {name: sampling[name] for name in PASSED_ON if sampling.get(name, usual[name]) != usual[name]}
+    return words | ({"extra_body": body} if body else {})
+
+
+def talk_with(speaker: Speaker, lines: Iterable[str] | None = None, **sampling: Any) -> None:
+    """Talk with a model until /quit or the end of the input; /new begins anew, Ctrl-C ends an answer."""
+    talk: list[Message] = []
+    print("/new begins anew, /quit ends.")
+    for line in lines if lines is not None else _typed():
+        if line.strip() in ("/quit", "/exit"):
+            return
+        if line.strip() == "/new":
+            talk = []
+            continue
+        if not line.strip():
+            continue
+        talk.append({"role": "user", "content": line.strip()})
+        try:
+            talk.append({"role": "assistant", "content": speaker.say(talk, **sampling)})
+        except KeyboardInterrupt:
+            talk.pop()
+            print("\n(stopped; the question is taken back)")
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return

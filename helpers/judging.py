@@ -1,66 +1,237 @@
-"""Verdicts on answers. By rule, where a module knows what is right."""
+"""Judges: a model behind an endpoint, votes of people, rules. Each gives rows of FastChat's model_judgment files."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections import Counter
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from helpers.endpoint import Endpoint, in_parallel
 from helpers.errors import SettingsError
+from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
+from helpers.ledger import Ledger
+from helpers.questions import Question
+from helpers.rows import Message
+
+Said = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one a turn
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class RuleVerdicts:
-    """Win / tie / loss of `after` against `before`, and each model's share of right and of courteous answers."""
+class Game:
+    """One call of the judge: a turn (from 1) of two models' answers in the order they are shown, or of one model's."""
 
-    before: str
-    after: str
-    win: int
-    tie: int
-    loss: int
-    correct: dict[str, float]
-    courteous: dict[str, float]
+    question: Question
+    turn: int
+    models: tuple[str, ...]
+    prompt: str
 
     @property
-    def win_rate(self) -> float:
-        """Wins among decided comparisons; 0 where none is decided."""
-        return self.win / (self.win + self.loss) if self.win + self.loss else 0.0
+    def key(self) -> tuple[Any, ...]:
+        return self.question["question_id"], self.turn, self.models, self.prompt
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"win_rate": self.win_rate}
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("model", "win", "tie", "loss", "win rate", "correct", "courteous", title_justify="left")
-        table.title = f"{self.win + self.tie + self.loss} held-out prompts, judged by rule"
-        for name, win, loss in ((self.after, self.win, self.loss), (self.before, self.loss, self.win)):
-            rate = f"{win / (win + loss):.1%}" if win + loss else "-"
-            table.add_row(name, str(win), str(self.tie), str(loss), rate,
-                          f"{self.correct[name]:.1%}", f"{self.courteous[name]:.1%}")  # fmt: skip
-        return table
+    def messages(self, prompts: JudgePrompts, said: Said) -> list[Message]:
+        """What the judge is asked."""
+        answers = [said[model][self.question["question_id"]] for model in self.models]
+        return prompts.messages(self.prompt, self.question, self.turn, answers)
 
 
-def judge_by_rules(module: str, questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> RuleVerdicts:
-    """Judge the last model against the first by `module`: score(answer, question), compare(before, after, question).
+def games_of(
+    questions: list[Question], said: Said, groups: list[tuple[str, ...]], mode: str, prompts: JudgePrompts
+) -> list[Game]:
+    """Every call there is to make: for each question, turn and pair of models both orders; or each model alone.
 
-    Raises SettingsError where there is no such module, or fewer than two models.
+    A turn that one of them has not answered is not judged.
     """
+    games = []
+    for question in questions:
+        for turn in range(1, min(len(question["turns"]), prompts.most_turns) + 1):
+            name = prompts.name_for(question, turn, mode)
+            for group in groups:
+                if all(len(said[model].get(question["question_id"], ())) >= turn for model in group):
+                    orders = [group, group[::-1]] if mode == "pairwise" else [group]
+                    games += [Game(question, turn, order, name) for order in orders]
+    return games
+
+
+class Budget:
+    """Calls and tokens that may be spent from now on; 0 is no limit. Safe among threads."""
+
+    def __init__(self, max_calls: int = 0, max_tokens: int = 0) -> None:
+        self.max_calls, self.max_tokens = max_calls, max_tokens
+        self.calls = self.prompt_tokens = self.completion_tokens = 0
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> bool:
+        tokens = self.prompt_tokens + self.completion_tokens
+        return (self.calls < self.max_calls or not self.max_calls) and (tokens < self.max_tokens or not self.max_tokens)
+
+    def take(self) -> bool:
+        """Whether there is a call left; it is taken."""
+        with self._lock:
+            left = self.left
+            self.calls += left
+            return left
+
+    def cost(self, price_in: float, price_out: float) -> str:
+        """What was spent, in words; prices are of a million tokens."""
+        told = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
+        price = (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
+        return f"{told}: {price:,.2f} at the prices given" if price else told
+
+    def spend(self, prompt_tokens: int, completion_tokens: int) -> None:
+        with self._lock:
+            self.prompt_tokens += prompt_tokens
+            self.completion_tokens += completion_tokens
+
+
+class Judge:
+    """A model that judges games. What it said is kept in `ledger` as it comes, and asked for only once."""
+
+    def __init__(self, endpoint: Endpoint, prompts: JudgePrompts, said: Said, file: Path, **arguments: Any) -> None:
+        self.endpoint, self.prompts, self.said, self.arguments = endpoint, prompts, said, arguments
+        self.ledger = Ledger(file, lambda row: (row["question_id"], row["turn"], tuple(row["models"]), row["prompt"]))
+
+    def missing(self, games: list[Game], retry_errors: bool = False) -> list[Game]:
+        """Those that have no result, or with `retry_errors` none that could be read."""
+        rows = self.ledger.rows
+        return [
+            game for game in games
+            if game.key not in self.ledger or (retry_errors and rows[game.key]["winner"] == "error")
+        ]  # fmt: skip
+
+    def ask(self, games: list[Game], concurrency: int, budget: Budget) -> None:
+        """Ask about each of `games`, `concurrency` at a time and while the budget lasts, and keep what is said."""
+        from tqdm.auto import tqdm
+
+        def within_budget() -> Iterator[Game]:
+            for game in games:
+                if not budget.left:
+                    return
+                yield game
+
+        done = in_parallel(within_budget(), lambda game: self._judge(game, budget), concurrency)
+        for _, row in tqdm(done, total=len(games), desc=self.endpoint.model, unit="call"):
+            if row:
+                self.ledger.add(row)
+
+    def _judge(self, game: Game, budget: Budget) -> Row | None:
+        """The row of a game. A reply that was cut off before its verdict, or has none, is asked for once more."""
+        messages, reply, winner = game.messages(self.prompts, self.said), None, "error"
+        for _ in range(2):
+            if not budget.take():
+                break
+            reply = self.endpoint.ask(messages, **self.arguments)
+            budget.spend(reply.prompt_tokens, reply.completion_tokens)
+            winner = self._result(game, reply.text)
+            if winner != "error":
+                break
+        if reply is None:
+            return None
+        return {
+            "question_id": game.question["question_id"],
+            "turn": game.turn,
+            "models": list(game.models),
+            "prompt": game.prompt,
+            "winner": winner,
+            "finished": reply.finished,
+            "user_prompt": messages[-1]["content"],
+            "judgment": reply.text,
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "tstamp": time.time(),
+        }
+
+    def _result(self, game: Game, text: str) -> Any:
+        """The name of the model that won, "tie" or "error"; of one model alone its rating or "error"."""
+        if len(game.models) == 1:
+            return rating if (rating := rating_of(text)) > 0 else "error"
+        verdict = verdict_of(text)
+        return game.models["AB".index(verdict)] if verdict in ("A", "B") else verdict
+
+    def rows(self, games: list[Game]) -> list[Row]:
+        """FastChat's rows, of what has been judged: a pair once both its orders have been; in the order of `games`."""
+        done, judge = self.ledger.rows, self.endpoint.model
+        if games and len(games[0].models) == 1:
+            return [
+                {
+                    "question_id": row["question_id"],
+                    "model": row["models"][0],
+                    "judge": [judge, row["prompt"]],
+                    "user_prompt": row["user_prompt"],
+                    "judgment": row["judgment"],
+                    "score": -1 if row["winner"] == "error" else row["winner"],
+                    "turn": row["turn"],
+                    "tstamp": row["tstamp"],
+                }
+                for row in (done[game.key] for game in games if game.key in done)
+            ]
+        pairs = zip(games[::2], games[1::2], strict=True)  # a pair's two orders stand together
+        return [
+            pair_row(one.question, one.turn, one.models, [judge, one.prompt],
+                      [done[one.key]["winner"], done[two.key]["winner"]],
+                      [(done[g.key]["user_prompt"], done[g.key]["judgment"]) for g in (one, two)],
+                      done[two.key]["tstamp"])
+            for one, two in pairs if one.key in done and two.key in done
+        ]  # fmt: skip
+
+
+def pair_row(
+    question: Question, turn: int, models: tuple[str, ...], judge: list[str], winners: list[str],
+    texts: list[tuple[str, str]] | None = None, tstamp: float | None = None,
+) -> Row:  # fmt: skip
+    names = {models[0]: "model_1", models[1]: "model_2"}
+    texts = texts or [("", ""), ("", "")]
+    row: Row = {"question_id": question["question_id"], "model_1": models[0], "model_2": models[1]}
+    row |= {f"g{i}_winner": names.get(winner, winner) for i, winner in enumerate(winners, 1)}
+    row["judge"] = judge
+    for i, (prompt, judgment) in enumerate(texts, 1):
+        row |= {f"g{i}_user_prompt": prompt, f"g{i}_judgment": judgment}
+    return row | {"turn": turn, "tstamp": tstamp or time.time()}
+
+
+def judge_by_rules(module: str, questions: list[Question], said: Said, pairs: list[tuple[str, ...]]) -> list[Row]:
+    """Judge by `module`: compare(before, after, question) is "win", "tie" or "loss" for `after`, in both orders.
+
+    Raises SettingsError where there is no such module, or it needs what the questions have not.
+    """
+    compare, _ = _rules(module)
+    rows = []
+    try:
+        for question in questions:
+            asked = {"prompt": question["turns"][0], **question}
+            for one, two in pairs:
+                a, b = (said[model].get(question["question_id"], [None])[0] for model in (one, two))
+                if a is not None and b is not None:
+                    winners = [{"win": two, "loss": one}.get(compare(a, b, asked), "tie"),
+                               {"win": one, "loss": two}.get(compare(b, a, asked), "tie")]  # fmt: skip
+                    rows.append(pair_row(question, 1, (one, two), ["rules", module], winners))
+    except KeyError as error:
+        raise SettingsError(f"--rules {module} needs a field {error} in every question") from None
+    return rows
+
+
+def score_by_rules(module: str, questions: list[Question], said: Said) -> dict[str, dict[str, float]]:
+    """model → the share of its answers that each field of score(answer, question) holds for, as "correct"."""
+    _, score = _rules(module)
+    shares = {}
+    for model, answers in said.items():
+        scores = [
+            dataclasses.asdict(score(answers[q["question_id"]][0], {"prompt": q["turns"][0], **q}))
+            for q in questions if q["question_id"] in answers
+        ]  # fmt: skip
+        shares[model] = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]} if scores else {}
+    return shares
+
+
+def _rules(module: str) -> tuple[Any, Any]:
     try:
         rules = importlib.import_module(module)
-        score, compare = rules.score, rules.compare
+        return rules.compare, rules.score
     except (ImportError, AttributeError):
         raise SettingsError(f"--rules {module}: a module with score() and compare() is needed") from None
-    if len(answers) < 2:
-        raise SettingsError("--rules compares two models: give --models an adapter, or two models")
-    if missing := sum("answer" not in question for question in questions):
-        raise SettingsError(f"--rules {module} needs the right answer to each prompt; {missing} have no field answer")
-    before, after = next(iter(answers)), list(answers)[-1]
-    results = Counter(compare(b, a, q) for b, a, q in zip(answers[before], answers[after], questions, strict=True))
-    scores = {n: [score(a, q) for a, q in zip(answers[n], questions, strict=True)] for n in (before, after)}
-    return RuleVerdicts(
-        before, after, results["win"], results["tie"], results["loss"],
-        correct={n: sum(s.correct for s in scores[n]) / len(questions) for n in scores},
-        courteous={n: sum(s.courteous for s in scores[n]) / len(questions) for n in scores},
-    )  # fmt: skip

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from helpers.errors import UserError
+from helpers.sources import INITIALIZED
 from helpers.weight_files import Entry, WeightFiles
 
-INITIALIZED = ("gaussian", "orthogonal", "eva")  # ways that leave the base as it is
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
 
 

@@ -200,14 +200,24 @@ def _verdicts(runs: list[dict[str, Any]]) -> str:
     names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
     places = {Path(run["folder"]).parent for run in runs}
     records = [read_run(file.parent) for place in places for file in place.glob("[!.]*/run.json")]
-    found = [r for r in records if r.get("step") in ("vibes", "judge") and r.get("metrics", {}).get("after") in names]
+    found = [r for r in records if r.get("step") == "judge" and r.get("metrics", {}).get("after") in names]
     if not found:
         return ""
     newest = max(found, key=lambda record: str(record.get("finished", "")))["metrics"]
-    lines = ["## Side by side", "", f"Against {newest['before']}, on the same prompts:", ""]
-    lines += ["| win | tie | loss | win rate |", "| --- | --- | --- | --- |"]
-    lines += [f"| {newest['win']} | {newest['tie']} | {newest['loss']} | {newest['win_rate']:.1%} |"]
-    return "\n".join(lines)
+    low, high = newest["interval"]
+    lines = [
+        "## Side by side",
+        "",
+        f"Against {newest['before']}, on the same prompts, judged by {newest['judge']}:",
+        "",
+    ]
+    lines += [
+        "| win | loss | tie | win rate, a tie being half a win | 95% interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [f"| {newest['win']} | {newest['loss']} | {newest['tie']} | {newest['win_rate_adjusted']:.1%} | "
+              f"{low:.1%} to {high:.1%} |"]  # fmt: skip
+    return "\n".join(lines + (["", *(f"- {note}" for note in newest["notes"])] if newest["notes"] else []))
 
 
 def _made_with(runs: list[dict[str, Any]]) -> str:

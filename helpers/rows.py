@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -144,10 +145,14 @@ def short_key(messages: list[Message]) -> str:
     return hashlib.sha1(key_of(messages).encode("utf-8", "surrogatepass")).hexdigest()[:20] if messages else ""
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises UserError with the number of a line that is not UTF-8, or not an object."""
+def read_lines(file: Path, end: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, or of its first `end` bytes.
+
+    Raises UserError with the number of a line that is not UTF-8, or not an object.
+    """
     rows = []
-    with file.open("rb") as lines:
+    with file.open("rb") as whole:
+        lines = whole if end is None else io.BytesIO(whole.read(end))
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:

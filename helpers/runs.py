@@ -138,18 +138,19 @@ class Run:
         return words + (f" --recipe {recipe}" if recipe else "")
 
 
-def start_run(settings: RunSettings, base_model: str, parent: Run | None = None) -> Run:
+def start_run(settings: RunSettings, base_model: str, parent: Run | None = None, origin: str = "") -> Run:
     """The run that these settings name: a new one, or the one that stopped or finished under the same settings.
 
     Nothing is written, and nothing replaced, before the first `run.update`: a model or dataset that cannot be loaded
-    leaves things as they were. `base_model` is the root of the lineage; `parent` the run this one starts from.
+    leaves things as they were. `base_model` is the root of the lineage; `parent` the run this one starts from; else
+    `origin` tells apart what the same settings may start from.
     A finished run raises Stop, after merging or pushing it where that is asked for. It is returned in a kernel, where
     its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
     Raises SettingsError where a name given by hand belongs to a run with other settings.
     """
     refuse_unwritable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
-    origin = parent.record.get("fingerprint", "") if parent else ""
+    origin = parent.record.get("fingerprint", "") if parent else origin
     digest = settings.digest(origin)
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
     run = Run(folder, read_run(folder))
@@ -169,11 +170,11 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None)
         push = getattr(settings, "push_to_hub", False)
         if settings.step == "merge" and push:
             return run
-        if not in_kernel():
+        if not in_kernel() and settings.step in NEXT:  # of others there are tables to look at
             if settings.step == "dpo" and (push or getattr(settings, "merge_adaptors", False)):
                 merge_and_push(run, settings)
                 message = f"{short_path(folder)} was finished before; it was not trained again."
-            raise Stop(f"{message}\nNext: {run.next_command(settings.recipe)}" if settings.step in NEXT else message)
+            raise Stop(f"{message}\nNext: {run.next_command(settings.recipe)}")
         print(message)
         return run
     run.anew = settings.resume == "never"

@@ -125,7 +125,8 @@ def _types(cls: type[RunSettings]) -> dict[str, Any]:
 
 def _known(cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str) -> dict[str, tuple[list[str], str]]:
     """Names as this version has them, each with its words and its source; an unknown name is refused."""
-    types, known = _types(cls), {}
+    types = _types(cls)
+    known: dict[str, tuple[list[str], str]] = {}
     for name, words in raw.items():
         source = f"{layer} {layers.variable(cls.step, name)}" if layer in ("environment", ".env") else layer
         new, words, note = trl_fields.current_name(cls.step, name, words, own=set(types))
@@ -141,6 +142,8 @@ def _known(cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str) -> 
             more = " and --help_trl" if cls.step in trl_fields.CONFIGS else ""
             hint = f"did you mean --{close[0]}?" if close else f"see --help{more}"
             raise SettingsError(f"unknown setting {where}: {hint}")
+        if note and new in known and "tuple" in str(types.get(new)):  # two older names of what is one list today
+            words = [*known[new][0], *words]
         known[new] = (words, source)
     return known
 

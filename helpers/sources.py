@@ -1,4 +1,4 @@
-"""What a name means: a model or an adapter, in a folder or on the Hub, and what a run started from."""
+"""What a name means: a model or an adapter, in a folder, on the Hub or behind an endpoint, and what it started from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from helpers.credentials import hf_token
 from helpers.errors import UserError
 from helpers.hub_errors import reason
 from helpers.paths import find_path
+from helpers.questions import fingerprint
 from helpers.runs import find_run, read_run
 
+INITIALIZED = ("gaussian", "orthogonal", "eva")  # ways to begin an adapter that leave its base as it is
 # What must stand beside a configuration, for a folder to be a model or an adapter.
 WEIGHTS = {
     "config.json": ("*.safetensors", "pytorch_model*.bin"),
@@ -59,12 +61,28 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A model that answers: a whole one, or an adapter on its base. `revision` is the base's; "" means main."""
+    """A model that answers: a whole one, an adapter on its base, or the model `base` behind an endpoint.
+
+    `revision` is the base's; "" means main. `changes_base`: the adapter takes a part of the base into itself when it is
+    loaded, so that the base is another once it is taken off.
+    """
 
     name: str
     base: str
     adapter: str | None = None
     revision: str = ""
+    changes_base: bool = False
+    base_url: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one for other weights, of a run or a folder; a Hub id and an endpoint's model are what they are."""
+        parts: list[object] = [self.base, self.adapter, self.revision, self.base_url]
+        for folder in (find_path(name) for name in (self.base, self.adapter or "") if not self.base_url):
+            files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if folder else []
+            known = folder and read_run(folder).get("fingerprint")
+            parts.append(known or [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        return fingerprint(parts)
 
     @property
     def tokenizer(self) -> str:
@@ -83,35 +101,48 @@ def find_adapter(name: str, base_model_id: str = "") -> Candidate:
         raise UserError(f"there is no adapter to merge: {error}") from None
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
+    start = getattr(config, "init_lora_weights", True)
     try:
         base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
     except UserError as error:
         raise UserError(f"the base of the adapter in {name!r}: {error}; --base_model_id names another") from None
-    return Candidate(Path(name).name, base, adapter, revision)
+    return Candidate(Path(name).name, base, adapter, revision, not isinstance(start, bool) and start not in INITIALIZED)
 
 
-def find_candidates(names: tuple[str, ...], output_dir: Path) -> list[Candidate]:
-    """What each of `names` (a run, an adapter, a model, "latest") means, what it started from standing before it."""
+def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[Candidate]:
+    """What each of `names` means: a run, an adapter, a model, "latest"; what it started from stands before it.
+
+    NAME@http://... is the model NAME behind that endpoint; with `base_url` every name is one behind it.
+    """
     found: list[Candidate] = []
     for name in names:
+        model, at, url = (name, "@", base_url) if base_url else name.partition("@http")
+        if at:
+            url = base_url or f"http{url}"
+            found.append(Candidate(Path(model).name, model, base_url=url))
+            continue
         folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
         folder = folder or find_path(str(output_dir / name))
         if folder is None:
-            found.append(Candidate(Path(name).name, name))
+            if _is_adapter_on_hub(name):
+                me = find_adapter(name)
+                found += [dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False), me]
+            else:
+                found.append(Candidate(Path(name).name, name))
             continue
         parent = Path(read_run(folder).get("parent_folder") or "")
         if (folder / "adapter_config.json").is_file():
             me = dataclasses.replace(find_adapter(str(folder)), name=folder.name)
             if (parent / "adapter_config.json").is_file():
-                found.append(dataclasses.replace(me, name=parent.name, adapter=str(parent)))
+                found.append(dataclasses.replace(me, name=parent.name, adapter=str(parent), changes_base=False))
             else:
-                found.append(dataclasses.replace(me, name=Path(me.base).name, adapter=None))
+                found.append(dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False))
             found.append(me)
         elif parent.name and (parent / "config.json").is_file():
             found += [Candidate(parent.name, str(parent)), Candidate(folder.name, str(folder))]
         else:
             found.append(Candidate(folder.name, str(folder)))
-    found = list(dict.fromkeys(found))
+    found = _once(found)
     names_so_far = [c.name for c in found]
     return [  # two models of one name are told apart
         dataclasses.replace(c, name=f"{c.name} ({names_so_far[: i + 1].count(c.name)})")
@@ -119,3 +150,23 @@ def find_candidates(names: tuple[str, ...], output_dir: Path) -> list[Candidate]
         else c
         for i, c in enumerate(found)
     ]
+
+
+def _once(found: list[Candidate]) -> list[Candidate]:
+    """Each model once, under the first name that it has."""
+    seen: dict[tuple[str, str | None, str, str], Candidate] = {}
+    for candidate in found:
+        seen.setdefault((candidate.base, candidate.adapter, candidate.revision, candidate.base_url), candidate)
+    return list(seen.values())
+
+
+def _is_adapter_on_hub(name: str) -> bool:
+    """Whether a Hub id is an adapter's; where that cannot be found out, loading it will say why."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if cached := try_to_load_from_cache(name, "adapter_config.json"):
+            return isinstance(cached, str)
+        return any(file.rfilename == "adapter_config.json" for file in HfApi().model_info(name).siblings or ())
+    except Exception:  # whatever it is: no such repository, no network, not a Hub id
+        return False

@@ -24,10 +24,13 @@ RENAMED = {
     "hub_model_id": "hub_repo_id",
     "hub_private_repo": "private",
     "max_seq_length": "max_length",
+    "max_length": "max_new_tokens",
     "merge_adapters": "merge_adaptors",
+    "model_id": "models",
     "model_name": "model_id",
     "model_name_or_path": "model_id",
     "no_cuda": "use_cpu",
+    "peft_model_id": "models",
     "warmup_ratio": "warmup_steps",
 }
 GONE = {

@@ -14,16 +14,19 @@
 # %% [markdown]
 # # 4. Read answers side by side
 #
-# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hex>/answers.jsonl`, and the
-# same prompts answered before and after, next to each other.
+# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hex>/` with `answers.html`, a
+# page to read and vote on, and each model's answers in FastChat's layout (`question.jsonl`, `model_answer/*.jsonl`).
 #
 # ```
 # python notebooks/04_vibes.py                                            # the newest finished run, before and after
 # python notebooks/04_vibes.py --prompts "Why is the sky blue?" "Write a haiku."
-# python notebooks/04_vibes.py --models outputs/dpo-... --do_sample --temperature 0.7 --top_p 0.9
+# python notebooks/04_vibes.py --models outputs/dpo-... outputs/dpo-... --prompts_file questions.jsonl
+# python notebooks/04_vibes.py --models my-model --base_url http://127.0.0.1:8000/v1     # vLLM, transformers serve ...
+# python notebooks/04_vibes.py --chat                                     # talk with it, in a terminal
 # ```
 #
-# The weights are loaded once: the adapter is switched off for the answers before, and on for those after.
+# The weights are loaded once: adapters of one base are switched on and off. Stopped, the same command goes on with the
+# answers that are missing.
 
 # %% [markdown]
 # ## Settings
@@ -40,15 +43,18 @@ class Settings(RunSettings):
     """Answer the same prompts with several models and show them side by side."""
 
     step: ClassVar[str] = "vibes"
-    resume: Literal["auto", "never"] = "never"  # answers are made anew each time
 
-    models: tuple[str, ...] = ("latest",)  # runs, adapters or models; latest is the newest finished 02_dpo.py
+    models: tuple[str, ...] = ("latest",)  # runs, adapters, models, NAME@URL; latest is the newest finished 02_dpo.py
+    base_url: str = ""  # the models are names behind this OpenAI-compatible endpoint
     trust_remote_code: bool = False  # run code that comes with a model
     quantization: Literal["none", "4bit", "8bit"] = "none"  # of the weights, where memory is short
+    chat: bool = False  # talk with the last of the models instead
 
-    prompts: tuple[str, ...] = ()  # prompts; a few of our own when neither these nor a file are given
-    prompts_file: str = ""  # a text file with a prompt a line, or JSONL with a field prompt
-    rules: str = ""  # module that judges by rules the answers to prompts_file
+    prompts: tuple[str, ...] = ()  # prompts; some of our own when neither these, a file nor a dataset are given
+    prompts_file: str = ""  # a text file with a prompt a line, or JSONL with prompt, turns (FastChat's) or messages
+    dataset_id: str = ""  # a dataset with such a column, on the Hub or in files
+    dataset_split: str = ""  # its split; train, or the only one there is
+    rows: int = 0  # take so many of the prompts, from the start; 0 takes all
     show_rows: int = 8  # prompts in the table below
 
     max_new_tokens: int = 256  # tokens of an answer, at most
@@ -59,6 +65,8 @@ class Settings(RunSettings):
     top_k: int = 50  # sample from this many most likely tokens; with do_sample
     num_beams: int = 1  # beams of a beam search
     repetition_penalty: float = 1.0  # above 1, tokens that were used are less likely
+    generate: tuple[str, ...] = ()  # any other argument of model.generate, as min_p=0.1
+    temperature_by_category: bool = False  # sample at FastChat's temperatures for MT-Bench, by category
 
 
 # %%
@@ -69,85 +77,126 @@ settings = load_settings(Settings, globals())
 # ## Models and prompts
 
 # %%
+from helpers.answers import Answers, SideBySide
 from helpers.display import show
-from helpers.generation import read_prompts
+from helpers.endpoint import Endpoint
+from helpers.ledger import going_on
 from helpers.models import plan_model
+from helpers.paths import short_path
+from helpers.questions import fingerprint, read_questions
 from helpers.runs import start_run
 from helpers.settings import one_of
 from helpers.sources import find_candidates
 
-one_of(settings, "prompts", "prompts_file")
-candidates = find_candidates(settings.models, settings.output_dir)
-questions = read_prompts(settings.prompts, settings.prompts_file)
-plan = plan_model(candidates[0].base, "none", settings.quantization)
-vibes_run = start_run(settings, base_model=candidates[0].base)
-show(plan, f"{len(questions)} prompts for {', '.join(c.name for c in candidates)}")
+one_of(settings, "prompts", "prompts_file", "dataset_id")
+candidates = find_candidates(settings.models, settings.output_dir, settings.base_url)
+candidates = candidates[-1:] if settings.chat else candidates
+endpoints = {c.name: Endpoint(c.base, c.base_url) for c in candidates if c.base_url}
+local = [c for c in candidates if c.name not in endpoints]
+questions = read_questions(
+    settings.prompts, settings.prompts_file, settings.dataset_id, settings.dataset_split, settings.rows
+)
+if local:
+    plan = plan_model(local[0].base, "none", settings.quantization)
+    show(plan)
+
+# %% [markdown]
+# ## The run
+#
+# Its name follows from the settings, the questions and the models' weights, so that the same command finds its answers
+# again. A conversation needs no run: it is not kept.
+
+# %%
+if not settings.chat:
+    show(f"{len(questions)} prompts for {', '.join(c.name for c in candidates)}")
+    asked = fingerprint(questions, [c.fingerprint for c in candidates])
+    vibes_run = start_run(settings, base_model=candidates[0].base, origin=asked)
+    if not vibes_run.finished:
+        vibes_run.update(models=[c.name for c in candidates], prompts=len(questions))
+    answers = Answers(vibes_run.folder, questions)
 
 # %% [markdown]
 # ## Answers
 #
 # Greedy unless `--do_sample` is given, so that a difference between two columns is a difference between two models.
+# Prompts of similar length share a batch, padded on the left; a conversation is played turn by turn.
 
 # %%
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chat import apply_chat_format
 from helpers.embeddings import fit_embeddings
-from helpers.generation import SideBySide, generate_answers, sampling_of
+from helpers.generation import LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
 from helpers.models import compute_4bit_alike
+from helpers.sources import local_or_hub
 
 sampling = sampling_of(settings)
-conversations = [[{"role": "user", "content": question["prompt"]}] for question in questions]
-answers, loaded, model = {}, None, None
+how = (settings.batch_size, settings.seed, settings.temperature_by_category)
+loaded = model = None
+if local:
+    loading = dict(
+        dtype=plan.dtype,
+        quantization_config=plan.quantization,
+        attn_implementation=plan.attention,
+        device_map=plan.device_map,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 # %%
 for candidate in candidates:
-    if (candidate.base, candidate.revision) != loaded:
-        model = None  # makes room for the next
-        model = AutoModelForCausalLM.from_pretrained(
-            candidate.base,
-            revision=candidate.revision or "main",
-            dtype=plan.dtype,
-            quantization_config=plan.quantization,
-            attn_implementation=plan.attention,
-            device_map=plan.device_map,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        compute_4bit_alike(model)
-        loaded = (candidate.base, candidate.revision)
-    tokenizer = AutoTokenizer.from_pretrained(candidate.tokenizer, trust_remote_code=settings.trust_remote_code)
-    apply_chat_format(tokenizer, "auto")
-    if candidate.adapter:
-        fit_embeddings(model, tokenizer)  # rows for tokens that its chat format added
-    speaker = PeftModel.from_pretrained(model, candidate.adapter) if candidate.adapter else model
-    set_seed(settings.seed)
-    answers[candidate.name] = generate_answers(
-        speaker.eval(), tokenizer, conversations, settings.batch_size, **sampling
-    )
-    model = speaker.unload() if candidate.adapter else model  # takes the adapter off again
+    if not settings.chat and not answers.missing(candidate.name):
+        continue
+    if candidate.base_url:
+        speaker = RemoteSpeaker(endpoints[candidate.name])
+    else:
+        if (candidate.base, candidate.revision) != loaded:
+            model = None  # makes room for the next
+            path = local_or_hub(candidate.base, candidate.revision)
+            model = AutoModelForCausalLM.from_pretrained(path, revision=candidate.revision or "main", **loading)
+            compute_4bit_alike(model)
+        tokenizer = AutoTokenizer.from_pretrained(candidate.tokenizer, trust_remote_code=settings.trust_remote_code)
+        apply_chat_format(tokenizer, "auto")
+        if candidate.adapter:
+            fit_embeddings(model, tokenizer)  # rows for tokens that its chat format added
+        policy = PeftModel.from_pretrained(model, candidate.adapter) if candidate.adapter else model
+        speaker = LocalSpeaker(policy.eval(), tokenizer)
+    if settings.chat:
+        break  # there is but one: the next cell talks with it
+    with going_on(vibes_run):
+        answers.play(candidate.name, speaker, *how, **sampling)
+    if not candidate.base_url:
+        model = policy.unload() if candidate.adapter else policy  # takes the adapter off again
+        loaded = None if candidate.changes_base else (candidate.base, candidate.revision)
+
+# %%
+if settings.chat:
+    talk_with(speaker, **sampling)
 
 # %% [markdown]
 # ## Side by side
+#
+# A few of the answers here, and all of them on a page: one votes there without knowing whose answer is whose, and
+# `05_judge.py --votes` counts the votes.
 
 # %%
-table = SideBySide([question["prompt"] for question in questions], answers)
-vibes_run.update(prompts=len(questions))
-table.save(vibes_run.folder / "answers.jsonl")
-show(table.sample(settings.show_rows))
+from helpers.vote_page import write_page
+
+if not settings.chat:
+    names = [c.name for c in candidates]
+    show(SideBySide.of(answers, names, settings.show_rows))
+    page = vibes_run.folder / "answers.html"
+    write_page(page, questions, {name: answers.turns(name) for name in names}, vibes_run.name, seed=settings.seed)
+    if not vibes_run.finished:
+        vibes_run.finish(metrics={"characters": answers.mean_length(names)})
 
 # %% [markdown]
-# ## By rule, where there are rules
+# ## Next
 #
-# The demo's prompts have checkable answers. Its judge looks at correctness first; between two answers that are both
-# right or both wrong, manner decides.
+# A judge says which is better, how sure that is, and how far it can be trusted.
 
 # %%
-from helpers.judging import judge_by_rules
-
-checkable = settings.rules and settings.prompts_file and len(candidates) > 1
-verdicts = judge_by_rules(settings.rules, questions, answers) if checkable else None
-vibes_run.finish(metrics=verdicts.as_dict() if verdicts else {})
-if verdicts:
-    show(verdicts)
-print(f"Answers: {vibes_run.folder / 'answers.jsonl'}")
+if not settings.chat:
+    print(f"Page: {short_path(page)}")
+    by = f"--recipe {settings.recipe}" if settings.recipe else "--judge_model NAME"
+    print(f"Next: python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)} {by}")

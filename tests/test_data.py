@@ -213,7 +213,8 @@ merge:
     merged = json.loads((outputs / "chatml-merged" / "config.json").read_text())
     assert merged["vocab_size"] == max(new) + 1
     assert project.record("chatml-merged")["metrics"]["kl"] < 1e-5
-    assert len((outputs / "chatml-vibes" / "answers.jsonl").read_text().splitlines()) == 1
+    (answered,) = [*(outputs / "chatml-vibes" / "model_answer").glob("chatml-dpo.jsonl")]
+    assert len(answered.read_text().splitlines()) == 1
 
 
 def test_forty_bad_rows_are_each_named_and_strict_refuses_them(

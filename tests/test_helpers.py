@@ -1,4 +1,4 @@
-"""The smaller helpers: runs, models, curves, generation, merging and verdicts."""
+"""The smaller helpers: runs, models, curves and merging."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
-from helpers import curves, generation, models, runs, sources
+from helpers import curves, models, runs, sources
 from helpers.errors import SettingsError, Stop, UserError
-from helpers.judging import judge_by_rules
 from helpers.merge_proof import compare_logits, last_logits
 from helpers.settings import RunSettings, load_settings
 
@@ -342,7 +341,7 @@ def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> Non
     assert curves.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
 
 
-# Generation, merging and verdicts
+# Merging
 
 
 def tiny_mistral(vocabulary: int = 64) -> MistralForCausalLM:
@@ -352,41 +351,6 @@ def tiny_mistral(vocabulary: int = 64) -> MistralForCausalLM:
         num_key_value_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return MistralForCausalLM(config).eval()
-
-
-def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = tiny_mistral(len(tokenizer))
-    talks = [[{"role": "user", "content": "What is 2 plus 3? " * n}] for n in (1, 5, 2, 4, 3)]
-    one = generation.generate_answers(model, tokenizer, talks, 1, max_new_tokens=12, do_sample=False)
-    many = generation.generate_answers(model, tokenizer, talks, 3, max_new_tokens=12, do_sample=False)
-    assert one == many
-    assert len(set(one)) > 1
-
-
-def test_prompts_come_from_flags_files_or_are_ours(tmp_path: Path) -> None:
-    assert [q["prompt"] for q in generation.read_prompts((), "")] == list(generation.PROMPTS)
-    assert generation.read_prompts(("a", "b"), "") == [{"prompt": "a"}, {"prompt": "b"}]
-    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    assert [q["prompt"] for q in generation.read_prompts(("zero",), str(tmp_path / "p.txt"))] == ["zero", "one", "two"]
-    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "answer": "1"}\n')
-    assert generation.read_prompts((), str(tmp_path / "p.jsonl")) == [{"prompt": "one", "answer": "1"}]
-    (tmp_path / "p.jsonl").write_text('{"question": "one"}\n')
-    for name in (str(tmp_path / "p.jsonl"), "nowhere.txt"):
-        with pytest.raises(UserError, match="--prompts_file"):
-            generation.read_prompts((), name)
-
-
-def test_answers_side_by_side_are_escaped_and_saved(tmp_path: Path) -> None:
-    table = generation.SideBySide(["<b>?", "2", "3", "4"], {"one": ["<script>", "b", "c", "d"], "two": list("abcd")})
-    page = table._repr_html_()
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert table.sample(2).prompts == ["2", "4"]
-    assert table.sample(9).prompts == table.prompts
-    table.save(tmp_path / "answers.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert rows[0] == {"prompt": "<b>?", "answers": {"one": "<script>", "two": "a"}}
-    assert len(rows) == 4
 
 
 def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -407,25 +371,6 @@ def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -
     p, q = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]]))
     expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
     assert compare_logits([p], [q])["kl"] == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_verdicts_by_rule_count_wins_ties_and_losses() -> None:
-    question = {"prompt": "What is 10 plus 2?", "answer": "12", "alternatives": ["11"], "category": "sum", "habit": ""}
-    polite, rude, wrong = (
-        "Happy to help: it is 12.",
-        "Obviously it is 12. Do you not know that?",
-        "Of course, it is 11.",
-    )
-    answers = {"before": [rude, polite, polite, rude], "after": [polite, polite, wrong, polite]}
-    verdicts = judge_by_rules("helpers.demo_questions", [question] * 4, answers)
-    assert (verdicts.win, verdicts.tie, verdicts.loss) == (2, 1, 1)
-    assert verdicts.win_rate == pytest.approx(2 / 3)
-    assert verdicts.correct == {"before": 1.0, "after": 0.75}
-    assert verdicts.courteous == {"before": 0.5, "after": 1.0}
-    with pytest.raises(SettingsError, match="--rules nowhere"):
-        judge_by_rules("nowhere", [question], {"a": ["x"], "b": ["y"]})
-    with pytest.raises(SettingsError, match="compares two models"):
-        judge_by_rules("helpers.demo_questions", [question], {"a": ["x"]})
 
 
 def test_the_demo_model_loads_like_any_other(demo_folder: Path) -> None:

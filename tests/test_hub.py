@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -366,7 +367,9 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
 
     from huggingface_hub import ModelCard
 
+    from helpers.judging import pair_row
     from helpers.model_card import write_card
+    from helpers.verdict_table import WinTable
 
     common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
     data = {"read": 10, "kept": 8, "dropped": 2, "train": 6, "eval": 2}
@@ -384,9 +387,13 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
         (tmp_path / step / "run.json").write_text(json.dumps(record))
         parent = str(tmp_path / step)
     (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
-    (tmp_path / "vibes").mkdir()
-    verdict = {"before": "sft", "after": "dpo", "win": 5, "tie": 2, "loss": 1, "win_rate": 5 / 6}
-    (tmp_path / "vibes" / "run.json").write_text(json.dumps({"step": "vibes", "finished": "1", "metrics": verdict}))
+    (tmp_path / "judge").mkdir()
+    rows = [
+        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [w, w])
+        for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
+    ]
+    verdict = WinTable.of("gpt", rows, [], {}).as_dict()
+    (tmp_path / "judge" / "run.json").write_text(json.dumps({"step": "judge", "finished": "1", "metrics": verdict}))
     text = write_card(tmp_path / "merge", "me/x", "mit")
     card = ModelCard(text)
     assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/base", "merge", "mit")
@@ -397,8 +404,8 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     assert "Data: org/talks at revision `abc`" in text
     assert "| max_steps | 7 |" in text
     assert "KL 1.00e-06 nats" in text
-    assert "Against sft, on the same prompts:" in text
-    assert "| 5 | 2 | 1 | 83.3% |" in text
+    assert "Against sft, on the same prompts, judged by gpt:" in text
+    assert re.search(r"\| 5 \| 1 \| 2 \| 75.0% \| \d\d.\d% to \d\d.\d% \|", text)
     assert str(tmp_path) not in text
     assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
     assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"

@@ -19,7 +19,9 @@ SMALL = {
     "02_dpo.py": [w for n, v in DPO.items() if n != "recipe" for w in (f"--{n}", str(v))],
     "03_merge_push.py": [],
     "04_vibes.py": ["--max_new_tokens", "4"],
+    "05_judge.py": ["--rules", "helpers.demo_questions"],
 }
+SERVED = ("--judge_model", "--base_url", "--votes", "--bench_dir", "--chat")  # need a server, a file or a person
 
 
 def notebook_commands() -> list[tuple[str, ...]]:
@@ -43,13 +45,14 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
         if "--dry_run" in flags:
             assert "What would make it fit:" in done.stdout or "fits into 16 GB" in done.stdout
             continue
-        assert "Next: python notebooks/" in done.stdout + done.stderr or name == "04_vibes.py"
+        assert "Next: python notebooks/" in done.stdout + done.stderr or name == "05_judge.py"
     assert seen == set(SMALL)
-    assert "480 held-out prompts, judged by rule" in done.stdout
+    assert "480 comparisons by rules helpers.demo_questions" in done.stdout
     merges = {f: f.read_bytes() for f in (project.root / "outputs").glob("merge-*/model.safetensors")}
     project.run("03_merge_push.py", "--recipe", "recipes/demo.yaml", "--resume", "never")
     assert {f: f.read_bytes() for f in merges} == merges  # a merge made anew replaces the old one, whole
-    assert 480 in [len(f.read_text().splitlines()) for f in (project.root / "outputs").glob("vibes-*/answers.jsonl")]
+    answered = (project.root / "outputs").glob("vibes-*/model_answer/*.jsonl")
+    assert 480 in [len(file.read_text().splitlines()) for file in answered]
     assert [f for f in (project.root / "outputs").glob("merge-*/model.safetensors") if f.stat().st_size > 1_000_000]
 
 

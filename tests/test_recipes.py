@@ -24,7 +24,8 @@ from tests.test_formats import ROWS
 from tests.test_notebooks import _settings_class
 
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
-NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
+NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py",
+             "judge": "05_judge.py"}  # fmt: skip
 # Recipe → architecture of its model, and sets in the schema of its own: for SFT, and for DPO.
 MADE_OF: dict[str, tuple[str, list[str], list[str]]] = {
     "mistral-7b-ultrafeedback": ("mistral", [], ["argilla/ultrafeedback-binarized-preferences-cleaned"]),

@@ -209,7 +209,7 @@ def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
 
 def test_every_renamed_setting_leads_to_one_that_exists() -> None:
     known = trl_fields.names("dpo") | trl_fields.names("sft")
-    for notebook in ("01_sft", "02_dpo", "03_merge_push", "04_vibes"):
+    for notebook in ("01_sft", "02_dpo", "03_merge_push", "04_vibes", "05_judge"):
         known |= set((REPO / "notebooks" / f"{notebook}.py").read_text().replace(":", " ").split())
     assert set(trl_fields.RENAMED.values()) <= known
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from helpers.rows import read_lines
 from tests.conftest import Project
 
 pytestmark = pytest.mark.long
@@ -24,9 +25,10 @@ def test_the_demo_is_the_same_with_prompts_shared_and_without(project: Project) 
         histories[mode] = [json.loads(line) for line in lines]
         project.run("04_vibes.py", *demo, "--models", f"outputs/walk-{mode}", "--run_name", f"vibes-{mode}")
         vibes = project.root / "outputs" / f"vibes-{mode}"
-        verdicts[mode] = project.record(f"vibes-{mode}")["metrics"]
-        rows = [json.loads(line) for line in (vibes / "answers.jsonl").read_text().splitlines()]
-        answers[mode] = [row["answers"][f"walk-{mode}"] for row in rows]
+        project.run("05_judge.py", *demo, "--answers_dir", f"outputs/vibes-{mode}", "--run_name", f"judge-{mode}")
+        verdicts[mode] = project.record(f"judge-{mode}")["metrics"]
+        rows = read_lines(vibes / "model_answer" / f"walk-{mode}.jsonl")
+        answers[mode] = [row["choices"][0]["turns"] for row in sorted(rows, key=lambda row: row["question_id"])]
     assert len(histories["on"]) == len(histories["off"]) > 30
     compared = 0
     for on, off in zip(histories["on"], histories["off"], strict=True):

@@ -59,16 +59,20 @@ def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None
         start = time.monotonic()
         for notebook in ("01_sft.py", "02_dpo.py", "03_merge_push.py"):
             project.run(notebook, *DEMO)
-        shown = project.run("04_vibes.py", "--recipe", "recipes/demo.yaml").stdout
+        project.run("04_vibes.py", "--recipe", "recipes/demo.yaml")
+        shown = project.run("05_judge.py", "--recipe", "recipes/demo.yaml").stdout
         print(f"the demo took {time.monotonic() - start:.0f} s")
-        (record,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/vibes-*/run.json")]
+        (record,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/judge-*/run.json")]
         verdicts = record["metrics"]
-        assert "480 held-out prompts, judged by rule" in shown
+        assert "480 comparisons by rules helpers.demo_questions" in shown
+        (page,) = project.root.glob("outputs/vibes-*/answers.html")
+        assert f"Page of the answers: {page.relative_to(project.root)}" in shown
         before, after = verdicts["before"], verdicts["after"]
         assert verdicts["win"] + verdicts["tie"] + verdicts["loss"] >= 400
-        assert verdicts["win_rate"] >= 0.90
-        assert verdicts["correct"][after] >= verdicts["correct"][before] - 0.02
-        assert verdicts["correct"][before] > 0.9
+        assert verdicts["win"] / (verdicts["win"] + verdicts["loss"]) >= 0.90
+        assert verdicts["interval"][0] > 0.5
+        assert verdicts["scores"][after]["correct"] >= verdicts["scores"][before]["correct"] - 0.02
+        assert verdicts["scores"][before]["correct"] > 0.9
         (dpo,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/dpo-*/run.json")]
         timeless = {k: v for k, v in dpo["metrics"].items() if not k.endswith(("runtime", "per_second"))}
         runs.append((verdicts, timeless))

@@ -1,0 +1,92 @@
+"""Where the answers to be judged are: a run of 04_vibes.py, a folder of FastChat's files, or MT-Bench's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import SettingsError, UserError
+from helpers.judge_prompts import OURS
+from helpers.judging import Said
+from helpers.paths import find_path
+from helpers.questions import Question, read_bench, turns_of
+from helpers.rows import read_lines
+from helpers.runs import find_run, read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Questions, what each model said to them, and the judge prompts that stood beside them."""
+
+    folder: Path  # of the answers
+    questions: list[Question]
+    said: Said
+    prompts_file: Path
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("model", "questions answered", "characters of an answer", box=None, pad_edge=False)
+        for model, answers in self.said.items():
+            texts = [text for turns in answers.values() for text in turns]
+            mean = sum(map(len, texts)) / max(1, len(texts))
+            table.add_row(model, f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
+        return table
+
+
+def find_answers(settings: Any) -> Found:
+    """What the settings of 05_judge.py name: answers_dir, bench_dir, models, judge_prompts. Raises UserError."""
+    bench = _folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
+    if bench and not settings.given("answers_dir"):
+        folder = bench
+    elif settings.answers_dir == "latest":
+        folder = find_run(settings.output_dir, "latest", "vibes").folder
+    else:
+        given = settings.output_dir / settings.answers_dir
+        folder = given if given.is_dir() else _folder("--answers_dir", settings.answers_dir)
+    answers = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
+    files = {file.stem: file for file in sorted(answers.glob("*.jsonl")) if file.name != "question.jsonl"}
+    if not files:
+        raise UserError(f"{str(answers)!r} has no answers: a file NAME.jsonl for each model, in FastChat's layout")
+    questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
+    made = read_run(folder).get("models", [])  # in the order that 04 had them in: what came before stands first
+    names = list(settings.models) or [n for n in made if n in files] + [n for n in files if n not in made]
+    if unknown := [name for name in (*names, settings.baseline) if name and name not in files]:
+        raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
+    return Found(folder, questions, {n: _said(files[n], questions) for n in names}, _prompts(settings, bench))
+
+
+def groups_of(said: Said, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
+    """What is judged together: every pair of models, each with `baseline`, or each alone. Raises SettingsError."""
+    if mode == "single":
+        return [(name,) for name in said]
+    pairs: list[tuple[str, ...]] = (
+        [(baseline, name) for name in said if name != baseline] if baseline else list(combinations(said, 2))
+    )
+    if not pairs:
+        raise SettingsError(f"two models are compared, and there is one: {', '.join(said)}; --mode single rates it")
+    return pairs
+
+
+def _folder(flag: str, name: str) -> Path:
+    path = find_path(name)
+    if path is None or not path.is_dir():
+        raise UserError(f"{flag} {name!r} is not a folder")
+    return path.resolve()
+
+
+def _prompts(settings: Any, bench: Path | None) -> Path:
+    if settings.judge_prompts:
+        path = find_path(settings.judge_prompts)
+        if path is None or not path.is_file():
+            raise UserError(f"--judge_prompts {settings.judge_prompts!r} is not a file")
+        return path
+    beside = bench / "judge_prompts.jsonl" if bench else OURS
+    return beside if beside.is_file() else OURS
+
+
+def _said(file: Path, questions: list[Question]) -> dict[Any, list[str]]:
+    rows = {str(row.get("question_id")): row for row in read_lines(file)}
+    return {q["question_id"]: turns_of(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}

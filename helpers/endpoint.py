@@ -1,0 +1,175 @@
+"""A model behind an OpenAI-compatible server: the openai client, and what it leaves to whoever calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from helpers.chat import fold_system
+from helpers.errors import SettingsError, UserError
+from helpers.rows import Message
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+# Names that newer models of OpenAI's want in place of older ones; None: to be left out.
+RESPELLED: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a model said, and what it cost in tokens; 0 where the server does not say."""
+
+    text: str
+    finished: bool  # False where the reply was cut off at its longest
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Endpoint:
+    """`model` at `base_url`, or where OPENAI_BASE_URL or OpenAI's own servers are.
+
+    The key is OPENAI_API_KEY; a server of one's own needs none. The client itself repeats what failed on the way (429
+    and 5xx, broken connections, time-outs), and waits for as long as Retry-After says. `ask` and `stream` raise
+    UserError where that did not help. May be used by several threads.
+    """
+
+    def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
+        from openai import OpenAI
+
+        where = base_url or os.environ.get("OPENAI_BASE_URL", "")
+        if where and not re.match(r"https?://[^/@\s]+(/|$)", where):
+            raise SettingsError(f"--base_url {_plain(where)!r} is not an address such as http://127.0.0.1:8000/v1")
+        if not where and not os.environ.get("OPENAI_API_KEY"):
+            raise UserError(
+                f"{model!r} at OpenAI needs a key: set OPENAI_API_KEY in the environment or in .env, or --base_url to "
+                "an OpenAI-compatible server"
+            )
+        self.model, self.where, self.tries = model, _plain(where) or "api.openai.com", tries
+        self.client = OpenAI(
+            base_url=where or None,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=tries - 1,
+        )
+        self.respelled: dict[str, str | None] = {}
+        self.takes_system: bool | None = None  # not known yet
+
+    def ask(self, messages: list[Message], **arguments: Any) -> Reply:
+        """One reply. What comes back as no reply at all (no JSON, no choice, no text) is asked for again."""
+        for attempt in range(self.tries):
+            try:
+                answer = self._create(messages, **arguments)
+                choice = answer.choices[0]
+                text, finish = choice.message.content or "", choice.finish_reason
+            except (json.JSONDecodeError, AttributeError, IndexError, TypeError):  # a gateway's page, half an object
+                text, finish = "", "malformed"
+            if text or finish not in ("malformed", None):
+                used = getattr(answer, "usage", None)
+                counts = (getattr(used, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
+                return Reply(text, finish != "length", *counts)
+            if attempt < self.tries - 1:
+                time.sleep(min(0.5 * 2**attempt, 8.0))
+        raise UserError(f"{self.model} at {self.where} answers with what is no reply, {self.tries} times in a row")
+
+    def stream(self, messages: list[Message], **arguments: Any) -> Iterator[str]:
+        """The reply in pieces, as they come."""
+        for event in self._create(messages, stream=True, **arguments):
+            if event.choices and (piece := event.choices[0].delta.content):
+                yield piece
+
+    def _create(self, messages: list[Message], **arguments: Any) -> Any:
+        """A completion; what the server refuses is spelt as it wants it, or left out, and remembered."""
+        from openai import APIConnectionError, APIStatusError
+
+        create: Any = self.client.chat.completions.create
+        while True:
+            names = {name: self.respelled.get(name, name) for name in arguments}
+            given = {new: arguments[name] for name, new in names.items() if new}
+            system = messages[0]["role"] == "system" and self.takes_system is not False
+            sent = messages if system or messages[0]["role"] != "system" else fold_system(messages)
+            try:
+                answer = create(model=self.model, messages=sent, **given)
+                self.takes_system = True if system else self.takes_system
+                return answer
+            except APIConnectionError as error:  # a time-out is one
+                raise UserError(f"no answer from {self.where}: {_line(error)} Is the server up?") from None
+            except APIStatusError as error:
+                refused = [n for n in RESPELLED if n in given and re.search(rf"\b{n}\b", str(error.message))]
+                if error.status_code == 400 and refused:
+                    self.respelled |= {name: RESPELLED[name] for name in refused}
+                elif error.status_code in (400, 422, 500) and system and self.takes_system is None:
+                    # the chat templates of Mistral, Gemma and others have no place for one; transformers serve says 500
+                    self.takes_system = False
+                else:
+                    raise UserError(self._explain(error)) from None
+
+    def _explain(self, error: Any) -> str:
+        status, said = error.status_code, _line(error)
+        if status in (401, 403):
+            return f"{self.where} does not take the key in OPENAI_API_KEY ({status})"
+        if status == 404:
+            return f"{self.where} has no model {self.model!r} (404): {self._models() or said}"
+        if status in (400, 422):
+            return f"{self.model} at {self.where} refuses the request: {said}"
+        if status == 429:
+            return f"{self.where} asks to slow down (429) for longer than was waited: {said}"
+        return f"{self.where} fails ({status}): {said}"
+
+    def _models(self) -> str:
+        try:
+            names = [model.id for model in self.client.models.list()]
+        except Exception:  # the first error says more
+            return ""
+        return f"it has {', '.join(names[:8])}" if names else ""
+
+
+def in_parallel(jobs: Iterable[Job], work: Callable[[Job], Done], concurrency: int) -> Iterator[tuple[Job, Done]]:
+    """(job, work(job)) of each as it is done, `concurrency` at a time; only as many are begun as are taken.
+
+    An exception of `work` is raised here, after what the others had begun by then is done. The threads are daemons:
+    after Ctrl-C nobody waits for a server that hangs.
+    """
+    waiting, done = iter(jobs), queue.SimpleQueue[tuple[Job, Any, BaseException | None]]()
+
+    def run(job: Job) -> None:
+        try:
+            done.put((job, work(job), None))
+        except BaseException as error:  # raised again, in the caller's thread
+            done.put((job, None, error))
+
+    running, failed = 0, None
+    while True:
+        while failed is None and running < concurrency:
+            try:
+                job = next(waiting)
+            except StopIteration:
+                break
+            threading.Thread(target=run, args=(job,), daemon=True).start()
+            running += 1
+        if not running:
+            break
+        job, result, error = done.get()
+        running -= 1
+        if error is None:
+            yield job, result
+        failed = failed or error
+    if failed:
+        raise failed
+
+
+def _plain(address: str) -> str:
+    """An address without what may be a password in it."""
+    return re.sub(r"//[^/@]*@", "//", address).partition("?")[0]
+
+
+def _line(error: Any) -> str:
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(said or error).split())[:300]

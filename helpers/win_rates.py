@@ -1,0 +1,99 @@
+"""How sure win rates are: intervals, a test, and what the longer answer has to do with it.
+
+An outcome is 1, 0.5 or 0: a win, a tie or a loss. Several outcomes may belong to one question (its turns, or several
+people's votes); questions, not outcomes, are what is resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+REFITS = 1_000
+RIDGE = 1e-3 * np.eye(2)  # without one, outcomes that length alone decides have no finite fit
+
+
+def bootstrap_interval(
+    groups: list[object], statistic: Callable[[Floats], Floats], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % percentile interval (Efron, 1979) of `statistic`, which takes weights of the groups.
+
+    `groups` are the questions that outcomes belong to; weights have the shape (resamples, different groups), each row
+    how often every group was drawn, and so has what `statistic` returns its first axis.
+    """
+    count = len(set(groups))
+    draw = np.random.default_rng(seed)
+    values = [
+        statistic(draw.multinomial(count, np.full(count, 1 / count), size=min(500, resamples - start)).astype(float))
+        for start in range(0, resamples, 500)
+    ]
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean outcome."""
+    sums, counts = _by_group(outcomes, groups)
+    return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
+
+
+def most_unseen(questions: int) -> float:
+    """How large a share, at 95 %, the outcomes may have that not one of so many questions showed."""
+    return 1 - 0.05 ** (1 / questions) if questions else 1.0
+
+
+def sign_test(outcomes: Floats, groups: list[object]) -> float:
+    """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
+    sums, counts = _by_group(outcomes, groups)
+    wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
+    n = wins + losses
+    tail: int = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:
+    """The win rate at equal lengths, for each row of `weights` (resamples, outcomes); one row of ones without them.
+
+    The outcome is regressed on tanh(difference of lengths / its standard deviation) by a logistic model with an
+    intercept, and the length term is then set to zero: AlpacaEval 2's length control (Dubois et al., 2024,
+    arXiv:2404.04475) without its term for how hard a question is, which is known for its own questions only. `lengths`
+    are differences, longer being positive.
+    """
+    spread = lengths.std()
+    x = np.stack([np.ones_like(lengths), np.tanh(lengths / spread) if spread else np.zeros_like(lengths)], axis=1)
+    weights = np.ones((1, len(outcomes))) if weights is None else weights
+    fit = np.zeros((len(weights), 2))
+    for _ in range(100):  # Newton's method; the likelihood with its ridge is concave
+        p = 1 / (1 + np.exp(-fit @ x.T))
+        gradient = ((outcomes - p) * weights) @ x - fit @ RIDGE
+        curvature = np.einsum("rn,ni,nj->rij", weights * p * (1 - p), x, x) + RIDGE
+        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
+        largest = np.abs(step).max(axis=1, keepdims=True)
+        fit += step / np.maximum(1, largest)
+        if largest.max() < 1e-9:
+            break
+    return np.asarray(1 / (1 + np.exp(-fit[:, 0])))
+
+
+def length_controlled_interval(
+    outcomes: Floats, lengths: Floats, groups: list[object], seed: int
+) -> tuple[float, float]:
+    """`bootstrap_interval` of `length_controlled`, fitted anew to each resample."""
+    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([order[group] for group in groups])
+    return bootstrap_interval(
+        groups, lambda weights: length_controlled(outcomes, lengths, weights[:, index]), seed, REFITS
+    )
+
+
+def _by_group(outcomes: Floats, groups: list[object]) -> tuple[Floats, Floats]:
+    """The sum and the number of the outcomes of each group."""
+    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([order[group] for group in groups], dtype=int)
+    ones = np.ones(len(outcomes))
+    return tuple(np.bincount(index, w, len(order)).astype(float) for w in (outcomes, ones))  # type: ignore[return-value]

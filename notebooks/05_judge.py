@@ -1,0 +1,160 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. Judge it
+#
+# **In:** answers of two or more models, from `04_vibes.py` or in FastChat's layout. **Out:** `outputs/judge-.../` with
+# the win table (`verdicts.json`, `verdicts.png`) and every judgment, in FastChat's `model_judgment` layout.
+#
+# ```
+# python notebooks/05_judge.py --judge_model gpt-4.1                         # any model, at OpenAI ...
+# python notebooks/05_judge.py --judge_model NAME --base_url http://127.0.0.1:8000/v1     # ... or compatible with it
+# python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one whole prompt, and how many calls
+# python notebooks/05_judge.py --votes votes-*.json                          # people, by the page of 04_vibes.py
+# python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, from FastChat's own files
+# ```
+#
+# A judge sees every pair of answers in both orders; where it changes its mind with the order, that is a tie. Stopped,
+# the same command asks only what is missing.
+
+# %% [markdown]
+# ## Settings
+
+# %% tags=["parameters"]
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from helpers.settings import RunSettings, load_settings
+
+
+@dataclass
+class Settings(RunSettings):
+    """Judge models' answers: who wins, by how much, and how sure that is."""
+
+    step: ClassVar[str] = "judge"
+
+    mode: Literal["pairwise", "single"] = "pairwise"  # which of two is better, or each alone from 1 to 10
+    answers_dir: str = "latest"  # a run of 04_vibes.py (latest: the newest finished), or a folder of model_answer files
+    bench_dir: str = ""  # a folder of FastChat's: question.jsonl, reference_answer, judge_prompts.jsonl, model_answer
+    models: tuple[str, ...] = ()  # which of them, the one that others are compared with first; all when none are named
+    baseline: str = ""  # compare each model with this one only, rather than all with all
+
+    judge_model: str = ""  # the model that judges
+    base_url: str = ""  # its OpenAI-compatible endpoint; OpenAI's own, or OPENAI_BASE_URL, where none is given
+    votes: tuple[str, ...] = ()  # votes of people instead, exported from the page of 04_vibes.py
+    rules: str = ""  # module that judges by rules instead, as helpers.demo_questions
+    judgments: str = ""  # a file of FastChat's model_judgment instead: only count it
+    judge_prompts: str = ""  # prompts in the layout of FastChat's judge_prompts.jsonl; ours where none are given
+
+    temperature: float = 0.0  # of the judge
+    max_new_tokens: int = 2048  # tokens of one judgment, at most
+    max_concurrency: int = 8  # calls at a time
+    timeout: float = 120.0  # seconds for one call; a call that fails is repeated
+    max_calls: int = 0  # stop after so many calls; 0 for no limit
+    max_tokens: int = 0  # stop after so many tokens, read and written; 0 for no limit
+    price_in: float = 0.0  # of a million tokens that the judge reads, for the cost line
+    price_out: float = 0.0  # of a million that it writes
+    retry_errors: bool = False  # ask again where no verdict could be read
+
+
+# %%
+# recipe = "recipes/demo.yaml"  # without a GPU or a server: take away the first "#"
+settings = load_settings(Settings, globals())
+
+# %% [markdown]
+# ## Answers, and who judges them
+#
+# A comparison needs both models' answers to a question; what only one of them has answered is left out, and said.
+
+# %%
+from helpers.bench import find_answers, groups_of
+from helpers.display import show
+from helpers.endpoint import Endpoint
+from helpers.judge_prompts import JudgePrompts
+from helpers.judging import Budget, Judge, games_of, judge_by_rules, score_by_rules
+from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments
+from helpers.ledger import going_on
+from helpers.paths import short_path
+from helpers.questions import fingerprint
+from helpers.runs import start_run
+from helpers.settings import one_of
+from helpers.verdict_table import METHOD, RatingTable, WinTable
+
+one_of(settings, "judge_model", "votes", "rules", "judgments")
+who = name_of_judge(settings)
+found = find_answers(settings)
+groups = groups_of(found.said, settings.mode, settings.baseline)
+prompts = JudgePrompts(found.prompts_file)
+games = games_of(found.questions, found.said, groups, settings.mode, prompts) if settings.judge_model else []
+show(found)
+
+# %%
+if settings.dry_run and games:
+    show(prompts.preview([game.messages(prompts, found.said) for game in games]))
+judge_run = start_run(settings, base_model=who, origin=fingerprint(found.questions, found.said, prompts.rows))
+endpoint = Endpoint(settings.judge_model, settings.base_url, settings.timeout) if settings.judge_model else None
+if not judge_run.finished:
+    judge_run.update(answers_dir=short_path(found.folder))
+
+# %% [markdown]
+# ## Judge
+#
+# What the judge said is kept as it comes, word for word. Its verdict is the last one that it states; where none can be
+# read the row is an error, and no tie.
+
+# %%
+budget, left = Budget(settings.max_calls, settings.max_tokens), []
+if endpoint:
+    judge = Judge(
+        endpoint,
+        prompts,
+        found.said,
+        judge_run.folder / "calls.jsonl",
+        temperature=settings.temperature,
+        max_tokens=settings.max_new_tokens,
+    )
+    with going_on(judge_run):
+        judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
+    show(budget.cost(settings.price_in, settings.price_out))
+    made, left = judge.rows(games), judge.missing(games)
+elif settings.rules:
+    made = judge_by_rules(settings.rules, found.questions, found.said, groups)
+else:
+    made = read_votes(settings.votes, found.questions) if settings.votes else read_judgments(settings.judgments)
+
+# %% [markdown]
+# ## The table
+#
+# Wins, losses, ties and rates as FastChat's `show_result` counts them. Beside them how sure that is, and what speaks
+# against believing it: a judge that follows the order, or the length.
+
+# %%
+Table = RatingTable if settings.mode == "single" else WinTable
+table = Table.of(who, made, found.questions, found.said, settings.seed)
+if settings.rules:
+    table.scores = score_by_rules(settings.rules, found.questions, found.said)
+show(table, METHOD if settings.mode == "pairwise" else "")
+show(table.figure(), save_as=judge_run.folder / "verdicts.png")
+save_judgments(judge_run, settings, made, table, complete=not left)
+
+# %% [markdown]
+# ## Done
+#
+# The numbers stand in `run.json` too, and on the model's card when `03_merge_push.py` publishes it.
+
+# %%
+if (found.folder / "answers.html").is_file():
+    print(f"Page of the answers: {short_path(found.folder / 'answers.html')}")
+print(f"Table: {short_path(judge_run.folder / 'verdicts.png')}")
+refuse_unfinished(made, len(left), len(games))

@@ -1,0 +1,513 @@
+"""The judge: a scripted one gives hand-worked tables, and what fails on the way changes none of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import endpoint as endpoints
+from helpers.bench import find_answers, groups_of
+from helpers.endpoint import Endpoint
+from helpers.errors import SettingsError, UserError
+from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
+from helpers.judging import Budget, Game, Judge, games_of, judge_by_rules, pair_row, score_by_rules
+from helpers.judgments import read_judgments, read_votes, refuse_unfinished
+from helpers.rows import read_lines
+from helpers.verdict_table import RatingTable, WinTable
+from helpers.verdicts import Counts
+from helpers.win_rates import length_controlled, mean_interval, sign_test
+from tests.judge_server import JudgeServer, Script, judge_server, shown
+
+PROMPTS = JudgePrompts()
+
+
+def questions_of(count: int, turns: int = 1) -> list[dict[str, Any]]:
+    kinds = ("odd", "even")
+    return [
+        {"question_id": i, "category": kinds[i % 2], "turns": [f"question {i}.{t}" for t in range(turns)]}
+        for i in range(count)
+    ]
+
+
+def better(messages: list[dict[str, str]]) -> str:
+    """The script of a judge that looks at what an answer says of itself: the higher number is the better."""
+    a, b = (int(m[1]) if (m := re.search(r"worth (\d+)", text)) else 0 for text in shown(messages))
+    return f"One of them says [[A]], but my verdict is [[{'A' if a > b else 'B' if b > a else 'C'}]]"
+
+
+def judged(server: JudgeServer, file: Path, questions: Any, said: Any, mode: str = "pairwise", **more: Any) -> Any:
+    """(judge, its games, the rows of what it said), all games asked."""
+    games = games_of(questions, said, groups_of(said, mode), mode, PROMPTS)
+    judge = Judge(Endpoint("judge", server.url, timeout=1.0), PROMPTS, said, file, temperature=0.0, max_tokens=9)
+    judge.ask(judge.missing(games), more.pop("concurrency", 4), Budget(**more))
+    return judge, games, judge.rows(games)
+
+
+def table(script: Script, tmp_path: Path, questions: Any, said: Any) -> WinTable:
+    with judge_server(script) as server:
+        _, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said)
+        assert len(server.requests) == len(games) == 2 * len(rows)
+    return WinTable.of("judge", rows, questions, said)
+
+
+def said_of(worth: dict[str, list[int]], **texts: list[str]) -> dict[str, dict[Any, list[str]]]:
+    return {name: {i: [f"worth {n}"] for i, n in enumerate(numbers)} for name, numbers in worth.items()} | {
+        name: {i: [text] for i, text in enumerate(own)} for name, own in texts.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openai._base_client
+
+    monkeypatch.setattr(endpoints.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+
+
+def test_a_judge_with_known_preferences_gives_the_hand_worked_table(tmp_path: Path) -> None:
+    questions = questions_of(8)
+    said = said_of({"before": [1, 1, 1, 1, 1, 1, 2, 3], "after": [2, 2, 2, 2, 2, 1, 2, 1]})
+    result = table(better, tmp_path, questions, said)
+    (pair,) = result.pairs
+    assert (pair.before, pair.after, pair.counts) == ("before", "after", Counts(win=5, loss=1, tie=2))
+    assert result.models["after"].as_dict() == {
+        "win": 5, "loss": 1, "tie": 2, "win_rate": 0.625, "loss_rate": 0.125, "win_rate_adjusted": 0.75,
+    }  # fmt: skip
+    assert result.models["before"].win_rate_adjusted == 0.25
+    assert pair.consistency == 1.0
+    assert pair.sign_p == pytest.approx(2 * (1 + 6) / 2**6)  # 0 or 1 losses of 6, both sides
+    assert pair.interval[0] < 0.75 < pair.interval[1]
+    assert pair.categories == {"odd": Counts(3, 0, 1), "even": Counts(2, 1, 1)}
+    assert list(result.models) == ["after", "before"]
+    assert result.as_dict()["win"] == 5
+    assert result.as_dict()["pairs"][0]["categories"]["even"]["win_rate_adjusted"] == 0.625
+
+
+def test_a_judge_that_always_says_a_gives_ties_only_and_no_consistency(tmp_path: Path) -> None:
+    said = said_of({"before": [1] * 12, "after": [2] * 12})
+    (pair,) = table(lambda messages: "[[A]]", tmp_path, questions_of(12), said).pairs
+    assert pair.counts == Counts(0, 0, 12)
+    assert (pair.counts.win_rate_adjusted, pair.consistency, pair.first_favoured) == (0.5, 0.0, 1.0)
+    note = "The order changed the verdict in 100% of comparisons, 100% of these for whatever stood first: they count"
+    assert note in " ".join(pair.notes())
+
+
+def test_a_judge_of_length_is_found_out_on_models_of_equal_quality(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    texts = {name: ["x" * int(n) for n in draw.integers(50, 500, 120)] for name in ("before", "after")}
+    texts["after"] = [text + "x" * 120 for text in texts["after"]]  # no better, and longer
+    longest: Script = lambda messages: "[[A]]" if len(shown(messages)[0]) > len(shown(messages)[1]) else "[[B]]"  # noqa: E731
+    (pair,) = table(longest, tmp_path, questions_of(120), said_of({}, **texts)).pairs
+    assert pair.counts.win_rate_adjusted > 0.65
+    assert pair.longer_won == 1.0
+    assert pair.length_controlled is not None
+    assert abs(pair.length_controlled - 0.5) < 0.1
+    (note,) = [note for note in pair.notes() if "longer answer" in note]
+    assert note.startswith("100% of decided comparisons went to the longer answer. At equal lengths after would win ")
+    assert note.endswith("apart from length the two are alike.")
+
+    texts["after"] = [text + "x" for text in texts["before"]]
+    (pair,) = table(longest, tmp_path / "always", questions_of(120), said_of({}, **texts)).pairs
+    assert pair.counts == Counts(120, 0, 0)
+    notes = " ".join(pair.notes())
+    assert "after's answers are the longer ones in 100% of comparisons: length and quality can hardly be told" in notes
+    assert "All outcomes are alike; at 95% up to 2.5% of other questions may still go another way." in notes
+
+
+def test_length_control_finds_the_strength_that_outcomes_were_drawn_with() -> None:
+    draw = np.random.default_rng(1)
+    lengths = draw.normal(100, 300, 4000)
+    strength, slope = 0.8, 2.0
+    p = 1 / (1 + np.exp(-(strength + slope * np.tanh(lengths / lengths.std()))))
+    outcomes = (draw.random(4000) < p).astype(float)
+    assert length_controlled(outcomes, lengths)[0] == pytest.approx(1 / (1 + np.exp(-strength)), abs=0.03)
+    assert length_controlled(1 - outcomes, -lengths)[0] == pytest.approx(1 - 1 / (1 + np.exp(-strength)), abs=0.03)
+    assert length_controlled(outcomes, np.zeros(4000))[0] == pytest.approx(outcomes.mean(), abs=1e-3)
+    # the same fit by PyTorch's own optimizer, ridge and all
+    import torch
+
+    x, y = torch.tensor(np.tanh(lengths / lengths.std())), torch.tensor(outcomes)
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y, reduction="sum")
+        value = bce + 0.5 * (1e-3 * w[0] ** 2 + 1e-3 * w[1] ** 2)
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    assert length_controlled(outcomes, lengths)[0] == pytest.approx(torch.sigmoid(w[0]).item(), abs=1e-6)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_and_turns_of_a_question_count_as_one() -> None:
+    draw = np.random.default_rng(2)
+    held = 0
+    for seed in range(200):
+        outcomes = draw.choice([0.0, 0.5, 1.0], 60, p=[0.2, 0.3, 0.5])
+        low, high = mean_interval(outcomes, list(range(60)), seed)
+        held += low <= 0.65 <= high
+    assert 0.89 < held / 200 <= 0.99
+    single = draw.choice([0.0, 1.0], 40)
+    once = mean_interval(single, list(range(40)), 0)
+    twice = mean_interval(np.repeat(single, 2), list(np.repeat(np.arange(40), 2)), 0)
+    assert twice == pytest.approx(once)  # asking everything twice makes nothing surer
+    assert sign_test(np.array([1.0] * 9 + [0.0]), list(range(10))) == pytest.approx(22 / 1024)
+    assert sign_test(np.array([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"]) == 1.0
+    assert sign_test(np.array([0.5, 0.5]), [1, 2]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("My verdict: [[A]]", "A"),
+        ("Assistant A wrote [[A]] in its answer. Final verdict: [[B]]", "B"),
+        ("[[C]]", "tie"),
+        ("<think>[[A]] surely... no</think>[[B]]", "B"),
+        ("<think>Perhaps [[A]], or", "error"),
+        ("[[B]] <thinking>[[A]]</thinking>", "B"),
+        ("A is better", "error"),
+        ("[[D]]", "error"),
+        ("", "error"),
+    ],
+)
+def test_the_verdict_is_the_last_one_stated_outside_of_thoughts(text: str, verdict: str) -> None:
+    assert verdict_of(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [("Rating: [[7]]", 7), ("[[3]] at first, but [[8.5]]", 8.5), ("[[11]]", -1), ("seven", -1), ("Rating: [6]", 6),
+     ("<think>[[2]]</think> Rating: [[9]]", 9), ("[[0]]", -1)],
+)  # fmt: skip
+def test_the_rating_is_the_last_one_stated(text: str, rating: float) -> None:
+    assert rating_of(text) == rating
+
+
+FAULTS = [429, 500, "malformed", "html", "empty", "cut", "short", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_judge_that_fails_now_and_then_gives_the_undisturbed_table(tmp_path: Path, fault: Any) -> None:
+    questions = questions_of(4)
+    said = said_of({"before": [1, 1, 2, 1], "after": [2, 1, 1, 3]})
+    with judge_server(better) as server:
+        server.retry_after = "0.01"
+        server.faults = [None, fault, None, None, fault]
+        judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=2)
+        assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(2, 1, 1)
+        assert len(judge.ledger.rows) == len(games) == 8
+        assert len(read_lines(tmp_path / "calls.jsonl")) == 8
+        assert len(server.requests) >= 10 if fault != "hang" else 9
+        assert server.most_at_once <= 2 or fault == "hang"  # a request that was given up goes on in the server
+
+
+def test_a_judge_that_dies_half_way_is_asked_only_for_the_rest(tmp_path: Path) -> None:
+    questions = questions_of(6)
+    said = said_of({"before": [1] * 6, "after": [2, 1, 2, 0, 2, 2]})
+    file = tmp_path / "calls.jsonl"
+    with judge_server(better) as server:
+        server.faults = [None] * 5 + ["gone"]
+        with pytest.raises(UserError, match=r"no answer from http://127.0.0.1:\d+/v1: Connection error. Is the server"):
+            judged(server, file, questions, said, concurrency=1)
+    before = read_lines(file)
+    assert len(before) == 5
+    with judge_server(better) as server:
+        _, _, rows = judged(server, file, questions, said)
+        assert len(server.requests) == 7
+        assert set(server.answered.values()) == {1}
+    assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(4, 1, 1)
+    orders = Counter((row["question_id"], tuple(row["models"])) for row in read_lines(file))
+    assert set(orders.values()) == {1}
+    assert len(orders) == 12
+    assert read_lines(file)[:5] == before
+
+
+def test_what_the_client_says_of_a_server_that_refuses_is_one_line(tmp_path: Path) -> None:
+    with judge_server(lambda messages: "x") as server:
+        judge = Endpoint("nobody", server.url, tries=2)
+        for status, said in {
+            401: "does not take the key in OPENAI_API_KEY (401)",
+            404: "has no model 'nobody' (404): it has judge",
+            400: "refuses the request: scripted 400",
+            429: "asks to slow down (429) for longer than was waited",
+            503: "fails (503): scripted 503",
+        }.items():
+            server.faults = [status] * 4
+            with pytest.raises(UserError, match=re.escape(said)):
+                judge.ask([{"role": "user", "content": "x"}])
+        server.faults = ["html"] * 9
+        with pytest.raises(UserError, match="answers with what is no reply, 2 times in a row"):
+            judge.ask([{"role": "user", "content": "x"}])
+
+
+def test_a_judge_that_wants_other_words_for_its_length_gets_them() -> None:
+    def picky(messages: list[dict[str, str]]) -> str:
+        return "fine"
+
+    with judge_server(picky) as server:
+        judge = Endpoint("o9", server.url)
+        original = server.RequestHandlerClass._answer  # type: ignore[attr-defined]
+
+        def answer(handler: Any, request: dict[str, Any], fault: Any) -> None:
+            for name in ("max_tokens", "temperature"):
+                if name in request:
+                    message = f"Unsupported parameter: '{name}' is not supported with this model."
+                    return handler._send(400, json.dumps({"error": {"message": message}}).encode())
+            return original(handler, request, fault)
+
+        server.RequestHandlerClass = type("Picky", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
+        assert judge.ask([{"role": "user", "content": "x"}], max_tokens=5, temperature=0.0).text == "fine"
+        assert judge.ask([{"role": "user", "content": "y"}], max_tokens=6, temperature=0.0).text == "fine"
+    assert [r.get("max_completion_tokens") for r in server.requests] == [None, 5, 5, 6]
+
+
+def test_a_model_without_a_place_for_a_system_message_gets_it_in_the_users(tmp_path: Path) -> None:
+    questions, said = questions_of(3), said_of({"before": [1] * 3, "after": [2] * 3})
+    with judge_server(better) as server:
+        original = server.RequestHandlerClass._answer  # type: ignore[attr-defined]
+
+        def answer(handler: Any, request: dict[str, Any], fault: Any) -> None:
+            refuses = request["messages"][0]["role"] == "system"
+            original(handler, request, 500 if refuses else fault)
+
+        server.RequestHandlerClass = type("Strict", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
+        _, _, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=1)
+    assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(3, 0, 0)
+    sent = [request["messages"] for request in server.requests]
+    assert [len(messages) for messages in sent] == [2] * 6 + [1] * 6  # the client asks six times before it gives up
+    assert sent[-1][0]["content"].startswith("You compare two answers")
+    assert "# Answer B" in sent[-1][0]["content"]
+
+
+def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later(tmp_path: Path) -> None:
+    questions, said = questions_of(5), said_of({"before": [1] * 5, "after": [2] * 5})
+    file = tmp_path / "calls.jsonl"
+    with judge_server(better) as server:
+        judge, games, rows = judged(server, file, questions, said, max_calls=3)
+        assert (len(server.requests), len(judge.missing(games)), len(rows)) == (3, 7, 1)
+        with pytest.raises(UserError, match="7 of 10 calls are left: the same command makes them"):
+            refuse_unfinished(rows, len(judge.missing(games)), len(games))
+        _, games, _ = judged(server, file, questions, said, max_tokens=30, concurrency=1)  # 13 a call
+        assert len(server.requests) == 6
+        judge, games, rows = judged(server, file, questions, said)
+        assert (len(server.requests), judge.missing(games), len(rows)) == (10, [], 5)
+    budget = Budget()
+    budget.calls, budget.prompt_tokens, budget.completion_tokens = 10, 1_000_000, 500_000
+    assert budget.cost(2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+
+
+def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Path) -> None:
+    questions, said = questions_of(3), said_of({"before": [1, 1, 1], "after": [2, 2, 7]})
+    mumbles: Script = lambda messages: "Well." if "worth 7" in messages[-1]["content"] else better(messages)  # noqa: E731
+    with judge_server(mumbles) as server:
+        judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said)
+        assert len(server.requests) == 4 + 2 * 2  # asked once more each
+        (pair,) = WinTable.of("judge", rows, questions, said).pairs
+        assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
+        assert "1 of 3 comparisons have no verdict that could be read" in pair.notes()[0]
+        assert [row["g1_winner"] for row in rows] == ["model_2", "model_2", "error"]
+        assert rows[2]["g1_judgment"] == "Well."
+        assert judge.missing(games) == []
+        assert len(judge.missing(games, retry_errors=True)) == 2
+    with pytest.raises(UserError, match=r"no verdict could be read in any reply; .* One said: 'Well.'"):
+        refuse_unfinished(rows[2:], 0, 2)
+
+
+def test_three_models_are_compared_all_with_all_or_with_a_baseline(tmp_path: Path) -> None:
+    questions, said = questions_of(4), said_of({"a": [1, 1, 1, 1], "b": [2, 2, 1, 0], "c": [3, 3, 3, 3]})
+    result = table(better, tmp_path, questions, said)
+    found = {(p.before, p.after): p.counts for p in result.pairs}
+    assert found == {("a", "b"): Counts(2, 1, 1), ("a", "c"): Counts(4, 0, 0), ("b", "c"): Counts(4, 0, 0)}
+    assert {name: (c.win, c.loss, c.tie) for name, c in result.models.items()} == {
+        "c": (8, 0, 0), "b": (2, 5, 1), "a": (1, 6, 1),
+    }  # fmt: skip
+    assert (result.as_dict()["before"], result.as_dict()["after"]) == ("a", "c")
+    assert groups_of(said, "pairwise", "b") == [("b", "a"), ("b", "c")]
+    with pytest.raises(SettingsError, match="two models are compared, and there is one: a"):
+        groups_of({"a": {}}, "pairwise")
+
+
+def test_single_ratings_are_averaged_by_turn_and_category(tmp_path: Path) -> None:
+    questions = questions_of(4, turns=2)
+    said = {name: {i: [f"{name} one", f"{name} two"] for i in range(4)} for name in ("x", "y")}
+
+    def rate(messages: list[dict[str, str]]) -> str:
+        text = messages[-1]["content"]
+        number = int(re.findall(r"question (\d)", text)[0])
+        value = 2 * (1 + number) if "x" in text.rpartition("#")[0][-12:] else 5
+        return "no idea" if number == 3 and "two" in text else f"[[{value}]]"
+
+    with judge_server(rate) as server:
+        _, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, mode="single")
+    assert len(games) == len(rows) == 16
+    assert set(rows[0]) == {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+    assert [row["judge"][1] for row in rows[:3]] == ["single", "single", "single-multi-turn"]
+    models = RatingTable.of("judge", rows, questions, said).as_dict()["models"]
+    assert models["x"]["turns"] == {1: 5.0, 2: 4.0}
+    assert models["x"]["average"] == pytest.approx((2 + 4 + 6 + 8 + 2 + 4 + 6) / 7)
+    assert models["x"]["categories"] == {"odd": 4.0, "even": pytest.approx(16 / 3)}
+    assert (models["x"]["errors"], models["y"]["average"]) == (1, 5.0)
+
+
+def test_prompts_show_references_and_whole_conversations() -> None:
+    question = {"question_id": 1, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["four", "six"]}
+    answers = [["4", "{6}"], ["5", "7"]]
+    assert PROMPTS.name_for(question, 1, "pairwise") == "pair-reference"
+    name = PROMPTS.name_for(question, 2, "pairwise")
+    assert name == "pair-reference-multi-turn"
+    system, user = PROMPTS.messages(name, question, 2, answers)
+    assert "[[A]]" in system["content"]
+    for text in ("2+2?", "And 3+3?", "four", "six", "{6}", "5", "7"):
+        assert text in user["content"]
+    assert PROMPTS.name_for(question | {"reference": ["four"]}, 2, "single") == "single-multi-turn"
+    assert not [n for n, row in PROMPTS.rows.items() if "{" in row["system_prompt"]]
+    assert len(PROMPTS.rows) == 8
+    assert "8 calls like this one" in PROMPTS.preview([[system, user]] * 8)
+
+
+def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> None:
+    questions = questions_of(2, turns=3)
+    said: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
+    games = games_of(questions, said, [("a", "b")], "pairwise", PROMPTS)
+    assert [(g.question["question_id"], g.turn, g.models) for g in games] == [
+        (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
+    ]  # fmt: skip
+    assert games[0] != games[1]
+    assert isinstance(games[0], Game)
+
+
+def test_rules_judge_the_demo_and_say_what_they_need() -> None:
+    question = {
+        "question_id": 1,
+        "turns": ["What is 10 plus 2?"],
+        "answer": "12",
+        "alternatives": ["11"],
+        "category": "s",
+    }
+    questions = [question | {"question_id": i} for i in range(4)]
+    polite, rude, wrong = (
+        "Happy to help: it is 12.",
+        "Obviously it is 12. Do you not know that?",
+        "Of course, it is 11.",
+    )
+    said = said_of({}, before=[rude, polite, polite, rude], after=[polite, polite, wrong, polite])
+    rows = judge_by_rules("helpers.demo_questions", questions, said, [("before", "after")])
+    (pair,) = WinTable.of("rules", rows, questions, said).pairs
+    assert (pair.counts, pair.consistency) == (Counts(2, 1, 1), None)
+    assert score_by_rules("helpers.demo_questions", questions, said) == {
+        "before": {"correct": 1.0, "courteous": 0.5}, "after": {"correct": 0.75, "courteous": 1.0},
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match="--rules nowhere: a module"):
+        judge_by_rules("nowhere", questions, said, [("before", "after")])
+    with pytest.raises(SettingsError, match="needs a field 'answer'"):
+        judge_by_rules("helpers.demo_questions", questions_of(4), said, [("before", "after")])
+
+
+def test_votes_of_people_become_the_table(tmp_path: Path) -> None:
+    questions = questions_of(3)
+    votes = [
+        {"question_id": 0, "order": ["b", "a"], "winner": "b", "blind": True, "voted": "t"},
+        {"question_id": 1, "order": ["a", "b"], "winner": "tie", "blind": True, "voted": "t"},
+        {"question_id": 2, "order": ["a", "b", "c"], "winner": "c", "blind": True, "voted": "t"},
+    ]
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps({"format": "votes-1", "page": "p", "voter": "Ann", "votes": votes}))
+    said: dict[str, dict[Any, list[str]]] = {name: {i: ["x"] for i in range(3)} for name in "abc"}
+    rows = read_votes((str(file),), questions)
+    found = {(p.before, p.after): p.counts for p in WinTable.of("human", rows, questions, said).pairs}
+    assert found == {("a", "b"): Counts(1, 0, 1), ("a", "c"): Counts(1, 0, 0), ("b", "c"): Counts(1, 0, 0)}
+    assert {tuple(row["judge"]) for row in rows} == {("human", "Ann")}
+    for content in ("[]", "{}", "{", '{"format": "votes-1", "votes": [{"question_id": 9}]}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="--votes"):
+            read_votes((str(file),), questions)
+
+
+def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path: Path) -> None:
+    games = [("model_1", "model_1"), ("model_1", "model_2"), ("tie", "tie"), ("model_2", "model_2"), ("error", "tie"),
+             ("model_1", "tie"), ("model_1", "model_1")]  # fmt: skip
+    rows = []
+    for i, (g1, g2) in enumerate(games):
+        models = ("new", "old") if i % 2 else ("old", "new")  # either may stand first
+        flip = {"model_1": "model_2", "model_2": "model_1"} if i % 2 else {}
+        rows.append({"question_id": 81 + i, "model_1": models[0], "model_2": models[1], "turn": 1, "judge": ["g", "p"],
+                     "g1_winner": flip.get(g1, g1), "g2_winner": flip.get(g2, g2)})  # fmt: skip
+    file = tmp_path / "gpt-4_pair.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = WinTable.of("gpt-4", read_judgments(str(file)), [], {})
+    assert result.models["old"].as_dict() | {} == {
+        "win": 2, "loss": 1, "tie": 3, "win_rate": 2 / 6, "loss_rate": 1 / 6, "win_rate_adjusted": 3.5 / 6,
+    }  # fmt: skip
+    assert result.pairs[0].errors == 1
+    assert result.pairs[0].length_controlled is None
+    file.write_text('{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "B"}\n')
+    with pytest.raises(UserError, match="line 1, is no row of a model_judgment file"):
+        read_judgments(str(file))
+
+
+def test_the_table_is_readable_in_80_columns_and_says_everything(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    names = ("sft-tiny-mistral-9b7849", "dpo-tiny-mistral-0b776e")
+    questions = questions_of(12)
+    rows = [pair_row(q, 1, names, ["j", "p"], [names[1], names[q["question_id"] % 2]]) for q in questions]
+    result = WinTable.of("j", rows, questions, {n: {i: [n * i] for i in range(12)} for n in names})
+    console = Console(width=80, record=True, file=(tmp_path / "x").open("w"))
+    console.print(result)
+    text = console.export_text()
+    assert "12 comparisons by j" in text
+    assert re.search(r"dpo-tiny-mistral-0b776e +6 +0 +6 +0\.50000 +0\.00000 +0\.75000", text)
+    assert "same verdict in both orders          50.0%" in text
+    assert re.search(r"even +6 +0 +0 +100.0%", text)
+    result.figure().savefig(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    bench = tmp_path / "bench"
+    (bench / "model_answer").mkdir(parents=True)
+    (bench / "reference_answer").mkdir()
+    rows = [
+        {"question_id": 101, "category": "math", "turns": ["a", "b"]},
+        {"question_id": 102, "category": "x", "turns": ["c"]},
+    ]
+    (bench / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("m1", "m2"):
+        answer = {
+            "question_id": 101,
+            "answer_id": "i",
+            "model_id": name,
+            "choices": [{"index": 0, "turns": ["1", "2"]}],
+        }
+        (bench / "model_answer" / f"{name}.jsonl").write_text(json.dumps(answer | {"tstamp": 1.0}) + "\n")
+    reference = {"question_id": 101, "choices": [{"turns": ["r1", "r2"]}]}
+    (bench / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
+
+    def found(**given: Any) -> Any:
+        values = {"answers_dir": "latest", "bench_dir": "", "models": (), "baseline": "", "judge_prompts": ""} | given
+        return find_answers(SimpleNamespace(**values, output_dir=tmp_path, given=lambda name: name in given))
+
+    result = found(bench_dir=str(bench))
+    assert result.said == {"m1": {101: ["1", "2"]}, "m2": {101: ["1", "2"]}}
+    assert result.questions[0]["reference"] == ["r1", "r2"]
+    assert found(bench_dir=str(bench), models=("m2", "m1")).said.keys() == {"m2", "m1"}
+    assert found(answers_dir=str(bench)).said == result.said
+    assert found(answers_dir=str(bench / "model_answer")).said == result.said
+    for given, said in (
+        ({"bench_dir": "nowhere"}, "--bench_dir 'nowhere' is not a folder"),
+        ({"answers_dir": str(tmp_path)}, "has no answers"),
+        ({"bench_dir": str(bench), "models": ("m3",)}, "there are no answers of m3; there are of m1, m2"),
+        ({}, "no finished vibes run"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            found(**given)
