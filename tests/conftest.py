@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.browser import browser as browser  # a fixture for whichever test asks for it
+
 REPO = Path(__file__).resolve().parents[1]
 SFT = ["--max_steps", "3", "--train_rows", "64", "--eval_rows", "8", "--save_steps", "3", "--eval_steps", "3"]
 # Enough to see a curve and three checkpoints; seconds long.
