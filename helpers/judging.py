@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.endpoint import Endpoint, in_parallel
-from helpers.errors import SettingsError
+from helpers.errors import SettingsError, UserError
 from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
 from helpers.ledger import Ledger
 from helpers.questions import Question
@@ -45,7 +45,7 @@ def games_of(
 ) -> list[Game]:
     """Every call there is to make: for each question, turn and pair of models both orders; or each model alone.
 
-    A turn that one of them has not answered is not judged.
+    A turn that one of them has not answered is not judged. Raises UserError where nothing is left.
     """
     games = []
     for question in questions:
@@ -55,6 +55,8 @@ def games_of(
                 if all(len(said[model].get(question["question_id"], ())) >= turn for model in group):
                     orders = [group, group[::-1]] if mode == "pairwise" else [group]
                     games += [Game(question, turn, order, name) for order in orders]
+    if not games:
+        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(groups[0])}")
     return games
 
 

@@ -92,7 +92,9 @@ def read_votes(files: tuple[str, ...], questions: list[Question]) -> list[Row]:
             for one, two in combinations(sorted(order), 2):
                 if winner in (one, two, "tie"):
                     row = pair_row(question, 1, (one, two), ["human", voter], [winner, winner])
-                    rows[voter, str(vote["question_id"]), one, two] = row
+                    rows[voter, str(vote["question_id"]), one, two] = row | {"blind": bool(vote.get("blind", True))}
+    if not rows:
+        raise UserError(f"--votes {' '.join(files)}: there is not one vote in it")
     return list(rows.values())
 
 

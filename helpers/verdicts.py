@@ -35,6 +35,7 @@ class Match:
     two_orders: bool
     first_won: bool  # the answer shown first, in both orders
     longer: int | None  # characters that the second model's answer is longer; None where answers are not known
+    blind: bool = True  # a person who voted had not seen the names
 
     @property
     def consistent(self) -> bool:
@@ -102,6 +103,7 @@ def matches_of(rows: list[Row], questions: list[Question], said: Said) -> dict[t
                 two_orders=_judge(row) not in ONE_ORDER,
                 first_won=games == ("model_1", "model_2"),
                 longer=_longer(row, pair, texts),
+                blind=row.get("blind", True),
             )
         )
     return {pair: matches for pair, matches in found.items() if matches}
@@ -138,6 +140,7 @@ class PairVerdict:
     length_controlled: float | None
     length_controlled_interval: tuple[float, float] | None
     categories: dict[str, Counts]
+    seen: int = 0  # votes that were cast with the names in sight
     alike: int = 0  # questions, where all their outcomes are the same
 
     @classmethod
@@ -170,6 +173,7 @@ class PairVerdict:
             length_controlled_interval=around,
             categories={c: Counts.of([m for m in judged if m.category == c])
                         for c in dict.fromkeys(m.category for m in judged)},
+            seen=sum(not m.blind for m in judged),
             alike=len(set(groups)) if len(set(outcomes.tolist())) == 1 else 0,
         )  # fmt: skip
 
@@ -190,6 +194,8 @@ class PairVerdict:
             return said
         if level:
             said.append(f"{after} and {before} cannot be told apart here: {low:.1%} to {high:.1%} holds 50%.")
+        if self.seen:
+            said.append(f"{self.seen} of {self.counts.total} votes were cast with the names in sight.")
         if self.alike and not level:
             share = f"{most_unseen(self.alike):.1%}"
             said.append(f"All outcomes are alike; at 95% up to {share} of other questions may still go another way.")

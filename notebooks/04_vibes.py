@@ -80,6 +80,7 @@ settings = load_settings(Settings, globals())
 from helpers.answers import Answers, SideBySide
 from helpers.display import show
 from helpers.endpoint import Endpoint
+from helpers.generation import LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
 from helpers.ledger import going_on
 from helpers.models import plan_model
 from helpers.paths import short_path
@@ -96,6 +97,7 @@ local = [c for c in candidates if c.name not in endpoints]
 questions = read_questions(
     settings.prompts, settings.prompts_file, settings.dataset_id, settings.dataset_split, settings.rows
 )
+sampling = sampling_of(settings)
 if local:
     plan = plan_model(local[0].base, "none", settings.quantization)
     show(plan)
@@ -127,11 +129,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chat import apply_chat_format
 from helpers.embeddings import fit_embeddings
-from helpers.generation import LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
 from helpers.models import compute_4bit_alike
 from helpers.sources import local_or_hub
 
-sampling = sampling_of(settings)
 how = (settings.batch_size, settings.seed, settings.temperature_by_category)
 loaded = model = None
 if local:

@@ -100,6 +100,13 @@ games = games_of(found.questions, found.said, groups, settings.mode, prompts) if
 show(found)
 
 # %%
+made, left = [], []
+if settings.rules:
+    made = judge_by_rules(settings.rules, found.questions, found.said, groups)
+elif settings.votes:
+    made = read_votes(settings.votes, found.questions)
+elif settings.judgments:
+    made = read_judgments(settings.judgments)
 if settings.dry_run and games:
     show(prompts.preview([game.messages(prompts, found.said) for game in games]))
 judge_run = start_run(settings, base_model=who, origin=fingerprint(found.questions, found.said, prompts.rows))
@@ -114,7 +121,6 @@ if not judge_run.finished:
 # read the row is an error, and no tie.
 
 # %%
-budget, left = Budget(settings.max_calls, settings.max_tokens), []
 if endpoint:
     judge = Judge(
         endpoint,
@@ -124,14 +130,11 @@ if endpoint:
         temperature=settings.temperature,
         max_tokens=settings.max_new_tokens,
     )
+    budget = Budget(settings.max_calls, settings.max_tokens)
     with going_on(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
     show(budget.cost(settings.price_in, settings.price_out))
     made, left = judge.rows(games), judge.missing(games)
-elif settings.rules:
-    made = judge_by_rules(settings.rules, found.questions, found.said, groups)
-else:
-    made = read_votes(settings.votes, found.questions) if settings.votes else read_judgments(settings.judgments)
 
 # %% [markdown]
 # ## The table

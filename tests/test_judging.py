@@ -200,7 +200,7 @@ def test_a_judge_that_fails_now_and_then_gives_the_undisturbed_table(tmp_path: P
     said = said_of({"before": [1, 1, 2, 1], "after": [2, 1, 1, 3]})
     with judge_server(better) as server:
         server.retry_after = "0.01"
-        server.faults = [None, fault, None, None, fault]
+        server.faults = [None, fault, *[None] * 5, fault]
         judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=2)
         assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(2, 1, 1)
         assert len(judge.ledger.rows) == len(games) == 8

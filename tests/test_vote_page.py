@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.errors import UserError
+from helpers.judgments import read_votes
+from helpers.verdict_table import WinTable
+from helpers.verdicts import Counts
 from helpers.vote_page import write_page
 from tests.browser import give_up
 
@@ -113,7 +116,7 @@ def units(element: Locator) -> bytes:
 # Votes
 
 
-def test_votes_by_keyboard_become_the_export(open_page: Open) -> None:
+def test_votes_by_keyboard_become_the_export_and_that_the_table_of_05(open_page: Open, tmp_path: Path) -> None:
     page = open_page()
     assert page.locator("#progress").inner_text() == "0 of 4 voted"
     press(page, "1", "v")  # 81: left
@@ -127,7 +130,8 @@ def test_votes_by_keyboard_become_the_export(open_page: Open) -> None:
     page_id = page.locator("#content").get_attribute("data-page")
     assert page_id is not None
     assert re.fullmatch("[0-9a-f]{12}", page_id)
-    assert exported(page) == (
+    name, votes = exported(page)
+    assert (name, votes) == (
         f"votes-{page_id}.json",
         {
             "format": "votes-1",
@@ -141,6 +145,11 @@ def test_votes_by_keyboard_become_the_export(open_page: Open) -> None:
             ],
         },
     )
+    (tmp_path / name).write_text(json.dumps(votes))
+    rows = read_votes((str(tmp_path / name),), [{"category": "general", **q} for q in QUESTIONS])
+    (pair,) = WinTable.of("human", rows, QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}).pairs
+    assert (pair.before, pair.after, pair.counts) == ("sft-run", "dpo-run", Counts(win=3, loss=0, tie=1))
+    assert "1 of 4 votes were cast with the names in sight." in pair.notes()
 
 
 def test_buttons_do_what_keys_do(open_page: Open) -> None:
