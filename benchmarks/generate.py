@@ -1,0 +1,105 @@
+"""Answers of 04_vibes.py in batches, beside one prompt at a time; an adapter switched on and off, beside two models.
+
+    python benchmarks/generate.py
+
+Each measurement is a fresh process on random Mistrals in float32, and the kinds alternate. Throughput: 32 prompts, 64
+tokens each, timed from the first to the last token. Memory: the largest anonymous resident size of a process that has
+answered with the base and with the adapter, beside one that holds the base and the merged model at once.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+from measure import anonymous_peak
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 3
+SIZES = {"3M": (128, 4), "120M": (1024, 8), "420M": (1536, 14)}  # hidden size, layers
+KINDS = {"3M": ("batch 1", "batch 16"), "120M": ("batch 1", "batch 16"), "420M": ("two models", "one, adapter")}
+
+
+def make(folder: Path, hidden: int, layers: int) -> None:
+    """A random base, an adapter, and the two merged, with the demo's tokenizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from helpers.demo import write_demo
+
+    write_demo(folder / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "demo" / "tiny-mistral")
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=32000 if hidden > 128 else len(tokenizer), hidden_size=hidden,
+        intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256), bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "base")
+    lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    policy = get_peft_model(model, lora)
+    policy.save_pretrained(str(folder / "adapter"))
+    policy.merge_and_unload().save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "base")
+
+
+def one(kind: str, folder: Path) -> dict[str, float]:
+    """One process: tokens a second, or MiB."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from helpers.chat import apply_chat_format
+    from helpers.generation import generate_answers
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    apply_chat_format(tokenizer, "auto")
+    talks = [[{"role": "user", "content": "What is 2 plus 3? " * (1 + i % 8)}] for i in range(32)]
+    tokens = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    with anonymous_peak() as peak:
+        model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+        if kind.startswith("batch"):
+            generate_answers(model, tokenizer, talks[:1], 1, **tokens)  # warm
+            start = time.perf_counter()
+            generate_answers(model, tokenizer, talks, int(kind.split()[1]), **tokens)
+            return {"tokens a second": len(talks) * 64 / (time.perf_counter() - start)}
+        other = AutoModelForCausalLM.from_pretrained(folder / "merged").eval() if kind == "two models" else None
+        generate_answers(model, tokenizer, talks[:4], 4, **tokens)
+        after = other or PeftModel.from_pretrained(model, folder / "adapter").eval()
+        generate_answers(after, tokenizer, talks[:4], 4, **tokens)
+    return {"MiB": peak[0]}
+
+
+def main() -> None:
+    results = {}
+    for size, (hidden, layers) in SIZES.items():
+        with tempfile.TemporaryDirectory() as place:
+            make(Path(place), hidden, layers)
+            found: dict[str, list[float]] = {kind: [] for kind in KINDS[size]}
+            for _ in range(ROUNDS):
+                for kind, measured in found.items():
+                    words = [sys.executable, __file__, "--one", kind, place]
+                    text = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+                    ((unit, value),) = json.loads(text.splitlines()[-1]).items()
+                    measured.append(value)
+        usual, ours = (statistics.median(values) for values in found.values())
+        for kind, value in zip(found, (usual, ours), strict=True):
+            print(f"{size:5} {kind:14} {value:8,.0f} {unit}")
+        print(f"{size:5} ratio {ours / usual:.2f}", flush=True)
+        results[size] = {kind: {unit: values} for kind, values in found.items()} | {"ratio": ours / usual}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    content = {"python": platform.python_version(), "versions": versions, "rounds": ROUNDS, "results": results}
+    (HERE / "results" / "generate.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print("\n" + json.dumps(one(sys.argv[2], Path(sys.argv[3]))))
+    else:
+        main()
