@@ -405,7 +405,7 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     assert "| max_steps | 7 |" in text
     assert "KL 1.00e-06 nats" in text
     assert "Against sft, on the same prompts, judged by gpt:" in text
-    assert re.search(r"\| 5 \| 1 \| 2 \| 75.0% \| \d\d.\d% to \d\d.\d% \|", text)
+    assert re.search(r"\| 5 \| 1 \| 2 \| 75.0% \| \d+\.\d% to \d+\.\d% \|", text)
     assert str(tmp_path) not in text
     assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
     assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"

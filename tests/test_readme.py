@@ -19,18 +19,16 @@ SMALL = {
     "02_dpo.py": [w for n, v in DPO.items() if n != "recipe" for w in (f"--{n}", str(v))],
     "03_merge_push.py": [],
     "04_vibes.py": ["--max_new_tokens", "4"],
-    "05_judge.py": ["--rules", "helpers.demo_questions"],
+    "05_judge.py": [],
 }
-SERVED = ("--judge_model", "--base_url", "--votes", "--bench_dir", "--chat")  # need a server, a file or a person
+NOT_IN_THE_DEMO = ("--sft_run", "latest", "--judge_model", "gpt-4.1")  # where the recipe has its own
 
 
 def notebook_commands() -> list[tuple[str, ...]]:
     """Each `python notebooks/X ...` of the README once, in its demo form: name and flags."""
     demo = ("--recipe", "recipes/demo.yaml")
     found = [c[1:] for c in COMMANDS if len(c) > 1 and c[0].endswith("python") and c[1].startswith("notebooks/")]
-    found = [
-        [word for word in c if word not in ("--sft_run", "latest")] for c in found if "--help" not in c
-    ]  # the recipe's
+    found = [[word for word in c if word not in NOT_IN_THE_DEMO] for c in found if "--help" not in c]
     return sorted({(c[0].removeprefix("notebooks/"), *(() if "--recipe" in c else demo), *c[1:]) for c in found})
 
 

@@ -40,6 +40,16 @@ class MergeSettings(RunSettings):
     private: bool = True  # visibility
 
 
+@dataclasses.dataclass
+class VibesSettings(RunSettings):
+    """Settings of a notebook that compares models."""
+
+    step: ClassVar[str] = "vibes"
+
+    models: tuple[str, ...] = ("latest",)  # models
+    max_new_tokens: int = 256  # tokens
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of the test's own, so that its .env and recipe are found first."""
@@ -212,6 +222,18 @@ def test_every_renamed_setting_leads_to_one_that_exists() -> None:
     for notebook in ("01_sft", "02_dpo", "03_merge_push", "04_vibes", "05_judge"):
         known |= set((REPO / "notebooks" / f"{notebook}.py").read_text().replace(":", " ").split())
     assert set(trl_fields.RENAMED.values()) <= known
+
+
+def test_the_older_names_of_a_base_and_an_adapter_are_two_models_today(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_id", "org/base", "--peft_model_id", "me/adapter", "--max_length", "9"]
+    settings = load_settings(VibesSettings, {}, words)
+    assert (settings.models, settings.max_new_tokens) == (("org/base", "me/adapter"), 9)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --model_id is now --models",
+        "note: --peft_model_id is now --models",
+        "note: --max_length is now --max_new_tokens",
+    ]
+    assert load_settings(VibesSettings, {}, ["--models", "a", "--models", "b"]).models == ("b",)
 
 
 def test_an_unknown_name_in_dotenv_is_refused_and_in_the_environment_told(
