@@ -35,11 +35,12 @@ class Stop(UserError):
 
 
 class Interrupted(UserError):
-    """A run was told to stop, by a signal, and has saved what it had; the status is the one that shells give."""
+    """A run was told to stop and has saved what it had. The status is the one that shells give after a signal, and 3
+    where --stop_on has ended it."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.status = 128 + number
+        self.status = status
 
 
 def in_kernel() -> bool:

@@ -1,0 +1,194 @@
+"""One notebook over a grid of settings, one run after another, then their curves over one another and a table.
+
+    python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 --recipe recipes/demo.yaml
+
+A flag with several values is an axis of the grid. One that takes several values itself (--loss_type sigmoid sft) is an
+axis where it is given several times, an alternative each: --loss_type sigmoid --loss_type sigmoid sft. Given again, the
+same command does what is missing: finished runs are left alone, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from helpers import layers, trl_fields
+from helpers.curves import Curves, draw_over
+from helpers.display import show
+from helpers.errors import SettingsError, Stop, UserError, report_user_errors
+from helpers.fields import RunSettings
+from helpers.paths import REPO, find_path, short_path
+from helpers.runs import read_run, write_json
+from helpers.settings import load_settings
+
+FOLDER = re.compile(r"^(?:Run: )?(\S+?)(?: is finished: nothing to do| was finished before|$)")
+SHOWN = ("step", "Run: ", "Going on", "error:")
+METRICS = ("train_loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
+
+
+@dataclasses.dataclass
+class Point:
+    """One run of the grid: what sets it apart, its flags, and what became of it."""
+
+    values: dict[str, str]
+    flags: list[str]
+    digest: str
+    run: str = ""
+    status: int = -1  # of its process; -1 where it has not run
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.values.items())
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the grid. Raises UserError where a run failed, after all the others, and SettingsError before any."""
+    report_user_errors()
+    notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
+    if notebook is None or notebook.suffix != ".py":
+        raise SettingsError("usage: python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
+    points, output_dir = plan(notebook, argv[1:])
+    digest = hashlib.sha256(json.dumps([notebook.stem, *sorted(p.digest for p in points)]).encode()).hexdigest()[:6]
+    folder = output_dir / f"sweep-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as lock:
+        for i, point in enumerate(points):
+            print(f"[{i + 1}/{len(points)}] {point.label}", flush=True)
+            _run(notebook, point, folder / f"{i + 1}.log", lock)
+            _write(folder, points)
+    summarise(folder, output_dir, points)
+    if failed := [f"{p.label} (status {p.status})" for p in points if p.status]:
+        raise UserError(f"{len(failed)} of {len(points)} runs did not finish: {'; '.join(failed)}; see *.log in it")
+
+
+def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
+    """The points of the grid, each checked as the notebook would, and the folder that its runs go to."""
+    cls = settings_of(notebook)
+    lists = {name for name, hint in get_type_hints(cls).items() if "tuple" in str(hint)}
+    lists |= {name for name, kind in trl_fields.kinds(cls.step).items() if kind.startswith(("list", "dict"))}
+    given: dict[str, list[list[str]]] = {}
+    for name, words in layers.split_flags(list(argv)):
+        one = name in lists or len(words) < 2
+        given.setdefault(name, []).extend([words] if one else [[word] for word in words])
+    if not any(len(values) > 1 for values in given.values()):
+        raise SettingsError("nothing varies: give a flag several values, as in --dpo_beta 0.05 0.1 0.3")
+    if {"run_name", "dry_run"} & set(given):
+        raise SettingsError("--run_name and --dry_run are not for a sweep: a run's name follows from its settings")
+    if cls.step == "dpo" and not {"precompute_ref_log_probs", "sync_ref_model"} & set(given):
+        given["precompute_ref_log_probs"] = [["True"]]  # kept by the data and the reference: the first run's are read
+    points = []
+    for chosen in itertools.product(*given.values()):
+        words = dict(zip(given, chosen, strict=True))
+        flags = [word for name, values in words.items() for word in (f"--{name}", *values)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            settings = load_settings(cls, {}, flags)
+        values = {name: " ".join(words[name]) for name in given if len(given[name]) > 1}
+        points.append(Point(values, flags, settings.digest()))
+    if len({point.digest for point in points}) < len(points):
+        raise SettingsError("two points of the grid are one run: a value stands twice, or it changes no run")
+    return points, settings.output_dir
+
+
+def settings_of(notebook: Path) -> Any:
+    """The Settings of a notebook: the class that its cell tagged "parameters" defines. Raises SettingsError."""
+    import jupytext
+
+    for cell in jupytext.read(notebook).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            names: dict[str, Any] = {}
+            exec(compile(cell.source, str(notebook), "exec", dont_inherit=True), names)
+            if issubclass(names.get("Settings", object), RunSettings):
+                return names["Settings"]
+    raise SettingsError(f"{short_path(notebook)} has no cell of Settings, tagged parameters")
+
+
+def _run(notebook: Path, point: Point, log: Path, lock: Any) -> None:
+    """One run in a process of its own, its output in `log`; the lines that one follows are shown."""
+    command = [sys.executable, "-u", str(notebook), *point.flags]
+    with log.open("w+", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, pass_fds=[lock.fileno()])
+        position = 0
+        try:
+            while True:
+                point.status = -1 if (status := process.poll()) is None else status
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    _follow(point, line.rstrip())
+                if status is not None:
+                    return
+                time.sleep(0.2)
+        except BaseException:  # told to stop: the run too, which saves a checkpoint first
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def _follow(point: Point, line: str) -> None:
+    if (found := FOLDER.match(line)) and (line.startswith("Run: ") or " finished" in line):
+        point.run = str(find_path(found[1]) or REPO / found[1])
+    if line.startswith(SHOWN):
+        print(f"  {line}", flush=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[Any]:
+    """Hold the sweep's lock. Its runs inherit it, so that one that outlives a killed sweep is waited for."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield lock
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Waiting for a run that an earlier start of this sweep has left.", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        yield lock
+
+
+def _write(folder: Path, points: Sequence[Point]) -> None:
+    write_json(folder / "sweep.json", [dataclasses.asdict(point) | {"record": _result(point)} for point in points])
+
+
+def _result(point: Point) -> dict[str, Any]:
+    """Status, metrics and findings of a point's run, as run.json has them."""
+    record = read_run(Path(point.run)) if point.run else {}
+    return {name: record.get(name) for name in ("status", "metrics", "findings")}
+
+
+def summarise(folder: Path, output_dir: Path, points: Sequence[Point]) -> None:
+    """Draw the runs over one another, and print their table: curves.png and sweep.json of the sweep's folder."""
+    from rich.table import Table
+
+    histories = {}
+    for point in points:
+        with contextlib.suppress(UserError):  # a run that failed before its first log
+            histories[point.label] = Curves.read(Path(point.run)).history if point.run else []
+    results = [_result(point) for point in points]
+    metrics = [name for name in METRICS if any(name in (r["metrics"] or {}) for r in results)]
+    table = Table(*points[0].values, "run", "status", *(name.removeprefix("eval_") for name in metrics), "findings")
+    for point, result in zip(points, results, strict=True):
+        values = [f"{(result['metrics'] or {}).get(name, float('nan')):.4g}" for name in metrics]
+        names = ", ".join(finding["name"] for finding in result["findings"] or [])
+        table.add_row(*point.values.values(), Path(point.run).name, result["status"] or "failed", *values, names)
+    show(draw_over({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
+    show(table, f"Drawn: {short_path(folder / 'curves.png')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
