@@ -81,14 +81,18 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
     return list(row["input_ids"][:first])
 
 
-def answer_greedily(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def answer_greedily(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
     """The tokens of one answer a prompt, its end included; the model is left as it was found."""
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     )
-    batch = tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt").to(model.device)
+    batch = tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
     training = model.training
     model.eval()
     try:

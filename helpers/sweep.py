@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -27,13 +28,16 @@ from typing import Any, get_type_hints
 from helpers import layers, trl_fields
 from helpers.curves import Curves, draw_over
 from helpers.display import show
-from helpers.errors import SettingsError, Stop, UserError, report_user_errors
+from helpers.errors import Interrupted, SettingsError, UserError, report_user_errors
 from helpers.fields import RunSettings
-from helpers.paths import REPO, find_path, short_path
+from helpers.paths import find_path, short_path
 from helpers.runs import read_run, write_json
 from helpers.settings import load_settings
 
-FOLDER = re.compile(r"^(?:Run: )?(\S+?)(?: is finished: nothing to do| was finished before|$)")
+NAMED = re.compile(r"Run: (.+)|(.+) (?:is finished: nothing to do|was finished before)")  # what start_run says
+# Of the reference TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) keeps the log-probabilities of a data set for every
+# later run, unless one of these says how they are to be computed, or that they change.
+OWN_REFERENCE = {"precompute_ref_log_probs", "sync_ref_model", "ld_alpha"}
 SHOWN = ("step", "Run: ", "Going on", "error:")
 METRICS = ("train_loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
 
@@ -46,7 +50,7 @@ class Point:
     flags: list[str]
     digest: str
     run: str = ""
-    status: int = -1  # of its process; -1 where it has not run
+    status: int | None = None  # of its process
 
     @property
     def label(self) -> str:
@@ -68,16 +72,17 @@ def main(argv: Sequence[str]) -> None:
             print(f"[{i + 1}/{len(points)}] {point.label}", flush=True)
             _run(notebook, point, folder / f"{i + 1}.log", lock)
             _write(folder, points)
-    summarise(folder, output_dir, points)
-    if failed := [f"{p.label} (status {p.status})" for p in points if p.status]:
-        raise UserError(f"{len(failed)} of {len(points)} runs did not finish: {'; '.join(failed)}; see *.log in it")
+    summarise(folder, points)
+    if failed := [f"{point.label} (status {point.status})" for point in points if point.status]:
+        where = short_path(folder)
+        raise UserError(f"{len(failed)} of {len(points)} runs did not finish: {'; '.join(failed)}; see {where}/*.log")
 
 
 def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
     """The points of the grid, each checked as the notebook would, and the folder that its runs go to."""
     cls = settings_of(notebook)
     lists = {name for name, hint in get_type_hints(cls).items() if "tuple" in str(hint)}
-    lists |= {name for name, kind in trl_fields.kinds(cls.step).items() if kind.startswith(("list", "dict"))}
+    lists |= {name for name, kind in trl_fields.kinds(cls.step).items() if "list[" in kind or "dict" in kind}
     given: dict[str, list[list[str]]] = {}
     for name, words in layers.split_flags(list(argv)):
         one = name in lists or len(words) < 2
@@ -86,15 +91,15 @@ def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
         raise SettingsError("nothing varies: give a flag several values, as in --dpo_beta 0.05 0.1 0.3")
     if {"run_name", "dry_run"} & set(given):
         raise SettingsError("--run_name and --dry_run are not for a sweep: a run's name follows from its settings")
-    if cls.step == "dpo" and not {"precompute_ref_log_probs", "sync_ref_model"} & set(given):
-        given["precompute_ref_log_probs"] = [["True"]]  # kept by the data and the reference: the first run's are read
     points = []
     for chosen in itertools.product(*given.values()):
-        words = dict(zip(given, chosen, strict=True))
-        flags = [word for name, values in words.items() for word in (f"--{name}", *values)]
+        given_here = dict(zip(given, chosen, strict=True))
+        flags = [word for name, words in given_here.items() for word in (f"--{name}", *words)]
         with contextlib.redirect_stdout(io.StringIO()):
             settings = load_settings(cls, {}, flags)
-        values = {name: " ".join(words[name]) for name in given if len(given[name]) > 1}
+        if cls.step == "dpo" and not OWN_REFERENCE & set(settings.trl):
+            flags += ["--precompute_ref_log_probs", "True"]
+        values = {name: " ".join(words) for name, words in given_here.items() if len(given[name]) > 1}
         points.append(Point(values, flags, settings.digest()))
     if len({point.digest for point in points}) < len(points):
         raise SettingsError("two points of the grid are one run: a value stands twice, or it changes no run")
@@ -117,28 +122,30 @@ def settings_of(notebook: Path) -> Any:
 def _run(notebook: Path, point: Point, log: Path, lock: Any) -> None:
     """One run in a process of its own, its output in `log`; the lines that one follows are shown."""
     command = [sys.executable, "-u", str(notebook), *point.flags]
+    held: Any = {"pass_fds": [lock.fileno()]} if os.name == "posix" else {}
     with log.open("w+", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, pass_fds=[lock.fileno()])
+        # in a session of its own Ctrl-C does not reach it twice: it is told once, and saves a checkpoint
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **held)
         position = 0
         try:
             while True:
-                point.status = -1 if (status := process.poll()) is None else status
+                point.status = process.poll()
                 file.seek(position)
                 while (line := file.readline()).endswith("\n"):
                     position = file.tell()
                     _follow(point, line.rstrip())
-                if status is not None:
+                if point.status is not None:
                     return
                 time.sleep(0.2)
-        except BaseException:  # told to stop: the run too, which saves a checkpoint first
-            process.send_signal(signal.SIGTERM)
+        except Interrupted:
+            process.terminate()
             process.wait()
             raise
 
 
 def _follow(point: Point, line: str) -> None:
-    if (found := FOLDER.match(line)) and (line.startswith("Run: ") or " finished" in line):
-        point.run = str(find_path(found[1]) or REPO / found[1])
+    if named := NAMED.match(line):
+        point.run = str(Path(named[1] or named[2]).absolute())
     if line.startswith(SHOWN):
         print(f"  {line}", flush=True)
 
@@ -146,18 +153,21 @@ def _follow(point: Point, line: str) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[Any]:
     """Hold the sweep's lock. Its runs inherit it, so that one that outlives a killed sweep is waited for."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}: the same command goes on", 128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     with (folder / ".lock").open("w") as lock:
-        try:
+        if os.name == "posix":
             import fcntl
-        except ImportError:  # Windows
-            yield lock
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Waiting for a run that an earlier start of this sweep has left.", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("Waiting for a run that an earlier start of this sweep has left.", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
 
 
@@ -171,7 +181,7 @@ def _result(point: Point) -> dict[str, Any]:
     return {name: record.get(name) for name in ("status", "metrics", "findings")}
 
 
-def summarise(folder: Path, output_dir: Path, points: Sequence[Point]) -> None:
+def summarise(folder: Path, points: Sequence[Point]) -> None:
     """Draw the runs over one another, and print their table: curves.png and sweep.json of the sweep's folder."""
     from rich.table import Table
 

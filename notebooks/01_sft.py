@@ -249,8 +249,8 @@ if not run.finished:
 # ## Curves
 #
 # The line is training, the dots are the held-out rows: while both fall, the model learns something that holds beyond
-# its rows. Dots that rise again say that it has begun to learn them by heart. What is wrong stands under the figure, and
-# then answers to a few held-out prompts, before and after.
+# its rows. Dots that rise again say that it has begun to learn them by heart. What is wrong stands under the figure,
+# and then answers to a few held-out prompts, before and after.
 
 # %%
 curves = Curves.read(run.folder)
