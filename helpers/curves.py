@@ -39,7 +39,6 @@ PANELS = {
     "tokens of a sampled answer": ("samples/mean_length",),
 }
 DPO_ONLY = "rewards/margins"
-COLUMNS = 3
 
 
 @dataclasses.dataclass
@@ -96,15 +95,17 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Findi
     import textwrap
 
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     runs = {name: with_speed(history) for name, history in histories.items()}
     logged = {name for history in runs.values() for log in history for name in log}
     hidden = {"token accuracy"} if DPO_ONLY in logged else set()
     panels = {panel: names for panel, names in PANELS.items() if logged & set(names) and panel not in hidden}
-    rows = max(1, math.ceil(len(panels) / COLUMNS))
-    words = [line for f in findings for line in textwrap.wrap(f"{f.name}: {f.seen}", 150)]
-    figure = Figure(figsize=(12, 2.2 * rows + 0.2 * len(words)), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, sharex=True, squeeze=False).flatten()
+    columns = 3 if len(panels) <= 9 else 4
+    rows = max(1, math.ceil(len(panels) / columns))
+    words = [line for f in findings for line in textwrap.wrap(f"{f.name}: {f.seen}", 45 * columns)]
+    figure = Figure(figsize=(3.8 * columns, 2.3 * rows + 0.2 * len(words)), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for i, (run, history) in enumerate(runs.items()):
             _draw_run(axis, history, names, f"C{i}" if run else "")
@@ -115,11 +116,11 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Findi
             axis.legend([name.rpartition("/")[2] for name in names], frameon=False, fontsize=8)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    for axis in axes[max(0, len(panels) - COLUMNS) : len(panels)]:
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step")
         axis.xaxis.set_tick_params(labelbottom=True)
     if any(runs):
-        lines = [axes[0].plot([], [], color=f"C{i}", label=run)[0] for i, run in enumerate(runs)]
+        lines = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
         figure.legend(handles=lines, loc="outside upper right", ncols=min(4, len(runs)), frameon=False, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if words:

@@ -69,7 +69,7 @@ def margin(history: History, end: float) -> Finding | None:
     """
     _, margins = series(history, "rewards/margins")
     chosen, rejected = _ends(history, "logps/chosen", max), _ends(history, "logps/rejected", max)
-    apart = [c - r for c, r in zip(chosen, rejected, strict=True)] or [0.0, 0.0]
+    apart = [c - r for c, r in zip(chosen, rejected, strict=False)] or [0.0, 0.0]
     moved, last = apart[1] - apart[0], median(margins[-WINDOW:]) if len(margins) >= WINDOW else 0.0
     if last <= 10 and moved <= max(100, 3 * abs(apart[0])):
         return None
@@ -84,17 +84,15 @@ def margin(history: History, end: float) -> Finding | None:
 def saturated(history: History, end: float) -> Finding | None:
     """Pairs are told apart, without exception, before the run is half over.
 
-    Speaks when the accuracy of training has a median of 0.99 or more, and is never below 0.95, for the last two windows
+    Speaks when the accuracy of training has a median of 0.99 or more, and is never below 0.98, for the last two windows
     or longer, the first of which ended in the first half of the run.
     """
     steps, values = series(history, "rewards/accuracies")
     since = len(values)
-    while since and values[since - 1] >= 0.95:
+    while since and values[since - 1] >= 0.98:
         since -= 1
     high = values[since:]
-    if len(high) < 2 * WINDOW or not steps[since + WINDOW - 1] <= end / 2 < math.inf:
-        return None
-    if median(high[:WINDOW]) < 0.99 or median(high) < 0.99:
+    if len(high) < 2 * WINDOW or median(high) < 0.99 or not steps[since + WINDOW - 1] <= end / 2 < math.inf:
         return None
     return Finding(
         "saturated",
@@ -160,7 +158,7 @@ def spikes(history: History, end: float) -> Finding | None:
         bisect.insort(before, norm)
     if sum(t > 10 for t in times) < 2 and max(times, default=0.0) <= 100:
         return None
-    worst = max(range(len(times)), key=times.__getitem__)
+    worst = max((i for i, t in enumerate(times) if t > 10), key=norms.__getitem__)
     return Finding(
         "spikes",
         f"the gradient norm was {norms[worst]:.3g} at step {steps[worst]:.0f}, {times[worst]:.0f} times the median "

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -38,8 +39,13 @@ NAMED = re.compile(r"Run: (.+)|(.+) (?:is finished: nothing to do|was finished b
 # Of the reference TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) keeps the log-probabilities of a data set for every
 # later run, unless one of these says how they are to be computed, or that they change.
 OWN_REFERENCE = {"precompute_ref_log_probs", "sync_ref_model", "ld_alpha"}
-SHOWN = ("step", "Run: ", "Going on", "error:")
-METRICS = ("train_loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
+FOLLOWED = re.compile(r"step +\d+[:/]|Run: |Going on|error: ")
+METRICS = {
+    "eval_loss": "loss",
+    "eval_rewards/margins": "margin",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_logps/chosen": "chosen logp",
+}
 
 
 @dataclasses.dataclass
@@ -81,8 +87,8 @@ def main(argv: Sequence[str]) -> None:
 def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
     """The points of the grid, each checked as the notebook would, and the folder that its runs go to."""
     cls = settings_of(notebook)
-    lists = {name for name, hint in get_type_hints(cls).items() if "tuple" in str(hint)}
-    lists |= {name for name, kind in trl_fields.kinds(cls.step).items() if "list[" in kind or "dict" in kind}
+    kinds = trl_fields.kinds(cls.step) | {name: str(hint) for name, hint in get_type_hints(cls).items()}
+    lists = {name for name, kind in kinds.items() if "list[" in kind or "dict" in kind or "tuple" in kind}
     given: dict[str, list[list[str]]] = {}
     for name, words in layers.split_flags(list(argv)):
         one = name in lists or len(words) < 2
@@ -146,7 +152,7 @@ def _run(notebook: Path, point: Point, log: Path, lock: Any) -> None:
 def _follow(point: Point, line: str) -> None:
     if named := NAMED.match(line):
         point.run = str(Path(named[1] or named[2]).absolute())
-    if line.startswith(SHOWN):
+    if FOLLOWED.match(line):
         print(f"  {line}", flush=True)
 
 
@@ -183,19 +189,21 @@ def _result(point: Point) -> dict[str, Any]:
 
 def summarise(folder: Path, points: Sequence[Point]) -> None:
     """Draw the runs over one another, and print their table: curves.png and sweep.json of the sweep's folder."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     histories = {}
     for point in points:
         with contextlib.suppress(UserError):  # a run that failed before its first log
             histories[point.label] = Curves.read(Path(point.run)).history if point.run else []
     results = [_result(point) for point in points]
-    metrics = [name for name in METRICS if any(name in (r["metrics"] or {}) for r in results)]
-    table = Table(*points[0].values, "run", "status", *(name.removeprefix("eval_") for name in metrics), "findings")
+    metrics = {name: head for name, head in METRICS.items() if any(name in (r["metrics"] or {}) for r in results)}
+    table = Table(*points[0].values, *metrics.values(), "findings", Column("run", overflow="fold"))
+    table.title = "held out, at the end"
     for point, result in zip(points, results, strict=True):
-        values = [f"{(result['metrics'] or {}).get(name, float('nan')):.4g}" for name in metrics]
-        names = ", ".join(finding["name"] for finding in result["findings"] or [])
-        table.add_row(*point.values.values(), Path(point.run).name, result["status"] or "failed", *values, names)
+        values = [f"{(result['metrics'] or {}).get(name, math.nan):.4g}" for name in metrics]
+        found = ", ".join(finding["name"] for finding in result["findings"] or [])
+        name, status = Path(point.run).name, result["status"] or "failed"
+        table.add_row(*point.values.values(), *values, found, name if status == "finished" else f"{name} {status}")
     show(draw_over({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
     show(table, f"Drawn: {short_path(folder / 'curves.png')}")
 
