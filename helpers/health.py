@@ -209,7 +209,7 @@ def nothing(history: History, end: float) -> Finding | None:
     last = max((log["step"] for log in history if "loss" in log), default=0)
     accuracy, margins = _ends(history, "rewards/accuracies", max), _ends(history, "rewards/margins", max)
     loss, at = _ends(history, "loss", min), f"at step {last:.0f} of {end:.0f}"
-    if last < end / 2 or not loss or (_is_dpo(history) and not (accuracy and margins)):
+    if last < end / 2 or not loss or loss[1] > 1.1 * loss[0] or (_is_dpo(history) and not (accuracy and margins)):
         return None
     if _is_dpo(history):
         learned = accuracy[1] >= 0.55 and margins[1] >= 0.01

@@ -88,7 +88,11 @@ def answer_greedily(
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,  # which gradient checkpointing has switched off in the model's own
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
     )
     batch = tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt").to(
         model.device
@@ -97,7 +101,7 @@ def answer_greedily(
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            output = model.generate(**batch, generation_config=config, use_cache=True)
+            output = model.generate(**batch, generation_config=config)
     finally:
         model.train(training)
     new = output[:, batch["input_ids"].shape[1] :].tolist()
