@@ -153,7 +153,9 @@ class Guard(TrainerCallback):
         if self.found:
             finding = FINDINGS[self.found](state.log_history, state.max_steps)
             said = f"{finding.seen}; try {finding.try_}" if finding else "found by another process"
-            raise Interrupted(f"stopped {at} by --stop_on {self.found}: {said}; without it {goes_on}", 3)
+            # a launcher ends all when one has failed: the others do not, so that the main process can say this first
+            status = 3 if is_main_process() else 0
+            raise Interrupted(f"stopped {at} by --stop_on {self.found}: {said}; without it {goes_on}", status)
         number = self.received or 0
         raise Interrupted(f"stopped by {signal.Signals(number).name} {at}: {goes_on}", 128 + number)
 
