@@ -65,7 +65,8 @@ def report_user_errors() -> None:
         rank = os.environ.get("LOCAL_RANK", "0")
         if rank == "0" or not error.everywhere:
             who = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
-            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.stderr)
+            # torch 2.13 (distributed_c10d.py) calls this with a sys.stderr of its own, lost when a hook exits
+            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.__stderr__, flush=True)
         sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
 
     if not in_kernel():
