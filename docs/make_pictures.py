@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from helpers.curves import draw, read_history
+from helpers.curves import Curves
 from helpers.generation import SideBySide
 from helpers.judging import RuleVerdicts
 from helpers.paths import REPO
@@ -51,7 +51,7 @@ def draw_packed() -> Figure:
 def main() -> None:
     draw_packed().savefig(PICTURES / "packed.png", dpi=130)
     dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
-    draw(read_history(dpo.folder / "metrics.jsonl"), dpo.name).savefig(PICTURES / "curves.png", dpi=110)
+    Curves.read(dpo.folder).figure.savefig(PICTURES / "curves.png", dpi=110)
 
     rows = read_lines(vibes.folder / "answers.jsonl")
     names = list(rows[0]["answers"])

@@ -1,82 +1,143 @@
-"""Training curves: every logged value on disk as it comes, and one figure at the end."""
+"""Training curves: one figure of a run, or of several over one another.
+
+python -m helpers.curves outputs/a outputs/b [--out curves.png]
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from helpers.processes import is_main_process
+from helpers import layers
+from helpers.errors import SettingsError, UserError, report_user_errors
+from helpers.health import Finding, examine
+from helpers.history import History, read_history, read_samples, series, with_speed
+from helpers.paths import find_path, short_path
+from helpers.runs import read_run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from transformers import Trainer
 
 # Panel title → the values drawn in it; each is drawn for training, and for evaluation behind "eval_".
 PANELS = {
     "loss": ("loss",),
     "token accuracy": ("mean_token_accuracy",),
-    "rewards": ("rewards/chosen", "rewards/rejected"),
     "reward margin": ("rewards/margins",),
     "reward accuracy": ("rewards/accuracies",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probabilities": ("logps/chosen", "logps/rejected"),
+    "entropy": ("entropy",),
     "gradient norm": ("grad_norm",),
     "learning rate": ("learning_rate",),
+    "tokens per second": ("tokens_per_second",),
+    "tokens of a sampled answer": ("samples/mean_length",),
 }
 DPO_ONLY = "rewards/margins"
-LINE = {
-    "loss": "loss",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "mean_token_accuracy": "token accuracy",
-    "grad_norm": "gradient",
-    "learning_rate": "lr",
-}
 
 
-class LogToFile(TrainerCallback):
-    """metrics.jsonl: one line a log, rewritten from the checkpoint's own history when a run goes on."""
+@dataclasses.dataclass
+class Curves:
+    """A run's logs, what is wrong with them, and the answers sampled on the way."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    name: str
+    history: History
+    findings: list[Finding]
+    samples: list[dict[str, Any]]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if is_main_process():
-            self.file.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
+    @classmethod
+    def read(cls, folder: Path) -> Curves:
+        """Of the folder of a run, finished or not. Raises UserError where it has no logs."""
+        history, record = read_history(folder / "metrics.jsonl"), read_run(folder)
+        if not history:
+            raise UserError(f"{short_path(folder)} is not the folder of a run that has begun: it has no metrics.jsonl")
+        length = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
+        return cls(folder.resolve().name, history, examine(history, length), read_samples(folder))
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if is_main_process() and state.log_history:
-            with self.file.open("a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+    @property
+    def figure(self) -> Figure:
+        return draw(self.history, self.name, self.findings)
 
+    def __rich__(self) -> Any:
+        """The findings in words, and what was sampled first and last."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
 
-class LogLine(ProgressCallback):
-    """Progress bars as ever, but one short line a log, where the Trainer prints everything there is."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if is_main_process() and state.log_history and (text := log_line(state.log_history[-1])):
-            tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
-
-
-def log_line(log: dict[str, float]) -> str:
-    """The few values of a log that one follows while it runs; "" for a log that has none of them."""
-    held_out = "held out:  " if "eval_loss" in log else ""
-    prefix = "eval_" if held_out else ""
-    shown = [f"{short} {log[prefix + name]:.4g}" for name, short in LINE.items() if prefix + name in log]
-    return held_out + "  ".join(shown) if prefix + "loss" in log else ""
+        steps = list(dict.fromkeys(row["step"] for row in self.samples))
+        table = Table("held-out prompt", *(f"step {step}" for step in steps[:1] + steps[1:][-1:]), show_lines=True)
+        for prompt in dict.fromkeys(row["prompt"] for row in self.samples):
+            answers = [row["answer"] for row in self.samples if row["prompt"] == prompt]
+            table.add_row(*map(Text, [prompt, *answers[:1], *answers[1:][-1:]]))
+        words = Text("\n".join(map(str, self.findings)) or "Health: nothing is wrong with these curves.")
+        return Group(words, table) if steps else words
 
 
-def log_to(trainer: Trainer, file: Path) -> None:
-    """Write every log to `file`, and in a script print a line of each; a notebook has the Trainer's own table."""
-    trainer.add_callback(LogToFile(file))
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(LogLine())
+def draw(history: History, title: str = "", findings: Sequence[Finding] = ()) -> Figure:
+    """A run: a panel for each thing that was logged, over the same steps, and under them what is wrong.
+
+    Lines are training, dots are evaluations.
+    """
+    return _draw({"": history}, title, findings)
+
+
+def draw_over(histories: Mapping[str, History], title: str = "") -> Figure:
+    """Several runs over one another, a colour each, by the names that they have in `histories`."""
+    return _draw(histories, title)
+
+
+def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Finding] = ()) -> Figure:
+    import textwrap
+
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    runs = {name: with_speed(history) for name, history in histories.items()}
+    logged = {name for history in runs.values() for log in history for name in log}
+    hidden = {"token accuracy"} if DPO_ONLY in logged else set()
+    panels = {panel: names for panel, names in PANELS.items() if logged & set(names) and panel not in hidden}
+    columns = 3 if len(panels) <= 9 else 4
+    rows = max(1, math.ceil(len(panels) / columns))
+    words = [line for f in findings for line in textwrap.wrap(f"{f.name}: {f.seen}", 45 * columns)]
+    figure = Figure(figsize=(3.8 * columns, 2.3 * rows + 0.2 * len(words)), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
+        for i, (run, history) in enumerate(runs.items()):
+            _draw_run(axis, history, names, f"C{i}" if run else "")
+        axis.set_title(panel, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:  # over one another, a run keeps its colour and the second value is dashed
+            axis.legend([name.rpartition("/")[2] for name in names], frameon=False, fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("step")
+        axis.xaxis.set_tick_params(labelbottom=True)
+    if any(runs):
+        lines = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
+        figure.legend(handles=lines, loc="outside upper right", ncols=min(4, len(runs)), frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    if words:
+        figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=9, color="C3")
+    return figure
+
+
+def _draw_run(axis: Axes, history: History, names: Sequence[str], colour: str) -> None:
+    """One run's values in one panel: in `colour`, or else a colour a value."""
+    for i, name in enumerate(names):
+        of_value = "C0" if len(names) == 1 else ("C2", "C3")[i]
+        style: Any = {"color": colour or of_value, "linestyle": "--" if colour and i else "-"}
+        axis.plot(*series(history, name), **style, marker="." if name.startswith("samples") else "")
+    for i, name in enumerate(names):
+        hollow: Any = {"markerfacecolor": "none"} if colour and i else {}
+        of_value = "C0" if len(names) == 1 else ("C2", "C3")[i]
+        axis.plot(*series(history, f"eval_{name}"), "o", color=colour or of_value, markersize=4, **hollow)
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
@@ -96,50 +157,22 @@ def _held_out(trainer: Trainer) -> dict[str, float]:
     return done[-1] if done else trainer.evaluate()
 
 
-def read_history(file: Path) -> list[dict[str, float]]:
-    """The logs of a run, oldest first; a last line cut short by a crash is left out."""
-    history = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            history.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return history
+def main(argv: Sequence[str]) -> None:
+    """Draw the runs whose folders are named, and say of each what is wrong with it."""
+    report_user_errors()
+    at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    flags = dict(layers.split_flags(list(argv[at:])))
+    if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
+        raise SettingsError("usage: python -m helpers.curves outputs/a [outputs/b ...] [--out curves.png]")
+    out = Path(flags.get("out", ["curves.png"])[0])
+    runs = [Curves.read(find_path(folder) or Path(folder)) for folder in argv[:at]]
+    figure = runs[0].figure if len(runs) == 1 else draw_over({run.name: run.history for run in runs})
+    figure.savefig(out, dpi=120)
+    for run in runs:
+        for finding in run.findings:
+            print(f"{run.name}: {finding}")
+    print(f"Drawn: {short_path(out)}")
 
 
-def series(history: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one logged name."""
-    points = [(log["step"], log[name]) for log in history if name in log]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def draw(history: list[dict[str, float]], title: str = "") -> Figure:
-    """One figure with a panel for each thing that was logged, over the same steps. Dots are evaluations."""
-    from matplotlib.figure import Figure
-
-    panels = {
-        panel: names
-        for panel, names in PANELS.items()
-        if any(n in log for n in names for log in history)
-        and not (panel == "token accuracy" and any(DPO_ONLY in log for log in history))
-    }
-    rows = max(1, (len(panels) + 1) // 2)
-    figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
-    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
-        for i, name in enumerate(names):
-            colour = f"C{i}" if len(names) == 1 else ("C2", "C3")[i]
-            axis.plot(*series(history, name), color=colour, label=name.rpartition("/")[2])
-            axis.plot(*series(history, f"eval_{name}"), "o", color=colour, markersize=4)
-        axis.set_title(panel, loc="left", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            axis.legend(frameon=False, fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
-        axis.set_xlabel("step")
-        axis.xaxis.set_tick_params(labelbottom=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
+if __name__ == "__main__":
+    main(sys.argv[1:])

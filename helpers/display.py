@@ -20,11 +20,9 @@ def show(*things: Any, save_as: Path | None = None) -> None:
             if save_as:
                 thing.savefig(save_as, dpi=120)
             if in_kernel():
-                from IPython.display import Image, display
+                from IPython.display import display
 
-                picture = io.BytesIO()
-                thing.savefig(picture, format="png", dpi=100)
-                display(Image(picture.getvalue()))
+                display(as_picture(thing))
         elif in_kernel() and hasattr(thing, "_repr_html_"):
             from IPython.display import display
 
@@ -33,3 +31,12 @@ def show(*things: Any, save_as: Path | None = None) -> None:
             print(thing)
         else:
             Console().print(thing)
+
+
+def as_picture(figure: Any) -> Any:
+    """A figure as a notebook shows it."""
+    from IPython.display import Image
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return Image(picture.getvalue())

@@ -35,11 +35,12 @@ class Stop(UserError):
 
 
 class Interrupted(UserError):
-    """A run was told to stop, by a signal, and has saved what it had; the status is the one that shells give."""
+    """A run was told to stop and has saved what it had. The status is the one that shells give after a signal, and 3
+    where --stop_on has ended it."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.status = 128 + number
+        self.status = status
 
 
 def in_kernel() -> bool:
@@ -64,7 +65,8 @@ def report_user_errors() -> None:
         rank = os.environ.get("LOCAL_RANK", "0")
         if rank == "0" or not error.everywhere:
             who = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
-            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.stderr)
+            # torch 2.13 (distributed_c10d.py) calls this with a sys.stderr of its own, lost when a hook exits
+            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.__stderr__, flush=True)
         sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
 
     if not in_kernel():

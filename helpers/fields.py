@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers import trl_fields
+from helpers import health, trl_fields
 from helpers.errors import SettingsError, in_kernel
 
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
-LEAST = dict.fromkeys(("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size"), 0)
-LEAST |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"), 1)
+LEAST = dict.fromkeys(
+    ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "sample_steps"), 0
+)
+LEAST |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "sample_tokens"), 1)
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
@@ -24,6 +26,7 @@ NOT_IDENTITY |= {"show_rows", "chat", "batch_size", "max_concurrency", "max_call
 NOT_IDENTITY |= {"retry_errors", "price_in", "price_out"}
 NOT_IDENTITY |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
 NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
+NOT_IDENTITY |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
 
 
 @dataclasses.dataclass
@@ -100,6 +103,9 @@ class TrainSettings(RunSettings):
     system_prompt: str = ""  # put before every conversation that has no system message of its own
     global_batch_size: int = 0  # rows to one step, of all processes; sets gradient_accumulation_steps
     early_stopping_patience: int = 0  # stop after so many evaluations without a lower eval_loss; keep the best
+    stop_on: tuple[str, ...] = ()  # findings that end a run early, with a checkpoint: displacement, margin ...
+    sample_steps: float = 0.2  # answer a few held-out prompts every so many steps; below 1 a share of all; 0 never
+    sample_tokens: int = 256  # tokens of such an answer, at most
     overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond max_length
     strict: bool = False  # stop when any row has to be dropped
     chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
@@ -149,10 +155,12 @@ class TrainSettings(RunSettings):
         for name, least in LEAST.items():
             if (value := getattr(self, name, least)) < least:
                 raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
+        self.stop_on = tuple(name for word in self.stop_on for name in word.split(",") if name)
         if self.global_batch_size:
             self.accumulation()  # says where it does not divide
         tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
         unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.losses()) if self.step == "dpo" else []
+        strange = [name for name in self.stop_on if name not in health.NAMES]
         respawned = multiprocessing.get_start_method() != "fork" and not in_kernel()
         wrong = [
             (
@@ -167,6 +175,10 @@ class TrainSettings(RunSettings):
             (
                 tuning == "qlora" and self.quantization == "none",
                 "--tuning qlora has quantized weights: use --tuning lora, or leave out --quantization none",
+            ),
+            (
+                bool(strange),
+                f"--stop_on {' '.join(strange)} is none of the findings: {', '.join(health.NAMES)}",
             ),
             (
                 bool(unknown),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,38 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.checkpoints import mark_whole, newest_marked
-from helpers.curves import log_to
 from helpers.errors import Interrupted, UserError
+from helpers.fields import TrainSettings
+from helpers.health import FINDINGS, NAMES, examine
+from helpers.live import show_live
 from helpers.paths import short_path
 from helpers.processes import is_main_process, wait_for_all
+from helpers.runs import Run
+from helpers.samples import Sampler
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FOUND = 128  # and a finding's number: above every signal's
 
 
-def keep_watch(trainer: Trainer, folder: Path, patience: int = 0) -> None:
-    """Log to metrics.jsonl in `folder`, mark its checkpoints, and stop cleanly on SIGTERM, SIGINT and a loss of NaN.
-
-    With `patience`, training also stops after so many evaluations that were no better.
+def keep_watch(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: Any) -> None:
+    """Log to metrics.jsonl, show curves and findings, sample answers to the first rows of `eval_set`, mark checkpoints,
+    and stop cleanly on SIGTERM, SIGINT, a loss of NaN, the findings of --stop_on and --early_stopping_patience.
     """
-    log_to(trainer, folder / "metrics.jsonl")
-    if patience:
-        trainer.add_callback(EarlyStoppingCallback(patience))
-    trainer.add_callback(Guard(trainer, folder))
+    show_live(trainer, run)
+    if settings.sample_steps:
+        trainer.add_callback(Sampler(trainer, run.folder, eval_set, settings.sample_steps, settings.sample_tokens))
+    if settings.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    trainer.add_callback(Guard(trainer, run.folder, settings.stop_on))
 
 
 class Guard(TrainerCallback):
     """Reads what transformers 5.23 calls while it trains (trainer.py); saves through the Trainer itself."""
 
-    def __init__(self, trainer: Any, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
-        self.received: int | None = None
+    def __init__(self, trainer: Any, folder: Path, stop_on: Sequence[str] = ()) -> None:
+        self.trainer, self.folder, self.stop_on = trainer, folder, stop_on
+        self.received: int | None = None  # a signal
+        self.found = ""  # a finding of `stop_on`
         self.before: dict[int, Any] = {}
         self.limit: int | None = None  # checkpoints that are kept
 
@@ -65,13 +73,17 @@ class Guard(TrainerCallback):
             print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping.", flush=True)
 
     def _told_to_stop(self) -> bool:
-        """Whether any process has received a signal; asked by all of them at the same step."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return self.received is not None
-        flag = torch.tensor(self.received or 0, device=self.trainer.args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        self.received = int(flag) or None
-        return self.received is not None
+        """Whether any process has a signal or a finding to stop on; asked by all of them at the same step."""
+        told = FOUND + NAMES.index(self.found) if self.found else self.received or 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(told, device=self.trainer.args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            told = int(flag)
+        if told >= FOUND:
+            self.found = NAMES[told - FOUND]
+        elif told:
+            self.received = told
+        return told > 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._told_to_stop():
@@ -83,7 +95,7 @@ class Guard(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.before and self._told_to_stop():  # an evaluation may last longer than the grace that is given
+        if self.before and self._told_to_stop() and not self.found:  # it may last longer than the grace that is given
             self._refuse_nan(state)
             if not (self.folder / f"checkpoint-{state.global_step}").exists() and state.global_step:
                 self.trainer._save_checkpoint(self.trainer.model, trial=None)
@@ -95,6 +107,9 @@ class Guard(TrainerCallback):
     ) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise self._nan(state, "the loss is not a number")
+        if self.stop_on and not self.found:
+            names = [finding.name for finding in examine(state.log_history, state.max_steps)]
+            self.found = next((name for name in names if name in self.stop_on), "")
 
     def _refuse_nan(self, state: TrainerState) -> None:
         """No checkpoint is made of weights that are lost."""
@@ -132,10 +147,17 @@ class Guard(TrainerCallback):
 
     def _stop(self, state: TrainerState) -> None:
         self.give_signals_back()
-        name, number = signal.Signals(self.received or 0).name, self.received or 0
         last = newest_marked(self.folder)
         goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
-        raise Interrupted(f"stopped by {name} at step {state.global_step} of {state.max_steps}: {goes_on}", number)
+        at = f"at step {state.global_step} of {state.max_steps}"
+        if self.found:
+            finding = FINDINGS[self.found](state.log_history, state.max_steps)
+            said = f"{finding.seen}; try {finding.try_}" if finding else "found by another process"
+            # a launcher ends all when one has failed: the others do not, so that the main process can say this first
+            status = 3 if is_main_process() else 0
+            raise Interrupted(f"stopped {at} by --stop_on {self.found}: {said}; without it {goes_on}", status)
+        number = self.received or 0
+        raise Interrupted(f"stopped by {signal.Signals(number).name} {at}: {goes_on}", 128 + number)
 
     def give_signals_back(self) -> None:
         """Let signals mean what they meant before."""

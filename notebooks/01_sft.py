@@ -95,7 +95,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.chat import apply_chat_format, show_labels
 from helpers.credentials import prepare_wandb
-from helpers.curves import draw, final_metrics, read_history
+from helpers.curves import Curves, final_metrics
 from helpers.data_report import DataReport
 from helpers.embeddings import fit_embeddings, token_rows
 from helpers.guard import keep_watch
@@ -105,6 +105,7 @@ from helpers.loading import read_sources
 from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
 from helpers.sources import local_or_hub
 from helpers.split import Split
+from helpers.tracking import log_to_wandb
 
 # %% [markdown]
 # ## Data
@@ -225,7 +226,7 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     peft_config=adapter,
 )
-keep_watch(trainer, run.folder, settings.early_stopping_patience)  # logs, marked checkpoints, signals
+keep_watch(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
 if adapter is not None and settings.adapter_dtype == "fp32":
     train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
@@ -248,11 +249,13 @@ if not run.finished:
 # ## Curves
 #
 # The line is training, the dots are the held-out rows: while both fall, the model learns something that holds beyond
-# its rows. Dots that rise again say that it has begun to learn them by heart.
+# its rows. Dots that rise again say that it has begun to learn them by heart. What is wrong stands under the figure,
+# and then answers to a few held-out prompts, before and after.
 
 # %%
-figure = draw(read_history(run.folder / "metrics.jsonl"), run.name)
-show(figure, save_as=run.folder / "curves.png")
+curves = Curves.read(run.folder)
+show(curves.figure, curves, save_as=run.folder / "curves.png")
+log_to_wandb(run)  # its settings, rows, curves and samples, where it is tracked there
 for name, value in run.record["metrics"].items():
     print(f"{name:28} {value:.6g}")
 

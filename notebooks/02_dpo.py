@@ -111,7 +111,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
 from helpers.chat import apply_chat_format, render
-from helpers.curves import draw, final_metrics, read_history
+from helpers.curves import Curves, final_metrics
 from helpers.data_report import DataReport
 from helpers.embeddings import fit_embeddings, token_rows
 from helpers.formats import Options
@@ -124,14 +124,14 @@ from helpers.publishing import merge_and_push
 from helpers.shared_prefix import SharedPrefixDPOTrainer
 from helpers.sources import local_or_hub
 from helpers.split import Split
+from helpers.tracking import log_to_wandb
 
 # %% [markdown]
 # ## Data
 #
 # Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
 # nothing, and pairs that are too long would lose the end of their answers (`--overlong trim_prompt` shortens their
-# prompts instead). A prompt is on one side of the split only. A recipe may mix sets, with a `fraction` of each.
-# A report then says what the pairs will teach beside what they are meant to (so does `python -m helpers.data_report`).
+# prompts instead). A prompt is on one side of the split only. A report says what the pairs will teach beside that.
 
 # %%
 start, start_revision = settings.model_id, settings.revision
@@ -250,7 +250,7 @@ trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each 
     peft_config=adapter,
     shared_prefix=settings.shared_prefix,
 )
-keep_watch(trainer, run.folder, settings.early_stopping_patience)  # logs, marked checkpoints, signals
+keep_watch(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
     train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds most of DPO's updates away
 
@@ -272,19 +272,19 @@ if not run.finished:
 # %% [markdown]
 # ## Curves
 #
-# The margin should rise, on the held-out dots as on the line. When both log-probabilities sink together, answers of
-# either kind become less likely: a lower learning rate, a higher β, or `--loss_type sigmoid sft` holds the chosen ones.
+# The margin should rise, on the held-out dots as on the line, and the chosen answers stay as likely as they were. What
+# went wrong stands under the figure with what to try (`--stop_on displacement` ends such a run), then what was sampled.
 
 # %%
-show(draw(read_history(run.folder / "metrics.jsonl"), run.name), save_as=run.folder / "curves.png")
+show((curves := Curves.read(run.folder)).figure, curves, save_as=run.folder / "curves.png")
+log_to_wandb(run)  # its settings, rows, curves and samples, where it is tracked there
 for name, value in run.record["metrics"].items():
     print(f"{name:28} {value:.6g}")
 
 # %% [markdown]
 # ## Merge and publish, if asked
 #
-# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` do here what the next notebook does on its own. What
-# is pushed is private; `03_merge_push.py --no_private` makes it public.
+# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` do here what the next notebook does, privately.
 
 # %%
 if settings.merge_adaptors or settings.push_to_hub:

@@ -119,7 +119,7 @@ def test_what_is_not_the_user_s_stays_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a shape"), run.training():
         raise ValueError("a shape does not fit")
     assert run.record["status"] == "failed"
-    for error in (KeyboardInterrupt(), Interrupted("stopped by SIGTERM", 15)):
+    for error in (KeyboardInterrupt(), Interrupted("stopped by SIGTERM", 143)):
         with pytest.raises(type(error)), run.training():
             raise error
         assert run.record["status"] == "interrupted"
@@ -193,7 +193,7 @@ def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
     run = Run(tmp_path, {}, anew=True)
     said = r"stopped \(leave out --resume never, which would begin anew\)$"
     with pytest.raises(Interrupted, match=said), run.training():
-        raise Interrupted("stopped", 15)
+        raise Interrupted("stopped", 143)
     with pytest.raises(UserError, match=r"the disk is full: .* --resume never"), run.training():
         raise OSError(errno.ENOSPC, "No space left on device", "x")
     assert "leave out --resume never" in run.record["error"]

@@ -1,4 +1,4 @@
-"""The smaller helpers: runs, models, curves and merging."""
+"""The smaller helpers: runs, models and merging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
-from helpers import curves, models, runs, sources
+from helpers import models, runs, sources
 from helpers.errors import SettingsError, Stop, UserError
 from helpers.merge_proof import compare_logits, last_logits
 from helpers.settings import RunSettings, load_settings
@@ -304,41 +304,6 @@ def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> N
     assert after.tokenizer == str(tmp_path / "dpo-b")
     before, after = sources.find_candidates(("dpo-full",), tmp_path)
     assert (before.base, after.base, after.adapter) == (str(base), str(tmp_path / "dpo-full"), None)
-
-
-# Curves
-
-
-HISTORY = [
-    {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "grad_norm": 1.0},
-    {"step": 2, "loss": 0.5, "rewards/margins": 0.4, "rewards/chosen": 0.1, "rewards/rejected": -0.3, "grad_norm": 2.0},
-    {"step": 2, "eval_loss": 0.6, "eval_rewards/margins": 0.2},
-    {"step": 2, "train_runtime": 9.0},
-]
-
-
-def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
-    figure = curves.draw(HISTORY, "run")
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
-    assert list(panels) == ["loss", "rewards", "reward margin", "gradient norm"]
-    training, held_out = panels["loss"].lines
-    assert training.get_xydata().tolist() == [[1, 0.7], [2, 0.5]]
-    assert held_out.get_xydata().tolist() == [[2, 0.6]]
-    assert curves.draw([]).axes  # a run without logs still draws
-
-
-def test_a_log_is_one_short_line() -> None:
-    assert curves.log_line(HISTORY[1]) == "loss 0.5  margin 0.4  gradient 2"
-    assert curves.log_line(HISTORY[2]) == "held out:  loss 0.6  margin 0.2"
-    assert curves.log_line(HISTORY[3]) == ""
-
-
-def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    assert curves.read_history(file) == []
-    file.write_text(json.dumps(HISTORY[0]) + "\n" + '{"step": 2, "lo')
-    assert curves.read_history(file) == HISTORY[:1]
-    assert curves.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
 
 
 # Merging

@@ -137,8 +137,9 @@ def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_comm
     assert first == second
     assert first["max_steps"] == 6
 
-    run_exported_notebook(project, DPO | {"run_name": "exported"})
+    updates = run_exported_notebook(project, DPO | {"run_name": "exported"})
     assert results(project, "exported") == expected
+    assert updates >= 1  # of the live curves
 
 
 def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> None:
@@ -158,6 +159,18 @@ def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> Non
     assert (record["sources"]["dpo_beta"], command["sources"]["dpo_beta"]) == ("notebook", "flag")
     assert record["settings"]["dpo_beta"] == command["settings"]["dpo_beta"] == 0.3
     assert results(project, "mill") == results(project, dpo_run)
+    # what was logged there beside the Trainer's own: the account of rows, settings, samples and curves
+    (files,) = (project.root / "tracked").glob("wandb/offline-run-*/files")
+    media = {file.name.partition("_")[0]: file for file in (files / "media").rglob("*") if file.is_file()}
+    assert {"settings", "rows", "samples", "curves"} <= set(media)
+    assert media["curves"].read_bytes() == (project.root / "outputs" / "mill" / "curves.png").read_bytes()
+    rows = dict(json.loads(media["rows"].read_text())["data"])
+    assert {name: rows[name] for name in ("read", "kept", "train")} == {
+        name: record["data"][name] for name in ("read", "kept", "train")
+    }
+    assert ["dpo_beta", "0.3", "notebook"] in json.loads(media["settings"].read_text())["data"]
+    sampled = [json.loads(line) for line in (project.root / "outputs" / "mill" / "samples.jsonl").open()]
+    assert json.loads(media["samples"].read_text())["data"] == [list(row.values()) for row in sampled]
     # tokens are in the environment, and nowhere else: not in the executed notebook, the run, or what wandb has kept
     kept = [project.root / "out.ipynb"]
     kept += [
@@ -252,10 +265,21 @@ def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tupl
         manager.shutdown_kernel(now=True)
 
 
-def run_exported_notebook(project: Project, typed: dict[str, Any]) -> None:
-    """Export to .ipynb and execute it by nbclient, with a cell of values after the Settings."""
+def run_exported_notebook(project: Project, typed: dict[str, Any]) -> int:
+    """Export to .ipynb and execute it by nbclient, with a cell of values after the Settings.
+
+    Returns how often a picture was drawn anew in the place of another.
+    """
     import nbformat
     from nbclient import NotebookClient
+
+    updates = []
+
+    class Client(NotebookClient):
+        def process_message(self, message: Any, *args: Any) -> Any:
+            if message["msg_type"] == "update_display_data" and "image/png" in message["content"]["data"]:
+                updates.append(message)
+            return super().process_message(message, *args)
 
     notebook = jupytext.read(project.root / "notebooks" / "02_dpo.py")
     at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
@@ -265,13 +289,18 @@ def run_exported_notebook(project: Project, typed: dict[str, Any]) -> None:
     before = dict(os.environ)
     os.environ.update(project.env)
     try:
-        NotebookClient(
-            notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}
-        ).execute()
+        Client(notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}).execute()
     finally:
         os.environ.clear()
         os.environ.update(before)
     shown = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    assert sum("image/png" in data for data in shown) == 2  # the data report and the curves
+    assert sum("image/png" in data for data in shown) == 3  # the data report, the curves as they came, and at the end
+    (training,) = [c for c in notebook.cells if "trainer.train(" in c.source]
+    pictures = [o for o in training.outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 1  # updated in place
+    assert "sampled answers have" in "".join(o["text"] for o in training.outputs if o.output_type == "stream")
+    (curves,) = [c for c in notebook.cells if "Curves.read(" in c.source]
+    assert "held-out prompt" in "".join(str(o.get("data", "")) for o in curves.outputs)
     (account,) = [data["text/html"] for data in shown if "example rows" in data.get("text/html", "")]
     assert "3,000" in account
+    return len(updates)

@@ -74,6 +74,7 @@ def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None
         assert verdicts["scores"][after]["correct"] >= verdicts["scores"][before]["correct"] - 0.02
         assert verdicts["scores"][before]["correct"] > 0.9
         (dpo,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/dpo-*/run.json")]
+        assert dpo["findings"] == []
         timeless = {k: v for k, v in dpo["metrics"].items() if not k.endswith(("runtime", "per_second"))}
         runs.append((verdicts, timeless))
     assert runs[0] == runs[1]
