@@ -46,7 +46,7 @@ class Answers:
 
     def save_questions(self) -> None:
         """question.jsonl beside the answers, for 05_judge.py and FastChat."""
-        text = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in self.questions)
+        text = "".join(json.dumps(q, ensure_ascii=False, default=str) + "\n" for q in self.questions)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "question.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -80,7 +80,7 @@ class Answers:
                     "tstamp": time.time(),
                 }
                 for question, turns in zip(batch, rows, strict=True)
-                if str(question["question_id"]) in missing
+                if turns is not None and str(question["question_id"]) in missing
             ))  # fmt: skip
 
 
@@ -102,18 +102,25 @@ def _batches(
             yield temperature, group[start : start + batch_size]
 
 
-def _conversations(batch: list[Question], speaker: Speaker, seed: int, sampling: dict[str, Any]) -> list[list[str]]:
-    """The answers to each question of a batch, turn by turn; all have as many turns."""
+def _conversations(
+    batch: list[Question], speaker: Speaker, seed: int, sampling: dict[str, Any]
+) -> list[list[str] | None]:
+    """The answers to each question of a batch, turn by turn; all have as many turns. None where one was refused."""
     talks: list[list[Message]] = [
         [{"role": "system", "content": q["system"]}] if q.get("system") else [] for q in batch
     ]
-    answers: list[list[str]] = [[] for _ in batch]
+    answers: list[list[str] | None] = [[] for _ in batch]
     for turn in range(len(batch[0]["turns"])):
-        for q, talk in zip(batch, talks, strict=True):
-            talk.append({"role": "user", "content": q["turns"][turn]})
-        for talk, own, text in zip(talks, answers, speaker.answer(talks, seed + turn, **sampling), strict=True):
-            talk.append({"role": "assistant", "content": text})
-            own.append(text)
+        going = [i for i, own in enumerate(answers) if own is not None]
+        for i in going:
+            talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
+        said = speaker.answer([talks[i] for i in going], seed + turn, **sampling) if going else []
+        for i, text in zip(going, said, strict=True):
+            if text is None:
+                answers[i] = None
+            else:
+                talks[i].append({"role": "assistant", "content": text})
+                answers[i] = [*(answers[i] or []), text]
     return answers
 
 
@@ -139,7 +146,9 @@ class SideBySide:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("prompt", *self.answers, show_lines=True)
+        table = Table("prompt", show_lines=True)
+        for name in self.answers:
+            table.add_column(Text(name))
         for prompt, *answers in zip(self.prompts, *self.answers.values(), strict=True):
             table.add_row(*map(Text, (prompt, *answers)))
         return table

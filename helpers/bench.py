@@ -11,7 +11,7 @@ from helpers.errors import SettingsError, UserError
 from helpers.judge_prompts import OURS
 from helpers.judging import Said
 from helpers.paths import find_path
-from helpers.questions import Question, read_bench, turns_of
+from helpers.questions import Question, file_name, read_bench, turns_of
 from helpers.rows import read_lines
 from helpers.runs import find_run, read_run
 
@@ -24,21 +24,31 @@ class Found:
     questions: list[Question]
     said: Said
     prompts_file: Path
+    page: str = ""  # of a run of 04: the page that votes on these answers come from
 
     def __rich__(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("model", "questions answered", "characters of an answer", box=None, pad_edge=False)
         for model, answers in self.said.items():
             texts = [text for turns in answers.values() for text in turns]
             mean = sum(map(len, texts)) / max(1, len(texts))
-            table.add_row(model, f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
-        return table
+            table.add_row(Text(model), f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
+        common = sum(all(q["question_id"] in own for own in self.said.values()) for q in self.questions)
+        if not self.said or common == len(self.questions):
+            return table
+        left = f"note: {len(self.questions) - common} questions are not answered by all of them, and are left out there"
+        unfinished = "; the run of 04_vibes.py is not finished" * (read_run(self.folder).get("status") == "interrupted")
+        return Group(table, Text(left + unfinished))
 
 
 def find_answers(settings: Any) -> Found:
     """What the settings of 05_judge.py name: answers_dir, bench_dir, models, judge_prompts. Raises UserError."""
     bench = _folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
+    if settings.judgments and not bench and not settings.given("answers_dir"):  # which has what there is to count
+        return Found(settings.output_dir, [], {}, OURS)
     if bench and not settings.given("answers_dir"):
         folder = bench
     elif settings.answers_dir == "latest":
@@ -47,15 +57,27 @@ def find_answers(settings: Any) -> Found:
         given = settings.output_dir / settings.answers_dir
         folder = given if given.is_dir() else _folder("--answers_dir", settings.answers_dir)
     answers = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
-    files = {file.stem: file for file in sorted(answers.glob("*.jsonl")) if file.name != "question.jsonl"}
+    files = {_name(file): file for file in sorted(answers.glob("*.jsonl")) if file.name != "question.jsonl"}
     if not files:
         raise UserError(f"{str(answers)!r} has no answers: a file NAME.jsonl for each model, in FastChat's layout")
     questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
     made = read_run(folder).get("models", [])  # in the order that 04 had them in: what came before stands first
     names = list(settings.models) or [n for n in made if n in files] + [n for n in files if n not in made]
+    if settings.baseline:  # what the others are compared with stands first
+        names = list(dict.fromkeys([settings.baseline, *names]))
     if unknown := [name for name in (*names, settings.baseline) if name and name not in files]:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
-    return Found(folder, questions, {n: _said(files[n], questions) for n in names}, _prompts(settings, bench))
+    said = {name: _said(files[name], questions) for name in names}
+    return Found(folder, questions, said, _prompts(settings, bench), read_run(folder).get("page", ""))
+
+
+def _name(file: Path) -> str:
+    """The model whose answers these are: not every name is a file's."""
+    for row in read_lines(file)[:1]:
+        model = str(row.get("model_id") or "")
+        if file_name(model) == file.stem:
+            return model
+    return file.stem
 
 
 def groups_of(said: Said, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
@@ -65,7 +87,7 @@ def groups_of(said: Said, mode: str, baseline: str = "") -> list[tuple[str, ...]
     pairs: list[tuple[str, ...]] = (
         [(baseline, name) for name in said if name != baseline] if baseline else list(combinations(said, 2))
     )
-    if not pairs:
+    if said and not pairs:
         raise SettingsError(f"two models are compared, and there is one: {', '.join(said)}; --mode single rates it")
     return pairs
 
@@ -89,4 +111,5 @@ def _prompts(settings: Any, bench: Path | None) -> Path:
 
 def _said(file: Path, questions: list[Question]) -> dict[Any, list[str]]:
     rows = {str(row.get("question_id")): row for row in read_lines(file)}
-    return {q["question_id"]: turns_of(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}
+    said = {q["question_id"]: turns_of(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}
+    return {i: turns for i, turns in said.items() if turns}

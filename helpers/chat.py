@@ -12,7 +12,7 @@ from helpers.errors import UserError
 from helpers.paths import find_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 CHECKED = 16  # rows whose text and tokens `check_chat` looks at before training
 PROBE = [
@@ -93,6 +93,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
         ids = encoded["input_ids"]
         learned = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
     return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learned, strict=True)]}
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
+    """Every token that ends an answer: those of the model's generation config, which may be its base's, and the
+    tokenizer's, which a chat format may have changed."""
+    ends = (config.eos_token_id if config is not None else None) or []
+    known = [int(i) for i in (ends if isinstance(ends, list) else [ends])]
+    return list(dict.fromkeys([*known, *([int(i)] if (i := tokenizer.eos_token_id) is not None else [])]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

@@ -20,6 +20,8 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 # Names that newer models of OpenAI's want in place of older ones; None: to be left out.
 RESPELLED: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
+PATIENCE = 900.0  # seconds that a Retry-After may ask for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +34,23 @@ class Reply:
     completion_tokens: int
 
 
+class Refused(UserError):
+    """The server takes this one request not, whatever it makes of others: too long, or against its rules."""
+
+
 class Endpoint:
     """`model` at `base_url`, or where OPENAI_BASE_URL or OpenAI's own servers are.
 
-    The key is OPENAI_API_KEY; a server of one's own needs none. The client itself repeats what failed on the way (429
-    and 5xx, broken connections, time-outs), and waits for as long as Retry-After says. `ask` and `stream` raise
-    UserError where that did not help. May be used by several threads.
+    The key is OPENAI_API_KEY; a server of one's own needs none. What failed on the way (429 and 5xx, a broken
+    connection, a server that is silent for `timeout` seconds) is tried `tries` times, and a Retry-After of up to
+    PATIENCE seconds is waited for. `ask` and `stream` raise UserError where that did not help. Threads may share it.
     """
 
     def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
         from openai import OpenAI
 
         where = base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if where and not re.match(r"https?://[^/@\s]+(/|$)", where):
+        if where and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", where):
             raise SettingsError(f"--base_url {_plain(where)!r} is not an address such as http://127.0.0.1:8000/v1")
         if not where and not os.environ.get("OPENAI_API_KEY"):
             raise UserError(
@@ -80,47 +86,62 @@ class Endpoint:
 
     def stream(self, messages: list[Message], **arguments: Any) -> Iterator[str]:
         """The reply in pieces, as they come."""
-        for event in self._create(messages, stream=True, **arguments):
-            if event.choices and (piece := event.choices[0].delta.content):
-                yield piece
+        from openai import APIError
+
+        try:
+            for event in self._create(messages, stream=True, **arguments):
+                if event.choices and (piece := event.choices[0].delta.content):
+                    yield piece
+        except APIError as error:  # broken off in the middle
+            raise UserError(f"{self.where} broke off: {_line(error)}") from None
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:
         """A completion; what the server refuses is spelt as it wants it, or left out, and remembered."""
         from openai import APIConnectionError, APIStatusError
 
         create: Any = self.client.chat.completions.create
+        folded, waited = False, 0
         while True:
             names = {name: self.respelled.get(name, name) for name in arguments}
             given = {new: arguments[name] for name, new in names.items() if new}
             system = messages[0]["role"] == "system" and self.takes_system is not False
-            sent = messages if system or messages[0]["role"] != "system" else fold_system(messages)
+            folded = folded or (messages[0]["role"] == "system" and not system)
+            sent = fold_system(messages) if folded else messages
             try:
                 answer = create(model=self.model, messages=sent, **given)
-                self.takes_system = True if system else self.takes_system
-                return answer
             except APIConnectionError as error:  # a time-out is one
                 raise UserError(f"no answer from {self.where}: {_line(error)} Is the server up?") from None
             except APIStatusError as error:
-                refused = [n for n in RESPELLED if n in given and re.search(rf"\b{n}\b", str(error.message))]
+                refused = [n for n in RESPELLED if n in given and _is_unknown(error, n)]
+                wait = _told_to_wait(error)
                 if error.status_code == 400 and refused:
                     self.respelled |= {name: RESPELLED[name] for name in refused}
-                elif error.status_code in (400, 422, 500) and system and self.takes_system is None:
-                    # the chat templates of Mistral, Gemma and others have no place for one; transformers serve says 500
-                    self.takes_system = False
+                    print(f"note: {self.model} takes no {', '.join(refused)}: {_line(error)}")
+                elif error.status_code in (400, 422, 500) and system and self.takes_system is None and not folded:
+                    folded = True  # the templates of Mistral, Gemma and others have no place for one
+                elif wait and waited < self.tries:
+                    waited += 1
+                    print(f"{self.where} asks to wait {wait:.0f} s.", flush=True)
+                    time.sleep(wait)
                 else:
-                    raise UserError(self._explain(error)) from None
+                    raise self._explain(error) from None
+            else:
+                if folded and self.takes_system is None:
+                    print(f"note: {self.model} has no place for a system message: it opens the user's.")
+                self.takes_system = False if folded else self.takes_system or system or None
+                return answer
 
-    def _explain(self, error: Any) -> str:
+    def _explain(self, error: Any) -> UserError:
         status, said = error.status_code, _line(error)
+        if status in (400, 413, 422):
+            return Refused(f"{self.model} at {self.where} refuses the request: {said}")
         if status in (401, 403):
-            return f"{self.where} does not take the key in OPENAI_API_KEY ({status})"
+            return UserError(f"{self.where} does not take the key in OPENAI_API_KEY ({status})")
         if status == 404:
-            return f"{self.where} has no model {self.model!r} (404): {self._models() or said}"
-        if status in (400, 422):
-            return f"{self.model} at {self.where} refuses the request: {said}"
+            return UserError(f"{self.where} has no model {self.model!r} (404): {self._models() or said}")
         if status == 429:
-            return f"{self.where} asks to slow down (429) for longer than was waited: {said}"
-        return f"{self.where} fails ({status}): {said}"
+            return UserError(f"{self.where} asks to slow down (429), and went on asking: {said}")
+        return UserError(f"{self.where} fails ({status}): {said}")
 
     def _models(self) -> str:
         try:
@@ -162,6 +183,19 @@ def in_parallel(jobs: Iterable[Job], work: Callable[[Job], Done], concurrency: i
         failed = failed or error
     if failed:
         raise failed
+
+
+def _is_unknown(error: Any, name: str) -> bool:
+    """Whether a server says that it has no argument of this name; not whenever it speaks of it."""
+    said = str(error.message)
+    return getattr(error, "param", None) == name or bool(re.search(rf"\b{name}\b", said) and UNKNOWN.search(said))
+
+
+def _told_to_wait(error: Any) -> float:
+    """Seconds of a Retry-After that the client itself finds too long (above two minutes); else 0."""
+    told = error.response.headers.get("Retry-After", "")
+    seconds = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else 0.0
+    return seconds if error.status_code in (429, 503) and 120 < seconds <= PATIENCE else 0.0
 
 
 def _plain(address: str) -> str:

@@ -15,10 +15,14 @@ from helpers import health, trl_fields
 from helpers.errors import SettingsError, in_kernel
 
 RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
-LEAST = dict.fromkeys(
-    ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "sample_steps"), 0
-)
-LEAST |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "sample_tokens"), 1)
+LEAST: dict[str, float] = dict.fromkeys(
+    ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "sample_steps", "rows",
+     "show_rows", "max_calls", "max_tokens", "temperature", "top_k"), 0,
+)  # fmt: skip
+LEAST |= dict.fromkeys(
+    ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "sample_tokens", "batch_size",
+     "max_new_tokens", "max_concurrency", "num_beams", "timeout"), 1,
+)  # fmt: skip
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
 NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
 NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
@@ -27,6 +31,7 @@ NOT_IDENTITY |= {"retry_errors", "price_in", "price_out"}
 NOT_IDENTITY |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
 NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
 NOT_IDENTITY |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
+NOT_IDENTITY_OF = {"judge": {"seed", "base_url", "max_new_tokens"}, "vibes": {"base_url"}}
 
 
 @dataclasses.dataclass
@@ -55,7 +60,8 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is."""
-        return {name: v for name, v in self.values().items() if name not in NOT_IDENTITY}
+        left_out = NOT_IDENTITY | NOT_IDENTITY_OF.get(self.step, set())
+        return {name: v for name, v in self.values().items() if name not in left_out}
 
     def digest(self, *more: str) -> str:
         """Six hex digits of `identity()` and of `more` (what the run starts from)."""
@@ -73,7 +79,10 @@ class RunSettings:
             self.sources[name] = source
 
     def check(self) -> None:
-        """Refuse settings that cannot work together. Raises SettingsError."""
+        """Refuse settings that cannot work. Raises SettingsError."""
+        for name, least in LEAST.items():
+            if (value := getattr(self, name, least)) < least:
+                raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
 
     def rows_a_step(self) -> int:
         """Rows to one step, of all processes; 0 where nothing is trained."""
@@ -81,11 +90,12 @@ class RunSettings:
 
     def __rich__(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("setting", "value", "from", box=None, pad_edge=False, title_justify="left")
         for name, value in self.values().items():
             style = "dim" if self.sources[name] == "default" else ""
-            table.add_row(name, str(value), self.sources[name], style=style)
+            table.add_row(name, Text(str(value)), self.sources[name], style=style)  # brackets are no markup
         return table
 
 
@@ -152,9 +162,7 @@ class TrainSettings(RunSettings):
 
     def check(self) -> None:
         """Refuse, before anything is fetched, what cannot work. Raises SettingsError."""
-        for name, least in LEAST.items():
-            if (value := getattr(self, name, least)) < least:
-                raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
+        super().check()
         self.stop_on = tuple(name for word in self.stop_on for name in word.split(",") if name)
         if self.global_batch_size:
             self.accumulation()  # says where it does not divide

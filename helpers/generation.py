@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from helpers.chat import folded, render, takes_system
-from helpers.endpoint import Endpoint, in_parallel
-from helpers.errors import SettingsError
+from helpers.chat import end_tokens, folded, render, takes_system
+from helpers.endpoint import Endpoint, Refused, in_parallel
+from helpers.errors import SettingsError, UserError
 from helpers.fields import RunSettings
 from helpers.rows import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Arguments that make of an answer something else than one text, or need more than a value.
+WHOLE = {"num_return_sequences", "return_dict_in_generate", "stop_strings", "output_scores", "output_logits"}
+TEXTS = {"cache_implementation", "early_stopping"}
 SAMPLED = ("temperature", "top_p", "top_k")  # have a meaning when sampling only
 PASSED_ON = ("top_k", "repetition_penalty")  # not OpenAI's: vLLM and others read them from the body
 
@@ -22,32 +26,46 @@ PASSED_ON = ("top_k", "repetition_penalty")  # not OpenAI's: vLLM and others rea
 class Speaker(Protocol):
     """What answers: a model here, or one behind an endpoint."""
 
-    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
-        """One answer a conversation, in their order."""
+    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Sequence[str | None]:
+        """One answer a conversation, in their order; None for one that is refused."""
 
-    def say(self, conversation: list[Message], **sampling: Any) -> str:
+    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
         """One answer, printed as it comes."""
 
 
 def sampling_of(settings: RunSettings) -> dict[str, Any]:
     """The arguments of `model.generate` among the settings; those of sampling only when it samples.
 
-    Raises SettingsError for a word of --generate that is not one of its arguments.
+    A temperature, top_p or top_k that was given means that it is to sample, a temperature of 0 that it is not. Raises
+    SettingsError for a word of --generate that is not one of its arguments, and for values that it refuses.
     """
-    import yaml
     from transformers import GenerationConfig
 
+    own: Any = settings
+    if not settings.given("do_sample") and any(settings.given(name) for name in SAMPLED):
+        settings.adopt("sampling was asked for", do_sample=own.temperature > 0)
+    if own.do_sample and not (own.temperature > 0 and 0 < own.top_p <= 1):
+        raise SettingsError("--do_sample needs a --temperature above 0, and a --top_p above 0 and at most 1")
     names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty")
-    values = settings.values()
+    values, known = settings.values(), GenerationConfig().to_dict()
     more = {}
     for word in values["generate"]:
         name, equals, value = word.partition("=")
-        known = GenerationConfig().to_dict()
-        if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if not equals or name not in known or name in WHOLE:
+            close = difflib.get_close_matches(name, set(known) - WHOLE, n=1)
             raise SettingsError(f"--generate {word}: {f'did you mean {close[0]}=...?' if close else 'give NAME=VALUE'}")
-        more[name] = yaml.safe_load(value)
-    return {name: values[name] for name in names + (SAMPLED if values["do_sample"] else ())} | more
+        try:
+            more[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            if name not in TEXTS:
+                raise SettingsError(f"--generate {word}: a number, a list, true or false is needed") from None
+            more[name] = value
+    chosen = {name: values[name] for name in names + (SAMPLED if values["do_sample"] else ())} | more
+    try:
+        GenerationConfig(**chosen).validate()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"model.generate refuses these settings: {' '.join(str(error).split())[:300]}") from None
+    return chosen
 
 
 def generate_answers(
@@ -63,6 +81,7 @@ def generate_answers(
     """
     import torch
 
+    sampling = {"eos_token_id": end_tokens(tokenizer, model.generation_config)} | sampling
     system = takes_system(tokenizer)
     texts = [render(tokenizer, folded(messages, system), prompt=True) for messages in conversations]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
@@ -94,9 +113,10 @@ class LocalSpeaker:
         set_seed(seed)
         return generate_answers(self.model, self.tokenizer, conversations, len(conversations), **sampling)
 
-    def say(self, conversation: list[Message], **sampling: Any) -> str:
-        from transformers import TextStreamer
+    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
+        from transformers import TextStreamer, set_seed
 
+        set_seed(seed)
         beams = sampling.get("num_beams", 1) > 1  # which have no words until all of them are done
         streamer = None if beams else TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (answer,) = generate_answers(self.model, self.tokenizer, [conversation], 1, streamer=streamer, **sampling)
@@ -111,15 +131,23 @@ class RemoteSpeaker:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
-    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str | None]:
         words = _for_endpoint(sampling) | {"seed": seed}
-        jobs = range(len(conversations))
-        done = in_parallel(jobs, lambda i: self.endpoint.ask(conversations[i], **words).text.strip(), len(jobs))
-        return [text for _, text in sorted(done)]
 
-    def say(self, conversation: list[Message], **sampling: Any) -> str:
+        def ask(i: int) -> str | None:
+            try:
+                return self.endpoint.ask(conversations[i], **words).text.strip()
+            except Refused as error:
+                print(f"note: {error}")
+                return None
+
+        jobs = range(len(conversations))
+        answers = dict(in_parallel(jobs, ask, len(jobs)))
+        return [answers[i] for i in jobs]
+
+    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
         pieces = []
-        for piece in self.endpoint.stream(conversation, **_for_endpoint(sampling)):
+        for piece in self.endpoint.stream(conversation, **_for_endpoint(sampling), seed=seed):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
@@ -139,7 +167,7 @@ def _for_endpoint(sampling: dict[str, Any]) -> dict[str, Any]:
     return words | ({"extra_body": body} if body else {})
 
 
-def talk_with(speaker: Speaker, lines: Iterable[str] | None = None, **sampling: Any) -> None:
+def talk_with(speaker: Speaker, seed: int, lines: Iterable[str] | None = None, **sampling: Any) -> None:
     """Talk with a model until /quit or the end of the input; /new begins anew, Ctrl-C ends an answer."""
     talk: list[Message] = []
     print("/new begins anew, /quit ends.")
@@ -153,10 +181,10 @@ def talk_with(speaker: Speaker, lines: Iterable[str] | None = None, **sampling: 
             continue
         talk.append({"role": "user", "content": line.strip()})
         try:
-            talk.append({"role": "assistant", "content": speaker.say(talk, **sampling)})
-        except KeyboardInterrupt:
+            talk.append({"role": "assistant", "content": speaker.say(talk, seed + len(talk), **sampling)})
+        except (KeyboardInterrupt, UserError) as error:
             talk.pop()
-            print("\n(stopped; the question is taken back)")
+            print(f"\n({error or 'stopped'}; the question is taken back)")
 
 
 def _typed() -> Iterator[str]:

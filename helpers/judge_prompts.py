@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError
-from helpers.questions import Question
+from helpers.questions import Question, shown_turns
 from helpers.rows import Message, read_lines
 
 OURS = Path(__file__).with_name("judge_prompts.jsonl")
@@ -49,7 +49,7 @@ class JudgePrompts:
         Raises UserError for a template with a field that is not known.
         """
         row = self.rows[name]
-        asked, reference = question["turns"], question.get("reference", [])
+        asked, reference = shown_turns(question), question.get("reference", [])
         fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _talk(asked, reference, turn)}
         fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
         fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
@@ -77,8 +77,12 @@ def _talk(asked: list[str], said: list[str], turn: int) -> str:
 
 
 def stated(judgment: str) -> str:
-    """What a judge said without what it thought: text in <think> tags, an unclosed one too, is not its verdict."""
-    return re.sub(r"<think(ing)?>.*?(</think(ing)?>|\Z)", "", judgment, flags=re.DOTALL | re.IGNORECASE)
+    """What a judge said without what it thought: what stands in <think> tags; all before a </think> without its
+    opening tag, which many templates put into the prompt; all of a reply that opens with one and never closes it."""
+    flags = re.DOTALL | re.IGNORECASE
+    whole = re.sub(r"<think(ing)?>.*?</think(ing)?>", "", judgment, flags=flags)
+    rest = re.split(r"</think(?:ing)?>", whole, flags=flags)[-1]
+    return re.sub(r"^\s*<think(ing)?>.*", "", rest, flags=flags)
 
 
 def verdict_of(judgment: str) -> str:

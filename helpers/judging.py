@@ -1,21 +1,20 @@
-"""Judges: a model behind an endpoint, votes of people, rules. Each gives rows of FastChat's model_judgment files."""
+"""A model that judges answers, by rows of FastChat's model_judgment files."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.endpoint import Endpoint, in_parallel
-from helpers.errors import SettingsError, UserError
+from helpers.endpoint import Endpoint, Refused, Reply, in_parallel
+from helpers.errors import UserError
 from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
 from helpers.ledger import Ledger
-from helpers.questions import Question
-from helpers.rows import Message
+from helpers.questions import Question, fingerprint
+from helpers.rows import Message, read_lines
 
 Said = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one a turn
 Row = dict[str, Any]
@@ -107,6 +106,25 @@ class Judge:
             if game.key not in self.ledger or (retry_errors and rows[game.key]["winner"] == "error")
         ]  # fmt: skip
 
+    def name_of(self, messages: list[Message]) -> str:
+        """What was asked of whom, in 16 hex digits: the same in another run."""
+        return fingerprint(self.endpoint.model, messages, self.arguments.get("temperature"))
+
+    def take_over(self, games: list[Game], others: Iterable[Path]) -> int:
+        """Judgments of the same prompts by the same judge in ledgers of other runs are not asked for again."""
+        wanted: dict[str, list[Game]] = {}
+        for game in self.missing(games):
+            wanted.setdefault(self.name_of(game.messages(self.prompts, self.said)), []).append(game)
+        count = 0
+        for file in others if wanted else ():
+            for row in read_lines(file, end=file.read_bytes().rfind(b"\n") + 1):
+                for game in wanted.pop(str(row.get("asked")), []) if row.get("winner") != "error" else ():
+                    names = dict(zip(row["models"], game.models, strict=True))  # the same answers under other names
+                    own = {"question_id": game.question["question_id"], "models": list(game.models)}
+                    self.ledger.add(row | own | {"winner": names.get(row["winner"], row["winner"])})
+                    count += 1
+        return count
+
     def ask(self, games: list[Game], concurrency: int, budget: Budget) -> None:
         """Ask about each of `games`, `concurrency` at a time and while the budget lasts, and keep what is said."""
         from tqdm.auto import tqdm
@@ -124,11 +142,15 @@ class Judge:
 
     def _judge(self, game: Game, budget: Budget) -> Row | None:
         """The row of a game. A reply that was cut off before its verdict, or has none, is asked for once more."""
-        messages, reply, winner = game.messages(self.prompts, self.said), None, "error"
+        messages, reply, winner, refused = game.messages(self.prompts, self.said), None, "error", ""
         for _ in range(2):
             if not budget.take():
                 break
-            reply = self.endpoint.ask(messages, **self.arguments)
+            try:
+                reply = self.endpoint.ask(messages, **self.arguments)
+            except Refused as error:  # of this pair, as when it is too long: that is no reason to leave out the others
+                reply, refused = Reply("", True, 0, 0), str(error)
+                break
             budget.spend(reply.prompt_tokens, reply.completion_tokens)
             winner = self._result(game, reply.text)
             if winner != "error":
@@ -142,6 +164,8 @@ class Judge:
             "prompt": game.prompt,
             "winner": winner,
             "finished": reply.finished,
+            **({"refused": refused} if refused else {}),
+            "asked": self.name_of(messages),
             "user_prompt": messages[-1]["content"],
             "judgment": reply.text,
             "prompt_tokens": reply.prompt_tokens,
@@ -195,45 +219,3 @@ def pair_row(
     for i, (prompt, judgment) in enumerate(texts, 1):
         row |= {f"g{i}_user_prompt": prompt, f"g{i}_judgment": judgment}
     return row | {"turn": turn, "tstamp": tstamp or time.time()}
-
-
-def judge_by_rules(module: str, questions: list[Question], said: Said, pairs: list[tuple[str, ...]]) -> list[Row]:
-    """Judge by `module`: compare(before, after, question) is "win", "tie" or "loss" for `after`, in both orders.
-
-    Raises SettingsError where there is no such module, or it needs what the questions have not.
-    """
-    compare, _ = _rules(module)
-    rows = []
-    try:
-        for question in questions:
-            asked = {"prompt": question["turns"][0], **question}
-            for one, two in pairs:
-                a, b = (said[model].get(question["question_id"], [None])[0] for model in (one, two))
-                if a is not None and b is not None:
-                    winners = [{"win": two, "loss": one}.get(compare(a, b, asked), "tie"),
-                               {"win": one, "loss": two}.get(compare(b, a, asked), "tie")]  # fmt: skip
-                    rows.append(pair_row(question, 1, (one, two), ["rules", module], winners))
-    except KeyError as error:
-        raise SettingsError(f"--rules {module} needs a field {error} in every question") from None
-    return rows
-
-
-def score_by_rules(module: str, questions: list[Question], said: Said) -> dict[str, dict[str, float]]:
-    """model → the share of its answers that each field of score(answer, question) holds for, as "correct"."""
-    _, score = _rules(module)
-    shares = {}
-    for model, answers in said.items():
-        scores = [
-            dataclasses.asdict(score(answers[q["question_id"]][0], {"prompt": q["turns"][0], **q}))
-            for q in questions if q["question_id"] in answers
-        ]  # fmt: skip
-        shares[model] = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]} if scores else {}
-    return shares
-
-
-def _rules(module: str) -> tuple[Any, Any]:
-    try:
-        rules = importlib.import_module(module)
-        return rules.compare, rules.score
-    except (ImportError, AttributeError):
-        raise SettingsError(f"--rules {module}: a module with score() and compare() is needed") from None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from helpers.errors import SettingsError, UserError
@@ -51,64 +51,107 @@ def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complet
         draft.replace(file)
     metrics = table.as_dict()
     write_json(run.folder / "verdicts.json", metrics)
-    if complete:
+    if complete and not _nothing_read(rows):
         run.finish(metrics=metrics)
     else:
-        run.update(status="interrupted", metrics=metrics)
+        run.update(status="failed" if complete else "interrupted", metrics=metrics)
 
 
 def refuse_unfinished(rows: list[Row], left: int, calls: int) -> None:
     """Raises UserError where something is left to be judged, or of all that was judged nothing could be read."""
     if left:
         raise UserError(f"{left:,} of {calls:,} calls are left: the same command makes them (see --max_calls)")
-    if rows and all("error" in (r.get("g1_winner"), r.get("g2_winner")) or r.get("score") == -1 for r in rows):
-        said = str(rows[0].get("judgment") or rows[0].get("g1_judgment"))[:80]
-        raise UserError(f"no verdict could be read in any reply; is this model able to judge? One said: {said!r}")
+    if _nothing_read(rows):
+        said = str(rows[0].get("judgment") or rows[0].get("g1_judgment") or "")[:80]
+        cut = " It had no room to end: raise --max_new_tokens." if not said else ""
+        raise UserError(
+            f"no verdict could be read in any reply; is this model able to judge? One said: {said!r}.{cut} "
+            "--retry_errors asks again"
+        )
 
 
-def read_votes(files: tuple[str, ...], questions: list[Question]) -> list[Row]:
+def _nothing_read(rows: list[Row]) -> bool:
+    return bool(rows) and all("error" in (r.get("g1_winner"), r.get("g2_winner")) or r.get("score") == -1 for r in rows)
+
+
+def read_votes(files: tuple[str, ...], questions: list[Question], models: Iterable[str], page: str = "") -> list[Row]:
     """The votes of the page that 04 makes, as judgments; a vote for the best of several beats each of the others.
 
-    A person sees two answers at once, so there is one order only, and both games of a row are that vote. Of a person's
-    votes on a question the last holds. Raises UserError for what is no votes file, or of other questions.
+    A person sees all answers at once, so there is one order only, and both games of a row are that vote. Of a person's
+    exports of one page the newest holds, so that a vote that was undone stays undone. `page` is the page of these
+    answers, where it is known. Raises UserError for what is no votes file, or of another page, or of other models.
     """
-    known = {str(q["question_id"]): q for q in questions}
-    rows: dict[Any, Row] = {}
+    known, names = {str(q["question_id"]): q for q in questions}, list(models)
+    exports: dict[tuple[str, str], tuple[str, str, dict[str, Any]]] = {}
     for name in files:
-        path = find_path(name)
-        try:
-            content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
-            votes = content["votes"] if content["format"] == FORMAT else None
-        except (OSError, ValueError, LookupError, TypeError):
-            content, votes = {}, None
-        if votes is None:
-            raise UserError(f"--votes {name!r} is not a file of votes: the page of 04_vibes.py exports them")
-        voter = str(content.get("voter") or Path(name).stem)
-        for number, vote in enumerate(votes, 1):
-            question = known.get(str(vote.get("question_id")))
-            winner, order = vote.get("winner"), vote.get("order") or []
-            if question is None or len(order) < 2 or winner not in (*order, "tie"):
+        content = _votes_file(name)
+        if page and content["page"] != page:
+            raise UserError(f"--votes {name!r} is of another page (of other answers): {content['page']}, not {page}")
+        voter = str(content.get("voter") or "")
+        person = str(content.get("voter_id") or voter or find_path(name))
+        when = str(content.get("exported") or max((str(vote.get("voted")) for vote in content["votes"]), default=""))
+        key = (str(content["page"]), person)
+        if key not in exports or when >= exports[key][0]:
+            exports[key] = (when, name, content)
+    rows = []
+    for (_, person), (_, name, content) in exports.items():
+        for number, vote in enumerate(content["votes"], 1):
+            question, order, winner = known.get(str(vote.get("question_id"))), vote.get("order"), vote.get("winner")
+            fits = isinstance(order, list) and len(order) > 1 and {*map(str, order)} <= set(names)
+            if question is None or not fits or winner not in (*order, "tie"):
                 raise UserError(f"--votes {name!r}, vote {number}, is not on these questions and models: {vote}")
-            for one, two in combinations(sorted(order), 2):
+            judge = ["human", str(content.get("voter") or person)]
+            for one, two in combinations(sorted(order, key=names.index), 2):
                 if winner in (one, two, "tie"):
-                    row = pair_row(question, 1, (one, two), ["human", voter], [winner, winner])
-                    rows[voter, str(vote["question_id"]), one, two] = row | {"blind": bool(vote.get("blind", True))}
+                    row = pair_row(question, 1, (one, two), judge, [winner, winner])
+                    rows.append(row | {"blind": bool(vote.get("blind", True))})
     if not rows:
         raise UserError(f"--votes {' '.join(files)}: there is not one vote in it")
-    return list(rows.values())
+    return rows
 
 
-def read_judgments(name: str) -> list[Row]:
-    """The rows of a FastChat file of pairwise or single judgments, as they are. Raises UserError."""
+def _votes_file(name: str) -> dict[str, Any]:
+    path = find_path(name)
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if content["format"] == FORMAT and all(isinstance(vote, dict) for vote in content["votes"]) and content["page"]:
+            return dict(content)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"--votes {name!r} is not a file of votes: the page of 04_vibes.py exports them")
+
+
+def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a FastChat file of pairwise or single judgments, as they are; of `models` only, if any are named.
+
+    Raises UserError for rows of another kind, or of several judges.
+    """
     path = find_path(name)
     if path is None or not path.is_file():
         raise UserError(f"--judgments {name!r} is not a file")
     rows = read_lines(path)
     for number, row in enumerate(rows, 1):
-        single = {"question_id", "model", "score", "turn"} <= set(row)
-        pairwise = {"question_id", "model_1", "model_2"} <= set(row) and all(
-            row.get(game) in WINNERS for game in ("g1_winner", "g2_winner")
-        )
-        if not (single or pairwise):
-            raise UserError(f"--judgments {name!r}, line {number}, is no row of a model_judgment file")
-    return rows
+        if not (_is_single(row) if mode == "single" else _is_pair(row)):
+            raise UserError(f"--judgments {name!r}, line {number}, is no row of a model_judgment file of --mode {mode}")
+    judges = list(dict.fromkeys(str((row.get("judge") or ["?"])[0]) for row in rows))
+    if len(judges) > 1:
+        raise UserError(f"--judgments {name!r} has several judges ({', '.join(judges)}): give a file of one")
+    kept = [
+        r
+        for r in rows
+        if not models or {r.get("model", r.get("model_1")), r.get("model", r.get("model_2"))} <= {*models}
+    ]
+    if not kept:
+        raise UserError(f"--judgments {name!r} has nothing on {' and '.join(models) or 'anything'}")
+    return kept
+
+
+def _is_single(row: Row) -> bool:
+    number = isinstance(row.get("score"), int | float) and isinstance(row.get("turn"), int)
+    return number and isinstance(row.get("model"), str) and "question_id" in row
+
+
+def _is_pair(row: Row) -> bool:
+    one, two, judge = row.get("model_1"), row.get("model_2"), row.get("judge", [""])
+    named = isinstance(one, str) and isinstance(two, str) and one != two and isinstance(judge, list) and bool(judge)
+    return named and "question_id" in row and all(row.get(game) in WINNERS for game in ("g1_winner", "g2_winner"))

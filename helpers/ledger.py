@@ -47,21 +47,23 @@ class Ledger:
         """Append rows, in one write that reaches the disk before this returns."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
-        with self.file.open("ab") as out:
-            if out.tell() != self._end:
-                out.truncate(self._end)
-            if self._end and not self._ends_a_line():
+        with self.file.open("a+b") as out:
+            if os.name == "posix":  # another process may be adding to it
+                import fcntl
+
+                fcntl.flock(out, fcntl.LOCK_EX)
+            out.seek(self._end)
+            rest = out.read()  # whole lines of another process, or one that was cut short
+            whole = self._end + rest.rfind(b"\n") + 1
+            out.truncate(whole)
+            out.seek(max(0, whole - 1))
+            if out.read() not in (b"", b"\n"):
                 text = b"\n" + text
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-            self._end = self.file.stat().st_size
+            self._end = out.tell()
         self.rows |= {self.key(row): row for row in rows}
-
-    def _ends_a_line(self) -> bool:
-        with self.file.open("rb") as content:
-            content.seek(self._end - 1)
-            return content.read(1) == b"\n"
 
 
 def _is_whole(line: bytes) -> bool:

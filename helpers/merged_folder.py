@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.chat import end_tokens
 from helpers.errors import UserError
 from helpers.hub_errors import reason
 from helpers.paths import find_path
@@ -121,6 +122,8 @@ def merge_by_peft(
 
 def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any) -> None:
     """All that stands beside the weights: configuration, tokenizer with its template, code of the base's own."""
+    from transformers import GenerationConfig
+
     config = merge.config
     if dtype is not None:
         config.dtype = config.get_text_config().dtype = dtype
@@ -129,6 +132,12 @@ def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base
         if (base / name).is_file():
             shutil.copyfile(base / name, draft / name)
     tokenizer.save_pretrained(draft)
+    file = draft / "generation_config.json"
+    known = GenerationConfig.from_pretrained(draft) if file.is_file() else GenerationConfig.from_model_config(config)
+    ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
+    if tokenizer.eos_token_id not in ends:  # a chat format may end its answers with another token than the base
+        known.eos_token_id = end_tokens(tokenizer, known)
+        known.save_pretrained(draft)
 
 
 def move_in(run: Run, draft: Path, **fields: Any) -> None:

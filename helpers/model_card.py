@@ -200,15 +200,18 @@ def _verdicts(runs: list[dict[str, Any]]) -> str:
     names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
     places = {Path(run["folder"]).parent for run in runs}
     records = [read_run(file.parent) for place in places for file in place.glob("[!.]*/run.json")]
-    found = [r for r in records if r.get("step") == "judge" and r.get("metrics", {}).get("after") in names]
-    if not found:
+    judged = [r for r in records if r.get("step") == "judge" and r.get("status") == "finished"]
+    judged.sort(key=lambda record: str(record.get("finished", "")), reverse=True)
+    pairs = [(p, r["metrics"]["judge"]) for r in judged for p in r.get("metrics", {}).get("pairs", [])]
+    none: dict[str, Any] = {}
+    newest, judge = next(((p, judge) for p, judge in pairs if p["after"] in names), (none, ""))
+    if not newest:
         return ""
-    newest = max(found, key=lambda record: str(record.get("finished", "")))["metrics"]
     low, high = newest["interval"]
     lines = [
         "## Side by side",
         "",
-        f"Against {newest['before']}, on the same prompts, judged by {newest['judge']}:",
+        f"Against {newest['before']}, on the same prompts, judged by {judge}:",
         "",
     ]
     lines += [

@@ -71,16 +71,22 @@ def _question(row: dict[str, Any], number: int, where: str) -> Question:
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise UserError(f"{where}, row {number}: a text, or texts, under one of {', '.join(COLUMNS)} is needed")
     reference = row.get("reference") or []
+    references = [_clean(str(text)) for text in (reference if isinstance(reference, list | tuple) else [reference])]
     own = (*COLUMNS, *IDS, "system", "reference", "category", *(["input"] if column == "instruction" else []))
     rest = {k: v for k, v in row.items() if k not in own}
     return {
-        "question_id": next((row[name] for name in IDS if row.get(name) is not None), number),
+        "question_id": next((row[name] for name in IDS if isinstance(row.get(name), int | str)), number),
         "category": str(row.get("category") or "general"),
-        "turns": turns,
-        **({"reference": [reference] if isinstance(reference, str) else list(reference)} if reference else {}),
-        **({"system": system} if system else {}),
+        "turns": [_clean(turn) for turn in turns],
+        **({"reference": references} if references else {}),
+        **({"system": _clean(system)} if system else {}),
         **rest,
     }
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which neither a tokenizer nor a server takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_bench(folder: Path) -> list[Question]:
@@ -98,9 +104,18 @@ def read_bench(folder: Path) -> list[Question]:
 def turns_of(row: dict[str, Any]) -> list[str]:
     """The answers in a row of FastChat's model_answer. Raises UserError for a row of another kind."""
     try:
-        return [str(turn) for turn in row["choices"][0]["turns"]]
+        turns = row["choices"][0]["turns"]
     except (LookupError, TypeError):
-        raise UserError(f"this is no row of a model_answer file: {json.dumps(row)[:80]}") from None
+        turns = None
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise UserError(f"this is no row of a model_answer file, with a text for each turn: {json.dumps(row)[:80]}")
+    return turns
+
+
+def shown_turns(question: Question) -> list[str]:
+    """What the user asked, turn by turn, for whoever judges the answers: the first behind the system prompt."""
+    first, *rest = question["turns"]
+    return [f"(System prompt: {question['system']})\n\n{first}" if question.get("system") else first, *rest]
 
 
 def fingerprint(*things: Any) -> str:

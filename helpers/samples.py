@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from helpers.chat import end_tokens
 from helpers.history import SAMPLES, read_samples
 from helpers.processes import is_main_process
 
@@ -85,8 +86,7 @@ def answer_greedily(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """The tokens of one answer a prompt, its end included; the model is left as it was found."""
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = end_tokens(tokenizer, model.generation_config)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

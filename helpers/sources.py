@@ -77,7 +77,7 @@ class Candidate:
     @property
     def fingerprint(self) -> str:
         """Another one for other weights, of a run or a folder; a Hub id and an endpoint's model are what they are."""
-        parts: list[object] = [self.base, self.adapter, self.revision, self.base_url]
+        parts: list[object] = [self.base, self.adapter, self.revision]  # a server may have another address tomorrow
         for folder in (find_path(name) for name in (self.base, self.adapter or "") if not self.base_url):
             files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if folder else []
             known = folder and read_run(folder).get("fingerprint")
@@ -144,6 +144,8 @@ def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = ""
             found.append(Candidate(folder.name, str(folder)))
     found = _once(found)
     names_so_far = [c.name for c in found]
+    if "tie" in names_so_far:
+        raise UserError("a model called 'tie' cannot win: give its folder another name")
     return [  # two models of one name are told apart
         dataclasses.replace(c, name=f"{c.name} ({names_so_far[: i + 1].count(c.name)})")
         if names_so_far.count(c.name) > 1

@@ -148,19 +148,22 @@ class RatingTable:
         }
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-
-        models = self.as_dict()["models"]
+        models = dict(sorted(self.as_dict()["models"].items(), key=lambda item: -(item[1]["average"] or 0)))
         turns = sorted({t for m in models.values() for t in m["turns"]})
         kinds = list(dict.fromkeys(c for m in models.values() for c in m["categories"]))
-        table = Table("model", "average", "95% interval", *(f"turn {t}" for t in turns), *kinds, "errors")
-        table.title = f"Ratings from 1 to 10 by {self.judge}"
-        for name, m in sorted(models.items(), key=lambda item: -(item[1]["average"] or 0)):
-            low, high = m["interval"] or (0.0, 0.0)
-            cells = [m["average"], *(m["turns"].get(t) for t in turns), *(m["categories"].get(c) for c in kinds)]
-            average, *rest = ("-" if value is None else f"{value:.2f}" for value in cells)
-            table.add_row(name, average, f"{low:.2f} to {high:.2f}", *rest, str(m["errors"]))
-        return table
+
+        def line(name: str, *values: Any) -> tuple[str, ...]:
+            return name, *("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+
+        each = models.values()
+        rows = [line("average", *(m["average"] for m in each))]
+        rows += [
+            line("95% interval", *("{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else "-" for m in each))
+        ]
+        rows += [line(f"turn {t}", *(m["turns"].get(t) for m in each)) for t in turns]
+        rows += [line(kind, *(m["categories"].get(kind) for m in each)) for kind in kinds]
+        rows += [line("no rating", *(m["errors"] for m in each))]
+        return _table([f"1 to 10, by {self.judge}", *models], rows)
 
     def figure(self) -> Figure:
         """The average rating of each model, with its interval."""
@@ -190,12 +193,13 @@ def _bar_figure(rows: int) -> tuple[Figure, Any]:
 def _table(head: list[str], rows: list[tuple[Any, ...]]) -> Any:
     """A table that fits 80 columns: names on the left, numbers on the right."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="underline")
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table
 
 
@@ -207,7 +211,8 @@ def _pair(p: PairVerdict) -> Any:
     controlled, around = "-", "-"
     if p.length_controlled is not None and p.length_controlled_interval is not None:
         controlled, around = f"{p.length_controlled:.1%}", _percent(p.length_controlled_interval)
-    table.add_row("win rate, a tie being half a win", f"{p.counts.win_rate_adjusted:.1%}", _percent(p.interval))
+    rate = (f"{p.counts.win_rate_adjusted:.1%}", _percent(p.interval)) if p.counts.total else ("-", "-")
+    table.add_row("win rate, a tie being half a win", *rate)
     table.add_row("the same at equal lengths", controlled, around)
     table.add_row("sign test", f"p = {p.sign_p:.2g}", "")
     table.add_row("same verdict in both orders", _share(p.consistency), "")

@@ -181,22 +181,24 @@ class PairVerdict:
         own = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("counts", "categories")
         }
-        return own | self.counts.as_dict() | {"categories": {c: n.as_dict() for c, n in self.categories.items()}}
+        by_category = {c: n.as_dict() for c, n in self.categories.items()}
+        return own | self.counts.as_dict() | {"categories": by_category, "notes": self.notes()}
 
     def notes(self) -> list[str]:
         """What one should know before believing the table, in words."""
         (low, high), after, before, said = self.interval, self.after, self.before, []
-        level = low <= 0.5 <= high
+        level = low <= 0.5 <= high or self.sign_p > 0.05
         if self.errors:
             of = self.counts.total + self.errors
             said.append(f"{self.errors} of {of} comparisons have no verdict that could be read, and count nowhere.")
         if not self.counts.total:
             return said
         if level:
-            said.append(f"{after} and {before} cannot be told apart here: {low:.1%} to {high:.1%} holds 50%.")
+            why = f"{low:.1%} to {high:.1%} holds 50%" if low <= 0.5 <= high else f"p = {self.sign_p:.2g}"
+            said.append(f"{after} and {before} cannot be told apart here: {why}.")
         if self.seen:
             said.append(f"{self.seen} of {self.counts.total} votes were cast with the names in sight.")
-        if self.alike and not level:
+        if self.alike:
             share = f"{most_unseen(self.alike):.1%}"
             said.append(f"All outcomes are alike; at 95% up to {share} of other questions may still go another way.")
         if self.consistency is not None and self.consistency < 0.7:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError
+from helpers.questions import shown_turns
 
 TEMPLATE = Path(__file__).with_name("vote_page.html")
 
@@ -25,15 +26,17 @@ def write_page(
     title: str,
     settings: dict[str, Any] | None = None,
     seed: int = 0,
-) -> None:
-    """Write the page to `file`: self-contained, asks nothing of any network, and shows every text as text.
+) -> str:
+    """Write the page to `file` and return its id. It is self-contained, asks nothing of any network, and shows every
+    text as text.
 
     `questions` are rows as FastChat keeps them: question_id, turns, and where there are, category and reference.
     `answers` is model → question_id → an answer a turn; a model that lacks a question is left out of it. `settings`
     is what to say of how the answers were made. `seed` and a question's id decide whose answer stands on the left.
 
     A vote says which of a question's answers is best, or that it is a tie. The page exports them as
-    {"format": "votes-1", "page": id, "voter": name, "votes": [{"question_id", "order", "winner", "blind", "voted"}]}.
+    {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
+    "votes": [{"question_id", "order", "winner", "blind", "voted"}]}.
     """
     text = _as_json(_content(questions, answers, settings or {}, seed))
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -47,6 +50,7 @@ def write_page(
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_bytes(page.encode("utf-8", errors="replace"))  # of the title; the rest is ASCII
     draft.replace(file)
+    return parts["page"]
 
 
 def _content(
@@ -70,7 +74,7 @@ def _content(
                 "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
                 "name": str(question["question_id"]),
                 "category": question.get("category") or "",
-                "turns": question["turns"],
+                "turns": shown_turns(question),
                 "reference": question.get("reference") or [],
                 "columns": [{"model": m, "answers": answers[m][question["question_id"]]} for m in models],
             }

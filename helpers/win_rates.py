@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ RIDGE = 1e-3 * np.eye(2)  # without one, outcomes that length alone decides have
 def bootstrap_interval(
     groups: list[object], statistic: Callable[[Floats], Floats], seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % percentile interval (Efron, 1979) of `statistic`, which takes weights of the groups.
+    """The 95 % interval of `statistic`, which takes weights of the groups: percentiles of the bootstrap (Efron, 1979),
+    expanded for small samples (Hesterberg, 2015, The American Statistician 69(4), section 5.3).
 
     `groups` are the questions that outcomes belong to; weights have the shape (resamples, different groups), each row
     how often every group was drawn, and so has what `statistic` returns its first axis.
@@ -32,19 +34,32 @@ def bootstrap_interval(
         statistic(draw.multinomial(count, np.full(count, 1 / count), size=min(500, resamples - start)).astype(float))
         for start in range(0, resamples, 500)
     ]
-    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    tail = 100 * _expanded_tail(count)
+    low, high = np.percentile(np.concatenate(values), [tail, 100 - tail])
     return float(low), float(high)
 
 
 def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean outcome."""
+    """`bootstrap_interval` of the mean outcome; where all are alike, what `most_unseen` leaves open to either side."""
     sums, counts = _by_group(outcomes, groups)
+    if len(set(outcomes.tolist())) == 1 and 0 <= outcomes[0] <= 1:
+        open_, value = most_unseen(len(sums), 0.025), float(outcomes[0])
+        return value * (1 - open_), value + (1 - value) * open_
     return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
 
 
-def most_unseen(questions: int) -> float:
+def most_unseen(questions: int, tail: float = 0.05) -> float:
     """How large a share, at 95 %, the outcomes may have that not one of so many questions showed."""
-    return 1 - 0.05 ** (1 / questions) if questions else 1.0
+    return float(1 - tail ** (1 / questions)) if questions else 1.0
+
+
+def _expanded_tail(n: int) -> float:
+    """Φ(-√(n/(n-1)) t): a percentile interval with these tails is as wide for a mean as Student's t makes it."""
+    if n < 3:
+        return 0.0
+    z, df = 1.959964, n - 1  # t by its expansion in 1/df (Abramowitz and Stegun, 26.7.5)
+    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    return NormalDist().cdf(-t * math.sqrt(n / df))
 
 
 def sign_test(outcomes: Floats, groups: list[object]) -> float:

@@ -109,7 +109,7 @@ if local:
 # again. A conversation needs no run: it is not kept.
 
 # %%
-if not settings.chat:
+if settings.dry_run or not settings.chat:
     show(f"{len(questions)} prompts for {', '.join(c.name for c in candidates)}")
     asked = fingerprint(questions, [c.fingerprint for c in candidates])
     vibes_run = start_run(settings, base_model=candidates[0].base, origin=asked)
@@ -171,7 +171,7 @@ for candidate in candidates:
 
 # %%
 if settings.chat:
-    talk_with(speaker, **sampling)
+    talk_with(speaker, settings.seed, **sampling)
 
 # %% [markdown]
 # ## Side by side
@@ -186,9 +186,9 @@ if not settings.chat:
     names = [c.name for c in candidates]
     show(SideBySide.of(answers, names, settings.show_rows))
     page = vibes_run.folder / "answers.html"
-    write_page(page, questions, {name: answers.turns(name) for name in names}, vibes_run.name, seed=settings.seed)
-    if not vibes_run.finished:
-        vibes_run.finish(metrics={"characters": answers.mean_length(names)})
+    said = {name: answers.turns(name) for name in names}
+    page_id = write_page(page, questions, said, vibes_run.name, sampling, settings.seed)
+    vibes_run.finish(page=page_id, metrics={"characters": answers.mean_length(names)})
 
 # %% [markdown]
 # ## Next

@@ -26,7 +26,7 @@
 # ```
 #
 # A judge sees every pair of answers in both orders; where it changes its mind with the order, that is a tie. Stopped,
-# the same command asks only what is missing.
+# the same command asks only what is missing; what another run has asked the same judge is not asked again.
 
 # %% [markdown]
 # ## Settings
@@ -60,9 +60,9 @@ class Settings(RunSettings):
     temperature: float = 0.0  # of the judge
     max_new_tokens: int = 2048  # tokens of one judgment, at most
     max_concurrency: int = 8  # calls at a time
-    timeout: float = 120.0  # seconds for one call; a call that fails is repeated
-    max_calls: int = 0  # stop after so many calls; 0 for no limit
-    max_tokens: int = 0  # stop after so many tokens, read and written; 0 for no limit
+    timeout: float = 120.0  # seconds that the server may be silent; a call that fails is repeated, six times in all
+    max_calls: int = 0  # stop after so many calls, each with its repetitions; 0 for no limit
+    max_tokens: int = 0  # begin no call after so many tokens, read and written; 0 for no limit
     price_in: float = 0.0  # of a million tokens that the judge reads, for the cost line
     price_out: float = 0.0  # of a million that it writes
     retry_errors: bool = False  # ask again where no verdict could be read
@@ -82,11 +82,12 @@ from helpers.bench import find_answers, groups_of
 from helpers.display import show
 from helpers.endpoint import Endpoint
 from helpers.judge_prompts import JudgePrompts
-from helpers.judging import Budget, Judge, games_of, judge_by_rules, score_by_rules
+from helpers.judging import Budget, Judge, games_of
 from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments
 from helpers.ledger import going_on
 from helpers.paths import short_path
 from helpers.questions import fingerprint
+from helpers.rules import judge_by_rules, score_by_rules
 from helpers.runs import start_run
 from helpers.settings import one_of
 from helpers.verdict_table import METHOD, RatingTable, WinTable
@@ -104,9 +105,9 @@ made, left = [], []
 if settings.rules:
     made = judge_by_rules(settings.rules, found.questions, found.said, groups)
 elif settings.votes:
-    made = read_votes(settings.votes, found.questions)
+    made = read_votes(settings.votes, found.questions, found.said, found.page)
 elif settings.judgments:
-    made = read_judgments(settings.judgments)
+    made = read_judgments(settings.judgments, settings.mode, settings.models)
 if settings.dry_run and games:
     show(prompts.preview([game.messages(prompts, found.said) for game in games]))
 judge_run = start_run(settings, base_model=who, origin=fingerprint(found.questions, found.said, prompts.rows))
@@ -131,6 +132,8 @@ if endpoint:
         max_tokens=settings.max_new_tokens,
     )
     budget = Budget(settings.max_calls, settings.max_tokens)
+    if settings.resume != "never":
+        judge.take_over(games, settings.output_dir.glob("judge-*/calls.jsonl"))
     with going_on(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
     show(budget.cost(settings.price_in, settings.price_out))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from helpers.answers import Answers, SideBySide
+from helpers.chat import render
 from helpers.endpoint import Endpoint
 from helpers.errors import SettingsError, UserError
-from helpers.generation import LocalSpeaker, RemoteSpeaker, generate_answers, talk_with
+from helpers.generation import LocalSpeaker, RemoteSpeaker, generate_answers, sampling_of, talk_with
 from helpers.ledger import Ledger
 from helpers.questions import OURS, read_bench, read_questions
 from helpers.rows import Message, read_lines
+from helpers.settings import load_settings
 from helpers.sources import Candidate, find_candidates
+from tests.conftest import REPO, code_cells
 from tests.judge_server import judge_server
 from tests.test_helpers import tiny_mistral
 
@@ -50,6 +55,61 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     many = generate_answers(model, tokenizer, talks, 3, **GREEDY)
     assert one == many
     assert len(set(one)) > 1
+
+
+def test_answers_end_where_the_chat_format_ends_them(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    talk = [[{"role": "user", "content": "What is 2 plus 3?"}]]
+    model = tiny_mistral(len(tokenizer))
+    text = render(tokenizer, talk[0], prompt=True)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, -12:].tolist()
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = tokenizer.convert_ids_to_tokens(ids[4])  # as a chat format may set it, beside the base's </s>
+    (whole,), (ended,) = (generate_answers(model, t, talk, 1, **GREEDY) for t in (tokenizer, other))
+    assert model.generation_config.eos_token_id == 2
+    assert ended == tokenizer.decode(ids[: ids.index(ids[4]) + 1]).strip()
+    assert len(ended) < len(whole)
+
+
+def settings_of(*words: str) -> Any:
+    (cell,) = [c for c in code_cells(REPO / "notebooks" / "04_vibes.py") if "parameters" in c.metadata.get("tags", [])]
+    names: dict[str, Any] = {}
+    exec(compile(cell.source, "Settings", "exec", dont_inherit=True), names)
+    return load_settings(names["Settings"], {}, list(words))
+
+
+def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> None:
+    assert sampling_of(settings_of())["do_sample"] is False
+    assert sampling_of(settings_of("--temperature", "0.7")) == {
+        "max_new_tokens": 256, "do_sample": True, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 0.7,
+        "top_p": 1.0, "top_k": 50,
+    }  # fmt: skip
+    assert sampling_of(settings_of("--temperature", "0"))["do_sample"] is False
+    assert sampling_of(settings_of("--generate", "min_p=1e-2", "no_repeat_ngram_size=3"))["min_p"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--do_sample", "--temperature", "0"], "--do_sample needs a --temperature above 0"),
+        (["--top_p", "1.5"], "a --top_p above 0 and at most 1"),
+        (["--generate", "num_return_sequences=2"], "--generate num_return_sequences=2"),
+        (["--generate", "min_q=1"], "did you mean min_p=...?"),
+        (["--generate", "repetition_penalty=abc"], "--generate repetition_penalty=abc: a number"),
+        (["--generate", "max_new_tokens=-4"], "model.generate refuses these settings"),
+        (["--batch_size", "0"], "--batch_size 0 cannot be: 1 is the least"),
+        (["--rows", "-1"], "--rows -1 cannot be: 0 is the least"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0 cannot be"),
+    ],
+)
+def test_what_generate_would_choke_on_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        sampling_of(settings_of(*words))
+
+
+def test_brackets_in_a_setting_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    settings_of("--prompts", "Is [/b] markup?")
+    assert "[/b]" in capsys.readouterr().out
 
 
 def test_an_adapter_switched_on_and_off_answers_as_two_models_loaded_apart(
@@ -106,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_answers_of_one_that_was_not(
     calls = 0
 
     class Stopped(LocalSpeaker):
-        def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+        def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 3:
@@ -134,7 +194,7 @@ def test_a_sampled_answer_follows_the_seed_and_categories_have_fastchats_tempera
             asked.append(([talk[-1]["content"] for talk in conversations], sampling | {"seed": seed}))
             return ["yes"] * len(conversations)
 
-        def say(self, conversation: list[Message], **sampling: Any) -> str:
+        def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
             raise AssertionError
 
     kinds = {"writing": 0.7, "math": 0.0, "stem": 0.1, "my own": 0.7}
@@ -171,6 +231,10 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
         {"question_id": 4, "category": "general", "turns": ["six\n\n6"], "output": "vi"},
         {"question_id": 97, "category": "general", "turns": ["seven", "eight"]},
     ]
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "half \\ud83d", "reference": 4, "id": [1]}\n')
+    assert read_questions(file=str(tmp_path / "odd.jsonl")) == [
+        {"question_id": 1, "category": "general", "turns": ["half ?"], "reference": ["4"]}
+    ]
     (tmp_path / "set.json").write_text(
         json.dumps([{"prompt": ["a", "b"], "prompt_id": 1}, {"prompt": ["c"], "prompt_id": 2}])
     )
@@ -187,6 +251,7 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2, is not a JSON object"),
         ("p.txt", "\n\n", "there is nothing in it"),
         ("nowhere.txt", None, "is not a file"),
+        ("p.jsonl", '{"prompt": 5}\n', "row 1"),
     ],
 )
 def test_a_file_without_questions_is_refused(tmp_path: Path, name: str, content: str | None, said: str) -> None:
@@ -240,7 +305,7 @@ def test_an_endpoint_is_asked_in_openais_words_and_its_stream_is_printed(
         assert server.most_at_once <= 3
         request = server.requests[0]
         assert (request["max_tokens"], request["temperature"], request["top_p"], request["top_k"]) == (7, 0.5, 0.9, 4)
-        talk_with(speaker, ["Hello there", "", "/new", "Again", "/quit", "never"], **GREEDY)
+        talk_with(speaker, 0, ["Hello there", "", "/new", "Again", "/quit", "never"], **GREEDY)
     assert capsys.readouterr().out.endswith("You said Hello there\nYou said Again\n")
     assert [len(r["messages"]) for r in server.requests[-2:]] == [1, 1]
     assert server.requests[-1]["temperature"] == 0.0
@@ -248,17 +313,51 @@ def test_an_endpoint_is_asked_in_openais_words_and_its_stream_is_printed(
         speaker.answer([[]], 0, **GREEDY, num_beams=2)
 
 
+def test_a_prompt_that_a_server_refuses_does_not_lose_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def picky(messages: list[dict[str, str]]) -> str:
+        return "yes"
+
+    with judge_server(picky) as server:
+        original = server.RequestHandlerClass._answer  # type: ignore[attr-defined]
+
+        def answer(handler: Any, request: dict[str, Any], fault: Any) -> None:
+            refuses = "4 plus 3" in request["messages"][-1]["content"]
+            original(handler, request, 400 if refuses else fault)
+
+        server.RequestHandlerClass = type("Picky", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
+        answers = Answers(tmp_path, QUESTIONS)
+        answers.play("m", RemoteSpeaker(Endpoint("m", server.url)), 8, 0, False, **GREEDY)
+    assert [q["question_id"] for q in answers.missing("m")] == [4]
+    assert said(answers)[5] == ["yes", "yes"]
+    assert "refuses the request: scripted 400" in capsys.readouterr().out
+
+
+def test_two_processes_that_add_to_one_ledger_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    one, two = (Ledger(file, lambda row: row["id"]) for _ in range(2))
+    for i in range(5):
+        one.add({"id": f"one {i}", "text": "x" * i})
+        two.add({"id": f"two {i}", "text": "x" * 7 * i})
+    assert len(read_lines(file)) == 10
+
+
 def test_a_conversation_with_a_model_here_is_printed_as_it_comes(
     model: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk_with(LocalSpeaker(model, tokenizer), ["What is 2 plus 3?"], **GREEDY)
+    talk_with(LocalSpeaker(model, tokenizer), 0, ["What is 2 plus 3?"], **GREEDY)
     (expected,) = generate_answers(model, tokenizer, [[{"role": "user", "content": "What is 2 plus 3?"}]], 1, **GREEDY)
     assert capsys.readouterr().out.split("ends.\n")[1].strip() == expected
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
-    [("localhost:8000", "is not an address"), ("http://me:secret@127.0.0.1/v1", "'http://127.0.0.1/v1' is not")],
+    [
+        ("localhost:8000", "is not an address"),
+        ("http://127.0.0.1/v1?api-key=secret", "is not an address"),
+        ("http://me:secret@127.0.0.1/v1", "'http://127.0.0.1/v1' is not"),
+    ],
 )
 def test_an_address_that_is_none_or_has_a_password_is_refused(url: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said) as caught:

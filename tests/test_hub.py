@@ -393,7 +393,9 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
         for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
     ]
     verdict = WinTable.of("gpt", rows, [], {}).as_dict()
-    (tmp_path / "judge" / "run.json").write_text(json.dumps({"step": "judge", "finished": "1", "metrics": verdict}))
+    (tmp_path / "judge" / "run.json").write_text(
+        json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
+    )
     text = write_card(tmp_path / "merge", "me/x", "mit")
     card = ModelCard(text)
     assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/base", "merge", "mit")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from helpers.bench import find_answers, groups_of
 from helpers.endpoint import Endpoint
 from helpers.errors import SettingsError, UserError
 from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
-from helpers.judging import Budget, Game, Judge, games_of, judge_by_rules, pair_row, score_by_rules
+from helpers.judging import Budget, Game, Judge, games_of, pair_row
 from helpers.judgments import read_judgments, read_votes, refuse_unfinished
 from helpers.rows import read_lines
+from helpers.rules import judge_by_rules, score_by_rules
 from helpers.verdict_table import RatingTable, WinTable
 from helpers.verdicts import Counts
 from helpers.win_rates import length_controlled, mean_interval, sign_test
@@ -66,7 +69,7 @@ def said_of(worth: dict[str, list[int]], **texts: list[str]) -> dict[str, dict[A
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     import openai._base_client
 
-    monkeypatch.setattr(endpoints.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
 
@@ -118,6 +121,30 @@ def test_a_judge_of_length_is_found_out_on_models_of_equal_quality(tmp_path: Pat
     notes = " ".join(pair.notes())
     assert "after's answers are the longer ones in 100% of comparisons: length and quality can hardly be told" in notes
     assert "All outcomes are alike; at 95% up to 2.5% of other questions may still go another way." in notes
+
+
+def test_few_or_like_outcomes_are_not_made_surer_than_they_are(tmp_path: Path) -> None:
+    def pair(winners: str) -> Any:
+        questions = questions_of(len(winners))
+        rows = [pair_row(q, 1, ("a", "b"), ["j", "p"], [w, w]) for q, w in zip(questions, winners, strict=True)]
+        rows = [row | {g: "tie" for g in ("g1_winner", "g2_winner") if row[g] == "t"} for row in rows]
+        return WinTable.of("j", rows, questions, {}).pairs[0]
+
+    ties = pair("t" * 10)
+    assert ties.interval[0] < 0.4 < 0.6 < ties.interval[1]
+    assert "All outcomes are alike; at 95% up to 25.9% of other questions may still go another way." in ties.notes()
+    one = pair("b")
+    assert one.interval == pytest.approx((0.025, 1.0))
+    assert "a" in one.notes()[0]
+    four = pair("bbbb" + "t" * 6)
+    assert four.sign_p == 0.125
+    assert four.notes()[0].startswith("b and a cannot be told apart here: ")
+    draw, missed = np.random.default_rng(3), 0
+    for seed in range(300):  # nothing to be found, half of it ties
+        outcomes = draw.choice([0.0, 0.5, 1.0], 8, p=[0.25, 0.5, 0.25])
+        low, high = mean_interval(outcomes, list(range(8)), seed)
+        missed += not low <= 0.5 <= high
+    assert missed / 300 < 0.08
 
 
 def test_length_control_finds_the_strength_that_outcomes_were_drawn_with() -> None:
@@ -176,6 +203,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_turns_of_a_questi
         ("A is better", "error"),
         ("[[D]]", "error"),
         ("", "error"),
+        ("Let me compare. [[A]] perhaps</think>I cannot decide.", "error"),
+        ("Let me compare. [[A]] perhaps</think>No: [[B]]", "B"),
+        ("Assistant A forgot to close its <think> tag. [[B]]", "B"),
     ],
 )
 def test_the_verdict_is_the_last_one_stated_outside_of_thoughts(text: str, verdict: str) -> None:
@@ -205,7 +235,7 @@ def test_a_judge_that_fails_now_and_then_gives_the_undisturbed_table(tmp_path: P
         assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(2, 1, 1)
         assert len(judge.ledger.rows) == len(games) == 8
         assert len(read_lines(tmp_path / "calls.jsonl")) == 8
-        assert len(server.requests) >= 10 if fault != "hang" else 9
+        assert len(server.requests) == 10
         assert server.most_at_once <= 2 or fault == "hang"  # a request that was given up goes on in the server
 
 
@@ -237,7 +267,7 @@ def test_what_the_client_says_of_a_server_that_refuses_is_one_line(tmp_path: Pat
             401: "does not take the key in OPENAI_API_KEY (401)",
             404: "has no model 'nobody' (404): it has judge",
             400: "refuses the request: scripted 400",
-            429: "asks to slow down (429) for longer than was waited",
+            429: "asks to slow down (429), and went on asking: scripted 429",
             503: "fails (503): scripted 503",
         }.items():
             server.faults = [status] * 4
@@ -302,6 +332,57 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
     budget = Budget()
     budget.calls, budget.prompt_tokens, budget.completion_tokens = 10, 1_000_000, 500_000
     assert budget.cost(2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+
+
+def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(tmp_path: Path) -> None:
+    questions, said = questions_of(3), said_of({"before": [1, 1, 1], "after": [2, 2, 7]})
+    with judge_server(better) as server:
+        original = server.RequestHandlerClass._answer  # type: ignore[attr-defined]
+
+        def answer(handler: Any, request: dict[str, Any], fault: Any) -> None:
+            if "worth 7" in request["messages"][-1]["content"]:
+                text = "This model's maximum context length is 9 tokens, 4 in max_tokens. Change the temperature."
+                return handler._send(400, json.dumps({"error": {"message": text}}).encode())
+            return original(handler, request, fault)
+
+        server.RequestHandlerClass = type("Short", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
+        judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=1)
+        assert (judge.missing(games), judge.endpoint.respelled) == ([], {})
+    (pair,) = WinTable.of("judge", rows, questions, said).pairs
+    assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
+    refused = [row for row in read_lines(tmp_path / "calls.jsonl") if row["winner"] == "error"]
+    assert len(refused) == 2
+    assert all("maximum context length" in row["refused"] for row in refused)
+    assert {r["temperature"] for r in server.requests} == {0.0}
+
+
+def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: Path) -> None:
+    questions, said = questions_of(4), said_of({"a": [1, 1, 1, 1], "b": [2, 2, 1, 0]})
+    with judge_server(better) as server:
+        judged(server, tmp_path / "one" / "calls.jsonl", questions, said)
+        more = said | said_of({"c": [3, 3, 3, 3]})
+        games = games_of(questions, more, groups_of(more, "pairwise"), "pairwise", PROMPTS)
+        judge = Judge(Endpoint("judge", server.url), PROMPTS, more, tmp_path / "two" / "calls.jsonl", temperature=0.0)
+        assert judge.take_over(games, [tmp_path / "one" / "calls.jsonl"]) == 8
+        judge.ask(judge.missing(games), 4, Budget())
+        assert len(server.requests) == 8 + 16
+        found = {(p.before, p.after): p.counts for p in WinTable.of("judge", judge.rows(games), questions, more).pairs}
+        assert found["a", "b"] == Counts(2, 1, 1)
+        warm = Judge(Endpoint("judge", server.url), PROMPTS, said, tmp_path / "three" / "calls.jsonl", temperature=1.0)
+        assert warm.take_over(games[:2], [tmp_path / "one" / "calls.jsonl"]) == 0
+
+
+def test_a_long_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(sleep=waits.append))
+    with judge_server(lambda messages: "x") as server:
+        server.faults, server.retry_after = [429], "130"
+        assert Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}]).text == "x"
+        assert waits == [130.0]
+        server.faults, server.retry_after = [429], "0.4"
+        begun = time.monotonic()
+        Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}])
+        assert time.monotonic() - begun >= 0.4  # by the client itself
 
 
 def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Path) -> None:
@@ -411,24 +492,57 @@ def test_rules_judge_the_demo_and_say_what_they_need() -> None:
         judge_by_rules("helpers.demo_questions", questions_of(4), said, [("before", "after")])
 
 
+def vote(question: int, winner: str, order: str = "ab") -> dict[str, Any]:
+    return {
+        "question_id": question,
+        "order": [*order],
+        "winner": winner,
+        "blind": True,
+        "voted": "2026-01-01T00:00:00Z",
+    }
+
+
+def export(file: Path, votes: list[dict[str, Any]], **more: Any) -> str:
+    file.parent.mkdir(exist_ok=True)
+    content = {"format": "votes-1", "page": "p", "voter": "", "votes": votes} | more
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
 def test_votes_of_people_become_the_table(tmp_path: Path) -> None:
     questions = questions_of(3)
-    votes = [
-        {"question_id": 0, "order": ["b", "a"], "winner": "b", "blind": True, "voted": "t"},
-        {"question_id": 1, "order": ["a", "b"], "winner": "tie", "blind": True, "voted": "t"},
-        {"question_id": 2, "order": ["a", "b", "c"], "winner": "c", "blind": True, "voted": "t"},
-    ]
-    file = tmp_path / "votes.json"
-    file.write_text(json.dumps({"format": "votes-1", "page": "p", "voter": "Ann", "votes": votes}))
+    votes = [vote(0, "b", "ba"), vote(1, "tie"), vote(2, "c", "abc")]
+    file = export(tmp_path / "votes.json", votes, voter="Ann")
     said: dict[str, dict[Any, list[str]]] = {name: {i: ["x"] for i in range(3)} for name in "abc"}
-    rows = read_votes((str(file),), questions)
+    rows = read_votes((file,), questions, said, "p")
     found = {(p.before, p.after): p.counts for p in WinTable.of("human", rows, questions, said).pairs}
     assert found == {("a", "b"): Counts(1, 0, 1), ("a", "c"): Counts(1, 0, 0), ("b", "c"): Counts(1, 0, 0)}
     assert {tuple(row["judge"]) for row in rows} == {("human", "Ann")}
-    for content in ("[]", "{}", "{", '{"format": "votes-1", "votes": [{"question_id": 9}]}'):
-        file.write_text(content)
-        with pytest.raises(UserError, match="--votes"):
-            read_votes((str(file),), questions)
+    for content in ("[]", "5", '["x"]', "{", '{"format": "votes-1", "page": "p", "votes": [5]}'):
+        Path(file).write_text(content)
+        with pytest.raises(UserError, match="is not a file of votes"):
+            read_votes((file,), questions, said)
+    for wrong in (vote(9, "a"), vote(0, "z"), vote(0, "d", "cd"), vote(0, "a") | {"order": 5}):
+        with pytest.raises(UserError, match="vote 1, is not on these questions and models"):
+            read_votes((export(tmp_path / "votes.json", [wrong]),), questions, said)
+    with pytest.raises(UserError, match="is of another page"):
+        read_votes((export(tmp_path / "votes.json", votes),), questions, said, "other")
+    with pytest.raises(UserError, match="there is not one vote in it"):
+        read_votes((export(tmp_path / "votes.json", []),), questions, said)
+
+
+def test_the_newest_export_of_each_person_counts_whatever_its_file_is_called(tmp_path: Path) -> None:
+    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [1, 1]})
+    ann = {"voter_id": "1", "voter": "Ann"}
+    files = (
+        export(tmp_path / "votes.json", [vote(0, "a"), vote(1, "a")], **ann, exported="2026-01-01"),
+        export(tmp_path / "votes (1).json", [vote(0, "b")], **ann, exported="2026-01-02"),  # one vote was undone
+        export(tmp_path / "one" / "votes.json", [vote(0, "b")]),  # two people without a name
+        export(tmp_path / "two" / "votes.json", [vote(0, "b")]),
+    )
+    for order in (files, files[::-1]):
+        rows = read_votes(order, questions, said)
+        assert WinTable.of("human", rows, questions, said).pairs[0].counts == Counts(win=3, loss=0, tie=0)
 
 
 def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path: Path) -> None:
@@ -442,15 +556,21 @@ def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path:
                      "g1_winner": flip.get(g1, g1), "g2_winner": flip.get(g2, g2)})  # fmt: skip
     file = tmp_path / "gpt-4_pair.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = WinTable.of("gpt-4", read_judgments(str(file)), [], {})
+    result = WinTable.of("gpt-4", read_judgments(str(file), "pairwise"), [], {})
     assert result.models["old"].as_dict() | {} == {
         "win": 2, "loss": 1, "tie": 3, "win_rate": 2 / 6, "loss_rate": 1 / 6, "win_rate_adjusted": 3.5 / 6,
     }  # fmt: skip
     assert result.pairs[0].errors == 1
     assert result.pairs[0].length_controlled is None
     file.write_text('{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "B"}\n')
-    with pytest.raises(UserError, match="line 1, is no row of a model_judgment file"):
-        read_judgments(str(file))
+    for mode in ("pairwise", "single"):
+        with pytest.raises(UserError, match=f"line 1, is no row of a model_judgment file of --mode {mode}"):
+            read_judgments(str(file), mode)
+    file.write_text(
+        "".join(json.dumps(row | {"judge": [name, "p"]}) + "\n" for name, row in zip("xy", rows, strict=False))
+    )
+    with pytest.raises(UserError, match=r"has several judges \(x, y\)"):
+        read_judgments(str(file), "pairwise")
 
 
 def test_the_table_is_readable_in_80_columns_and_says_everything(tmp_path: Path) -> None:
@@ -467,13 +587,17 @@ def test_the_table_is_readable_in_80_columns_and_says_everything(tmp_path: Path)
     assert re.search(r"dpo-tiny-mistral-0b776e +6 +0 +6 +0\.50000 +0\.00000 +0\.75000", text)
     assert "same verdict in both orders          50.0%" in text
     assert re.search(r"even +6 +0 +0 +100.0%", text)
+    odd = WinTable.of("j [/b]", [row | {"model_1": "[/b]"} for row in rows], questions, {})
+    console.print(odd, RatingTable.of("j", [{"model": f"model-{i}-[/b]", "question_id": i, "score": 7, "turn": 1}
+                                            for i in range(2)], questions_of(9), {}))  # fmt: skip
+    text = console.export_text()
+    assert "[/b]" in text
+    assert max(map(len, text.splitlines())) <= 80
     result.figure().savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     bench = tmp_path / "bench"
     (bench / "model_answer").mkdir(parents=True)
     (bench / "reference_answer").mkdir()
@@ -494,13 +618,16 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     (bench / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
 
     def found(**given: Any) -> Any:
-        values = {"answers_dir": "latest", "bench_dir": "", "models": (), "baseline": "", "judge_prompts": ""} | given
+        values: dict[str, Any] = {"answers_dir": "latest", "judgments": "", "models": (), "judge_prompts": ""}
+        values |= {"bench_dir": "", "baseline": ""} | given
         return find_answers(SimpleNamespace(**values, output_dir=tmp_path, given=lambda name: name in given))
 
     result = found(bench_dir=str(bench))
     assert result.said == {"m1": {101: ["1", "2"]}, "m2": {101: ["1", "2"]}}
     assert result.questions[0]["reference"] == ["r1", "r2"]
     assert found(bench_dir=str(bench), models=("m2", "m1")).said.keys() == {"m2", "m1"}
+    assert list(found(bench_dir=str(bench), baseline="m2").said) == ["m2", "m1"]  # stands first, as "before"
+    assert found(judgments="x").said == {}
     assert found(answers_dir=str(bench)).said == result.said
     assert found(answers_dir=str(bench / "model_answer")).said == result.said
     for given, said in (

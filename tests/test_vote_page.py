@@ -98,8 +98,9 @@ def exported(page: Page) -> tuple[str, dict[str, Any]]:
     with page.expect_download() as download:
         press(page, "e")
     votes = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    for vote in votes["votes"]:
-        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", vote.pop("voted"))
+    times = [vote.pop("voted") for vote in votes["votes"]] + [votes.pop("exported")]
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time) for time in times)
+    assert re.fullmatch("[0-9a-f]{16}", votes.pop("voter_id"))
     return download.value.suggested_filename, votes
 
 
@@ -146,7 +147,7 @@ def test_votes_by_keyboard_become_the_export_and_that_the_table_of_05(open_page:
         },
     )
     (tmp_path / name).write_text(json.dumps(votes))
-    rows = read_votes((str(tmp_path / name),), [{"category": "general", **q} for q in QUESTIONS])
+    rows = read_votes((str(tmp_path / name),), QUESTIONS, ANSWERS, page_id)
     (pair,) = WinTable.of("human", rows, QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}).pairs
     assert (pair.before, pair.after, pair.counts) == ("sft-run", "dpo-run", Counts(win=3, loss=0, tie=1))
     assert "1 of 4 votes were cast with the names in sight." in pair.notes()
