@@ -30,7 +30,7 @@ class Sampler(TrainerCallback):
     def __init__(self, trainer: Any, folder: Path, rows: Any, every: float, max_new_tokens: int) -> None:
         self.trainer, self.file, self.every, self.max_new_tokens = trainer, folder / SAMPLES, every, max_new_tokens
         few = rows.select(range(min(10 * PROMPTS, len(rows))))  # pairs of one prompt stand together
-        self.prompts = list(dict.fromkeys(tuple(prompt_of(row)) for row in few))[:PROMPTS]
+        self.prompts = [p for p in dict.fromkeys(tuple(prompt_of(row)) for row in few) if p][:PROMPTS]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,8 +39,7 @@ class Sampler(TrainerCallback):
         if self.trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
             self.every = 0
             print("samples: none, because the weights lie in pieces (FSDP, ZeRO-3); 04_vibes.py reads the result")
-        if 0 < self.every < 1:
-            self.every = math.ceil(self.every * state.max_steps)
+        self.every = math.ceil(self.every * state.max_steps) if self.every < 1 else math.ceil(self.every)
         if is_main_process():
             kept = [row for row in read_samples(self.file.parent) if 0 < state.global_step >= row["step"]]
             self.file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
@@ -48,16 +47,16 @@ class Sampler(TrainerCallback):
             self._sample(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0:
+        if self.every and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
             self._sample(args, state, control)
 
     def _sample(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        if not self.every or not is_main_process():
+        if not (self.every and self.prompts and is_main_process()):
             return
-        tokenizer = self.trainer.processing_class
-        answers = answer_greedily(
-            self.trainer.accelerator.unwrap_model(self.trainer.model), tokenizer, self.prompts, self.max_new_tokens
-        )
+        tokenizer, accelerator = self.trainer.processing_class, self.trainer.accelerator
+        model = accelerator.unwrap_model(self.trainer.model)
+        with accelerator.autocast():  # which the Trainer's own forward has, and `generate` has not
+            answers = answer_greedily(model, tokenizer, self.prompts, self.max_new_tokens)
         with self.file.open("a", encoding="utf-8") as file:
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 texts = {

@@ -17,7 +17,7 @@ from tests.conftest import Project
 from tests.test_formats import ROWS, bot, user
 
 COUNT = 12
-FEW = {"max_steps": 2, "save_steps": 2, "eval_steps": 2, "train_rows": 0, "eval_rows": 2, "report_to": "none"}
+FEW = {"max_steps": 2, "save_steps": 2, "eval_steps": 2, "train_rows": 0, "eval_rows": 2, "sample_tokens": 4}
 TALK = [user("Why?"), bot("Because."), user("And?"), bot("So.")]
 SFT_ROWS: dict[str, dict[str, Any]] = {
     "HuggingFaceH4/ultrachat_200k": {"prompt": "Why?", "prompt_id": "0", "messages": TALK},

@@ -78,7 +78,7 @@ def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Pr
     model = demo_folder / "tiny-mistral"
     few = {"recipe": "recipes/demo.yaml", "prepare": "", "sft_run": "", "model_id": model, "use_cpu": True}
     few |= {"dataset_id": demo_folder / "preferences", "max_steps": 1, "train_rows": 16, "eval_rows": 4}
-    few |= {"per_device_train_batch_size": 2, "save_strategy": "no"}
+    few |= {"per_device_train_batch_size": 2, "save_strategy": "no", "sample_steps": 0}
     jobs = [
         {"tuning": "qlora"},
         {"tuning": "qlora", "optim": "adamw_8bit", "lora_r": 64},

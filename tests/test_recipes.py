@@ -85,6 +85,7 @@ def write_set(folder: Path, name: str) -> str:
 
 def test_every_recipe_trains_two_steps_of_each_kind(models: dict[str, Path], project: Project, tmp_path: Path) -> None:
     few = {"max_steps": 2, "save_steps": 2, "eval_steps": 2, "max_length": 200, "per_device_train_batch_size": 2}
+    few |= {"sample_tokens": 4}
     jobs: list[tuple[str, dict[str, Any]]] = []
     for name, (kind, sft, dpo) in MADE_OF.items():
         recipe = {"recipe": f"recipes/{name.partition(' ')[0]}.yaml", "model_id": models[kind]}
