@@ -1,23 +1,47 @@
-"""The README's pictures, from the newest runs of `make demo`: `make pictures`."""
+"""The pictures of README and docs: `make pictures`, after `make demo`, whose newest runs two of them show.
+
+python docs/make_pictures.py house packed    # only these, which need no run
+"""
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from rich.console import Console
 
+from helpers.answers import Answers, SideBySide
 from helpers.curves import Curves
-from helpers.generation import SideBySide
-from helpers.judging import RuleVerdicts
 from helpers.paths import REPO
-from helpers.rows import read_lines
+from helpers.questions import read_questions
 from helpers.runs import find_run
 
 PICTURES = Path(__file__).parent / "pictures"
 COLOURS = {"prompt": "#7a8ca8", "chosen": "#5a9e6f", "rejected": "#c56a5c", "padding": "#eeeeee"}
+HOUSE = {"notebook": "#dbe4f3", "run": "#dcefe2", "helpers": "#f1ece2"}
+WALK = (  # each notebook, what it does, the folder it leaves and what is in it
+    ("01_sft.py", "instruction-tune\na base model", "sft-…", "model or adapter\nrun.json, curves"),
+    ("02_dpo.py", "align it on\npreference pairs", "dpo-…", "adapter, samples\nrun.json, curves"),
+    ("03_merge_push.py", "adapter + base, proved\nand published", "merge-…", "one model\nits proof"),
+    ("04_vibes.py", "the same questions\nto several models", "vibes-…", "answers, and\na page to vote on"),
+    ("05_judge.py", "which is better,\nand how surely", "judge-…", "judgments\nwin, loss, tie"),
+)
+GROUPS = {
+    "settings": "settings fields layers trl_fields credentials paths errors processes display",
+    "data": "loading columns formats preferences instructions chat chat_formats lengths rows accounts split "
+    "data_report data_findings",
+    "training": "models embeddings trainer shared_prefix prefix_attention prefix_packing guard checkpoints fit "
+    "memory decoder workload",
+    "runs, seeing": "runs sources provenance history curves health live samples tracking sweep",
+    "merging, publishing": "merging quantized_base weight_files merge_proof merged_folder publishing hub model_card "
+    "secret_scan hub_errors",
+    "answers, judging": "questions generation endpoint answers ledger vote_page bench judge_prompts judging judgments "
+    "verdicts win_rates verdict_table",
+}
 
 
 def draw_packed() -> Figure:
@@ -28,7 +52,7 @@ def draw_packed() -> Figure:
             for p, n in ((pair[0], pair[i]) for pair in pairs)]  # fmt: skip
     packed = [part for p, c, _ in pairs for part in (("prompt", p), ("chosen", c))]
     packed += [("rejected", r) for _, _, r in pairs]
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    figure = Figure(figsize=(10, 2.9), dpi=130, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[4, 1])
     for axis, lines, title in (
         (above, rows, f"TRL: {len(rows)} rows of {width}, {len(rows) * width} tokens computed"),
@@ -48,24 +72,64 @@ def draw_packed() -> Figure:
     return figure
 
 
-def main() -> None:
-    draw_packed().savefig(PICTURES / "packed.png", dpi=130)
+def draw_house() -> Figure:
+    """Notebooks above, the folders they leave to each other in the middle, and below what they share."""
+    figure = Figure(figsize=(11, 6.4), dpi=105, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-0.3, 109.8), ylim=(4, 61))
+    axis.set_axis_off()
+
+    def box(x: float, y: float, width: float, height: float, colour: str, title: str, text: str = "") -> None:
+        shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.8", color=colour)
+        axis.add_patch(shape)
+        top = y + height - (1.2 if text else height / 2)
+        middle = x + width / 2
+        axis.text(middle, top, title, ha="center", va="top" if text else "center", fontsize=9.5, weight="bold")
+        axis.text(middle, top - 2.4, text, ha="center", va="top", fontsize=8, linespacing=1.35)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="#555555", linewidth=1.1))
+
+    axis.text(0, 59.7, "notebooks/", fontsize=10, family="monospace", va="center")
+    axis.text(0, 44.2, "outputs/", fontsize=10, family="monospace", va="center")
+    axis.text(0, 31, "helpers/", fontsize=10, family="monospace", va="center")
+    for i, (notebook, does, run, holds) in enumerate(WALK):
+        x = i * 22.2
+        box(x, 50.2, 20, 8, HOUSE["notebook"], notebook, does)
+        box(x, 34.5, 20, 8, HOUSE["run"], run, holds)
+        arrow((x + 12, 50), (x + 12, 42.7))  # what a notebook writes
+        if i < len(WALK) - 1:  # the next one reads
+            arrow((x + 17, 42.7), (x + 27, 50))
+    for i, (group, modules) in enumerate(GROUPS.items()):
+        box(i * 18.5, 7, 17, 22.6, HOUSE["helpers"], group, modules.replace(" ", "\n"))
+    says = "a notebook imports helpers; no helper imports a notebook, and no notebook another"
+    axis.text(54.7, 5.2, says, ha="center", va="center", fontsize=8.5, style="italic")
+    return figure
+
+
+def main(names: list[str]) -> None:
+    for name in names or DRAWN:
+        DRAWN[name]().savefig(PICTURES / f"{name}.png")
+    if not names:
+        draw_demo()
+
+
+def draw_demo() -> None:
+    """The curves of the newest DPO run, and what the newest run of 04 answered."""
     dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
     Curves.read(dpo.folder).figure.savefig(PICTURES / "curves.png", dpi=110)
 
-    rows = read_lines(vibes.folder / "answers.jsonl")
-    names = list(rows[0]["answers"])
-    table = SideBySide([r["prompt"] for r in rows], {name: [r["answers"][name] for r in rows] for name in names})
-    verdicts = {k: v for k, v in vibes.record["metrics"].items() if k != "win_rate"}
-    console = Console(record=True, width=110, file=(PICTURES / "answers.txt").open("w"))
-    console.print(table.sample(8), RuleVerdicts(**verdicts))
+    answers = Answers(vibes.folder, read_questions(file=str(vibes.folder / "question.jsonl")))
+    console = Console(record=True, width=110, file=io.StringIO())
+    console.print(SideBySide.of(answers, list(vibes.record["metrics"]["characters"]), rows=8))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
     svg = re.sub(
         r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL
     )  # rich's fonts come from a server: use the reader's
     (PICTURES / "answers.svg").write_text(svg)
-    (PICTURES / "answers.txt").unlink()
 
+
+DRAWN = {"packed": draw_packed, "house": draw_house}  # from nothing but this file
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
