@@ -198,5 +198,5 @@ if not settings.chat:
 # %%
 if not settings.chat:
     print(f"Page: {short_path(page)}")
-    by = f"--recipe {settings.recipe}" if settings.recipe else "--judge_model NAME"
+    by = f"--recipe {settings.recipe}" if settings.sources["prompts_file"] == "recipe" else "--judge_model NAME"
     print(f"Next: python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)} {by}")

@@ -24,6 +24,7 @@ from helpers.rows import read_lines
 from tests.conftest import Project
 from tests.judge_server import judge_server
 from tests.test_data import run_all
+from tests.test_notebooks import execute_exported
 
 CATEGORIES = ("writing", "math", "coding", "stem")
 # FastChat's names and fields, in words of our own.
@@ -163,6 +164,31 @@ def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: P
     for (words, expected), error in zip(cases.items(), ended, strict=True):
         assert re.match(rf"(Settings|User)Error: {re.escape(expected)}", error), (words, error)
     assert set((project.root / "outputs").rglob("*")) == before
+
+
+def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Project, dpo_run: str) -> None:
+    asked = {"models": [f"outputs/{dpo_run}"], "prompts_file": "outputs/demo/heldout.jsonl", "rows": 6,
+             "max_new_tokens": 6}  # fmt: skip
+    words = [str(w) for n, v in asked.items() for w in (f"--{n}", *(v if isinstance(v, list) else [v]))]
+    flags = ["--answers_dir", "outputs/few", "--rules", "helpers.demo_questions", "--run_name", "few-judged"]
+    ended, _ = run_all(project, [("04_vibes.py", [*words, "--run_name", "few"]), ("05_judge.py", flags)])
+    assert ended == ["well", "well"]
+    vibes = execute_exported(project, "04_vibes.py", asked | {"run_name": "few-cells"})
+    typed = {"answers_dir": "few-cells", "rules": "helpers.demo_questions", "run_name": "few-cells-judged"}
+    judged = execute_exported(project, "05_judge.py", typed)
+    for name in ("sft", dpo_run):
+        answers = [
+            {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(file)}
+            for file in sorted(project.root.glob(f"outputs/few*/model_answer/{name}.jsonl"))
+        ]
+        assert len(answers) == 2
+        assert answers[0] == answers[1]
+        assert len(answers[0]) == 6
+    assert project.record("few-judged")["metrics"] == project.record("few-cells-judged")["metrics"]
+    assert "plus" in str([o for c in vibes.cells if "SideBySide.of" in c.source for o in c.outputs])
+    (table,) = [c for c in judged.cells if "table.figure()" in c.source]
+    assert "6 comparisons by rules" in str(table.outputs)
+    assert [o for o in table.outputs if "image/png" in o.get("data", {})]
 
 
 @contextmanager

@@ -265,12 +265,30 @@ def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tupl
         manager.shutdown_kernel(now=True)
 
 
-def run_exported_notebook(project: Project, typed: dict[str, Any]) -> int:
-    """Export to .ipynb and execute it by nbclient, with a cell of values after the Settings.
-
-    Returns how often a picture was drawn anew in the place of another.
-    """
+def execute_exported(project: Project, name: str, typed: dict[str, Any], client: Any = None) -> Any:
+    """Export a notebook to .ipynb and execute it by nbclient, with a cell of values after the Settings."""
     import nbformat
+    from nbclient import NotebookClient
+
+    notebook = jupytext.read(project.root / "notebooks" / name)
+    at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+    lines = "\n".join(f"{name} = {value!r}" for name, value in typed.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
+    notebook = nbformat.reads(jupytext.writes(notebook, fmt="ipynb"), as_version=4)
+    before = dict(os.environ)
+    os.environ.update(project.env)
+    try:
+        (client or NotebookClient)(
+            notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}
+        ).execute()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return notebook
+
+
+def run_exported_notebook(project: Project, typed: dict[str, Any]) -> int:
+    """How often a picture was drawn anew in the place of another, in 02 executed by nbclient."""
     from nbclient import NotebookClient
 
     updates = []
@@ -281,18 +299,7 @@ def run_exported_notebook(project: Project, typed: dict[str, Any]) -> int:
                 updates.append(message)
             return super().process_message(message, *args)
 
-    notebook = jupytext.read(project.root / "notebooks" / "02_dpo.py")
-    at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
-    lines = "\n".join(f"{name} = {value!r}" for name, value in typed.items())
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
-    notebook = nbformat.reads(jupytext.writes(notebook, fmt="ipynb"), as_version=4)
-    before = dict(os.environ)
-    os.environ.update(project.env)
-    try:
-        Client(notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}).execute()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    notebook = execute_exported(project, "02_dpo.py", typed, Client)
     shown = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert sum("image/png" in data for data in shown) == 3  # the data report, the curves as they came, and at the end
     (training,) = [c for c in notebook.cells if "trainer.train(" in c.source]
