@@ -38,6 +38,7 @@ class Account:
     long_prompts: list[int] = dataclasses.field(default_factory=list)
     changed_rows: int = 0
     lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
+    sets: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # of several: counts of each
 
     def count(self, what: Counter[str], reason: str, row: int | str) -> None:
         """One more of `what` (changed, dropped, lost_pairs or noted) for this reason, with the row's number."""
@@ -64,16 +65,20 @@ class Account:
             "changed": self.changed_rows,
             "dropped": sum(self.dropped.values()),
             "reasons": dict(self.changed + self.dropped + self.lost_pairs + self.noted),
+            "by": {label: dict(reasons) for label, reasons in self._by_what_became().items()},
+            "sets": self.sets,
             "examples": self.examples,
         }
+
+    def _by_what_became(self) -> dict[str, Counter[str]]:
+        return {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
         table = Table("rows", "count", "example rows", box=None, pad_edge=False)
         table.add_row(f"read ({self.format})", f"{self.read:,}", "")
-        parts = {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
-        for label, reasons in parts.items():
+        for label, reasons in self._by_what_became().items():
             for reason, count in reasons.most_common():
                 table.add_row(f"  {label}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
@@ -169,6 +174,9 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
             for reason in change.split("; ") if change else ():
                 account.count(account.changed, reason, part.number(row))
         account.kept += len(kept)
+        if part.label:
+            counts = len(part.numbers), len(kept), sum(map(bool, kept.values())), len(dropped.keys() - kept.keys())
+            account.sets[part.label.strip()] = dict(zip(("read", "kept", "changed", "dropped"), counts, strict=True))
         account.over_long += _where(part.made, columns[1], "over-long")["tokens"][:]
         if "prompt_ids" in part.made.column_names:
             long = _where(part.made, columns[1], "prompt over-long")
