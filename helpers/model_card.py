@@ -37,8 +37,8 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
 
 
 def parent_of(folder: Path, record: dict[str, Any]) -> Path | None:
-    """The folder of the run that this one started from: beside it, so that a copy of both has its own; else where it was
-    then. None where it started from none."""
+    """The folder of the run that this one started from: beside it, so that a copy of both keeps to itself, or else
+    where it was then. None where it started from none."""
     beside = folder.resolve().parent / str(record["parent"]) if record.get("parent") else None
     if beside and read_run(beside):
         return beside

@@ -27,8 +27,14 @@ def heading(text: str) -> Part:
     return {"kind": "heading", "text": text}
 
 
-def notes(texts: Iterable[str]) -> Part:
+def notes(texts: Iterable[tuple[str, bool]]) -> Part:
+    """A list of texts; those that matter stand out."""
     return {"kind": "notes", "texts": list(texts)}
+
+
+def beside(*parts: Part) -> Part:
+    """Parts side by side, where there is room."""
+    return {"kind": "beside", "parts": parts}
 
 
 def command(text: str) -> Part:
@@ -54,7 +60,7 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Par
     """Rows of values (see `say`) or links; a column of numbers stands on the right. `label` is for screen readers."""
     said = [[cell if isinstance(cell, dict) else say(cell) for cell in row] for row in rows]
     columns: list[list[Cell]] = [[row[i] for row in said] for i in range(len(head))]
-    numeric = [bool(said) and all(isinstance(c, str) and _is_number(c) for c in column) for column in columns]
+    numeric = [_are_numbers(column) for column in columns]
     return {"kind": "table", "label": label, "head": list(head), "rows": said, "numeric": numeric}
 
 
@@ -80,8 +86,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def day(when: Any) -> str:
-    """A time of run.json, to the minute."""
-    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*?([+-]\d\d:\d\d|Z)?$", r"\1 \2", str(when or "-"))
+    """A time of run.json, which is UTC, to the minute."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*?([+-]\d\d:\d\d|Z)?$", r"\1 \2 UTC", str(when or "-"))
 
 
 def say(value: Any) -> str:
@@ -117,5 +123,8 @@ def tidy(text: str) -> str:
     return re.sub(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}", lambda found: f"…/{Path(found[0]).name}", text)
 
 
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"-|-?[\d.,]+(e[+-]?\d+)?%?|-?(nan|inf)", text))
+def _are_numbers(cells: Sequence[Cell]) -> bool:
+    """Whether these are numbers, and what stands where there is none."""
+    given = [cell for cell in cells if cell != "-"]
+    number = re.compile(r"-?[\d.,]+(e[+-]?\d+)?%?|-?(nan|inf)")
+    return bool(given) and all(isinstance(cell, str) and number.fullmatch(cell) for cell in given)

@@ -12,6 +12,7 @@ from helpers.model_card import STEPS, dataset_names, lineage, parent_of
 from helpers.report_parts import (
     Cell,
     Part,
+    beside,
     command,
     day,
     fold,
@@ -30,7 +31,7 @@ from helpers.report_parts import (
 from helpers.runs import Run, read_run
 
 MERGE = "python notebooks/03_merge_push.py --run"
-OLDER = "It is older than this run as it stands: the weights may have been others."
+OLDER = "It is older than this run, which has been trained anew since: the weights may have been others."
 
 
 @dataclasses.dataclass
@@ -69,7 +70,10 @@ class Subject:
         return [run for run in self.beside("judge") if names & _models(run.record.get("metrics") or {}).keys()]
 
     def is_older(self, other: Run) -> bool:
-        """Whether `other` was finished before this run was, as it stands: the weights may have been others."""
+        """Whether `other` was made of this run as it was before it was trained anew. A merge says of which weights."""
+        made_of = other.record.get("origin") if other.record.get("step") == "merge" else ""
+        if made_of and self.record.get("fingerprint"):
+            return bool(made_of != self.record["fingerprint"])
         return str(other.record.get("finished") or "~") < str(self.record.get("finished") or "")
 
 
@@ -132,10 +136,10 @@ def comparison(run: Run, start: Path) -> Iterator[Part]:
         yield from _pair(pair)
     if scores := found.get("scores"):
         names = list(next(iter(scores.values())))
-        yield table("scores", ["answers that are", *names],
-                    [(model, *(number(own.get(n), ".1%") for n in names)) for model, own in scores.items()])  # fmt: skip
+        shares = [(model, *(number(own.get(name), ".1%") for name in names)) for model, own in scores.items()]
+        yield table("scores", ["answers that are", *names], shares)
     if found.get("notes"):
-        yield notes(found["notes"])
+        yield notes((note, False) for note in found["notes"])
     if (file := run.folder / "verdicts.png").is_file():
         alt = "; ".join(f"{name} wins {say(m.get('win'))}, loses {say(m.get('loss'))}, ties {say(m.get('tie'))}"
                         if "win" in m else f"{name} is rated {number(m.get('average'), '.2f')}"
@@ -160,11 +164,12 @@ def _pair(pair: dict[str, Any]) -> Iterator[Part]:
          number(pair.get("longer_won"), ".1%"), "-"),
         ("no verdict that could be read", number(pair.get("errors"), ","), "-"),
     ]  # fmt: skip
-    yield table("a pair of models", [f"{after} against {before}", "", "95% interval"], rows)
+    tables = [table("a pair of models", [f"{after} against {before}", "", "95% interval"], rows)]
     if len(kinds := pair.get("categories") or {}) > 1:
-        yield table("by category", ["category", "win", "loss", "tie", "a tie being half a win"],
+        tables.append(table("by category", ["category", "win", "loss", "tie", "a tie being half a win"],
                     [(name, c.get("win"), c.get("loss"), c.get("tie"), number(c.get("win_rate_adjusted"), ".1%"))
-                     for name, c in kinds.items()])  # fmt: skip
+                     for name, c in kinds.items()]))  # fmt: skip
+    yield beside(*tables)
 
 
 def _models(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -174,21 +179,18 @@ def _models(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def origin(subject: Subject) -> Iterator[Part]:
+    here = subject.folder.resolve()
+    runs = lineage(here)
     rows: list[tuple[Cell, ...]] = []
-    runs = lineage(subject.folder.resolve())
     for record in runs:
-        folder = Path(record["folder"])
-        given = record.get("settings") or {}
-        shown: Cell = folder.name if folder.name == subject.folder.resolve().name else link(
-            folder.name, folder / "report.html", subject.folder
-        )  # fmt: skip
-        names, when = ", ".join(dataset_names(record)), day(record.get("finished"))
+        folder, revision = Path(record["folder"]), (record.get("settings") or {}).get("dataset_revision")
+        data = ", ".join(dataset_names(record)) + (f" at revision {revision}" if revision else "")
+        name: Cell = folder.name if folder == here else link(folder.name, folder / "report.html", here)
         step = STEPS.get(str(record.get("step")), say(record.get("step")))
-        rows.append((shown, step, names or "-", given.get("dataset_revision") or "-", when))
-    last = runs[-1] if runs else subject.record
-    revision = (last.get("settings") or {}).get("revision") or "-"
-    yield table("runs, the newest first", ["run", "what", "data", "data revision", "finished"], rows)
-    yield table("base model", ["base model", "revision"], [(last.get("base_model"), revision)])
+        rows.append((name, step, data or "-", day(record.get("finished"))))
+    revision = (runs[-1].get("settings") or {}).get("revision")
+    base = say(runs[-1].get("base_model")) + (f" at revision {revision}" if revision else "")
+    yield table("runs, the newest first", ["run", "what", "data", "finished"], [*rows, (base, "base model", "-", "-")])
     made = [*subject.merges(), *subject.comparisons()]
     if made:
         yield words(f"Made from it: {', '.join(run.name for run in made)}.")
@@ -199,6 +201,8 @@ def next_step(subject: Subject) -> Iterator[Part]:
     step, sources = record.get("step"), record.get("sources") or {}
     script = {"sft": "01_sft.py", "dpo": "02_dpo.py"}.get(str(step), "02_dpo.py")
     recipe = f" --recipe {tidy(str(given['recipe']))}" if given.get("recipe") else ""
+    merges, judged = ([run for run in runs if run.finished and not subject.is_older(run)]
+                      for runs in (subject.merges(), subject.comparisons()))  # fmt: skip
     if not subject.run.finished:
         kept = {n: v for n, v in given.items() if n not in ("resume", "dry_run")
                 and not str(sources.get(n, "default")).startswith(("default", "recipe", "parent"))}  # fmt: skip
@@ -206,10 +210,10 @@ def next_step(subject: Subject) -> Iterator[Part]:
         flags = [word for n, values in typed.items() for word in (f"--{n}", *map(tidy, values))]
         yield words("It is not finished. The same command goes on from its newest checkpoint:")
         yield command(shlex.join(["python", f"notebooks/{script}", *flags]))
-    elif step == "dpo" and subject.merges() and subject.comparisons():
+    elif step == "dpo" and merges and judged:
         yield words("Merged and compared. What is left is to publish it, privately:")
         yield command(f"{MERGE} {subject.place} --push_to_hub --hub_repo_id NAME/MODEL{recipe}")
-    elif step == "dpo" and subject.merges():
+    elif step == "dpo" and merges:
         yield words("Merged. What changed shows beside the model it started from:")
         yield command(f"python notebooks/04_vibes.py --models {subject.place}{recipe}")
     else:

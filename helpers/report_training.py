@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from helpers.curves import PANELS, Curves
 from helpers.history import History, read_history, read_samples, series
 from helpers.model_card import dataset_names
-from helpers.report_parts import Part, card, fold, heading, notes, number, picture, read_json, say, table, words
+from helpers.report_parts import Part, beside, card, fold, heading, notes, number, picture, read_json, say, table, words
 from helpers.report_results import Subject
 
 COLUMNS = 6  # steps of samples side by side
@@ -64,9 +64,8 @@ def metrics(subject: Subject) -> Iterator[Part]:
         return
     held_out = {name.removeprefix("eval_"): value for name, value in given.items() if name.startswith("eval_")}
     others = {name: value for name, value in given.items() if not name.startswith("eval_")}
-    for title, values in (("on held-out rows", held_out), ("of the training", others)):
-        if values:
-            yield table(title, [title, "value"], values.items())
+    titled = {"on held-out rows": held_out, "of the training": others}
+    yield beside(*(table(title, [title, "value"], values.items()) for title, values in titled.items() if values))
 
 
 def settings(subject: Subject) -> Iterator[Part]:
@@ -92,21 +91,20 @@ def data(subject: Subject) -> Iterator[Part]:
         head = [*counts, "train", "eval"]
         yield table("rows by set", ["rows of", *counts, "trained on", "held out"],
                     [(name, *(number(each.get(n), ",") for n in head)) for name, each in rows])  # fmt: skip
-        by = account.get("by") or {"": account.get("reasons") or {}}
-        examples = account.get("examples") or {}
+        examples, by = account.get("examples") or {}, account.get("by") or {"noted": account.get("reasons") or {}}
         reasons = [(label, reason, number(count, ","), ", ".join(map(str, examples.get(reason, ()))))
                    for label, found in by.items() for reason, count in found.items()]  # fmt: skip
         if reasons:
-            yield table("what became of rows", ["what", "because of", "rows", "as row"], reasons)
+            yield table("what became of rows", ["what", "because of", "rows", "as rows"], reasons)
     if found := report.get("findings"):
         yield heading("What the data will teach")
-        yield notes(f"{'! ' if each.get('matters') else ''}{each['text']}" for each in found)
+        yield notes((each["text"], bool(each.get("matters"))) for each in found)
     if (file := subject.folder / "data_report.png").is_file():
         said = [f"{name} half ≤ {number(n.get('half'), ',.0f')}, longest {number(n.get('longest'), ',.0f')}"
                 for name, n in (report.get("lengths") or {}).items()]  # fmt: skip
-        rows = " of ".join(number(account.get(name), ",") for name in ("kept", "read"))
+        share = " of ".join(number(account.get(name), ",") for name in ("kept", "read"))
         tokens = "; ".join(said) or "not known"
-        yield picture(file.read_bytes(), f"Plots of the data. Tokens: {tokens}. Rows: {rows} kept.")
+        yield picture(file.read_bytes(), f"Plots of the data. Tokens: {tokens}. Rows: {share} kept.")
     else:
         yield words("No plots: data_report.png is written when training starts.", "quiet")
 
@@ -131,9 +129,9 @@ def samples(subject: Subject) -> Iterator[Part]:
 def made_with(subject: Subject) -> Iterator[Part]:
     record = subject.record
     versions, plan = record.get("versions") or {}, record.get("plan") or {}
-    if not versions:
-        yield words("Versions were not kept.", "quiet")
-    else:
-        yield table("versions", ["package", "version"], [*versions.items(), ("commit", record.get("commit"))])
+    tables = []
+    if versions:
+        tables.append(table("versions", ["package", "version"], [*versions.items(), ("commit", record.get("commit"))]))
     if plan:
-        yield table("machine", ["machine", ""], [*plan.items(), ("processes", record.get("processes"))])
+        tables.append(table("machine", ["machine", ""], [*plan.items(), ("processes", record.get("processes"))]))
+    yield beside(*tables) if tables else words("Versions were not kept.", "quiet")
