@@ -91,7 +91,7 @@ def data(subject: Subject) -> Iterator[Part]:
         head = [*counts, "train", "eval"]
         yield table("rows by set", ["rows of", *counts, "trained on", "held out"],
                     [(name, *(number(each.get(n), ",") for n in head)) for name, each in rows])  # fmt: skip
-        examples, by = account.get("examples") or {}, account.get("by") or {"noted": account.get("reasons") or {}}
+        examples, by = account.get("examples") or {}, account.get("by") or {"-": account.get("reasons") or {}}
         reasons = [(label, reason, number(count, ","), ", ".join(map(str, examples.get(reason, ()))))
                    for label, found in by.items() for reason, count in found.items()]  # fmt: skip
         if reasons:
