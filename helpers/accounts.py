@@ -24,7 +24,8 @@ class Account:
 
     Rows are counted from 0; with several sets, the number stands behind its set's name. A row that gives several pairs
     is kept while one of them is; the others are `lost_pairs`. `over_long` and `long_prompts` are the tokens of what was
-    dropped for its length, or for its prompt's.
+    dropped for its length, or for its prompt's. Of several sets, `sets` has for each what was read, kept, changed and
+    dropped, and "dropped: " with each reason.
     """
 
     read: int = 0
@@ -38,7 +39,7 @@ class Account:
     long_prompts: list[int] = dataclasses.field(default_factory=list)
     changed_rows: int = 0
     lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
-    sets: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # of several: counts of each
+    sets: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
     def count(self, what: Counter[str], reason: str, row: int | str) -> None:
         """One more of `what` (changed, dropped, lost_pairs or noted) for this reason, with the row's number."""
@@ -175,8 +176,10 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
                 account.count(account.changed, reason, part.number(row))
         account.kept += len(kept)
         if part.label:
-            counts = len(part.numbers), len(kept), sum(map(bool, kept.values())), len(dropped.keys() - kept.keys())
-            account.sets[part.label.strip()] = dict(zip(("read", "kept", "changed", "dropped"), counts, strict=True))
+            gone = Counter(f"dropped: {row_faults[0]}" for row, row_faults in dropped.items() if row not in kept)
+            own = account.sets.setdefault(part.label.strip(), Counter())
+            own.update(read=len(part.numbers), kept=len(kept), changed=sum(map(bool, kept.values())))
+            own.update(gone, dropped=gone.total())
         account.over_long += _where(part.made, columns[1], "over-long")["tokens"][:]
         if "prompt_ids" in part.made.column_names:
             long = _where(part.made, columns[1], "prompt over-long")

@@ -94,6 +94,9 @@ def data(subject: Subject) -> Iterator[Part]:
         examples, by = account.get("examples") or {}, account.get("by") or {"-": account.get("reasons") or {}}
         reasons = [(label, reason, number(count, ","), ", ".join(map(str, examples.get(reason, ()))))
                    for label, found in by.items() for reason, count in found.items()]  # fmt: skip
+        reasons += [(f"dropped of {name}", what.removeprefix("dropped: "), number(count, ","), "")
+                    for name, each in sets.items() for what, count in each.items()
+                    if what.startswith("dropped: ")]  # fmt: skip
         if reasons:
             yield table("what became of rows", ["what", "because of", "rows", "as rows"], reasons)
     if found := report.get("findings"):

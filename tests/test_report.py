@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from helpers import report
 from helpers.errors import SettingsError, UserError
+from helpers.model_card import parent_of
 from helpers.paths import REPO
 from helpers.report_parts import say, tidy
 
@@ -40,7 +42,8 @@ DPO: dict[str, Any] = {
     "data": {"read": 3000, "kept": 2964, "changed": 2, "dropped": 36, "train": 2700, "eval": 264,
              "reasons": {HOSTILE[0]: 36, "trimmed": 2}, "examples": {HOSTILE[0]: [5, "pairs 7"]},
              "by": {"dropped": {HOSTILE[0]: 36}, "changed": {"trimmed": 2}},
-             "sets": {"org/pairs train": {"read": 1000, "kept": 990, "changed": 2, "dropped": 10}}},
+             "sets": {"org/pairs train": {"read": 1000, "kept": 990, "changed": 2, "dropped": 10,
+                                      f"dropped: {HOSTILE[0]}": 10}}},
 }  # fmt: skip
 SFT = {"step": "sft", "status": "finished", "base_model": "org/base", "finished": "2026-01-01T11:00:00.000+00:00",
        "settings": {"dataset_id": "org/talks", "revision": "v2"}}  # fmt: skip
@@ -155,6 +158,7 @@ def test_a_report_has_every_section_with_the_run_s_numbers(road: Path) -> None:
         ["all", "3,000", "2,964", "2", "36", "2,700", "264"],
     ]
     assert ["dropped", HOSTILE[0], "36", "5, pairs 7"] in page.rows["data"]
+    assert ["dropped of org/pairs train", HOSTILE[0], "10", ""] in page.rows["data"]
     assert page.rows["merge"][1] == ["1.50e-08", "100.00%", "2.00e-05", "9.00e-07"]
     assert "Merged into the dequantized weights." in page.text["merge"]
     assert page.rows["made-with"][1:3] == [["trl", "1.16.0"], ["commit", "0123abc+"]]
@@ -199,6 +203,16 @@ def test_the_lineage_leads_back_to_the_base_model(road: Path) -> None:
         ["org/base at revision v2", "base model", "-", "-"],
     ]
     assert [link for link in page.links if not link.startswith("#")] == ["../vibes/answers.html", "../sft/report.html"]
+
+
+def test_a_copy_of_the_runs_keeps_to_itself(road: Path, tmp_path: Path) -> None:
+    shutil.copytree(road.parent, tmp_path / "copy")
+    elsewhere = {"parent_folder": str(road)}  # where the run was when it was merged
+    make(tmp_path / "copy" / "merge", MERGE | elsewhere)
+    report.show_report(tmp_path / "copy" / "merge")
+    assert "1.50e-08" in read(tmp_path / "copy" / "dpo").text["merge"]
+    assert parent_of(tmp_path / "copy" / "merge", MERGE | elsewhere) == tmp_path / "copy" / "dpo"
+    assert parent_of(tmp_path / "alone", MERGE | elsewhere) == road
 
 
 def test_pictures_say_in_words_what_is_in_them(road: Path) -> None:
@@ -427,3 +441,5 @@ def test_light_and_dark_follow_the_reader_and_paper_shows_what_is_folded(open_pa
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden()
+    shown = page.locator("details").first.evaluate("e => getComputedStyle(e, '::details-content').contentVisibility")
+    assert shown == "visible"
