@@ -97,7 +97,7 @@ def say(value: Any) -> str:
     if isinstance(value, bool | int | str):
         return tidy(str(value))
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
     if isinstance(value, list | tuple) and not any(isinstance(each, dict | list) for each in value):
         return " ".join(map(say, value))
     return tidy(json.dumps(value, ensure_ascii=False, default=str))

@@ -348,8 +348,8 @@ def test_a_report_is_never_published(road: Path) -> None:
 
 
 def test_values_are_shown_as_one_reads_them() -> None:
-    assert [say(value) for value in (None, True, 1000, 5e-5, [1, "a"], {"a": [1]}, [])] == [
-        "-", "True", "1000", "5e-05", "1 a", '{"a": [1]}', "",
+    assert [say(value) for value in (None, True, 1000, 5e-5, 1_040_396.0, [1, "a"], {"a": [1]}, [])] == [
+        "-", "True", "1000", "5e-05", "1040396", "1 a", '{"a": [1]}', "",
     ]  # fmt: skip
     assert [tidy(text) for text in ("org/base", "/data/me/x", f"{REPO}/a b", "see http://host/a/b", "1/2")] == [
         "org/base", "x", "a b", "see http://host/a/b", "1/2",
