@@ -92,6 +92,7 @@ from helpers.runs import start_run
 from helpers.settings import one_of
 from helpers.verdict_table import METHOD, RatingTable, WinTable
 
+# %%
 one_of(settings, "judge_model", "votes", "rules", "judgments")
 who = name_of_judge(settings)
 found = find_answers(settings)
