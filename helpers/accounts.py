@@ -24,7 +24,8 @@ class Account:
 
     Rows are counted from 0; with several sets, the number stands behind its set's name. A row that gives several pairs
     is kept while one of them is; the others are `lost_pairs`. `over_long` and `long_prompts` are the tokens of what was
-    dropped for its length, or for its prompt's.
+    dropped for its length, or for its prompt's. Of several sets, `sets` has for each what was read, kept, changed and
+    dropped, and "dropped: " with each reason.
     """
 
     read: int = 0
@@ -38,6 +39,7 @@ class Account:
     long_prompts: list[int] = dataclasses.field(default_factory=list)
     changed_rows: int = 0
     lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
+    sets: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
     def count(self, what: Counter[str], reason: str, row: int | str) -> None:
         """One more of `what` (changed, dropped, lost_pairs or noted) for this reason, with the row's number."""
@@ -64,16 +66,20 @@ class Account:
             "changed": self.changed_rows,
             "dropped": sum(self.dropped.values()),
             "reasons": dict(self.changed + self.dropped + self.lost_pairs + self.noted),
+            "by": {label: dict(reasons) for label, reasons in self._by_what_became().items()},
+            "sets": self.sets,
             "examples": self.examples,
         }
+
+    def _by_what_became(self) -> dict[str, Counter[str]]:
+        return {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
         table = Table("rows", "count", "example rows", box=None, pad_edge=False)
         table.add_row(f"read ({self.format})", f"{self.read:,}", "")
-        parts = {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
-        for label, reasons in parts.items():
+        for label, reasons in self._by_what_became().items():
             for reason, count in reasons.most_common():
                 table.add_row(f"  {label}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
@@ -169,6 +175,11 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
             for reason in change.split("; ") if change else ():
                 account.count(account.changed, reason, part.number(row))
         account.kept += len(kept)
+        if part.label:
+            gone = Counter(f"dropped: {row_faults[0]}" for row, row_faults in dropped.items() if row not in kept)
+            own = account.sets.setdefault(part.label.strip(), Counter())
+            own.update(read=len(part.numbers), kept=len(kept), changed=sum(map(bool, kept.values())))
+            own.update(gone, dropped=gone.total())
         account.over_long += _where(part.made, columns[1], "over-long")["tokens"][:]
         if "prompt_ids" in part.made.column_names:
             long = _where(part.made, columns[1], "prompt over-long")

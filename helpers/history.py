@@ -23,7 +23,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

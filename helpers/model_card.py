@@ -32,8 +32,17 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
     place: Path | None = folder
     while place and (record := read_run(place)) and record not in found:
         found.append(record | {"folder": str(place)})
-        place = Path(record["parent_folder"]) if record.get("parent_folder") else None
+        place = parent_of(place, record)
     return found
+
+
+def parent_of(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The folder of the run that this one started from: beside it, so that a copy of both keeps to itself, or else
+    where it was then. None where it started from none."""
+    beside = folder.resolve().parent / str(record["parent"]) if record.get("parent") else None
+    if beside and read_run(beside):
+        return beside
+    return Path(record["parent_folder"]) if record.get("parent_folder") else None
 
 
 def write_card(folder: Path, repo_id: str, licence: str = "") -> str:
@@ -77,9 +86,9 @@ def _metadata(folder: Path, runs: list[dict[str, Any]], kind: str, repo_id: str,
     from huggingface_hub import EvalResult, ModelCardData
 
     base = base_of(folder, runs)
-    sets = [name for run in runs for name in _datasets(run)]
+    sets = [name for run in runs for name in dataset_names(run)]
     metrics: dict[str, Any] = next((run["metrics"] for run in runs if run["step"] == "dpo"), {})
-    data_name = ", ".join(_datasets(next((r for r in runs if r["step"] == "dpo"), {}))) or "held-out pairs"
+    data_name = ", ".join(dataset_names(next((r for r in runs if r["step"] == "dpo"), {}))) or "held-out pairs"
     results = [
         EvalResult(
             task_type="text-generation", task_name="Preference alignment", dataset_type=data_name,
@@ -106,7 +115,7 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and find_path(name) is None
 
 
-def _datasets(run: dict[str, Any]) -> list[str]:
+def dataset_names(run: dict[str, Any]) -> list[str]:
     """Names of a run's sets: Hub ids as they are, of files and folders the last part."""
     given = run.get("settings", {}).get("dataset_id", ())
     listed = [given] if isinstance(given, str) else given
@@ -149,7 +158,7 @@ def _training(run: dict[str, Any]) -> str:
     settings, sources, account = run["settings"], run.get("sources", {}), run.get("data", {})
     changed = {n: v for n, v in settings.items() if sources.get(n, "default") != "default" and n not in LEFT_OUT}
     revision = settings.get("dataset_revision")
-    sets = ", ".join(_datasets(run)) + (f" at revision `{revision}`" if revision else "")
+    sets = ", ".join(dataset_names(run)) + (f" at revision `{revision}`" if revision else "")
     title = {"sft": "## Instruction tuning", "dpo": "## Alignment"}[run["step"]]
     lines = [title, ""]
     if run["step"] == "dpo":

@@ -103,6 +103,7 @@ from helpers.instructions import load_instructions
 from helpers.lengths import Limits
 from helpers.loading import read_sources
 from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
+from helpers.report import show_report
 from helpers.sources import local_or_hub
 from helpers.split import Split
 from helpers.tracking import log_to_wandb
@@ -265,4 +266,5 @@ for name, value in run.record["metrics"].items():
 # The model answers now, in whatever manner its data had. The next notebook teaches it which answers are preferred.
 
 # %%
+show_report(run.folder)  # all of this on one page
 print("Next:", run.next_command(settings.recipe))

@@ -81,8 +81,7 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Where it starts, the machine, and the run
 #
-# From a published model, or a finished run of `01_sft.py`. The run's name follows from that and the settings, so the
-# same command finds its own run again, and goes on where it stopped.
+# From a published model, or a run of `01_sft.py`. The same command finds its run again, and goes on where it stopped.
 
 # %%
 from helpers.credentials import hf_token, prepare_wandb
@@ -121,6 +120,7 @@ from helpers.loading import read_sources
 from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
 from helpers.preferences import load_preferences
 from helpers.publishing import merge_and_push
+from helpers.report import show_report
 from helpers.shared_prefix import SharedPrefixDPOTrainer
 from helpers.sources import local_or_hub
 from helpers.split import Split
@@ -204,8 +204,7 @@ training_args = DPOConfig(**config | settings.early_stopping() | settings.trl)
 # %% [markdown]
 # ## Model
 #
-# With the adapter switched off the frozen base is the reference. An adapter of `01_sft.py` is trained further, beside a
-# frozen copy of it that is the reference. Only tuning in full needs a second copy of the weights.
+# The reference is the base with its adapter off, a frozen copy of an adapter of `01_sft.py`, or (full) a second model.
 
 # %%
 set_seed(settings.seed)
@@ -297,4 +296,5 @@ if settings.merge_adaptors or settings.push_to_hub:
 # The adapter needs its base. The next notebook merges the two, and shows that nothing changed on the way.
 
 # %%
+show_report(run.folder)  # all of this on one page
 print("Next:", run.next_command(settings.recipe))

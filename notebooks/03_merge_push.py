@@ -112,6 +112,7 @@ from helpers.merged_folder import complete, draft_of, merge_by_peft, merge_into,
 from helpers.merging import Merge, Unknown
 from helpers.models import compute_4bit_alike
 from helpers.quantized_base import QuantizedBase
+from helpers.report import show_report
 
 base_folder = local_folder(policy_from.base, policy_from.revision)
 adapter_folder = Path(policy_from.adapter)
@@ -256,4 +257,5 @@ evaluated      lm_eval --model hf --model_args pretrained={place},dtype=auto --t
 # The next notebook shows how its answers changed.
 
 # %%
+show_report(merge_run.folder)  # of the run that was merged, with the proof
 print("Next:", merge_run.next_command(settings.recipe) if source else "python notebooks/04_vibes.py")

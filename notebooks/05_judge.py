@@ -87,11 +87,13 @@ from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_
 from helpers.ledger import going_on
 from helpers.paths import short_path
 from helpers.questions import fingerprint
+from helpers.report import show_report
 from helpers.rules import judge_by_rules, score_by_rules
 from helpers.runs import start_run
 from helpers.settings import one_of
 from helpers.verdict_table import METHOD, RatingTable, WinTable
 
+# %%
 one_of(settings, "judge_model", "votes", "rules", "judgments")
 who = name_of_judge(settings)
 found = find_answers(settings)
@@ -163,4 +165,5 @@ save_judgments(judge_run, settings, made, table, complete=not left)
 if (found.folder / "answers.html").is_file():
     print(f"Page of the answers: {short_path(found.folder / 'answers.html')}")
 print(f"Table: {short_path(judge_run.folder / 'verdicts.png')}")
+show_report(*(settings.output_dir / name for name in found.said))  # of each run that was judged
 refuse_unfinished(made, len(left), len(games))

@@ -106,4 +106,6 @@ def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> Non
     assert history.read_history(file) == []
     file.write_text(json.dumps(HISTORY[0]) + "\n" + '{"step": 2, "lo')
     assert history.read_history(file) == HISTORY[:1]
+    (tmp_path / "samples.jsonl").write_text('{"answer": "one\u2028two\u0085three"}\n{"answer": "four"}\n', "utf-8")
+    assert [row["answer"] for row in history.read_samples(tmp_path)] == ["one\u2028two\u0085three", "four"]
     assert history.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])

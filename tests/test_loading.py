@@ -205,6 +205,13 @@ def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreT
         "chosen equals rejected": ["two.parquet train 4"],
     }
     assert len(train) + len(held_out) == 27
+    assert account.as_dict()["sets"] == {
+        "one.jsonl train": {"read": 20, "kept": 19, "changed": 0, "dropped": 1,
+                            "dropped: the same pair with both labels": 1},
+        "two.parquet train": {"read": 10, "kept": 8, "changed": 0, "dropped": 2,
+                              "dropped: the same pair with both labels": 1, "dropped: chosen equals rejected": 1},
+    }  # fmt: skip
+    assert account.as_dict()["by"]["dropped"] == account.dropped
     half = [Source(one, fraction=0.5), sources[1]]
     _, _, account = load_preferences(half, tokenizer, Limits(), Options(), Split(0, 5))
     assert account.read == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.report import SECTIONS
 from tests.conftest import DPO, SFT, Project
 
 DEMO = ["--recipe", "recipes/demo.yaml", "--resume", "never"]
@@ -67,6 +69,11 @@ def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None
         assert "480 comparisons by rules helpers.demo_questions" in shown
         (page,) = project.root.glob("outputs/vibes-*/answers.html")
         assert f"Page of the answers: {page.relative_to(project.root)}" in shown
+        report = project.root / "outputs" / verdicts["after"] / "report.html"
+        assert shown.splitlines()[-1] == f"Report: {report.relative_to(project.root)}"
+        assert re.findall(r'<section id="([\w-]+)"', text := report.read_text()) == list(SECTIONS)
+        assert "could not be shown" not in text
+        assert "Merged and compared." in text
         before, after = verdicts["before"], verdicts["after"]
         assert verdicts["win"] + verdicts["tie"] + verdicts["loss"] >= 400
         assert verdicts["win"] / (verdicts["win"] + verdicts["loss"]) >= 0.90
