@@ -102,6 +102,7 @@ def quieten() -> None:
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 
