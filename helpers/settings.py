@@ -40,7 +40,9 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     """
     report_user_errors()
     quieten()
-    if not in_kernel():
+    if in_kernel():
+        reload_edited_modules()
+    else:
         be_quiet_unless_main()
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
@@ -105,6 +107,16 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
+
+
+def reload_edited_modules() -> None:
+    """In a kernel, let the next cell use a helper as it was edited. Here, as VS Code takes jupyter.runStartupCommands
+    from a user's own settings only; `%autoreload 0` ends it."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell.extension_manager.load_extension("autoreload") is None:  # not loaded yet
+        shell.run_line_magic("autoreload", "2")
 
 
 def run_prepare(module: str) -> None:
