@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -32,6 +31,7 @@ from tests.test_notebooks import results
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+VIEWER = ["set-default-viewer", "python"]
 PICTURES = os.environ.get("DOCS_PICTURES", "")
 FOR_TESTS = {  # no question about news, which would be fetched, and every cell in the page
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -41,16 +41,16 @@ FOR_TESTS = {  # no question about news, which would be fetched, and every cell 
 
 @contextmanager
 def jupyterlab(project: Project, home: Path, **env: str) -> Iterator[str]:
-    """JupyterLab on `project`, with the project's settings where pip puts them; yields its address, with a token."""
+    """JupyterLab on `project`, with the default that `make` gives it; yields its address, with a token."""
     if find_spec("jupyterlab") is None:
         give_up("jupyterlab is not installed: it comes with requirements-dev.txt")
-    shipped = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
-    for folder, files in shipped.items():
-        (home / "env" / folder).mkdir(parents=True)
-        for file in files:
-            shutil.copy(REPO / file, home / "env" / folder)
-    settings = home / "env" / "share" / "jupyter" / "lab" / "settings"
+    settings = home / "settings"
+    settings.mkdir()
     (settings / "overrides.json").write_text(json.dumps(FOR_TESTS))
+    defaults = home / "JUPYTER_CONFIG_DIR" / "labconfig" / "default_setting_overrides.json"
+    subprocess.run(
+        [Path(sys.executable).with_name("jupytext-config"), "--settings-file", defaults, *VIEWER], check=True
+    )
     folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "npm_config_cache")
     own = {name: str(home / name) for name in folders}
     with socket.socket() as free:
@@ -147,6 +147,12 @@ def test_a_notebook_runs_in_jupyterlab_and_gives_the_numbers_of_the_command(
             shutil.copy(tmp_path / name, REPO / PICTURES / name)
     else:
         assert results(project, "lab") == results(project, dpo_run)
+
+
+def test_make_lets_jupyterlab_of_its_environment_open_notebooks() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    assert "jupytext-config --settings-file $(LAB_DEFAULTS) " + " ".join(VIEWER) in makefile
+    assert "LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json" in makefile
 
 
 def test_a_file_that_jupyterlab_saves_is_as_it_was(project: Project) -> None:
