@@ -70,7 +70,7 @@ bench: $(VENV)/.dev  ## measure ours beside what one would use instead
 
 pictures: $(VENV)/.dev  ## draw the README's pictures from the newest demo runs
 	$(BIN)/python docs/make_pictures.py
-	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long tests/test_lab.py
+	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/test_lab.py
 
 clean:  ## remove .venv and built notebooks; runs stay
 	rm -rf $(VENV) notebooks/*.ipynb *.egg-info

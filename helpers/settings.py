@@ -41,7 +41,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     report_user_errors()
     quieten()
     if in_kernel():
-        reload_edited_modules()
+        prepare_kernel()
     else:
         be_quiet_unless_main()
     if argv is None:
@@ -109,14 +109,15 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 
 
-def reload_edited_modules() -> None:
-    """In a kernel, let the next cell use a helper as it was edited. Here, as VS Code takes jupyter.runStartupCommands
-    from a user's own settings only; `%autoreload 0` ends it."""
+def prepare_kernel() -> None:
+    """Let the next cell use a helper as it was edited (`%autoreload 0` ends it), and tables fit beside JupyterLab's
+    file browser. Here, as VS Code takes jupyter.runStartupCommands from a user's own settings only."""
     from IPython import get_ipython
 
     shell = get_ipython()
     if shell.extension_manager.load_extension("autoreload") is None:  # not loaded yet
         shell.run_line_magic("autoreload", "2")
+    os.environ.setdefault("JUPYTER_COLUMNS", "100")  # rich's own is 115
 
 
 def run_prepare(module: str) -> None:

@@ -44,7 +44,8 @@ def test_an_edited_helper_is_used_by_the_next_cell(project: Project) -> None:
     try:
         with vscode_kernel(project) as execute:
             execute(f"{settings}\nrecipe = 'recipes/demo.yaml'")
-            execute("settings = load_settings(Settings, globals())")
+            table = execute("settings = load_settings(Settings, globals())")
+            assert max(map(len, table.splitlines())) <= 100  # fits beside JupyterLab's file browser
             assert execute("from helpers.paths import short_path\nprint(short_path('here'))") == "here\n"
             helper.write_text(source.replace("else str(path)", "else 'edited: ' + str(path)"))
             assert execute("print(short_path('here'))") == "edited: here\n"
