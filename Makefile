@@ -8,11 +8,13 @@ BIN := $(VENV)/bin
 endif
 # TORCH_INDEX: address of a package index with another build of torch, such as the CPU-only one (see the README)
 TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 --index-url $(TORCH_INDEX) &&)
+# JupyterLab of this environment opens a .py file as a notebook
+LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml --resume never $(FLAGS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format notebooks bench pictures clean
+.PHONY: help demo lab test test-all coverage check format notebooks bench pictures clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +23,7 @@ $(VENV)/.run: requirements.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing requirements.txt into $(VENV) (some minutes the first time)"
 	@$(TORCH) $(BIN)/python -m pip install --quiet -r requirements.txt
+	@$(BIN)/jupytext-config --settings-file $(LAB_DEFAULTS) set-default-viewer python
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
@@ -35,12 +38,18 @@ demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on 
 	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
 	$(BIN)/python notebooks/05_judge.py --recipe recipes/demo.yaml
 
+lab: $(VENV)/.dev  ## JupyterLab, in which a double click opens a notebook
+	$(BIN)/jupyter lab
+
 test: $(VENV)/.dev  ## the tests
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.dev  ## the tests, and after them the long ones: faults, processes, the whole demo
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m long
+
+coverage: $(VENV)/.dev  ## the tests, and which lines of helpers/ they run in their own process
+	$(BIN)/python -m pytest --cov
 
 check: $(VENV)/.dev  ## ruff, ruff format and mypy
 	$(BIN)/ruff check .
@@ -59,8 +68,9 @@ bench: $(VENV)/.dev  ## measure ours beside what one would use instead
 	$(BIN)/python benchmarks/prepare.py 2000
 	$(BIN)/python benchmarks/dpo_step.py --short
 
-pictures: $(VENV)/.run  ## draw the README's pictures from the newest demo runs
+pictures: $(VENV)/.dev  ## draw the README's pictures from the newest demo runs
 	$(BIN)/python docs/make_pictures.py
+	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/test_lab.py
 
 clean:  ## remove .venv and built notebooks; runs stay
 	rm -rf $(VENV) notebooks/*.ipynb *.egg-info

@@ -40,7 +40,9 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     """
     report_user_errors()
     quieten()
-    if not in_kernel():
+    if in_kernel():
+        prepare_kernel()
+    else:
         be_quiet_unless_main()
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
@@ -102,8 +104,20 @@ def quieten() -> None:
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
+
+
+def prepare_kernel() -> None:
+    """Let the next cell use a helper as it was edited (`%autoreload 0` ends it), and tables fit beside JupyterLab's
+    file browser. Here, as VS Code takes jupyter.runStartupCommands from a user's own settings only."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell.extension_manager.load_extension("autoreload") is None:  # not loaded yet
+        shell.run_line_magic("autoreload", "2")
+    os.environ.setdefault("JUPYTER_COLUMNS", "100")  # rich's own is 115
 
 
 def run_prepare(module: str) -> None:

@@ -6,7 +6,7 @@
 #       format_name: percent
 #       format_version: '1.3'
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -17,7 +17,7 @@
 # **In:** a model that answers, and pairs of a better and a worse answer. **Out:** an adapter, in `outputs/dpo-.../`.
 #
 # ```
-# python notebooks/02_dpo.py                                  # Mistral-7B-Instruct with QLoRA, one 24 GB GPU
+# python notebooks/02_dpo.py                                  # Mistral-7B-Instruct, QLoRA, a 24 GB GPU
 # python notebooks/02_dpo.py --sft_run latest                 # on from the newest run of 01_sft.py
 # python notebooks/02_dpo.py --recipe recipes/demo.yaml       # a tiny model on a laptop, half a minute
 # python notebooks/02_dpo.py --help                           # every setting

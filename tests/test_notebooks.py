@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,30 +229,41 @@ def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 12
     raise AssertionError(f"nothing happened in {seconds} s")
 
 
-def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Send the cells to a kernel that starts in notebooks/, as VS Code does; `typed` are lines typed in a cell.
-
-    Returns the settings after the first time through and after the second.
-    """
+@contextmanager
+def vscode_kernel(project: Project) -> Iterator[Callable[[str], str]]:
+    """A kernel that starts in notebooks/, as VS Code's does without settings; yields what executes a cell and returns
+    what it printed."""
     from jupyter_client.manager import KernelManager
 
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=str(project.root / "notebooks"), env=project.env)
     client = manager.client()
     client.start_channels()
+
+    def execute(source: str) -> str:
+        said: list[str] = []
+        reply = client.execute_interactive(
+            source, timeout=300, allow_stdin=False,
+            output_hook=lambda m: said.append(m["content"]["text"]) if m["msg_type"] == "stream" else None,
+        )  # fmt: skip
+        assert reply["content"]["status"] == "ok", "\n".join(reply["content"].get("traceback", []))
+        return "".join(said)
+
     try:
         client.wait_for_ready(timeout=60)
+        yield execute
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
-        def execute(source: str) -> str:
-            said: list[str] = []
-            reply = client.execute_interactive(
-                source, timeout=300, allow_stdin=False,
-                output_hook=lambda m: said.append(m["content"]["text"]) if m["msg_type"] == "stream" else None,
-            )  # fmt: skip
-            assert reply["content"]["status"] == "ok", "\n".join(reply["content"].get("traceback", []))
-            return "".join(said)
 
-        seen = []
+def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Send the cells to a kernel, as VS Code does; `typed` are lines typed in a cell.
+
+    Returns the settings after the first time through and after the second.
+    """
+    seen = []
+    with vscode_kernel(project) as execute:
         for _ in range(2):
             cells = code_cells(project.root / "notebooks" / "02_dpo.py")
             execute(cells[0].source)
@@ -259,10 +272,7 @@ def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tupl
                 execute(cell.source)
             said = execute("import json; print('SETTINGS', json.dumps(settings.values()))")
             seen.append(json.loads(said.partition("SETTINGS ")[2]))
-        return seen[0], seen[1]
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    return seen[0], seen[1]
 
 
 def execute_exported(project: Project, name: str, typed: dict[str, Any], client: Any = None) -> Any:
