@@ -36,11 +36,12 @@ GROUPS = {
     "data_report data_findings",
     "training": "models embeddings trainer shared_prefix prefix_attention prefix_packing guard checkpoints fit "
     "memory decoder workload",
-    "runs, seeing": "runs sources provenance history curves health live samples tracking sweep",
+    "runs, seeing": "runs sources provenance history curves health live samples tracking sweep "
+    "report report_training report_results report_parts",
     "merging, publishing": "merging quantized_base weight_files merge_proof merged_folder publishing hub model_card "
     "secret_scan hub_errors",
     "answers, judging": "questions generation endpoint answers ledger vote_page bench judge_prompts judging judgments "
-    "verdicts win_rates verdict_table",
+    "rules verdicts win_rates verdict_table",
 }
 
 
