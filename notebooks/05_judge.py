@@ -135,7 +135,7 @@ if endpoint:
     )
     budget = Budget(settings.max_calls, settings.max_tokens)
     if settings.resume != "never":
-        judge.take_over(games, settings.output_dir.glob("judge-*/calls.jsonl"))
+        judge.take_over(games, settings.output_dir.glob("[!.]*/calls.jsonl"))
     with going_on(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
     show(budget.cost(settings.price_in, settings.price_out))

@@ -278,13 +278,14 @@ MOMENTS = [
 
 @pytest.mark.long
 def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
-    project: Project, bench: Path, answered: str
+    project: Project, bench: Path, answered: str, tmp_path: Path
 ) -> None:
     outputs = project.root / "outputs"
     flags = ["--bench_dir", str(bench), "--answers_dir", f"outputs/{answered}", "--judge_model", "gpt-4"]
     with judge_server(coin) as server:
         flags += ["--base_url", server.url, "--max_concurrency", "2"]
-        project.run("05_judge.py", *flags, "--run_name", "judge-undisturbed")
+        elsewhere = ["--output_dir", str(tmp_path)]  # or the other would take over what this one has asked
+        project.run("05_judge.py", *flags, "--run_name", "judge-undisturbed", *elsewhere)
         flags += ["--run_name", "judge-killed"]
         for owner, where, after, how in MOMENTS:
             code = KILLED.format(owner=owner, where=where, after=after, how=how, flags=flags)
@@ -295,5 +296,5 @@ def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
     rows = read_lines(outputs / "judge-killed" / "calls.jsonl")
     assert set(Counter((r["question_id"], r["turn"], *r["models"]) for r in rows).values()) == {1}
     assert len(rows) == 32
-    records: list[Any] = [project.record(name)["metrics"] for name in ("judge-undisturbed", "judge-killed")]
-    assert records[0] == records[1]
+    undisturbed = json.loads((tmp_path / "judge-undisturbed" / "run.json").read_text())
+    assert project.record("judge-killed")["metrics"] == undisturbed["metrics"]
