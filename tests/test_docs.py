@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ from tests.test_data import run_all
 
 PAGES = sorted((REPO / "docs").glob("*.md"))
 STARTS = ("python", "accelerate", "deepspeed", "make", "vllm", "transformers", "lm_eval")
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Settings of a DeepSpeed command say so in the environment: not to the tests that follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 
 # What stands in a command for something of the reader's own, and what takes its place here.
 STAND_IN = {
