@@ -97,6 +97,7 @@ def run_all(project: Project, commands: list[tuple[str, list[str]]], **env: str)
     return ended, said[: len(commands)]
 
 
+@pytest.mark.long
 def test_every_format_trains_from_a_file_and_from_a_hub(
     hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:
