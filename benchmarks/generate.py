@@ -23,8 +23,8 @@ from measure import anonymous_peak
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 3
-SIZES = {"3M": (128, 4), "120M": (1024, 8), "420M": (1536, 14)}  # hidden size, layers
-KINDS = {"3M": ("batch 1", "batch 16"), "120M": ("batch 1", "batch 16"), "420M": ("two models", "one, adapter")}
+SIZES = {"3M": (128, 4), "420M": (1536, 14)}  # hidden size, layers
+KINDS = {"3M": ("batch 1", "batch 16"), "420M": ("two models", "one, adapter")}
 
 
 def make(folder: Path, hidden: int, layers: int) -> None:

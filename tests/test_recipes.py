@@ -161,6 +161,7 @@ DPO_004 = """02_dpo.py --model_id MODEL --dataset_id PAIRS --num_train_epochs 1 
     --output_dir OUT --run_name by_004 --merge_adaptors"""
 
 
+@pytest.mark.long
 def test_commands_of_the_systems_that_it_grew_from_run(
     models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:
