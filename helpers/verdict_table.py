@@ -131,7 +131,8 @@ class RatingTable:
     def _model(self, name: str) -> dict[str, Any]:
         own = [row for row in self.rows if row["model"] == name]
         read = [row for row in own if row["score"] != -1]
-        scores = np.array([row["score"] for row in read], dtype=float)
+        shares = np.array([(row["score"] - 1) / 9 for row in read], dtype=float)  # of the way from 1 to 10
+        around = mean_interval(shares, [str(row["question_id"]) for row in read], self.seed) if read else None
 
         def mean(rows: list[Row]) -> float | None:
             return sum(row["score"] for row in rows) / len(rows) if rows else None
@@ -141,7 +142,7 @@ class RatingTable:
 
         return {
             "average": mean(read),
-            "interval": mean_interval(scores, [str(r["question_id"]) for r in read], self.seed) if read else None,
+            "interval": tuple(1 + 9 * end for end in around) if around else None,
             "turns": {t: mean([r for r in read if r["turn"] == t]) for t in sorted({int(r["turn"]) for r in own})},
             "categories": {c: mean([r for r in read if category(r) == c]) for c in dict.fromkeys(map(category, own))},
             "errors": len(own) - len(read),

@@ -42,7 +42,7 @@ def bootstrap_interval(
 def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
     """`bootstrap_interval` of the mean outcome; where all are alike, what `most_unseen` leaves open to either side."""
     sums, counts = _by_group(outcomes, groups)
-    if len(set(outcomes.tolist())) == 1 and 0 <= outcomes[0] <= 1:
+    if len(set(outcomes.tolist())) == 1:
         open_, value = most_unseen(len(sums), 0.025), float(outcomes[0])
         return value * (1 - open_), value + (1 - value) * open_
     return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)

@@ -438,6 +438,14 @@ def test_single_ratings_are_averaged_by_turn_and_category(tmp_path: Path) -> Non
     assert (models["x"]["errors"], models["y"]["average"]) == (1, 5.0)
 
 
+def test_ratings_that_are_all_alike_leave_room_on_both_sides() -> None:
+    for score in (1, 7, 10):
+        rows = [{"model": "m", "question_id": i, "score": score, "turn": 1} for i in range(10)]
+        low, high = RatingTable.of("j", rows, questions_of(10), {}).as_dict()["models"]["m"]["interval"]
+        assert 1 <= low <= score <= high <= 10
+        assert high - low == pytest.approx(9 * (1 - 0.025**0.1))
+
+
 def test_prompts_show_references_and_whole_conversations() -> None:
     question = {"question_id": 1, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["four", "six"]}
     answers = [["4", "{6}"], ["5", "7"]]
