@@ -15,7 +15,6 @@ OURS = Path(__file__).with_name("judge_prompts.jsonl")
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT = {("pairwise", False): "pair-v2", ("pairwise", True): "pair-math-v1",
             ("single", False): "single-v1", ("single", True): "single-math-v1"}  # fmt: skip
-BY_LETTER = {"A": 0, "B": 1}
 
 
 class JudgePrompts:
