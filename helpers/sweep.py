@@ -129,16 +129,17 @@ def _run(notebook: Path, point: Point, log: Path, lock: Any) -> None:
     """One run in a process of its own, its output in `log`; the lines that one follows are shown."""
     command = [sys.executable, "-u", str(notebook), *point.flags]
     held: Any = {"pass_fds": [lock.fileno()]} if os.name == "posix" else {}
-    with log.open("w+", encoding="utf-8") as file:
+    # Read from a file of its own: in a shared one, moving to what is unread would move where the run writes.
+    with log.open("wb") as file, log.open(encoding="utf-8", errors="replace") as lines:
         # in a session of its own Ctrl-C does not reach it twice: it is told once, and saves a checkpoint
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **held)
         position = 0
         try:
             while True:
                 point.status = process.poll()
-                file.seek(position)
-                while (line := file.readline()).endswith("\n"):
-                    position = file.tell()
+                lines.seek(position)
+                while (line := lines.readline()).endswith("\n"):
+                    position = lines.tell()
                     _follow(point, line.rstrip())
                 if point.status is not None:
                     return

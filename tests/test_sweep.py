@@ -104,6 +104,21 @@ def test_a_failed_run_does_not_stop_the_rest_and_finished_ones_are_not_made_agai
     assert started(tmp_path)[3:] == ["2.0 sigmoid"]
 
 
+def test_no_line_of_a_run_is_lost_to_who_reads_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = tmp_path / "chatty.py"
+    notebook.write_text("for i in range(20_000):\n    print(f'step {i}/20000', flush=True)\nprint('Run: outputs/x')\n")
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    point = sweep.Point({}, [], "")
+    with (tmp_path / "lock").open("w") as lock:
+        sweep._run(notebook, point, tmp_path / "1.log", lock)
+    said = [*(f"step {i}/20000" for i in range(20_000)), "Run: outputs/x"]
+    assert (tmp_path / "1.log").read_text().splitlines() == said
+    assert capsys.readouterr().out.splitlines() == [f"  {line}" for line in said]
+    assert (point.status, point.run) == (0, str(Path("outputs/x").absolute()))
+
+
 @posix
 def test_a_sweep_that_is_killed_half_way_does_only_what_is_missing(tmp_path: Path) -> None:
     words = ["--dpo_beta", "0.1", "0.3", "0.5", "--wait_for", str(tmp_path / "go")]
