@@ -17,11 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
-
-from measure import anonymous_peak
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 3
@@ -54,20 +53,31 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     from helpers.merged_folder import merge_into
     from helpers.merging import Merge
 
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            status = Path("/proc/self/status").read_text()
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) / 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
     out = folder / "merged"
-    with anonymous_peak() as peak:
-        start = time.perf_counter()
-        if who == "ours":
-            merging = Merge(folder / "base", folder / "adapter")
-            merge_into(out, merging, {}, 10**9, None)
-            merging.config.save_pretrained(out)
-        else:
-            base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-            merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-            merged.save_pretrained(out, max_shard_size="1GB")
-        seconds = time.perf_counter() - start
+    if who == "ours":
+        merging = Merge(folder / "base", folder / "adapter")
+        merge_into(out, merging, {}, 10**9, None)
+        merging.config.save_pretrained(out)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+        merged.save_pretrained(out, max_shard_size="1GB")
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
     shutil.rmtree(out)
-    return {"seconds": seconds, "mib": peak[0]}
+    return {"seconds": seconds, "mib": peak}
 
 
 def main(depths: list[int]) -> None:

@@ -46,7 +46,11 @@ def reason(error: BaseException) -> str:
     if status in ANSWERS:
         return ANSWERS[status]
     if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in chain):
-        return "it is not in the cache, and the Hub cannot be reached: connect once, or leave out HF_HUB_OFFLINE"
+        from huggingface_hub import is_offline_mode
+
+        if is_offline_mode():
+            return "it is not in the cache, and HF_HUB_OFFLINE is set: leave it out once, or give a folder"
+        return "it is not in the cache, and the Hub cannot be reached: connect, or give a folder"
     return said
 
 

@@ -61,11 +61,13 @@ class JudgePrompts:
             raise UserError(f"{self.file}: the template of {name} cannot be filled in: {error}") from None
         return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
 
-    def preview(self, messages: list[list[Message]]) -> str:
-        """One prompt, whole, and what it would be to send all of them."""
+    def preview(self, messages: list[list[Message]], left: list[list[Message]]) -> str:
+        """One prompt, whole, and what it would be to send those that are left to ask."""
         parts = [f"--- {m['role']} ---\n{m['content']}" for m in messages[0]]
-        tokens = sum(len(m["content"]) for each in messages for m in each) // 4
-        return "\n".join([*parts, "---", f"{len(messages):,} calls like this one, some {tokens:,} tokens to read."])
+        tokens = sum(len(m["content"]) for each in left for m in each) // 4
+        calls = f"{len(left):,} calls like this one, some {tokens:,} tokens to read."
+        before = len(messages) - len(left)
+        return "\n".join([*parts, "---", calls, *([f"{before:,} more have been judged before."] if before else [])])
 
 
 def _talk(asked: list[str], said: list[str], turn: int) -> str:

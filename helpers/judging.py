@@ -59,6 +59,21 @@ def games_of(
     return games
 
 
+def name_of(judge: str, messages: list[Message], temperature: float | None) -> str:
+    """What was asked of whom, in 16 hex digits: the same in another run."""
+    return fingerprint(judge, messages, temperature)
+
+
+def not_judged(asked: list[list[Message]], judge: str, temperature: float, ledgers: Iterable[Path]) -> list[Any]:
+    """Those of `asked` to which none of the ledgers has a verdict that could be read."""
+    before = {row.get("asked") for file in ledgers for row in _whole_rows(file) if row.get("winner") != "error"}
+    return [messages for messages in asked if name_of(judge, messages, temperature) not in before]
+
+
+def _whole_rows(file: Path) -> list[Row]:
+    return read_lines(file, end=file.read_bytes().rfind(b"\n") + 1)  # the last may be half written
+
+
 class Budget:
     """Calls and tokens that may be spent from now on; 0 is no limit. Safe among threads."""
 
@@ -107,8 +122,7 @@ class Judge:
         ]  # fmt: skip
 
     def name_of(self, messages: list[Message]) -> str:
-        """What was asked of whom, in 16 hex digits: the same in another run."""
-        return fingerprint(self.endpoint.model, messages, self.arguments.get("temperature"))
+        return name_of(self.endpoint.model, messages, self.arguments.get("temperature"))
 
     def take_over(self, games: list[Game], others: Iterable[Path]) -> int:
         """Judgments of the same prompts by the same judge in ledgers of other runs are not asked for again."""
@@ -117,7 +131,7 @@ class Judge:
             wanted.setdefault(self.name_of(game.messages(self.prompts, self.said)), []).append(game)
         count = 0
         for file in others if wanted else ():
-            for row in read_lines(file, end=file.read_bytes().rfind(b"\n") + 1):
+            for row in _whole_rows(file):
                 for game in wanted.pop(str(row.get("asked")), []) if row.get("winner") != "error" else ():
                     names = dict(zip(row["models"], game.models, strict=True))  # the same answers under other names
                     own = {"question_id": game.question["question_id"], "models": list(game.models)}

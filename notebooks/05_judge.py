@@ -82,7 +82,7 @@ from helpers.bench import find_answers, groups_of
 from helpers.display import show
 from helpers.endpoint import Endpoint
 from helpers.judge_prompts import JudgePrompts
-from helpers.judging import Budget, Judge, games_of
+from helpers.judging import Budget, Judge, games_of, not_judged
 from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments
 from helpers.ledger import going_on
 from helpers.paths import short_path
@@ -110,8 +110,11 @@ elif settings.votes:
     made = read_votes(settings.votes, found.questions, found.said, found.page)
 elif settings.judgments:
     made = read_judgments(settings.judgments, settings.mode, settings.models)
+ledgers = sorted(settings.output_dir.glob("[!.]*/calls.jsonl")) if settings.resume != "never" else []
 if settings.dry_run and games:
-    show(prompts.preview([game.messages(prompts, found.said) for game in games]))
+    asked = [game.messages(prompts, found.said) for game in games]
+    to_ask = not_judged(asked, settings.judge_model, settings.temperature, ledgers)
+    show(prompts.preview(asked, to_ask))
 judge_run = start_run(settings, base_model=who, origin=fingerprint(found.questions, found.said, prompts.rows))
 endpoint = Endpoint(settings.judge_model, settings.base_url, settings.timeout) if settings.judge_model else None
 if not judge_run.finished:
@@ -134,8 +137,7 @@ if endpoint:
         max_tokens=settings.max_new_tokens,
     )
     budget = Budget(settings.max_calls, settings.max_tokens)
-    if settings.resume != "never":
-        judge.take_over(games, settings.output_dir.glob("[!.]*/calls.jsonl"))
+    judge.take_over(games, ledgers)
     with going_on(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
     show(budget.cost(settings.price_in, settings.price_out))

@@ -97,7 +97,6 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         flags = ["--bench_dir", str(bench), "--answers_dir", f"outputs/{answered}", "--judge_model", "gpt-4"]
         flags += ["--base_url", server.url]
         commands = [
-            ("05_judge.py", [*flags, "--run_name", "mt", "--dry_run"]),
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt-single", "--mode", "single"]),
@@ -106,7 +105,9 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         ]  # fmt: skip
         key = "sk-" + "x1Y" * 14
         ended, told = run_all(project, commands, OPENAI_API_KEY=key)
-        assert ended[1:] == ["well"] * 4, told
+        assert ended == ["well"] * 4, told
+        tried = project.run("05_judge.py", *flags, "--run_name", "other", "--dry_run", OPENAI_API_KEY=key)
+        assert "\n0 calls like this one, some 0 tokens to read.\n32 more have been judged before.\n" in tried.stdout
         pairwise = [r for r in server.requests if r["messages"][0]["content"] == "Please compare."]
         assert len(pairwise) == 8 * 2 * 2  # questions, turns, orders: once each, whatever the second run asked
         assert len(server.requests) == 32 + 8 * 2 * 2  # and questions, turns, models

@@ -18,7 +18,7 @@ from helpers.bench import find_answers, groups_of
 from helpers.endpoint import Endpoint
 from helpers.errors import SettingsError, UserError
 from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
-from helpers.judging import Budget, Game, Judge, games_of, pair_row
+from helpers.judging import Budget, Game, Judge, games_of, not_judged, pair_row
 from helpers.judgments import read_judgments, read_votes, refuse_unfinished
 from helpers.rows import read_lines
 from helpers.rules import judge_by_rules, score_by_rules
@@ -363,7 +363,11 @@ def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: 
         more = said | said_of({"c": [3, 3, 3, 3]})
         games = games_of(questions, more, groups_of(more, "pairwise"), "pairwise", PROMPTS)
         judge = Judge(Endpoint("judge", server.url), PROMPTS, more, tmp_path / "two" / "calls.jsonl", temperature=0.0)
-        assert judge.take_over(games, [tmp_path / "one" / "calls.jsonl"]) == 8
+        one = [tmp_path / "one" / "calls.jsonl"]
+        asked = [game.messages(PROMPTS, more) for game in games]
+        assert len(not_judged(asked, "judge", 0.0, one)) == 16
+        assert len(not_judged(asked, "judge", 1.0, one)) == len(not_judged(asked, "another", 0.0, one)) == 24
+        assert judge.take_over(games, one) == 8
         judge.ask(judge.missing(games), 4, Budget())
         assert len(server.requests) == 8 + 16
         found = {(p.before, p.after): p.counts for p in WinTable.of("judge", judge.rows(games), questions, more).pairs}
@@ -459,7 +463,10 @@ def test_prompts_show_references_and_whole_conversations() -> None:
     assert PROMPTS.name_for(question | {"reference": ["four"]}, 2, "single") == "single-multi-turn"
     assert not [n for n, row in PROMPTS.rows.items() if "{" in row["system_prompt"]]
     assert len(PROMPTS.rows) == 8
-    assert "8 calls like this one" in PROMPTS.preview([[system, user]] * 8)
+    assert "8 calls like this one" in PROMPTS.preview([[system, user]] * 8, [[system, user]] * 8)
+    said = PROMPTS.preview([[system, user]] * 8, [[system, user]] * 3).splitlines()
+    tokens = 3 * (len(system["content"]) + len(user["content"])) // 4
+    assert said[-2:] == [f"3 calls like this one, some {tokens:,} tokens to read.", "5 more have been judged before."]
 
 
 def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> None:
