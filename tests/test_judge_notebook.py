@@ -280,21 +280,20 @@ MOMENTS = [
 def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
     project: Project, bench: Path, answered: str, tmp_path: Path
 ) -> None:
-    outputs = project.root / "outputs"
+    whole, killed = tmp_path / "undisturbed", tmp_path / "killed"  # apart, or one would take over what another has asked
     flags = ["--bench_dir", str(bench), "--answers_dir", f"outputs/{answered}", "--judge_model", "gpt-4"]
     with judge_server(coin) as server:
-        flags += ["--base_url", server.url, "--max_concurrency", "2"]
-        elsewhere = ["--output_dir", str(tmp_path)]  # or the other would take over what this one has asked
-        project.run("05_judge.py", *flags, "--run_name", "judge-undisturbed", *elsewhere)
-        flags += ["--run_name", "judge-killed"]
+        flags += ["--base_url", server.url, "--max_concurrency", "2", "--run_name", "judged"]
+        project.run("05_judge.py", *flags, "--output_dir", str(whole))
+        flags += ["--output_dir", str(killed)]
         for owner, where, after, how in MOMENTS:
             code = KILLED.format(owner=owner, where=where, after=after, how=how, flags=flags)
             words = [sys.executable, "-c", code]
             done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
             assert done.returncode == -signal.SIGKILL, (where, after, done.stdout[-500:], done.stderr[-1000:])
         project.run("05_judge.py", *flags)
-    rows = read_lines(outputs / "judge-killed" / "calls.jsonl")
+    rows = read_lines(killed / "judged" / "calls.jsonl")
     assert set(Counter((r["question_id"], r["turn"], *r["models"]) for r in rows).values()) == {1}
     assert len(rows) == 32
-    undisturbed = json.loads((tmp_path / "judge-undisturbed" / "run.json").read_text())
-    assert project.record("judge-killed")["metrics"] == undisturbed["metrics"]
+    records = [json.loads((folder / "judged" / "run.json").read_text()) for folder in (whole, killed)]
+    assert records[0]["metrics"] == records[1]["metrics"]
