@@ -6,7 +6,7 @@ import getpass
 import os
 import sys
 
-from helpers.errors import UserError, in_kernel
+from helpers.errors import SettingsError, UserError, in_kernel
 
 
 def hf_token(needed_for: str) -> str:
@@ -24,9 +24,21 @@ def hf_token(needed_for: str) -> str:
     return token
 
 
-def prepare_wandb(report_to: str, project: str) -> None:
-    """Settle wandb before its client can stop and ask: with a key online, without one offline, said in one line."""
-    if report_to != "wandb":
+def prepare_tracker(report_to: str, project: str) -> None:
+    """Settle the tracker before a model is loaded for it: raises SettingsError where it is unknown or not installed.
+
+    wandb is settled before its client can stop and ask: with a key online, without one offline, said in one line.
+    """
+    if report_to == "none":
+        return
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()  # looks whether its package is there
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"--report_to {report_to}: {' '.join(str(error).split())}") from None
+    if report_to not in ("wandb", "all"):
         return
     if project:
         os.environ["WANDB_PROJECT"] = project

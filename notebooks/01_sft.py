@@ -76,6 +76,7 @@ settings = load_settings(Settings, globals())
 # so the same command finds its own run again, and goes on where it stopped.
 
 # %%
+from helpers.credentials import prepare_tracker
 from helpers.display import show
 from helpers.fit import estimate_fit
 from helpers.models import plan_model
@@ -84,6 +85,7 @@ from helpers.runs import start_run
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
     show(*estimate_fit(settings))
 run = start_run(settings, base_model=settings.model_id)
+prepare_tracker(settings.report_to, settings.wandb_project)
 plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
 run.describe(plan=plan.as_dict())
 show(plan)
@@ -94,7 +96,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers.chat import apply_chat_format, show_labels
-from helpers.credentials import prepare_wandb
 from helpers.curves import Curves, final_metrics
 from helpers.data_report import DataReport
 from helpers.embeddings import fit_embeddings, token_rows
@@ -218,7 +219,6 @@ if settings.tuning != "full":
 # TRL's own, which packs conversations into full rows with `--packing`, apart from each other.
 
 # %%
-prepare_wandb(settings.report_to, settings.wandb_project)
 trainer = SFTTrainer(
     model=model,
     args=training_args,

@@ -84,7 +84,7 @@ settings = load_settings(Settings, globals())
 # From a published model, or a run of `01_sft.py`. The same command finds its run again, and goes on where it stopped.
 
 # %%
-from helpers.credentials import hf_token, prepare_wandb
+from helpers.credentials import hf_token, prepare_tracker
 from helpers.display import show
 from helpers.fit import estimate_fit
 from helpers.models import adapter_settings, plan_model
@@ -100,6 +100,7 @@ from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
     show(*estimate_fit(settings, parent))
 run = start_run(settings, base_model=settings.model_id, parent=parent)
+prepare_tracker(settings.report_to, settings.wandb_project)
 plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
 run.describe(plan=plan.as_dict())
 show(plan)
@@ -238,7 +239,6 @@ if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
     fit_embeddings(reference, tokenizer)
 
 # %%
-prepare_wandb(settings.report_to, settings.wandb_project)
 trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each prompt computed once
     model=model,
     ref_model=reference,

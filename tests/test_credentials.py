@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import credentials
-from helpers.errors import UserError
+from helpers.errors import SettingsError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +53,26 @@ def test_someone_at_a_terminal_is_asked() -> None:
 
 
 def test_wandb_goes_offline_without_a_key_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    credentials.prepare_wandb("none", "")
+    credentials.prepare_tracker("none", "")
     assert "WANDB_MODE" not in os.environ
-    credentials.prepare_wandb("wandb", "mine")
+    credentials.prepare_tracker("wandb", "mine")
     assert (os.environ["WANDB_MODE"], os.environ["WANDB_PROJECT"]) == ("offline", "mine")
     assert "no WANDB_API_KEY" in capsys.readouterr().out
 
 
 def test_wandb_stays_online_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    credentials.prepare_wandb("wandb", "")
+    credentials.prepare_tracker("wandb", "")
     assert "WANDB_MODE" not in os.environ
     monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
-    credentials.prepare_wandb("wandb", "")
+    credentials.prepare_tracker("wandb", "")
     assert "WANDB_MODE" not in os.environ
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"--report_to tensorbord: .*only .*tensorboard.* are supported"):
+        credentials.prepare_tracker("tensorbord", "")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(SettingsError, match="--report_to mlflow: MLflowCallback requires mlflow to be installed"):
+        credentials.prepare_tracker("mlflow", "")

@@ -17,6 +17,7 @@ from typing import Any
 
 import jupytext
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import trl_fields
 from tests.conftest import DPO, REPO, Project, code_cells
@@ -134,8 +135,12 @@ def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_comm
     history = (project.root / "outputs" / dpo_run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
 
-    first, second = run_cells_twice_in_a_kernel(project, DPO | {"run_name": "cells"})
+    first, second = run_cells_twice_in_a_kernel(project, DPO | {"run_name": "cells", "report_to": "tensorboard"})
     assert results(project, "cells") == expected
+    (board,) = (project.root / "outputs" / "cells" / "runs").iterdir()
+    logged = EventAccumulator(str(board)).Reload().Scalars("train/loss")
+    losses = {log["step"]: log["loss"] for log in map(json.loads, history) if "loss" in log}
+    assert {event.step: event.value for event in logged} == pytest.approx(losses)
     assert first == second
     assert first["max_steps"] == 6
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.history import read_samples
 from tests.conftest import REPO, Project
 
 STEPS = 6
@@ -81,6 +82,9 @@ def launch(project: Project, demo: Path, engine: str, job: str, folder: Path, pr
     ]
     losses = [log["loss"] for log in history if "loss" in log]
     assert len(losses) == STEPS
+    sampled = {row["step"] for row in read_samples(project.root / "outputs" / name)}
+    assert sampled == (set() if engine == "zero3" else {0, 2, 4, 6})
+    assert done.stdout.count("samples: none, because the weights lie in pieces") == (engine == "zero3")
     assert record["processes"] == processes
     shards = project.root / "outputs" / name / "checkpoint-3" / "global_step3"  # DeepSpeed's own
     assert shards.is_dir() == engine.startswith("zero")
