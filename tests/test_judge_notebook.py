@@ -280,7 +280,7 @@ MOMENTS = [
 def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
     project: Project, bench: Path, answered: str, tmp_path: Path
 ) -> None:
-    whole, killed = (
+    whole, killed = tmp_path / "undisturbed", tmp_path / "killed"  # apart: one would take over what another has asked
         tmp_path / "undisturbed",
         tmp_path / "killed",
     )  # apart, or one would take over what another has asked
