@@ -280,10 +280,8 @@ MOMENTS = [
 def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
     project: Project, bench: Path, answered: str, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "undisturbed", tmp_path / "killed"  # apart: one would take over what another has asked
-        tmp_path / "undisturbed",
-        tmp_path / "killed",
-    )  # apart, or one would take over what another has asked
+    # apart, or one would take over what another has asked
+    whole, killed = tmp_path / "undisturbed", tmp_path / "killed"
     flags = ["--bench_dir", str(bench), "--answers_dir", f"outputs/{answered}", "--judge_model", "gpt-4"]
     with judge_server(coin) as server:
         flags += ["--base_url", server.url, "--max_concurrency", "2", "--run_name", "judged"]
