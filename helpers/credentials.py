@@ -31,7 +31,7 @@ def prepare_tracker(report_to: str, project: str) -> None:
     """
     if report_to == "none":
         return
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     try:
         for callback in get_reporting_integration_callbacks(report_to):
