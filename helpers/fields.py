@@ -115,7 +115,7 @@ class TrainSettings(RunSettings):
     early_stopping_patience: int = 0  # stop after so many evaluations without a lower eval_loss; keep the best
     stop_on: tuple[str, ...] = ()  # findings that end a run early, with a checkpoint: displacement, margin ...
     sample_steps: float = 0.2  # answer a few held-out prompts every so many steps; below 1 a share of all; 0 never
-    sample_tokens: int = 256  # tokens of such an answer, at most
+    sample_tokens: int = 512  # tokens of such an answer, at most
     overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond max_length
     strict: bool = False  # stop when any row has to be dropped
     chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file

@@ -23,8 +23,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from helpers.checkpoints import mark_whole, newest_marked
 from helpers.errors import Interrupted, UserError
 from helpers.fields import TrainSettings
-from helpers.health import FINDINGS, NAMES, examine
-from helpers.live import show_live
+from helpers.health import NAMES, examine
+from helpers.live import loss_types, show_live
 from helpers.paths import short_path
 from helpers.processes import is_main_process, wait_for_all
 from helpers.runs import Run
@@ -108,7 +108,7 @@ class Guard(TrainerCallback):
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise self._nan(state, "the loss is not a number")
         if self.stop_on and not self.found:
-            names = [finding.name for finding in examine(state.log_history, state.max_steps)]
+            names = [finding.name for finding in examine(state.log_history, state.max_steps, loss_types(args))]
             self.found = next((name for name in names if name in self.stop_on), "")
 
     def _refuse_nan(self, state: TrainerState) -> None:
@@ -151,8 +151,8 @@ class Guard(TrainerCallback):
         goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
         at = f"at step {state.global_step} of {state.max_steps}"
         if self.found:
-            finding = FINDINGS[self.found](state.log_history, state.max_steps)
-            said = f"{finding.seen}; try {finding.try_}" if finding else "found by another process"
+            found = [f for f in examine(state.log_history, state.max_steps) if f.name == self.found]
+            said = f"{found[0].seen}; try {found[0].try_}" if found else "found by another process"
             # a launcher ends all when one has failed: the others do not, so that the main process can say this first
             status = 3 if is_main_process() else 0
             raise Interrupted(f"stopped {at} by --stop_on {self.found}: {said}; without it {goes_on}", status)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 History = list[dict[str, float]]  # what the Trainer logged, one dictionary a log
 SAMPLES = "samples.jsonl"
+WINDOW = 5  # logs of training that are looked at together
 
 
 def read_history(file: Path) -> History:
@@ -35,6 +38,20 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one logged name, without those that are not numbers."""
     points = [(log["step"], log[name]) for log in history if name in log and math.isfinite(log[name])]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def is_dpo(history: History) -> bool:
+    return any("rewards/margins" in log for log in history)
+
+
+def ends(history: History, name: str, of: Callable[..., float]) -> list[float]:
+    """Where a value began and where it is now: the first evaluation and `of` (min or max) the last two of the others,
+    which are of the same rows. Without those, or where the first came after logs of training, medians of the first and
+    last window of training. [] before that."""
+    (at, held_out), (steps, training) = series(history, f"eval_{name}"), series(history, name)
+    if len(held_out) > 1 and at[0] <= min(steps, default=math.inf):
+        return [held_out[0], of(held_out[1:][-2:])]
+    return [median(training[:WINDOW]), median(training[-WINDOW:])] if len(training) >= 2 * WINDOW else []
 
 
 def with_speed(history: History) -> History:

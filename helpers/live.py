@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,18 @@ class LiveCurves(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if time.monotonic() >= self.due:
-            self._draw(state)
+            self._draw(state, loss_types(args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._draw(state)
+        self._draw(state, loss_types(args))
 
-    def _draw(self, state: TrainerState) -> None:
+    def _draw(self, state: TrainerState, loss_types: Collection[str]) -> None:
         from IPython.display import display
 
         begun = time.monotonic()
-        findings = examine(state.log_history, state.max_steps)
+        findings = examine(state.log_history, state.max_steps, loss_types)
         picture = as_picture(draw(state.log_history, f"{self.name}, step {state.global_step}", findings))
         if self.shown is None:
             self.shown = display(picture, display_id=True)
@@ -93,15 +94,23 @@ class HealthWatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.run.describe(findings=[])
+        self.run.update(findings=[], max_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        findings = examine(state.log_history, state.max_steps)
+        findings = examine(state.log_history, state.max_steps, loss_types(args))
+        before = [finding["name"] for finding in self.run.record["findings"]]
         self.run.describe(findings=[dataclasses.asdict(finding) for finding in findings])
+        if before != [finding.name for finding in findings]:
+            self.run.update()  # now, for a run that is killed later
         for finding in findings:
             if finding.name not in self.said and is_main_process():
                 tqdm.write(f"step {state.global_step}: {finding}")
             self.said.add(finding.name)
+
+
+def loss_types(args: TrainingArguments) -> Collection[str]:
+    """DPOConfig's `loss_type`, a list."""
+    return getattr(args, "loss_type", None) or ()
 
 
 def log_line(log: dict[str, float]) -> str:

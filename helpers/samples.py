@@ -22,7 +22,8 @@ PROMPTS = 8
 class Sampler(TrainerCallback):
     """Answers the first held-out prompts before the first step and every `every` steps (below 1: that share of all).
 
-    Each answer is a line of samples.jsonl, and their mean length (tokens) a log of its own, `samples/mean_length`.
+    Each answer is a line of samples.jsonl; their mean length (tokens) and the share that was cut off are a log of their
+    own, `samples/mean_length` and `samples/cut`.
     Nothing of the training changes: the answers are greedy, and draw no random numbers. Under ZeRO-3 and FSDP there are
     none, for every process would have to take part. Read in transformers 5.23 (trainer_callback.py).
     """
@@ -65,10 +66,11 @@ class Sampler(TrainerCallback):
                 }
                 file.write(json.dumps({"step": state.global_step, **texts, "tokens": len(answer)}, ensure_ascii=False))
                 file.write("\n")
-        mean = sum(map(len, answers)) / len(answers)
+        mean, ends = sum(map(len, answers)) / len(answers), end_tokens(tokenizer, model.generation_config)
+        cut = sum(len(ids) == self.max_new_tokens and ids[-1] not in ends for ids in answers) / len(answers)
         tqdm.write(f"step {state.global_step}: sampled answers have {mean:.3g} tokens; {_shorten(texts)}")
         # not Trainer.log: TRL's (dpo_trainer.py, log) adds what it has gathered since its last log, and forgets it
-        row = {"samples/mean_length": mean, "epoch": state.epoch or 0.0}
+        row = {"samples/mean_length": mean, "samples/cut": cut, "epoch": state.epoch or 0.0}
         state.log_history.append({**row, "step": state.global_step})
         self.trainer.callback_handler.call_event("on_log", args, state, control, logs=row)
 

@@ -8,6 +8,7 @@ histories/ has logs of real runs of the demo: at its defaults (demo, sft), and o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def held_out(name: str, values: list[float]) -> History:
     return [{"step": step, "eval_loss": 1.0, f"eval_{name}": value} for step, value in zip(steps, values, strict=True)]
 
 
+def of_300_tokens(chosen: float, rejected: float, beta: float) -> History:
+    """A run whose answers are of 300 tokens, a nat each; by so many nats they became more likely."""
+
+    def log(step: float, of_all: float) -> dict[str, float]:
+        told = {"loss": 0.69 - 0.2 * of_all, "rewards/accuracies": 0.75 * (step > 0)}
+        told |= {"rewards/margins": beta * (chosen - rejected) * of_all, "rewards/chosen": beta * chosen * of_all}
+        told |= {"logps/chosen": -300 + chosen * of_all, "logps/rejected": -290 + rejected * of_all}
+        return {"step": step} | {f"eval_{name}": value for name, value in told.items()}
+
+    losses = trained(loss=[0.69 - 0.02 * i for i in range(10)])
+    return [log(0, 0), *losses, *(log(step, step / STEPS) for step in (20, 40, 60, 80, 100))]
+
+
 @pytest.mark.parametrize("run", ["demo", "sft"])
 def test_the_demo_at_its_defaults_has_no_finding_at_any_of_its_steps(run: str) -> None:
     assert len(recorded(run)) > 30
@@ -56,17 +70,20 @@ def test_the_demo_at_its_defaults_has_no_finding_at_any_of_its_steps(run: str) -
 
 
 def test_a_learning_rate_100_times_too_high_is_seen_within_a_fifth_of_the_run() -> None:
-    assert first_seen(recorded("rate_100_times")) == {"spikes": 12, "displacement": 20, "entropy": 20}
+    assert first_seen(recorded("rate_100_times")) == {
+        "spikes": 12, "displacement": 20, "entropy": 20, "diverged": 20,
+    }  # fmt: skip
     said = {finding.name: str(finding) for finding in examine(recorded("rate_100_times"))}
     assert "fell from -2.16 to -27.6, their reward to -2.5" in said["displacement"]
     assert "the gradient norm was 261 at step 12" in said["spikes"]
+    assert "the loss went from 0.929 to 3.66" in said["diverged"]
     assert all("a lower --learning_rate" in text for text in said.values())
 
 
 def test_flipped_labels_teach_nothing() -> None:
-    assert first_seen(recorded("labels_flipped")) == {"nothing": 52}
+    assert first_seen(recorded("labels_flipped")) == {"no_learning": 52}
     (finding,) = examine(recorded("labels_flipped"))
-    assert "46% of pairs are told apart, where half is chance" in finding.seen
+    assert "46% of pairs are told apart" in finding.seen
     assert "a look at the labels" in finding.try_
 
 
@@ -90,7 +107,9 @@ def test_displacement_needs_no_evaluation_and_a_reward_below_the_reference() -> 
     assert names(trained(logps__chosen=falling, rewards__chosen=[-0.1 * i for i in range(10)])) == {"displacement"}
     # other batches have other log-probabilities; against the reference, on the same rows, these gained
     assert names(trained(logps__chosen=falling, rewards__chosen=[0.1 * i for i in range(10)])) == set()
-    assert names(trained(logps__chosen=[-20.0, -21.0] * 5, rewards__chosen=[-0.1] * 10)) == set()  # by a twentieth
+    assert names(trained(logps__chosen=[-20.0, -20.8] * 5, rewards__chosen=[-0.1] * 10)) == set()  # by a 25th
+    assert names(of_300_tokens(chosen=-10, rejected=-30, beta=0.1)) == set()
+    assert names(of_300_tokens(chosen=-20, rejected=-40, beta=0.1)) == {"displacement"}
 
 
 def test_a_reward_margin_above_ten_runs_away_and_one_of_nine_does_not() -> None:
@@ -101,12 +120,26 @@ def test_a_reward_margin_above_ten_runs_away_and_one_of_nine_does_not() -> None:
     assert names(trained(rewards__margins=one_log, **logps)) == set()
 
 
+def test_long_answers_are_further_apart_in_nats_than_short_ones() -> None:
+    """As in a published QLoRA DPO of a 7B with β = 0.01: a margin of 1.09, that is 109 nats, and 75 % told apart."""
+    assert "margin" not in names(of_300_tokens(chosen=-100, rejected=-209, beta=0.01))
+    assert "margin" in names(of_300_tokens(chosen=-100, rejected=-600, beta=0.01))
+
+
+def test_ipo_asks_for_a_margin_of_its_own() -> None:
+    logps = {"logps__chosen": [-20.0] * 10, "logps__rejected": [-25.0] * 10, "rewards__accuracies": [0.9] * 10}
+    far = trained(rewards__margins=[15.0 * i for i in range(10)], **logps)
+    assert [finding.name for finding in examine(far, 0, ["sigmoid"])] == ["margin"]
+    assert examine(far, 0, ["ipo"]) == []
+
+
 def test_pairs_told_apart_late_or_not_always_are_not_saturated() -> None:
     margins = [1.0] * 40
     for accuracies, expected in (
-        ([0.5] * 5 + [1.0] * 35, {"saturated"}),
-        ([0.5] * 25 + [1.0] * 15, set()),  # in the second half
+        ([0.5] * 4 + [0.975] + [1.0] * 35, {"saturated"}),  # a log has 40 pairs
+        ([0.5] * 24 + [0.975] + [1.0] * 15, set()),  # in the second half
         ([0.5] * 5 + [1.0, 1.0, 1.0, 0.9] * 8 + [1.0] * 3, set()),
+        ([0.5] * 5 + [0.75] + [1.0] * 34, set()),  # of 4 pairs a log, 34 are 136
     ):
         assert names(trained(rewards__accuracies=accuracies, rewards__margins=margins)) == expected
 
@@ -120,6 +153,30 @@ def test_held_out_margins_that_fall_while_training_s_rise_are_overfitting() -> N
     assert names(rising + held_out("rewards/margins", noise)) == set()
     both_fall = trained(rewards__margins=[1 - i / 20 for i in range(20)], rewards__accuracies=[0.9] * 20)
     assert names(both_fall + held_out("rewards/margins", falls)) == set()
+
+
+def test_a_held_out_loss_that_rises_is_overfitting_though_margins_grow_on_both_sides() -> None:
+    """As in published DPO runs of three epochs on a 7B."""
+    grow = [i / 20 for i in range(20)]
+    training = trained(rewards__margins=grow, rewards__accuracies=[0.9] * 20, loss=[0.69 - g / 2 for g in grow])
+    losses, margins = [0.693, 0.49, 0.55, 0.65, 0.74, 0.75], [0.0, 1.0, 2.0, 3.0, 3.5, 3.8]
+    evaluations = held_out("rewards/margins", margins)
+    for log, loss in zip(evaluations, losses, strict=True):
+        log["eval_loss"] = loss
+    (finding,) = examine(training + evaluations)
+    assert finding.name == "overfitting"
+    assert "the held-out loss went from 0.49 at step 20 to 0.75, that of training from 0.652 to 0.265" in finding.seen
+
+
+def test_a_loss_above_where_it_began_has_diverged_and_is_not_called_unlearned() -> None:
+    def dpo(loss: float, accuracy: float, margin: float) -> History:
+        begun = {"step": 0, "eval_loss": 0.693, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0}
+        now = {"eval_loss": loss, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
+        return [begun, *trained(rewards__margins=[margin] * 10), *({"step": step} | now for step in (50, 100))]
+
+    assert names(dpo(0.85, 0.5, -0.3)) == names(dpo(1.8, 0.25, -1.5)) == {"diverged"}
+    assert names(dpo(0.75, 0.5, -0.01)) == {"no_learning"}
+    assert names(dpo(0.6, 0.7, 0.3)) == set()
 
 
 def test_a_held_out_loss_that_rises_while_training_s_falls_is_overfitting_of_sft() -> None:
@@ -155,13 +212,21 @@ def test_a_warmup_as_long_as_the_run_leaves_it_cold() -> None:
 
 
 def test_sampled_answers_that_get_half_as_long_again_drift() -> None:
-    def sampled(*lengths: float) -> History:
-        return [{"step": 20 * i, "samples/mean_length": length} for i, length in enumerate(lengths)]
+    def sampled(*lengths: float, cut: Sequence[float] = (), dpo: bool = True) -> History:
+        logs = [{"step": 20.0 * i, "samples/mean_length": length} for i, length in enumerate(lengths)]
+        return [{"step": 0.0, "rewards/margins": 0.1}] * dpo + [
+            log | ({"samples/cut": cut[i]} if cut else {}) for i, log in enumerate(logs)
+        ]
 
     assert names(sampled(100, 120, 160, 170)) == {"length"}
     assert names(sampled(100, 120, 170)) == set()  # once
     assert names(sampled(100, 60, 40, 40)) == set()  # briefer is often what was chosen
     assert names(sampled(100, 30, 20)) == {"length"}
+    assert names(sampled(500, 30, 20, dpo=False)) == set()  # SFT learns to end an answer
+    # most of them reach --sample_tokens, and what they would have become is not seen
+    (finding,) = examine(sampled(400, 480, 500, 512, cut=(0.25, 0.5, 0.75, 1.0)))
+    assert finding.seen == "sampled answers went from 400 to 512 tokens by step 60, where 100% are cut off"
+    assert names(sampled(400, 480, 500, 512, cut=(0.5, 0.5, 0.75, 1.0))) == set()
 
 
 def test_the_accuracy_of_0_at_step_0_alarms_nobody() -> None:
@@ -173,8 +238,11 @@ def test_the_accuracy_of_0_at_step_0_alarms_nobody() -> None:
 
 
 def test_sft_learned_nothing_when_its_loss_stays_within_a_hundredth() -> None:
-    assert names(trained(loss=[2.0, 2.01] * 5)) == {"nothing"}
+    assert names(trained(loss=[2.0, 2.01] * 5)) == {"no_learning"}
     assert names(trained(loss=[2.0 - 0.02 * i for i in range(10)])) == set()
+    # the first evaluation comes after a fifth of the run, when most is learned
+    late = [{"step": 20 * i, "eval_loss": loss} for i, loss in enumerate([0.972, 0.968, 0.966, 0.965, 0.965], 1)]
+    assert names(sorted(trained(loss=[1.45, 1.2, 1.0] + [0.97] * 17) + late, key=lambda log: log["step"])) == set()
 
 
 def test_a_finding_says_what_was_seen_why_it_matters_and_what_to_try() -> None:

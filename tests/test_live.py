@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, TrainerControl, Trai
 from helpers import guard, live, samples
 from helpers.checkpoints import fault_of_checkpoint
 from helpers.errors import Interrupted
-from helpers.runs import Run
+from helpers.runs import Run, read_run
 from tests.conftest import DPO, REPO, SFT, Project
 
 
@@ -40,6 +40,7 @@ def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_no
     for log in (log for log in logs(project, dpo_run) if "samples/mean_length" in log):
         lengths = [row["tokens"] for row in rows if row["step"] == log["step"]]
         assert log["samples/mean_length"] == sum(lengths) / len(lengths)
+        assert log["samples/cut"] == sum(length == 48 for length in lengths) / len(lengths)  # the recipe's
         assert max(lengths) <= 48
 
     project.run("02_dpo.py", *flags(run_name="unseen", sample_steps=0))
@@ -99,8 +100,8 @@ def test_two_processes_stop_on_a_finding_at_the_same_step(project: Project, sft_
 def test_a_finding_that_is_none_is_refused_with_the_list(project: Project) -> None:
     done = project.run("02_dpo.py", "--stop_on", "displacement", "sadness", status=2)
     assert done.stderr.strip() == (
-        "error: --stop_on sadness is none of the findings: displacement, margin, saturated, overfitting, entropy, "
-        "spikes, cold, length, nothing, nan"
+        "error: --stop_on sadness is none of the findings: displacement, margin, saturated, overfitting, diverged, "
+        "entropy, spikes, cold, length, no_learning, nan"
     )
 
 
@@ -195,16 +196,17 @@ def test_a_finding_is_said_once_and_those_there_are_are_kept(tmp_path: Any, caps
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     state = TrainerState(global_step=6, max_steps=12)
     watch.on_train_begin(args, state, control)
-    assert run.record["findings"] == []
+    assert (run.record["findings"], run.record["max_steps"]) == ([], 12)
     state.log_history = [{"step": i, "loss": 1.0 / i, "learning_rate": 0.0} for i in range(1, 7)]
     watch.on_log(args, state, control)
     watch.on_log(args, state, control)
     said = capsys.readouterr().out
     assert said.count("cold: at step 6 of 12 the learning rate is 0.") == 1
     assert [finding["name"] for finding in run.record["findings"]] == ["cold"]
+    assert read_run(tmp_path) == run.record  # kept at once, for a run that is killed later
     state.log_history.append({"step": 7, "loss": 0.1, "learning_rate": 1e-4})
     watch.on_log(args, state, control)
-    assert run.record["findings"] == []
+    assert read_run(tmp_path)["findings"] == []
 
 
 def test_sft_is_sampled_too(project: Project, sft_run: str) -> None:
