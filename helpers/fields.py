@@ -31,6 +31,7 @@ NOT_IDENTITY |= {"retry_errors", "price_in", "price_out"}
 NOT_IDENTITY |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
 NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
 NOT_IDENTITY |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
+NOT_IDENTITY |= {"precompute_ref_log_probs"}  # says when the reference's are computed, not what they are
 NOT_IDENTITY_OF = {"judge": {"seed", "base_url", "max_new_tokens"}, "vibes": {"base_url"}}
 
 

@@ -5,6 +5,11 @@
 A flag with several values is an axis of the grid. One that takes several values itself (--loss_type sigmoid sft) is an
 axis where it is given several times, an alternative each: --loss_type sigmoid --loss_type sigmoid sft. Given again, the
 same command does what is missing: finished runs are left alone, and a run that was stopped goes on.
+
+DPO's runs compute the reference's log-probabilities before they train, and keep them for later runs
+(--precompute_ref_log_probs). TRL keeps them by the rows and by all weights of the policy, those of its new adapter too:
+runs share them along --dpo_beta, --loss_type, --learning_rate and whatever else leaves both alone. Each value of
+--seed, --lora_r, --tuning or of a setting of the data computes them again.
 """
 
 from __future__ import annotations
@@ -29,15 +34,15 @@ from typing import Any, get_type_hints
 from helpers import layers, trl_fields
 from helpers.curves import Curves, draw_over
 from helpers.display import show
-from helpers.errors import Interrupted, SettingsError, UserError, report_user_errors
+from helpers.errors import Interrupted, SettingsError, UserError, answer_help, report_user_errors
 from helpers.fields import RunSettings
 from helpers.paths import find_path, short_path
 from helpers.runs import read_run, write_json
 from helpers.settings import load_settings
 
 NAMED = re.compile(r"Run: (.+)|(.+) (?:is finished: nothing to do|was finished before)")  # what start_run says
-# Of the reference TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) keeps the log-probabilities of a data set for every
-# later run, unless one of these says how they are to be computed, or that they change.
+# TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) keeps the reference's log-probabilities by the data set's fingerprint
+# and a hash of the policy's state_dict. Not where one of these says how they are to be computed, or that they change.
 OWN_REFERENCE = {"precompute_ref_log_probs", "sync_ref_model", "ld_alpha"}
 FOLLOWED = re.compile(r"step +\d+[:/]|Run: |Going on|error: ")
 METRICS = {
@@ -66,6 +71,7 @@ class Point:
 def main(argv: Sequence[str]) -> None:
     """Run the grid. Raises UserError where a run failed, after all the others, and SettingsError before any."""
     report_user_errors()
+    answer_help(argv, __doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":
         raise SettingsError("usage: python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
@@ -204,7 +210,9 @@ def summarise(folder: Path, points: Sequence[Point]) -> None:
         values = [f"{(result['metrics'] or {}).get(name, math.nan):.4g}" for name in metrics]
         found = ", ".join(finding["name"] for finding in result["findings"] or [])
         name, status = Path(point.run).name, result["status"] or "failed"
-        table.add_row(*point.values.values(), *values, found, name if status == "finished" else f"{name} {status}")
+        table.add_row(
+            *point.values.values(), *values, found or "-", name if status == "finished" else f"{name} {status}"
+        )
     show(draw_over({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
     show(table, f"Drawn: {short_path(folder / 'curves.png')}")
 

@@ -15,6 +15,7 @@ import pytest
 
 from helpers import sweep
 from helpers.errors import SettingsError
+from helpers.settings import load_settings
 from tests.conftest import DPO, REPO, Project
 from tests.test_notebooks import wait_for
 from tests.test_readme import COMMANDS
@@ -78,6 +79,10 @@ def test_dpo_keeps_the_reference_s_log_probabilities_unless_told_otherwise() -> 
     notebook = REPO / "notebooks" / "02_dpo.py"
     betas = ["--dpo_beta", "0.1", "0.3"]
     assert sweep.plan(notebook, betas)[0][0].flags[-2:] == ["--precompute_ref_log_probs", "True"]
+    one, _ = sweep.plan(notebook, betas)[0]
+    cls = sweep.settings_of(notebook)
+    digests = {load_settings(cls, {}, words).digest("start") for words in (one.flags, ["--dpo_beta", "0.1"])}
+    assert len(digests) == 1  # a run that was made without a sweep is one of its runs
     own = sweep.plan(notebook, [*betas, "--precompute_ref_log_probs", "False"])[0][0].flags
     assert own == ["--dpo_beta", "0.1", "--precompute_ref_log_probs", "False"]
 
@@ -95,6 +100,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_finished_ones_are_not_made_agai
     table = [[cell.strip() for cell in row.split("│")[1:-1]] for row in done.stdout.splitlines() if "│" in row]
     assert [row[:2] for row in table] == [["0.05", "0.025"], ["2", "nan"], ["0.1", "0.05"]]
     assert table[1][-1].endswith("failed")
+    assert [row[-2] for row in table] == ["-"] * 3  # findings
     assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     found = json.loads((folder / "sweep.json").read_text())
     assert [point["record"]["status"] for point in found] == ["finished", "failed", "finished"]
