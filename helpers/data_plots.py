@@ -22,6 +22,7 @@ WIDEST = 46  # characters of a label
 def draw_report(report: DataReport) -> Figure:
     """Lengths, which answer is longer, openings of the two sides, and what became of the rows."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     pairs = bool(report.train.rejected)
     figure = Figure(figsize=(11, 6.5 if pairs else 3.4), layout="constrained")
@@ -31,7 +32,10 @@ def draw_report(report: DataReport) -> Figure:
     if pairs:
         _difference(axes[1], report)
         _openings(axes[2], report)
-    for axis in axes:
+    counted = ("y pairs", "y pairs", "x pairs", "x rows") if pairs else ("y conversations", "x rows")
+    for axis, (side, _, rows) in zip(axes, (words.partition(" ") for words in counted), strict=True):
+        getattr(axis, f"{side}axis").set_major_locator(MaxNLocator("auto", integer=True))
+        getattr(axis, f"set_{side}label")(rows, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     return figure
@@ -47,12 +51,13 @@ def _lengths(axis: Any, report: DataReport) -> None:
             histtype="step",
             linewidth=1.5,
             color=COLOURS[name],
-            label=f"{name}, half ≤ {int(np.median(n)):,}",
+            label=f"{name}, median {np.median(n):,.0f}",
         )
     if report.max_length:
         axis.axvline(report.max_length, color="grey", linestyle=":", label=f"max_length {report.max_length:,}")
     axis.set_xscale("log")
-    axis.set_title("tokens", loc="left", fontsize=10)
+    axis.set_title("lengths", loc="left", fontsize=10)
+    axis.set_xlabel("tokens", fontsize=8)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -64,7 +69,8 @@ def _difference(axis: Any, report: DataReport) -> None:
     axis.hist(more[more > 0], bins=bins, color=COLOURS["chosen"], alpha=0.8)
     axis.axvline(0, color="black", linewidth=0.8)
     share = (more > 0).mean()
-    axis.set_title(f"chosen longer than rejected, tokens: {share:.0%} of pairs", loc="left", fontsize=10)
+    axis.set_title(f"the chosen answer is the longer one in {share:.0%} of pairs", loc="left", fontsize=10)
+    axis.set_xlabel("tokens of chosen less those of rejected", fontsize=8)
 
 
 def _openings(axis: Any, report: DataReport) -> None:

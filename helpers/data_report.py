@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PROMPTS = 32  # that are kept with a run
-QUANTILES = {"5 %": 0.05, "half": 0.5, "95 %": 0.95, "99 %": 0.99, "longest": 1.0}
+QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "longest": 1.0}
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     assert saved["share_of_rows"] == {"chosen equals rejected": 1 / 40}
     chosen = sorted(len(ids) for ids in train["chosen_ids"][:] + held_out["chosen_ids"][:])
     assert saved["lengths"]["chosen"]["longest"] == chosen[-1]
-    assert saved["lengths"]["chosen"]["half"] == chosen[len(chosen) // 2]
+    assert saved["lengths"]["chosen"]["median"] == chosen[len(chosen) // 2]
     assert saved["findings"][0]["name"] == "longer is chosen"
     assert saved["findings"][0]["value"] == 1.0
     height, width, _ = imread(tmp_path / "data_report.png").shape
@@ -129,7 +130,14 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     console.print(report)
     said = console.export_text()
     assert "! The longer answer is the preferred one in 100% of pairs" in said
-    assert "tokens of" in said
+    assert re.search(r"tokens of +mean +5 % +median +95 %", said)
+    lengths, difference, begin, rows = report.figure.axes
+    assert f"chosen, median {np.median(chosen):,.0f}" in [text.get_text() for text in lengths.get_legend().get_texts()]
+    assert [lengths.get_ylabel(), difference.get_ylabel(), begin.get_xlabel(), rows.get_xlabel()] == [
+        "pairs", "pairs", "pairs", "rows",
+    ]  # fmt: skip
+    ticks = [*lengths.get_yticks(), *difference.get_yticks(), *begin.get_xticks(), *rows.get_xticks()]
+    assert all(tick == int(tick) for tick in ticks)
 
 
 def test_the_command_reads_a_recipe_and_refuses_what_it_does_not_know(
