@@ -98,6 +98,18 @@ def refuse_other_processes(folder: Path, before: int | None, now: int, same_rows
         )
 
 
+def refuse_other_settings(folder: Path, record: dict[str, Any], identity: dict[str, Any], origin: str) -> None:
+    """Raise SettingsError where the run whose record this is was made with other settings, or from something else."""
+    before = record["identity"] | {"what it starts from": record.get("origin", origin)}
+    now = json.loads(json.dumps(identity | {"what it starts from": origin}, default=str))
+    other = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
+    if other:
+        raise SettingsError(
+            f"{short_path(folder)} was made with other settings ({', '.join(other)}): "
+            "give another --run_name, or --resume never to replace it"
+        )
+
+
 def named_checkpoint(name: str) -> Path:
     """The folder that --resume PATH names. Raises UserError where it is not a whole checkpoint."""
     path = find_path(name)

@@ -6,14 +6,17 @@ python -m helpers.curves outputs/a outputs/b [--out curves.png]
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import layers
-from helpers.errors import SettingsError, UserError, report_user_errors
+from helpers.errors import SettingsError, UserError, answer_help, report_user_errors
 from helpers.health import Finding, examine
 from helpers.history import History, read_history, read_samples, series, with_speed
 from helpers.paths import find_path, short_path
@@ -56,12 +59,17 @@ class Curves:
         history, record = read_history(folder / "metrics.jsonl"), read_run(folder)
         if not history:
             raise UserError(f"{short_path(folder)} is not the folder of a run that has begun: it has no metrics.jsonl")
-        length = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
+        unknown = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
+        length = record.get("max_steps") or unknown  # a run that was stopped has gone a part of its length
         return cls(folder.resolve().name, history, examine(history, length), read_samples(folder))
 
     @property
     def figure(self) -> Figure:
         return draw(self.history, self.name, self.findings)
+
+    def as_png(self) -> bytes:
+        self.figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
+        return picture.getvalue()
 
     def __rich__(self) -> Any:
         """The findings in words, and what was sampled first and last."""
@@ -91,6 +99,15 @@ def draw_over(histories: Mapping[str, History], title: str = "") -> Figure:
     return _draw(histories, title)
 
 
+def _colours(count: int) -> list[Any]:
+    """A colour a run: matplotlib's own, of which there are ten, or as many as it takes of a scale."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
 def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Finding] = ()) -> Figure:
     import textwrap
 
@@ -102,13 +119,13 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Findi
     hidden = {"token accuracy"} if DPO_ONLY in logged else set()
     panels = {panel: names for panel, names in PANELS.items() if logged & set(names) and panel not in hidden}
     columns = 3 if len(panels) <= 9 else 4
-    rows = max(1, math.ceil(len(panels) / columns))
+    rows, colours = max(1, math.ceil(len(panels) / columns)), _colours(len(runs))
     words = [line for f in findings for line in textwrap.wrap(f"{f.name}: {f.seen}", 45 * columns)]
     figure = Figure(figsize=(3.8 * columns, 2.3 * rows + 0.2 * len(words)), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
-        for i, (run, history) in enumerate(runs.items()):
-            _draw_run(axis, history, names, f"C{i}" if run else "")
+        for (run, history), colour in zip(runs.items(), colours, strict=True):
+            _draw_run(axis, history, names, colour if run else "")
         axis.set_title(panel, loc="left", fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -120,7 +137,7 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Findi
         axis.set_xlabel("step")
         axis.xaxis.set_tick_params(labelbottom=True)
     if any(runs):
-        lines = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
+        lines = [Line2D([], [], color=colour, label=run) for run, colour in zip(runs, colours, strict=True)]
         figure.legend(handles=lines, loc="outside upper right", ncols=min(4, len(runs)), frameon=False, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if words:
@@ -128,7 +145,7 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Findi
     return figure
 
 
-def _draw_run(axis: Axes, history: History, names: Sequence[str], colour: str) -> None:
+def _draw_run(axis: Axes, history: History, names: Sequence[str], colour: Any) -> None:
     """One run's values in one panel: in `colour`, or else a colour a value."""
     for i, name in enumerate(names):
         of_value = "C0" if len(names) == 1 else ("C2", "C3")[i]
@@ -160,18 +177,40 @@ def _held_out(trainer: Trainer) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     """Draw the runs whose folders are named, and say of each what is wrong with it."""
     report_user_errors()
+    answer_help(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     flags = dict(layers.split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
         raise SettingsError("usage: python -m helpers.curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
-    runs = [Curves.read(find_path(folder) or Path(folder)) for folder in argv[:at]]
-    figure = runs[0].figure if len(runs) == 1 else draw_over({run.name: run.history for run in runs})
+    _refuse_out(out)
+    runs = {folder: Curves.read(folder) for folder in ((find_path(name) or Path(name)).resolve() for name in argv[:at])}
+    labelled = dict(zip(names_apart(list(runs)), runs.values(), strict=True))
+    several = {label: run.history for label, run in labelled.items()}
+    figure = draw_over(several) if len(several) > 1 else next(iter(runs.values())).figure
     figure.savefig(out, dpi=120)
-    for run in runs:
+    for label, run in labelled.items():
         for finding in run.findings:
-            print(f"{run.name}: {finding}")
+            print(f"{label}: {finding}")
     print(f"Drawn: {short_path(out)}")
+
+
+def names_apart(folders: Sequence[Path]) -> list[str]:
+    """For each of these folders the shortest end of its path that no other one has."""
+    ends = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
+    shared = Counter(end for of_one in ends for end in of_one)
+    return [next((end for end in of_one if shared[end] == 1), of_one[-1]) for of_one in ends]
+
+
+def _refuse_out(out: Path) -> None:
+    """Raise SettingsError for a picture that cannot be written, before anything is read."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix.lower().removeprefix(".") not in formats:
+        raise SettingsError(f"--out {out} is no picture: its name ends in .png, .svg, .pdf ({', '.join(formats)})")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise SettingsError(f"--out {out}: there is no folder {out.parent}, or none that can be written")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 
 # How PEFT 0.21 and transformers 5.23 begin to say that a setting names nothing.
@@ -71,6 +72,13 @@ def report_user_errors() -> None:
 
     if not in_kernel():
         sys.excepthook = hook
+
+
+def answer_help(argv: Sequence[str], doc: str | None) -> None:
+    """Where --help is asked for, print a module's docstring, which has its commands, and end well."""
+    if {"-h", "--help"} & set(argv):
+        print((doc or "").strip())
+        raise SystemExit(0)
 
 
 def _of_a_config(error: BaseException, trace: TracebackType | None) -> bool:

@@ -6,22 +6,25 @@ python -m helpers.report outputs/<run>
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
-import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers import report_results, report_training
-from helpers.errors import SettingsError, UserError, report_user_errors
+from helpers.curves import Curves
+from helpers.errors import SettingsError, UserError, answer_help, report_user_errors
 from helpers.model_card import lineage
 from helpers.paths import find_path, short_path
 from helpers.processes import is_main_process
 from helpers.report_parts import Part, day, say, tidy, words
 from helpers.report_results import Subject
-from helpers.runs import Run, read_run
+from helpers.runs import Run, read_run, write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FILE = "report.html"
@@ -69,9 +72,7 @@ def write_report(folder: Path) -> Path:
         )
     )
     file = folder / FILE
-    draft = file.with_name(f".{FILE}.{os.getpid()}")
-    draft.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))  # half a surrogate pair becomes U+FFFD there
-    draft.replace(file)
+    write_whole(file, page.encode("utf-8", errors="xmlcharrefreplace"))  # half a surrogate pair becomes U+FFFD there
     return file
 
 
@@ -90,6 +91,21 @@ def show_report(*folders: Path) -> None:
         print(f"Report: {short_path(files[-1])}")
 
 
+def leave_report(folder: Path) -> None:
+    """curves.png and report.html of a run that is ended early, where it has logged anything.
+
+    What ended it is about to be raised, so nothing is here: not what goes wrong, nor a second Ctrl-C. SIGTERM, which a
+    launcher sends to all processes as soon as one has failed, is ignored until `Run.training` gives it back.
+    """
+    if not is_main_process():
+        return
+    with contextlib.suppress(Exception, KeyboardInterrupt):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        write_whole(folder / "curves.png", Curves.read(folder).as_png())
+        print(f"Report: {short_path(write_report(folder))}", flush=True)
+
+
 def _trained(folder: Path) -> list[dict[str, Any]]:
     """The newest run of 01 or 02 that led to `folder`, alone; [] where there is none."""
     return [run for run in lineage(folder) if run.get("step") in TRAINED][:1]
@@ -99,7 +115,8 @@ def _about(record: dict[str, Any]) -> list[str]:
     """What stands beside the status: which step, of what, when."""
     last = "finished" if record.get("finished") else "started"
     base = f"on {say(record['base_model'])}" if record.get("base_model") else ""
-    return [text for text in (TRAINED[record["step"]], base, f"{last} {day(record.get(last))}") if text]
+    start = f"of {say(record['parent'])}" if record.get("parent") else base
+    return [text for text in (f"{TRAINED[record['step']]} {start}".strip(), f"{last} {day(record.get(last))}") if text]
 
 
 def _parts(make: Callable[[Subject], Iterator[Part]], subject: Subject) -> list[Part]:
@@ -123,6 +140,7 @@ def _policy(template: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Make the report of the run whose folder is named anew."""
     report_user_errors()
+    answer_help(argv, __doc__)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers.report outputs/<run>")
     folder = find_path(argv[0])

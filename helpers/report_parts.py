@@ -117,10 +117,21 @@ def span(interval: Any, form: str = ".1%") -> str:
 
 def tidy(text: str) -> str:
     """`text` with paths as they are seen from the repository; of a folder elsewhere the last part alone."""
-    text = text.replace(f"{REPO}{os.sep}", "").replace(str(REPO), ".")
+    return _without_folders(text, "", "…/")
+
+
+def typed(text: str) -> str:
+    """A word of a command: a path as it is typed in the repository, and PATH/TO where it is to be filled in."""
+    return _without_folders(text, "PATH/TO/", "PATH/TO/")
+
+
+def _without_folders(text: str, alone: str, among: str) -> str:
+    """`text` with paths as they are seen from the repository; of a folder elsewhere the last part, behind `alone` or,
+    where more than the path stands in `text`, `among`."""
+    text = re.sub(rf"{re.escape(str(REPO))}(?![\w@+-])", ".", text.replace(f"{REPO}{os.sep}", ""))
     if Path(text).is_absolute() and "\n" not in text:
-        return Path(text).name or text
-    return re.sub(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}", lambda found: f"…/{Path(found[0]).name}", text)
+        return f"{alone}{Path(text).name}" if Path(text).name else text
+    return re.sub(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}", lambda found: f"{among}{Path(found[0]).name}", text)
 
 
 def _are_numbers(cells: Sequence[Cell]) -> bool:

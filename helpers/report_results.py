@@ -25,7 +25,7 @@ from helpers.report_parts import (
     say,
     span,
     table,
-    tidy,
+    typed,
     words,
 )
 from helpers.runs import Run, read_run
@@ -50,8 +50,8 @@ class Subject:
 
     @property
     def place(self) -> str:
-        """The run's folder as one types it in the repository; elsewhere its name."""
-        return tidy(str(self.folder.resolve()))
+        """The run's folder, in a command."""
+        return shlex.quote(typed(str(self.folder.resolve())))
 
     def beside(self, step: str) -> list[Run]:
         """Runs of `step` in the same place, the newest first."""
@@ -200,15 +200,21 @@ def next_step(subject: Subject) -> Iterator[Part]:
     record, given = subject.record, subject.record.get("settings") or {}
     step, sources = record.get("step"), record.get("sources") or {}
     script = {"sft": "01_sft.py", "dpo": "02_dpo.py"}.get(str(step), "02_dpo.py")
-    recipe = f" --recipe {tidy(str(given['recipe']))}" if given.get("recipe") else ""
+    recipe = f" --recipe {shlex.quote(typed(str(given['recipe'])))}" if given.get("recipe") else ""
     merges, judged = ([run for run in runs if run.finished and not subject.is_older(run)]
                       for runs in (subject.merges(), subject.comparisons()))  # fmt: skip
     if not subject.run.finished:
         kept = {n: v for n, v in given.items() if n not in ("resume", "dry_run")
                 and not str(sources.get(n, "default")).startswith(("default", "recipe", "parent"))}  # fmt: skip
-        typed = {n: map(str, v if isinstance(v, list) else [v]) for n, v in kept.items()}
-        flags = [word for n, values in typed.items() for word in (f"--{n}", *map(tidy, values))]
-        yield words("It is not finished. The same command goes on from its newest checkpoint:")
+        without = ""
+        if set(given.get("stop_on") or ()) & {each["name"] for each in record.get("findings") or ()}:
+            without = " without --stop_on, which would end it again at once,"
+            kept.pop("stop_on", None)
+            if sources.get("stop_on") not in ("flag", "notebook"):
+                kept["stop_on"] = []  # none, instead of a recipe's or the environment's
+        values = {n: v if isinstance(v, list) else [v] for n, v in kept.items()}
+        flags = [word for n, given_here in values.items() for word in (f"--{n}", *(typed(str(v)) for v in given_here))]
+        yield words(f"It is not finished. The same command{without} goes on from its newest checkpoint:")
         yield command(shlex.join(["python", f"notebooks/{script}", *flags]))
     elif step == "dpo" and merges and judged:
         yield words("Merged and compared. What is left is to publish it, privately:")
@@ -217,5 +223,4 @@ def next_step(subject: Subject) -> Iterator[Part]:
         yield words("Merged. What changed shows beside the model it started from:")
         yield command(f"python notebooks/04_vibes.py --models {subject.place}{recipe}")
     else:
-        text = subject.run.next_command(str(given.get("recipe") or ""))
-        yield command(tidy(text.replace(str(subject.folder), subject.place)))
+        yield command(f"{subject.run.next_command(place=subject.place)}{recipe}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator
 
 from helpers.curves import PANELS, Curves
@@ -38,8 +37,7 @@ def curves(subject: Subject) -> Iterator[Part]:
     if drawn.is_file() and (not history or drawn.stat().st_mtime >= logs.stat().st_mtime):
         png = drawn.read_bytes()
     else:
-        Curves.read(subject.folder).figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
-        png = buffer.getvalue()
+        png = Curves.read(subject.folder).as_png()
     yield picture(png, in_words(history), "Lines are training, dots the held-out rows.")
 
 
@@ -70,7 +68,8 @@ def metrics(subject: Subject) -> Iterator[Part]:
 
 def settings(subject: Subject) -> Iterator[Part]:
     values, sources = subject.record.get("settings") or {}, subject.record.get("sources") or {}
-    rows = [(name, value, sources.get(name, "unknown")) for name, value in values.items()]
+    kinds = {"parent": f"the base of {subject.record.get('parent')}"}  # what --sft_run led to
+    rows = [(name, value, kinds.get(source := sources.get(name, "unknown"), source)) for name, value in values.items()]
     changed = [row for row in rows if not str(row[2]).startswith("default")]
     rest = [row for row in rows if str(row[2]).startswith("default")]
     head = ["setting", "value", "from"]
@@ -103,7 +102,8 @@ def data(subject: Subject) -> Iterator[Part]:
         yield heading("What the data will teach")
         yield notes((each["text"], bool(each.get("matters"))) for each in found)
     if (file := subject.folder / "data_report.png").is_file():
-        said = [f"{name} half ≤ {number(n.get('half'), ',.0f')}, longest {number(n.get('longest'), ',.0f')}"
+        said = [f"{name} median {number(n.get('median', n.get('half')), ',.0f')}, "  # half: of older runs
+                f"longest {number(n.get('longest'), ',.0f')}"
                 for name, n in (report.get("lengths") or {}).items()]  # fmt: skip
         share = " of ".join(number(account.get(name), ",") for name in ("kept", "read"))
         tokens = "; ".join(said) or "not known"

@@ -21,6 +21,7 @@ from helpers.checkpoints import (
     named_checkpoint,
     newest_marked,
     refuse_other_processes,
+    refuse_other_settings,
     refuse_unwritable,
     remove_broken,
     set_broken_aside,
@@ -109,6 +110,9 @@ class Run:
                     self.update(status="interrupted")
                 else:
                     self.update(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
+            from helpers.report import leave_report  # which imports this module
+
+            leave_report(self.folder)
             if explained:
                 raise explained from None
             raise
@@ -127,14 +131,14 @@ class Run:
             remove_broken(self.folder)
         self.update(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
 
-    def next_command(self, recipe: str = "") -> str:
-        """The command of the step that follows, ready to paste."""
+    def next_command(self, recipe: str = "", place: str = "") -> str:
+        """The command of the step that follows, ready to paste; `place` is how to name this run's folder in it."""
         words = f"python notebooks/{NEXT[self.record['step']]} "
         if self.record["step"] == "dpo" and not self.is_adapter:
             words = f"python notebooks/{NEXT['merge']} "  # a model tuned in full is whole already
         # what a merge changed shows beside its adapter
         merged = self.record["step"] == "merge" and self.record.get("parent_folder")
-        words += short_path(self.record["parent_folder"] if merged else self.folder)
+        words += place or short_path(self.record["parent_folder"] if merged else self.folder)
         return words + (f" --recipe {recipe}" if recipe else "")
 
 
@@ -162,7 +166,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
     if run.record and settings.resume == "never":
         run = Run(folder, {}, replaces=True)
     elif run.record:
-        _refuse_other_settings(run, settings, origin)
+        refuse_other_settings(folder, run.record, settings.identity(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
     if run.finished:
@@ -229,21 +233,17 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
+    write_whole(file, (json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def write_whole(file: Path, content: bytes) -> None:
     """Write beside the file, then rename: a reader sees the old file or the new one."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    draft.replace(file)
-
-
-def _refuse_other_settings(run: Run, settings: RunSettings, origin: str) -> None:
-    before = run.record["identity"] | {"what it starts from": run.record.get("origin", origin)}
-    now = json.loads(json.dumps(settings.identity() | {"what it starts from": origin}, default=str))
-    other = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
-    if other:
-        raise SettingsError(
-            f"{short_path(run.folder)} was made with other settings ({', '.join(other)}): "
-            "give another --run_name, or --resume never to replace it"
-        )
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)  # on a full disk
 
 
 def _now() -> str:

@@ -147,6 +147,8 @@ def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run:
     assert "Traceback" not in err
     assert fault_of_checkpoint(saved) == ""
     assert project.record("told")["status"] == "interrupted"
+    assert (folder / "curves.png").is_file()
+    assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
     done = project.run("02_dpo.py", *words)
     assert f"Going on from outputs/told/{saved.name}." in done.stdout
     ended, expected = results(project, "told"), results(project, dpo_run)

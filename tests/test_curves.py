@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from matplotlib.colors import to_hex
 from rich.console import Console
 
-from helpers import curves, health, history, live
+from helpers import curves, health, history, live, report, sweep
 from helpers.errors import SettingsError, UserError
 
 HISTORY = [
@@ -44,6 +47,14 @@ def test_several_runs_are_drawn_over_one_another_a_colour_each() -> None:
     assert [line.get_ydata().tolist() for line in dashed] == [[0.0, -0.3], [0.0, -0.3]]  # rejected
 
 
+def test_more_than_ten_runs_have_a_colour_each_too() -> None:
+    figure = curves.draw_over({f"run {i}": HISTORY for i in range(25)})
+    colours = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
+    assert len(set(colours)) == 25
+    (loss,) = (axis for axis in figure.axes if axis.get_title(loc="left") == "loss")
+    assert [to_hex(line.get_color()) for line in loss.lines if line.get_linestyle() == "-"] == colours
+
+
 def test_findings_stand_in_the_figure() -> None:
     finding = health.Finding("margin", "the reward margin is 12", "", "")
     assert curves.draw(HISTORY, "run", [finding]).get_supxlabel() == "margin: the reward margin is 12"
@@ -73,6 +84,13 @@ def test_the_curves_of_a_run_come_with_findings_and_samples(tmp_path: Path) -> N
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
     read = curves.Curves.read(tmp_path)
     assert [finding.name for finding in read.findings] == ["cold"]
+    for status in ("interrupted", "finished"):  # by early stopping, say: half of what was planned is not over
+        (tmp_path / "run.json").write_text(json.dumps({"status": status, "max_steps": 21}))
+        assert curves.Curves.read(tmp_path).findings == []
+        (tmp_path / "run.json").write_text(json.dumps({"status": status, "max_steps": 20}))
+        assert [finding.seen.partition(" the")[0] for finding in curves.Curves.read(tmp_path).findings] == [
+            "at step 10 of 20"
+        ]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(read)
     said = console.export_text()
@@ -90,9 +108,33 @@ def test_the_module_draws_runs_and_says_what_is_wrong(
     curves.main(["a", "b", "--out", "both.png"])
     assert (tmp_path / "both.png").read_bytes()[1:4] == b"PNG"
     assert capsys.readouterr().out == "Drawn: both.png\n"
+    (tmp_path / "z" / "a").mkdir(parents=True)
+    (tmp_path / "z" / "a" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in HISTORY[:1]))
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(curves, "draw_over", lambda runs: drawn.append(list(runs)) or curves.draw([]))
+    curves.main(["a", "z/a", "b", "./a"])
+    assert drawn == [[f"{tmp_path.name}/a", "z/a", "b"]]  # one of them stood there twice
+    for out, said in {
+        "nodir/x.png": "--out nodir/x.png: there is no folder nodir",
+        "x.xyz": "--out x.xyz is no picture: its name ends in .png",
+        "x": "--out x is no picture",
+    }.items():
+        with pytest.raises(SettingsError, match=re.escape(said)):
+            curves.main(["no-run", "--out", out])  # before anything is read
     for words in ([], ["a", "--colour", "red"]):
         with pytest.raises(SettingsError, match=r"usage: python -m helpers\.curves"):
             curves.main(words)
+
+
+@pytest.mark.parametrize("module", [curves, report, sweep])
+def test_help_has_the_commands_and_ends_well(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["-h"], ["outputs/a", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            module.main(words)
+        assert end.value.code == 0
+        said = capsys.readouterr()
+        assert re.search(rf"^ *python -m {module.__name__} \w+", said.out, re.MULTILINE)
+        assert said.err == ""
 
 
 def test_a_log_is_one_short_line() -> None:

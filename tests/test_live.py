@@ -64,8 +64,13 @@ def test_stop_on_ends_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(pro
     assert "try --loss_type sigmoid sft" in line
     assert line.endswith("without it the same command goes on from outputs/wrong/checkpoint-3")
     assert done.stdout.count("displacement: ") == 1  # said when it first appears
-    record = project.record("wrong")
+    record, folder = project.record("wrong"), project.root / "outputs" / "wrong"
     assert record["status"] == "interrupted"
+    assert "Report: outputs/wrong/report.html" in done.stdout
+    assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "The same command without --stop_on" in page
+    assert ">displacement</h3>" in page
     found = {finding["name"]: finding for finding in record["findings"]}
     assert "fell from" in found["displacement"]["seen"]
     assert {"seen", "why", "try_"} < set(found["displacement"])

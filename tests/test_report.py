@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers import report
-from helpers.errors import SettingsError, UserError
+from helpers.errors import Interrupted, SettingsError, UserError
 from helpers.model_card import parent_of
 from helpers.paths import REPO
-from helpers.report_parts import say, tidy
+from helpers.report_parts import say, tidy, typed
+from helpers.runs import Run, write_whole
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -97,7 +99,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(outputs / "merge", MERGE)
     make(outputs / "judge", JUDGE, verdicts_png=picture)
     (make(outputs / "vibes", {"step": "vibes"}) / "answers.html").write_text("answers")
-    data = {"findings": [{"text": HOSTILE[2], "matters": True}], "lengths": {"prompt": {"half": 14.0, "longest": 22.0}}}
+    data = {
+        "findings": [{"text": HOSTILE[2], "matters": True}],
+        "lengths": {"prompt": {"median": 14.0, "longest": 22.0}},
+    }
     files = dict(metrics_jsonl=LOGS, samples_jsonl=SAMPLES, data_report_json=data)
     folder = make(outputs / "dpo", DPO, **files, curves_png=picture, data_report_png=picture)
     (folder / "adapter_config.json").write_text("{}")
@@ -148,6 +153,7 @@ def read(folder: Path) -> Reader:
 def test_a_report_has_every_section_with_the_run_s_numbers(road: Path) -> None:
     page = read(road)
     assert list(page.text)[1:] == list(report.SECTIONS)
+    assert "alignment with DPO of sft" in page.text[""]
     assert "finished 2026-01-02 11:30 UTC" in page.text[""]
     assert "None: nothing is wrong with these curves." in page.text["findings"]
     assert page.rows["metrics"][1:3] == [["loss", "nan"], ["rewards/margins", "0.25"]]
@@ -163,7 +169,7 @@ def test_a_report_has_every_section_with_the_run_s_numbers(road: Path) -> None:
     assert "Merged into the dequantized weights." in page.text["merge"]
     assert page.rows["made-with"][1:3] == [["trl", "1.16.0"], ["commit", "0123abc+"]]
     assert (
-        "03_merge_push.py --run dpo --push_to_hub --hub_repo_id NAME/MODEL --recipe recipes/demo.yaml"
+        "03_merge_push.py --run PATH/TO/dpo --push_to_hub --hub_repo_id NAME/MODEL --recipe recipes/demo.yaml"
         in (page.text["next"])
     )
 
@@ -178,6 +184,15 @@ def test_settings_that_were_changed_come_first_with_where_they_are_from(road: Pa
     assert ["output_dir", "outputs", "default"] in rows  # no folder of this machine
     assert ["dataset_id", "org/pairs mine.jsonl", "default"] in rows
     assert ["learning_rate", "nan", "default"] in rows
+
+
+def test_a_model_that_the_parent_run_led_to_is_said_to_be_its_base(tmp_path: Path) -> None:
+    given = {"settings": {"model_id": "org/base", "sft_run": "latest"}, "sources": {"model_id": "parent"}}
+    page = read(make(tmp_path / "dpo", DPO | given | {"parent": "sft-9b7849"}))
+    assert ["model_id", "org/base", "the base of sft-9b7849"] in page.rows["settings"]
+    assert "alignment with DPO of sft-9b7849" in page.text[""]
+    alone = read(make(tmp_path / "alone", DPO | {"parent": None})).text[""]
+    assert "alignment with DPO on org/base" in alone
 
 
 def test_the_win_table_is_there_with_what_one_should_know_of_it(road: Path) -> None:
@@ -221,7 +236,7 @@ def test_pictures_say_in_words_what_is_in_them(road: Path) -> None:
         "Training curves over 2 steps: loss from 0.7 to 0.5 and from 0.6 to 0.6 on held-out rows; "
         "reward margin from 0 to 0.4."
     )
-    assert data == "Plots of the data. Tokens: prompt half ≤ 14, longest 22. Rows: 2,964 of 3,000 kept."
+    assert data == "Plots of the data. Tokens: prompt median 14, longest 22. Rows: 2,964 of 3,000 kept."
     assert verdicts.startswith("Bars of the verdicts: dpo wins 55, loses 5, ties 420; ")
 
 
@@ -233,8 +248,8 @@ def test_sections_without_content_say_so_in_a_line(tmp_path: Path) -> None:
     assert "All are the defaults." in text["settings"]
     assert "No account" in text["data"]
     assert "--sample_steps" in text["samples"]
-    assert "Not merged yet: python notebooks/03_merge_push.py --run new" in text["merge"]
-    assert "Not compared yet: python notebooks/04_vibes.py --models new" in text["verdicts"]
+    assert "Not merged yet: python notebooks/03_merge_push.py --run PATH/TO/new" in text["merge"]
+    assert "Not compared yet: python notebooks/04_vibes.py --models PATH/TO/new" in text["verdicts"]
     assert "Versions were not kept." in text["made-with"]
     assert not [name for name in report.SECTIONS if "could not be shown" in text[name]]
 
@@ -248,6 +263,96 @@ def test_a_run_that_stopped_says_why_and_how_it_goes_on(tmp_path: Path) -> None:
     assert "full: outputs/x and …/cache" in page.text[""]
     assert "python notebooks/02_dpo.py --recipe r.yaml --max_steps 1000 --loss_type sigmoid sft" in page.text["next"]
     assert len(page.alts) == 1  # the curves so far are drawn for it
+
+
+def test_a_command_names_no_folder_of_this_machine_and_says_what_to_fill_in(tmp_path: Path) -> None:
+    settings = {"output_dir": "/mnt/big/outputs", "dataset_id": ["org/pairs", f"{REPO}/mine.jsonl"],
+                "recipe": "/r.yaml", "model_id": '{"a": "/mnt/big/a"}'}  # fmt: skip
+    record = {"step": "dpo", "status": "failed", "settings": settings, "sources": dict.fromkeys(settings, "flag")}
+    text = read(make(tmp_path / "my runs" / "x", record)).text
+    assert (
+        "02_dpo.py --output_dir PATH/TO/outputs --dataset_id org/pairs mine.jsonl --recipe PATH/TO/r.yaml "
+        """--model_id '{"a": "PATH/TO/a"}'\n"""
+    ) in text["next"] + "\n"
+    assert "03_merge_push.py --run PATH/TO/x" in text["merge"]
+    assert [typed(str(path)) for path in (REPO / "outputs" / "x", REPO, f"{REPO}-old/x", "org/model", "a b")] == [
+        "outputs/x", ".", "PATH/TO/x", "org/model", "a b",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "words"), [("flag", ""), ("recipe", " --stop_on")])
+def test_a_run_that_a_finding_ended_goes_on_without_stop_on(tmp_path: Path, source: str, words: str) -> None:
+    settings = {"seed": 1, "stop_on": ["margin", "nan"]}
+    record = {"step": "sft", "status": "interrupted", "settings": settings, "findings": [{"name": "margin"}],
+              "sources": {"seed": "flag", "stop_on": source}}  # fmt: skip
+    text = read(make(tmp_path / "found", record)).text["next"]
+    assert "The same command without --stop_on, which would end it again at once, goes on" in text
+    assert f"python notebooks/01_sft.py --seed 1{words}\n" in text
+    text = read(make(tmp_path / "told", record | {"findings": [{"name": "cold"}]})).text["next"]
+    assert "The same command goes on" in text
+    assert f"--seed 1{' --stop_on margin nan' * (source == 'flag')}\n" in text
+
+
+def train(run: Run, logs: list[dict[str, float]], end: BaseException) -> None:
+    """Log, then raise."""
+    with run.training():
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+        raise end
+
+
+def test_a_run_that_is_ended_early_leaves_its_curves_and_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path / "run", {"step": "dpo", "findings": []})
+    rates = [{"step": i, "loss": 1 / i, "learning_rate": 1e-6 * i} for i in range(1, 11)]
+    run.describe(max_steps=20)
+    with pytest.raises(Interrupted, match=r"^stopped$"):
+        train(run, rates, Interrupted("stopped", 3))
+    assert capsys.readouterr().out == "Report: run/report.html\n"
+    assert (run.folder / "curves.png").read_bytes()[1:4] == b"PNG"
+    page = Reader((run.folder / "report.html").read_text(encoding="utf-8"))
+    assert "interrupted" in page.text[""]
+    assert "at step 10 of 20 the learning rate is 1e-05 and rising" in page.text["findings"]
+
+
+def test_an_error_is_never_replaced_by_what_goes_wrong_with_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(file))
+
+    def told_again(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    for i, (name, fails) in enumerate({"write_report": told_again, "write_whole": full}.items()):
+        run = Run(tmp_path / str(i), {"step": "dpo"})
+        monkeypatch.setattr(report, name, fails)
+        with pytest.raises(ZeroDivisionError):
+            train(run, LOGS, ZeroDivisionError())
+        assert capsys.readouterr().out == ""
+        assert json.loads((run.folder / "run.json").read_text())["status"] == "failed"
+        assert signal.getsignal(signal.SIGTERM) == before
+    other = Run(tmp_path / "other", {"step": "dpo"})
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "1")
+    other.folder.mkdir()
+    with pytest.raises(ZeroDivisionError):
+        train(other, LOGS, ZeroDivisionError())
+    assert [file.name for file in other.folder.iterdir()] == ["metrics.jsonl"]  # the main process's is the only one
+
+
+def test_what_a_full_disk_cuts_short_is_not_left_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device", str(self))
+
+    (tmp_path / "report.html").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "report.html", b"new")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_findings_come_first_with_why_and_what_to_try(tmp_path: Path) -> None:
@@ -275,7 +380,7 @@ def test_a_merge_or_comparison_of_other_weights_is_said_to_be(tmp_path: Path) ->
     text = read(folder).text
     assert "It is older than this run" in text["merge"]
     assert "It is older than this run" in text["verdicts"]
-    assert "03_merge_push.py --run dpo" in text["next"]
+    assert "03_merge_push.py --run PATH/TO/dpo" in text["next"]
 
 
 def test_ratings_are_shown_where_models_were_rated(tmp_path: Path) -> None:
@@ -337,7 +442,7 @@ def test_what_is_no_run_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no run\.json"):
         report.main([str(tmp_path)])
     with pytest.raises(SettingsError, match="usage"):
-        report.main(["--help"])
+        report.main(["--all"])
 
 
 def test_a_report_is_never_published(road: Path) -> None:
@@ -430,6 +535,25 @@ def test_samples_stand_side_by_side_where_there_is_room_and_nothing_runs_out_of_
     assert page.evaluate("document.documentElement.scrollWidth") == 400
     tables = page.locator(".scroll").evaluate_all("all => all.map(e => [e.scrollWidth > e.clientWidth, e.tabIndex])")
     assert [True, 0] in tables  # wide ones scroll in a box of their own, by keyboard too
+
+
+def test_a_shadow_shows_that_a_table_goes_on_behind_the_edge(open_page: Callable[[int], Page]) -> None:
+    def edge(page: Page) -> float:
+        """How bright the table's right edge is."""
+        from matplotlib.image import imread
+
+        box = page.locator("#verdicts .scroll").first.bounding_box()
+        assert box
+        clip = {"x": box["x"] + box["width"] - 5, "y": box["y"] + 4, "width": 2, "height": 2}
+        return float(imread(io.BytesIO(page.screenshot(clip=clip, full_page=True)))[..., :3].mean())  # type: ignore[arg-type]
+
+    page = open_page(400)
+    wide = page.locator("#verdicts .scroll").first
+    assert wide.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert edge(page) < 0.9
+    wide.evaluate("e => e.scrollLeft = e.scrollWidth")
+    assert edge(page) == 1
+    assert edge(open_page(1400)) == 1  # all of it is there
 
 
 def test_light_and_dark_follow_the_reader_and_paper_shows_what_is_folded(open_page: Callable[[int], Page]) -> None:
