@@ -61,7 +61,8 @@ class Curves:
             raise UserError(f"{short_path(folder)} is not the folder of a run that has begun: it has no metrics.jsonl")
         unknown = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
         length = record.get("max_steps") or unknown  # a run that was stopped has gone a part of its length
-        return cls(folder.resolve().name, history, examine(history, length), read_samples(folder))
+        losses = tuple((record.get("settings") or {}).get("loss_type") or ())
+        return cls(folder.resolve().name, history, examine(history, length, losses), read_samples(folder))
 
     @property
     def figure(self) -> Figure:

@@ -98,6 +98,14 @@ def test_the_curves_of_a_run_come_with_findings_and_samples(tmp_path: Path) -> N
     assert [f"answer {step}" in said for step in (0, 5, 10)] == [True, False, True]
 
 
+def test_findings_are_those_that_the_run_s_loss_has(tmp_path: Path) -> None:
+    logs = [{"step": i, "loss": 1 / i, "rewards/margins": 2.0 * i} for i in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    for losses, found in ((["sigmoid"], ["margin"]), (["ipo"], [])):
+        (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "settings": {"loss_type": losses}}))
+        assert [finding.name for finding in curves.Curves.read(tmp_path).findings] == found
+
+
 def test_the_module_draws_runs_and_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

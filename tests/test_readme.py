@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from helpers import settings
+from helpers.sweep import settings_of
 from tests.conftest import DPO, REPO, SFT, Project
 
 README = (REPO / "README.md").read_text()
@@ -107,3 +109,15 @@ def test_the_pictures_and_links_of_the_readme_exist() -> None:
     picture = (REPO / "docs" / "pictures" / "answers.svg").read_text()
     assert "url(http" not in picture.replace("'", "").replace('"', "")
     assert "@font-face" not in picture
+
+
+def test_the_demo_s_runs_are_named_as_the_readme_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that enters a run's identity by mistake renames them, and a user's runs are made again."""
+    monkeypatch.setattr(settings, "run_prepare", lambda module: None)
+    names = {}
+    for step, notebook, start in (("sft", "01_sft.py", ""), ("dpo", "02_dpo.py", "c8a23605fc8d98f8")):
+        cls = settings_of(REPO / "notebooks" / notebook)
+        given = settings.load_settings(cls, {}, ["--recipe", "recipes/demo.yaml"])
+        given.adopt("parent", model_id="outputs/demo/tiny-mistral")
+        names[step] = f"{step}-tiny-mistral-{given.digest(start)}"
+    assert set(re.findall(r"(?:sft|dpo)-tiny-mistral-[0-9a-f]{6}", README)) == set(names.values())
