@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,23 @@ def named_checkpoint(name: str) -> Path:
     if fault := fault_of_checkpoint(path):
         raise UserError(f"--resume {name!r} cannot be resumed from: {fault}")
     return path.resolve()
+
+
+def compare_by_steps() -> None:
+    """Let transformers 5.23 (trainer.py, _init_training_state) compare what a checkpoint was made with as steps: it
+    takes a share of all steps (save_steps 0.2) for another number than the steps that it came to, and warns."""
+    from transformers import trainer, trainer_utils
+
+    theirs: Callable[[Any, Any], None] = trainer_utils.compare_trainer_and_checkpoint_args
+
+    def compare(args: Any, state: Any) -> None:
+        same = copy.copy(args)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if 0 < (share := getattr(args, name) or 0) < 1:
+                setattr(same, name, math.ceil(state.max_steps * share))
+        theirs(same, state)
+
+    vars(trainer)["compare_trainer_and_checkpoint_args"] = compare
 
 
 def explain(error: BaseException, folder: Path) -> UserError | None:

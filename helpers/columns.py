@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from helpers.errors import UserError
 from helpers.rows import Message
 
+# What each format of preference data reads, or of several names one.
+NEEDED = {
+    "messages": ("chosen", "rejected"),
+    "triplet": ("prompt", "chosen", "rejected"),
+    "orca": ("question or input", "chosen", "rejected"),
+    "ranked": ("prompt", "answers"),
+    "transcript": ("chosen", "rejected"),
+    "alpaca_farm": ("instruction", "output_1", "output_2", "preference"),
+    "scored": ("prompt or instruction or question", "completions or responses"),
+}
 LOOKED_AT = 100  # rows that show what a column of mixed types mostly holds
 
 
@@ -37,6 +48,15 @@ def recognise(columns: dict[str, bool]) -> str:
     if {"prompt", "instruction", "question"} & have and (columns.get("completions") or {"responses", "scores"} <= have):
         return "scored"
     return ""
+
+
+def refuse_lacking(name: str, columns: Collection[str]) -> None:
+    """Raise UserError where a set has not the columns of the format that it is said to have."""
+    if lacking := [one for one in NEEDED[name] if not set(one.split(" or ")) & set(columns)]:
+        raise UserError(
+            f"the dataset has columns {', '.join(columns)}, and no {', no '.join(lacking)}, which the format {name} "
+            "needs: rename them, or name another with --data_format"
+        )
 
 
 def message_column(conversations: list[list[Message]]) -> Any:

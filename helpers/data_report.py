@@ -22,7 +22,7 @@ from helpers.accounts import Account
 from helpers.data_findings import Answers, Finding, find_all, read_answers
 from helpers.errors import SettingsError, report_user_errors
 from helpers.paths import short_path
-from helpers.processes import is_main_process
+from helpers.processes import is_main_process, until_read
 from helpers.runs import write_json
 from helpers.settings import parse_words, quieten, run_prepare
 from helpers.split import Split
@@ -182,7 +182,8 @@ def _read_settings(argv: list[str]) -> ReportSettings:
     import tyro
 
     if {"-h", "--help"} & set(argv):
-        tyro.cli(ReportSettings, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+        with until_read():
+            tyro.cli(ReportSettings, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     types = {field.name: get_type_hints(ReportSettings)[field.name] for field in dataclasses.fields(ReportSettings)}
     layers.read_dotenv()  # a token, or the address of a mirror
     flags = dict(layers.split_flags(argv))

@@ -29,6 +29,14 @@ class SettingsError(UserError):
     status = 2
 
 
+def stray_words(name: str, words: list[str]) -> SettingsError:
+    """For a flag of one value that several words follow."""
+    rest = " ".join(words[1:])
+    return SettingsError(
+        f"{rest!r} after --{name} {words[0]} stands alone: a setting is given as --name value; see --help"
+    )
+
+
 class Stop(UserError):
     """Nothing is wrong, and nothing is left to do: a dry run, or a run that has finished."""
 

@@ -90,14 +90,16 @@ class RunSettings:
         return 0
 
     def __rich__(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("setting", "value", "from", box=None, pad_edge=False, title_justify="left")
-        for name, value in self.values().items():
-            style = "dim" if self.sources[name] == "default" else ""
-            table.add_row(name, Text(str(value)), self.sources[name], style=style)  # brackets are no markup
-        return table
+        table = Table("setting", "value", "from", box=None, pad_edge=False)
+        given = {name: value for name, value in self.values().items() if self.given(name)}
+        for name, value in given.items():
+            table.add_row(name, Text(str(value)), self.sources[name])  # brackets are no markup
+        rest = Text(f"{len(self.values()) - len(given)} settings are at their defaults: see --help", style="dim")
+        return Group(table, rest) if given else rest
 
 
 @dataclasses.dataclass

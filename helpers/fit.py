@@ -10,8 +10,9 @@ from helpers.decoder import read_decoder
 from helpers.errors import SettingsError
 from helpers.fields import TrainSettings
 from helpers.memory import GB, STATES, Job, estimate, fitting, read_job
+from helpers.paths import find_path
 from helpers.runs import Run, read_run
-from helpers.sources import local_or_hub
+from helpers.sources import local_or_hub, missing_weights
 from helpers.workload import Work, read_work
 
 
@@ -23,9 +24,13 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     be used, and SettingsError where the settings contradict each other.
     """
     values, whole = settings.values(), parent is not None and not parent.is_adapter
-    root = str(parent.folder) if parent and whole else local_or_hub(values["model_id"], values["revision"])
+    folder = parent.folder if parent and whole else find_path(values["model_id"])
+    has_config = folder is not None and (folder / "config.json").is_file()  # nothing more is read of it
+    root = str(folder) if has_config else local_or_hub(values["model_id"], values["revision"])
     accumulation = settings.accumulation()
     work = _work_lines(read_work(settings, root, accumulation), settings)
+    if has_config and (lacking := missing_weights(Path(root))):
+        work.append(f"The weights are not here yet: {Path(root).name} {lacking}.")
     try:
         decoder = read_decoder(json.loads(_config_file(root, values["revision"]).read_text()))
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -47,7 +47,7 @@ def read_messages(row: Row, options: Options) -> list[Pair] | str:
     """Conversations under chosen and rejected, holding the prompt or beside one: UltraFeedback and its kin."""
     sides = []
     for name in ("chosen", "rejected"):
-        messages = _with_prompt(row.get("prompt"), row.get(name))
+        messages = _with_prompt(row.get("prompt"), name, row.get(name))
         if isinstance(messages, str):
             return messages
         sides.append(messages)
@@ -84,7 +84,7 @@ def read_ranked(row: Row, options: Options) -> list[Pair] | str:
     prompt = _transcript_or_user(row.get("prompt"))
     answers = row.get("answers")
     if not prompt or not isinstance(answers, list):
-        return "not text"
+        return not_text(prompt=row.get("prompt"), answers=answers)
     rated = []
     for answer in answers:
         text, rank = (answer.get("answer"), _number(answer.get("rank"))) if isinstance(answer, dict) else (None, None)
@@ -98,7 +98,7 @@ def read_transcript(row: Row, options: Options) -> list[Pair] | str:
     """Anthropic/hh-rlhf: two transcripts; the prompt is the shared turns up to the last "Assistant:"."""
     chosen, rejected = transcript(row.get("chosen")), transcript(row.get("rejected"))
     if not chosen or not rejected:
-        return "not text"
+        return not_text(chosen=row.get("chosen"), rejected=row.get("rejected"))
     for messages in (chosen, rejected):
         if fault := fault_of(messages):
             return fault
@@ -125,7 +125,7 @@ def read_scored(row: Row, options: Options) -> list[Pair] | str:
     messages = conversation(prompt) if is_conversation(prompt) else _user(prompt)
     answers, scores = row.get("completions", row.get("responses")), row.get("scores")
     if not messages or not isinstance(answers, list):
-        return "not text"
+        return not_text(prompt=prompt, completions=answers)
     rated = []
     for i, answer in enumerate(answers):
         text, score = answer, scores[i] if isinstance(scores, list) and i < len(scores) else None
@@ -151,17 +151,17 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-def _with_prompt(prompt: Any, answer: Any) -> list[Message] | str:
-    """A whole conversation that ends with the answer, or the reason why it is none."""
+def _with_prompt(prompt: Any, side: str, answer: Any) -> list[Message] | str:
+    """A whole conversation that ends with the answer of this side, or the reason why it is none."""
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     if not is_conversation(answer):
-        return "not text"
+        return not_text(**{side: answer})
     messages = conversation(answer)
     if all(m["role"] == "assistant" for m in messages):
         before = conversation(prompt) if is_conversation(prompt) else _user(prompt)
         if not before:
-            return "not text"
+            return not_text(prompt=prompt)
         messages = [*before, *messages]
     return fault_of(messages) or messages
 
@@ -169,7 +169,7 @@ def _with_prompt(prompt: Any, answer: Any) -> list[Message] | str:
 def _texts(prompt: Any, chosen: Any, rejected: Any, system: Any = None, *scores: float | None) -> list[Pair] | str:
     messages = conversation(prompt) if is_conversation(prompt) else _transcript_or_user(prompt)
     if not messages or not isinstance(chosen, str) or not isinstance(rejected, str):
-        return not_text(prompt, chosen, rejected)
+        return not_text(prompt=prompt, chosen=chosen, rejected=rejected)
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
     return _pair(messages, chosen, rejected, *scores)
@@ -221,9 +221,12 @@ def _transcript_or_user(prompt: Any) -> list[Message]:
     return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
 
 
-def not_text(*values: Any) -> str:
+def not_text(**columns: Any) -> str:
     """The reason for a row whose columns are not all texts: numbers and dates are what files are often mistaken for."""
-    mistaken = any(isinstance(v, int | float | datetime.date | datetime.time) for v in values)
+    for name, value in columns.items():
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            return f"no {name}"
+    mistaken = any(isinstance(v, int | float | datetime.date | datetime.time) for v in columns.values())
     return "a number or a date, not text" if mistaken else "not text"
 
 

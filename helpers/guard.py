@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from helpers.checkpoints import mark_whole, newest_marked
+from helpers.checkpoints import compare_by_steps, mark_whole, newest_marked
 from helpers.errors import Interrupted, UserError
 from helpers.fields import TrainSettings
 from helpers.health import NAMES, examine
@@ -38,6 +38,7 @@ def keep_watch(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: An
     """Log to metrics.jsonl, show curves and findings, sample answers to the first rows of `eval_set`, mark checkpoints,
     and stop cleanly on SIGTERM, SIGINT, a loss of NaN, the findings of --stop_on and --early_stopping_patience.
     """
+    compare_by_steps()
     show_live(trainer, run)
     if settings.sample_steps:
         trainer.add_callback(Sampler(trainer, run.folder, eval_set, settings.sample_steps, settings.sample_tokens))

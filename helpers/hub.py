@@ -25,6 +25,11 @@ def files_to_push(folder: Path) -> list[Path]:
     return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
 
 
+def file_line(name: str, size: int) -> str:
+    """A file and its size, as a line of a list."""
+    return f"{size / 1e3:10,.1f} kB  {name}" if size < 1e5 else f"{size / 1e6:10,.2f} MB  {name}"
+
+
 def prepare_push(folder: Path, repo_id: str, licence: str = "") -> tuple[list[Path], str]:
     """What a push would send, printed with its size: files, and the card's text. Nothing is sent.
 
@@ -45,8 +50,8 @@ def prepare_push(folder: Path, repo_id: str, licence: str = "") -> tuple[list[Pa
     if found := find_paths(files, card):
         raise UserError(f"nothing was sent: {', '.join(found)} names a folder of this machine")
     for file in files:
-        print(f"{file.stat().st_size / 1e6:10,.2f} MB  {file.name}")
-    print(f"{len(card.encode()) / 1e6:10,.2f} MB  README.md")
+        print(file_line(file.name, file.stat().st_size))
+    print(file_line("README.md", len(card.encode())))
     return files, card
 
 
@@ -110,7 +115,9 @@ def preview_push(folder: Path, output_dir: Path, what: str, repo_id: str, licenc
     if what != "adapter" and merges:
         found.append(max(merges, key=lambda place: (place / "run.json").stat().st_mtime))
     elif what != "adapter":
-        print(f"{folder.name} is not merged yet: without --dry_run, or without --push_to_hub first, it will be.")
+        print(
+            f"{folder.name} is not merged yet: merge it first, by the same command without --push_to_hub and --dry_run."
+        )
     for place in found:
         to = repo_id or place.name
         to += "-adapter" if what == "both" and place == folder else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.accounts import Account, Part, mix, settle
 from helpers.chat import CHECKED, check_chat, encode, encode_prompt, folded, special_text, takes_system
-from helpers.columns import list_columns, message_column, recognise, token_column
+from helpers.columns import list_columns, message_column, recognise, refuse_lacking, token_column
 from helpers.errors import SettingsError, UserError
 from helpers.formats import ADAPTERS, Options, not_text
 from helpers.lengths import Limits, trim_prompt
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 def read_messages(row: Row) -> list[Message] | str:
     """HuggingFaceH4/ultrachat_200k, HuggingFaceH4/no_robots, allenai/tulu-v2-sft-mixture: conversations as they are."""
     messages = row.get("messages")
-    return conversation(messages) if is_conversation(messages) else "not text"
+    return conversation(messages) if is_conversation(messages) else not_text(messages=messages)
 
 
 def read_alpaca(row: Row) -> list[Message] | str:
@@ -33,7 +33,7 @@ def read_alpaca(row: Row) -> list[Message] | str:
     text, more = row.get("instruction"), row.get("input")
     if isinstance(text, str) and isinstance(more, str) and more.strip():
         text = f"{text}\n\n{more}"
-    return _turns(text, row.get("output"))
+    return _turns(instruction=text, output=row.get("output"))
 
 
 def read_completion(row: Row) -> list[Message] | str:
@@ -43,12 +43,13 @@ def read_completion(row: Row) -> list[Message] | str:
         return "labelled as not wanted"
     if is_conversation(prompt) and is_conversation(completion):
         return conversation(prompt) + conversation(completion)
-    return _turns(prompt, completion)
+    return _turns(prompt=prompt, completion=completion)
 
 
-def _turns(prompt: Any, answer: Any) -> list[Message] | str:
+def _turns(**columns: Any) -> list[Message] | str:
+    prompt, answer = columns.values()
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        return not_text(prompt, answer)
+        return not_text(**columns)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
@@ -117,9 +118,11 @@ def _prepare(
     if not name or (name in READERS and name not in ADAPTERS and not READERS[name][0] <= columns):
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}; an instruction set needs messages, prompt and "
-            "completion, or instruction and output; a preference set gives its chosen answers"
+            "completion, or instruction and output: rename them; a preference set gives its chosen answers"
         )
     chosen = name not in READERS or not READERS[name][0] <= columns  # "messages" is a name of both kinds
+    if chosen:
+        refuse_lacking(name, rows.column_names)
     work = {"name": name, "chosen": chosen, "limits": limits, "system": takes_system(tokenizer)}
     work["system_prompt"] = system_prompt
     made = map_rows(rows, _read_batch, work, tokenizer, num_proc)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.accounts import Account, Part, mix, settle
 from helpers.chat import CHECKED, check_chat, folded, takes_system
-from helpers.columns import list_columns, message_column, recognise, token_column
+from helpers.columns import list_columns, message_column, recognise, refuse_lacking, token_column
 from helpers.errors import SettingsError, UserError
 from helpers.formats import ADAPTERS, Options, Pair
 from helpers.lengths import Limits, Tokens, encode_pairs, within
@@ -74,8 +74,9 @@ def _prepare(
     if not name:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
-            "a preference set needs prompt, chosen and rejected, or name one with --data_format"
+            "a preference set needs prompt, chosen and rejected: rename them, or name one with --data_format"
         )
+    refuse_lacking(name, rows.column_names)
     work = {"name": name, "options": options, "limits": limits, "system": takes_system(tokenizer)}
     return map_rows(rows, _read_batch, work, tokenizer, num_proc), name
 

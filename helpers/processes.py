@@ -36,6 +36,19 @@ def one_at_a_time(name: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def until_read() -> Iterator[None]:
+    """End without a word where whoever reads what is printed, as `head`, has read enough."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(0) from None
+
+
 def be_quiet_unless_main() -> None:
     """What a notebook prints is said once, by the main process; errors are not silenced."""
     if not is_main_process():

@@ -162,6 +162,8 @@ def read_lines(file: Path, end: int | None = None) -> list[dict[str, Any]]:
                 except UnicodeDecodeError as error:
                     raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{file.name}, line {number}, is not JSON: {error}") from None
+                    raise UserError(
+                        f"{file.name}, line {number}, is not JSON: {error.msg}, column {error.colno}"
+                    ) from None
                 rows.append(row)
     return rows

@@ -160,9 +160,10 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
     run = Run(folder, read_run(folder))
     if settings.resume not in ("auto", "never"):
         run.resume_from = named_checkpoint(settings.resume)
+    start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
-        state = run.record.get("status", "new")
-        raise Stop(f"Dry run: {short_path(folder)} ({state}) would start from {parent.name if parent else base_model}.")
+        begin = f" would start from {start}" if settings.step in NEXT else ""  # the others make nothing of a model
+        raise Stop(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
     if run.record and settings.resume == "never":
         run = Run(folder, {}, replaces=True)
     elif run.record:
@@ -182,8 +183,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         print(message)
         return run
     run.anew = settings.resume == "never"
-    if not run.record:
-        run.record = {"step": settings.step, "status": "running", "started": _now()}
+    run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows = settings.rows_a_step()
     refuse_other_processes(folder, run.record.get("processes"), processes, rows == run.record.get("rows_a_step"))
@@ -200,7 +200,7 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         versions=versions(),
         commit=commit(),
     )
-    print(f"Run: {short_path(folder)}")
+    print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
 
 

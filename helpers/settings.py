@@ -18,13 +18,13 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from helpers import layers, trl_fields
-from helpers.errors import SettingsError, in_kernel, report_user_errors
+from helpers.errors import SettingsError, in_kernel, report_user_errors, stray_words
 from helpers.fields import RANKS, RunSettings, TrainSettings
 from helpers.paths import REPO
-from helpers.processes import be_quiet_unless_main, one_at_a_time
+from helpers.processes import be_quiet_unless_main, is_main_process, one_at_a_time, until_read
 
 __all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
 
@@ -47,16 +47,19 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
     if {"-h", "--help"} & set(argv):
-        _print_help(cls)
+        with until_read():
+            _print_help(cls)
         raise SystemExit(0)
     if {"--help_trl", "--help-trl"} & set(argv):
-        print(trl_fields.help_text(cls.step, hide=_types(cls)))
+        with until_read():
+            print(trl_fields.help_text(cls.step, hide=_types(cls)))
         raise SystemExit(0)
 
     step, types = cls.step, _types(cls)
     flags = _known(cls, dict(layers.split_flags(argv)), "flag")
     bound = _known(cls, layers.from_namespace(step, types, namespace), "notebook")
-    environment = _known(cls, layers.from_variables(step, types, os.environ, _warn), "environment")
+    strange: list[str] = []  # variables of the environment: they may be another program's
+    environment = _known(cls, layers.from_variables(step, types, os.environ, strange.append), "environment")
     dotenv = _known(cls, layers.from_variables(step, types, layers.read_dotenv(), _refuse), ".env")
     named = [layer["recipe"] for layer in (flags, bound, environment, dotenv) if "recipe" in layer][:1]
     recipe = _known(cls, layers.from_recipe(step, parse_words(str, "recipe", *named[0])), "recipe") if named else {}
@@ -77,6 +80,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     _show(settings)
+    for message in strange if is_main_process() else ():  # here, where it is seen
+        print(f"warning: {message}", file=sys.stderr)
     if settings.prepare:
         run_prepare(settings.prepare)
     return settings
@@ -103,10 +108,17 @@ def quieten() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that there is no GPU, as deepspeed 0.19 says wherever it is installed, where nothing is asked of it."""
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return wanted or not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def prepare_kernel() -> None:
@@ -162,10 +174,6 @@ def _known(cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str) -> 
     return known
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def _refuse(message: str) -> None:
     raise SettingsError(f"{message} (in .env)")
 
@@ -182,6 +190,8 @@ def parse_words(hint: Any, name: str, words: list[str], source: str) -> Any:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return tyro.cli(hint, args=words)
     except SystemExit:
+        if source == "flag" and len(words) > 1 and get_origin(hint) is not tuple:
+            raise stray_words(name, words) from None
         kind = " or ".join(map(str, get_args(hint))) if get_args(hint) else getattr(hint, "__name__", str(hint))
         got = " ".join(words) or "nothing"
         raise SettingsError(f"--{name} takes {kind}, not {got!r} (from {source})") from None
@@ -207,5 +217,5 @@ def _print_help(cls: type[RunSettings]) -> None:
 def _show(settings: RunSettings) -> None:
     from rich.console import Console
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         Console().print(settings)

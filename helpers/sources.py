@@ -27,22 +27,19 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
 
     Raises UserError where neither has `file`, before anything large is fetched. A gated model asks for a token.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     path = find_path(model_id)
     if path and (path / file).is_file():
-        weights = WEIGHTS.get(file, ("*",))
-        if not any(True for pattern in weights for _ in path.glob(pattern)):
-            raise UserError(f"{model_id!r} has a {file} and no weights ({' or '.join(weights)})")
-        for index in path.glob("*.index.json"):
-            names = set(json.loads(index.read_text()).get("weight_map", {}).values())
-            if missing := sorted(name for name in names if not (path / name).is_file()):
-                raise UserError(f"{model_id!r} lacks {', '.join(missing)}, which its {index.name} names")
+        if lacking := missing_weights(path, file):
+            raise UserError(f"{model_id!r} {lacking}")
         return str(path)
     try:
         if path:
             raise FileNotFoundError(f"the folder has no {file}")
+        if not try_to_load_from_cache(model_id, file, revision=revision or None):
+            _ask_for_the_hub()
         try:
             hf_hub_download(model_id, file, revision=revision or None)
         except GatedRepoError:
@@ -57,6 +54,31 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
     except (OSError, HfHubHTTPError) as error:
         raise UserError(f"{model_id!r} cannot be loaded: {reason(error)}") from None
     return model_id
+
+
+def missing_weights(folder: Path, file: str = "config.json") -> str:
+    """What of the weights beside `file` is not there, as "has ... and no weights"; "" where nothing is missing."""
+    weights = WEIGHTS.get(file, ("*",))
+    if not any(True for pattern in weights for _ in folder.glob(pattern)):
+        return f"has a {file} and no weights ({' or '.join(weights)})"
+    for index in folder.glob("*.index.json"):
+        names = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            return f"lacks {', '.join(missing)}, which its {index.name} names"
+    return ""
+
+
+def _ask_for_the_hub() -> None:
+    """Raise LocalEntryNotFoundError where the Hub cannot be reached: huggingface_hub 2.4 asks for a file six times,
+    for 24 seconds, before it says so."""
+    import httpx2 as httpx  # what huggingface_hub speaks through
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise LocalEntryNotFoundError("the Hub cannot be reached") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +113,11 @@ class Candidate:
         return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
 
 
-def find_adapter(name: str, base_model_id: str = "") -> Candidate:
-    """An adapter, in a folder or on the Hub, and the base that it names. Raises UserError where it is none."""
+def find_adapter(name: str, base_model_id: str | None = None) -> Candidate:
+    """An adapter, in a folder or on the Hub, and the base that it names. Raises UserError where it is none.
+
+    `base_model_id` is the setting that names another base, which may be ""; None where there is no such setting.
+    """
     from peft import PeftConfig
 
     try:
@@ -105,7 +130,8 @@ def find_adapter(name: str, base_model_id: str = "") -> Candidate:
     try:
         base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
     except UserError as error:
-        raise UserError(f"the base of the adapter in {name!r}: {error}; --base_model_id names another") from None
+        mend = "bring it back, or make that run again" if base_model_id is None else "--base_model_id names another"
+        raise UserError(f"the base of the adapter in {name!r}: {error}; {mend}") from None
     return Candidate(Path(name).name, base, adapter, revision, not isinstance(start, bool) and start not in INITIALIZED)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.errors import stray_words
+
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 
@@ -146,7 +148,9 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
                 raise error(f"--{name} needs a value (from {source})")
             words = ["True"]  # a switch: HfArgumentParser refuses some without a word
 
-        def fail(message: str, source: str = source) -> None:
+        def fail(message: str, name: str = name, words: list[str] = words, source: str = source) -> None:
+            if source == "flag" and message.startswith("unrecognized arguments"):
+                raise stray_words(name, words)
             raise error(f"{message.replace('argument ', '')} (from {source})")
 
         parser.error = fail
@@ -173,6 +177,8 @@ def parse_plainly(step: str, given: Mapping[str, tuple[list[str], str]], error: 
         kind = kinds(step)[name]
         plain = {"float": float, "int": int}.get(kind.removesuffix(" | None"), str)
         word = words[0] if words else "True" if "bool" in kind else ""
+        if source == "flag" and len(words) > 1 and "list[" not in kind:
+            raise stray_words(name, words)
         try:
             if words == ["None"] and "None" in kind:
                 values[name] = None

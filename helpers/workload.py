@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.columns import list_columns, recognise
+from helpers.columns import list_columns, recognise, refuse_lacking
 from helpers.errors import UserError
 from helpers.fields import TrainSettings
 from helpers.formats import ADAPTERS, Options
@@ -82,8 +82,11 @@ def _look(rows: Dataset, values: dict[str, Any], step: str, source: Source, coun
     talks = step == "sft" and name in READERS and READERS[name][0] <= columns
     if not talks and name not in ADAPTERS:
         raise UserError(
-            f"the dataset has columns {', '.join(rows.column_names)}: none of the formats that --help names"
+            f"the dataset has columns {', '.join(rows.column_names)}: none of the formats that --help names; rename "
+            "them, or name one with --data_format"
         )
+    if not talks:
+        refuse_lacking(name, rows.column_names)
     looked_at = rows.select(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
     total, prompts = (values.get(name) or math.inf for name in ("max_length", "max_prompt_length"))
     options = Options(values.get("pairing", "worst"), values.get("recommended", False), values.get("min_margin", 0.0))

@@ -73,7 +73,7 @@ from pathlib import Path
 
 from helpers.display import show
 from helpers.errors import Stop, UserError
-from helpers.hub import files_to_push, prepare_push, preview_push, push_folder
+from helpers.hub import file_line, files_to_push, prepare_push, preview_push, push_folder
 from helpers.merged_folder import adapter_as_run, local_folder
 from helpers.paths import short_path
 from helpers.runs import find_run, start_run
@@ -207,7 +207,7 @@ if not merge_run.finished:
     merge_proof.refuse(proof, settings.max_kl, draft)
     move_in(merge_run, draft, metrics=proof, merge_base=into)
 for file in files_to_push(merge_run.folder):
-    print(f"{file.stat().st_size / 1e6:10,.2f} MB  {file.name}")
+    print(file_line(file.name, file.stat().st_size))
 
 # %% [markdown]
 # ## The other ways, if asked

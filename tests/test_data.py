@@ -237,7 +237,7 @@ def test_forty_bad_rows_are_each_named_and_strict_refuses_them(
         "tie": {"prompt": "g?", **fine, "score_chosen": 5.0, "score_rejected": 5.0},
         "margin below --min_margin": {"prompt": "h?", **fine, "score_chosen": 5.0, "score_rejected": 4.8},
         "over-long": {"prompt": "i? " * 200, **fine},
-        "not text": {"prompt": "j?", "chosen": 7, "rejected": [bot("y")]},
+        "a number or a date, not text": {"prompt": "j?", "chosen": 7, "rejected": [bot("y")]},
     }  # fmt: skip
     rows = [*good, *bad.values()]
     rows += [

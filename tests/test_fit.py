@@ -229,10 +229,10 @@ def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Pa
 def test_a_dry_run_of_what_cannot_work_is_one_line(project: Project, demo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "unheard_of"}')
-    (tmp_path / "odd" / "model.safetensors").touch()
     tiny, pairs = str(demo_folder / "tiny-mistral"), str(demo_folder / "preferences")
     out, _, _ = dry_run(project, "02_dpo.py", "--model_id", str(tmp_path / "odd"), "--dataset_id", pairs)
     assert "Memory: unknown, because its config.json is of a kind that is not known here: " in out
+    assert "The weights are not here yet: odd has a config.json and no weights" in out
     for words, status, said in (
         (["--lora_targets", "q_prj"], 2, "--lora_targets 'q_prj' is the name of no linear layer"),
         (["--max_grad_norm", "much"], 2, "--max_grad_norm takes float, not 'much' (from flag)"),

@@ -109,7 +109,16 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
     [
         ("triplet", {"chosen": "No. "}, "chosen equals rejected"),
         ("triplet", {"rejected": ""}, "empty answer"),
-        ("triplet", {"prompt": None}, "not text"),
+        ("triplet", {"prompt": None}, "no prompt"),
+        ("triplet", {"chosen": None}, "no chosen"),
+        ("triplet", {"prompt": " ", "rejected": None}, "no prompt"),
+        ("triplet", {"rejected": 7}, "a number or a date, not text"),
+        ("triplet", {"rejected": {"text": "x"}}, "not text"),
+        ("trl-lib/ultrafeedback_binarized", {"rejected": None}, "no rejected"),
+        ("HuggingFaceH4/ultrafeedback_binarized", {"prompt": None, "chosen": [bot("x")]}, "no prompt"),
+        ("berkeley-nest/Nectar", {"answers": None}, "no answers"),
+        ("Anthropic/hh-rlhf", {"rejected": None}, "no rejected"),
+        ("openbmb/UltraFeedback", {"completions": None}, "no completions"),
         ("trl-lib/ultrafeedback_binarized", {"rejected": [user("What?"), bot("No.")]}, "prompts differ"),
         ("trl-lib/ultrafeedback_binarized", {"chosen": [user("Why?")]}, "no final assistant turn"),
         ("trl-lib/ultrafeedback_binarized", {"chosen": [user("Why?"), *TALK]}, "roles do not alternate"),
@@ -184,6 +193,13 @@ def test_no_junk_makes_an_adapter_raise_and_what_it_gives_can_be_trained_on(row:
             assert [m["role"] for m in made.chosen + made.rejected] == ["assistant", "assistant"]
             assert made.chosen[0]["content"].strip() != made.rejected[0]["content"].strip()
             assert all(m["content"].strip() for m in made.prompt[-1:] + made.chosen + made.rejected)
+
+
+def test_a_column_that_instructions_lack_is_named() -> None:
+    read = {name: reader for name, (_, reader) in READERS.items()}
+    assert read["messages"]({"messages": None}) == "no messages"
+    assert read["completion"]({"prompt": "Why?", "completion": None}) == "no completion"
+    assert read["alpaca"]({"instruction": "Why?", "output": 7}) == "a number or a date, not text"
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,6 +80,24 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stop, match=r"Dry run: .*\(new\) would start from org/m"):
         runs.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_trains_says_what_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = runs.Run(tmp_path / "sft-x", {"fingerprint": "f"})
+    settings = settings_of(tmp_path, "--run_name", "a")
+    runs.start_run(settings, "org/m")
+    assert capsys.readouterr().out.splitlines()[-1] == f"Run: {tmp_path / 'a'}"
+    monkeypatch.setattr(settings, "rows_a_step", lambda: 8)
+    runs.start_run(settings, "org/m")
+    assert capsys.readouterr().out.splitlines() == [f"Run: {tmp_path / 'a'}", "Starts from org/m"]
+    runs.start_run(settings, "org/m", parent)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Starts from {tmp_path / 'sft-x'}"
+    monkeypatch.setattr(settings, "dry_run", True)
+    monkeypatch.setattr(type(settings), "step", "judge")
+    with pytest.raises(Stop, match=r"Dry run: .*a \(new\)\.$"):
+        runs.start_run(settings, "gpt-4")
 
 
 def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
@@ -217,8 +236,22 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_config.json and no weights"):
         sources.find_adapter(str(tmp_path / "gone"))
     (tmp_path / "gone" / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="nowhere' is neither a folder here nor a Hub id"):
-        sources.find_adapter(str(tmp_path / "gone"))
+    gone = str(tmp_path / "gone")
+    said = "nowhere' is neither a folder here nor a Hub id"
+    with pytest.raises(UserError, match=f"{said}; bring it back, or make that run again"):
+        sources.find_candidates((gone,), tmp_path)
+    with pytest.raises(UserError, match=f"{said}; --base_model_id names another"):
+        sources.find_adapter(gone, "")
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="'org/m' cannot be loaded: it is not in the cache, and the Hub cannot be"):
+        sources.local_or_hub("org/m")
+    assert time.monotonic() - began < 5
 
 
 def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
     preview_push(project.root / "outputs" / "from_hub", project.root / "outputs", "both", "me/whole")
     listed = capsys.readouterr().out
     assert "MB  model.safetensors" in listed
+    assert "kB  config.json" in listed
     assert "Would go to me/whole-adapter, from from_hub" in listed
     assert "MB  adapter_model.safetensors" in listed
     assert "base_model: org/tiny" in listed

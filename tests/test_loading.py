@@ -135,7 +135,9 @@ def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokeniz
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs, account = prepare_preferences(load_rows(Source(str(tmp_path / "rows.jsonl"))), tokenizer, Limits())
-    assert (account.format, account.examples, len(pairs)) == ("messages", {"not text": [1, 2]}, 2)
+    assert (account.format, account.examples, len(pairs)) == (
+        "messages", {"a number or a date, not text": [1], "not text": [2]}, 2,
+    )  # fmt: skip
 
 
 def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.chat import apply_chat_format, render
 from helpers.chat_formats import MISTRAL
+from helpers.columns import NEEDED
 from helpers.errors import UserError
 from helpers.formats import ADAPTERS, Options
 from helpers.lengths import Limits, trim_prompt
@@ -47,7 +48,7 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
             "prompt": "h?", "chosen": [bot("x")], "rejected": [bot("y")], "score_chosen": 5.0, "score_rejected": 4.8,
         },
         "over-long": {"prompt": "i? " * 200, "chosen": [bot("x")], "rejected": [bot("y")]},
-        "not text": {"prompt": "j?", "chosen": None, "rejected": [bot("y")]},
+        "no chosen": {"prompt": "j?", "chosen": None, "rejected": [bot("y")]},
     }  # fmt: skip
     rows = Dataset.from_list([{"score_chosen": None, "score_rejected": None} | row for row in (*good, *bad.values())])
     assert len(rows) == 40
@@ -95,6 +96,15 @@ def test_every_published_format_becomes_pairs(name: str, tokenizer: PreTrainedTo
 def test_a_set_of_no_known_format_is_refused_with_its_columns(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="has columns text, label: not one of the formats messages, triplet"):
         prepare_preferences(Dataset.from_list([{"text": "a", "label": 1}]), tokenizer, NO_LIMITS)
+    with pytest.raises(
+        UserError, match="needs prompt, chosen and rejected: rename them, or name one with --data_format"
+    ):
+        prepare_preferences(Dataset.from_list([{"question": "a", "good": "b", "bad": "c"}]), tokenizer, NO_LIMITS)
+    half = Dataset.from_list([{"prompt": "a", "good": "b", "rejected": "c"}])
+    for name, lacking in (("triplet", "no chosen"), ("orca", "no question or input, no chosen")):
+        said = f"has columns prompt, good, rejected, and {lacking}, which the format {name} needs: rename them"
+        with pytest.raises(UserError, match=said):
+            prepare_preferences(half, tokenizer, NO_LIMITS, data_format=name)
     with pytest.raises(UserError, match="no row of 1 can be used"):
         prepare_preferences(triplets(("a?", "x", "x")), tokenizer, NO_LIMITS)[1].check(strict=False)
 
@@ -176,7 +186,10 @@ def test_no_kept_answer_ever_loses_its_end(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(ADAPTERS)), junk=st.lists(JUNK, min_size=1, max_size=4))
 def test_the_account_of_junk_adds_up(name: str, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = Dataset.from_list([{"prompt": json.dumps(j), "chosen": str(j), "rejected": "x"} for j in junk])
+    columns = [one.split(" or ")[0] for one in NEEDED[name]]
+    rows = Dataset.from_list(
+        [dict.fromkeys(columns, str(j)) | {"prompt": json.dumps(j), "rejected": "x"} for j in junk]
+    )
     pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS, data_format=name)
     assert account.kept + account.dropped.total() == account.read == len(junk)
     assert len(pairs) >= account.kept

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +14,8 @@ import pytest
 from helpers import trl_fields
 from helpers.errors import SettingsError, UserError, in_kernel
 from helpers.paths import REPO
-from helpers.settings import RunSettings, TrainSettings, load_settings, one_of
+from helpers.settings import RunSettings, TrainSettings, load_settings, one_of, quieten
+from tests.conftest import Project
 
 
 @dataclasses.dataclass
@@ -127,7 +130,9 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["--xyzzyplugh", "1"], "unknown setting --xyzzyplugh: see --help and --help_trl"),
         (["--dpo_beta", "high"], "--dpo_beta takes float, not 'high' (from flag)"),
         (["--dpo_beta"], "--dpo_beta takes float, not 'nothing' (from flag)"),
-        (["--lora_r", "8", "16"], "--lora_r takes int, not '8 16' (from flag)"),
+        (["--lora_r", "8", "16"], "'16' after --lora_r 8 stands alone: a setting is given as --name value; see --help"),
+        (["--recipe", "r.yaml", "dpo_beta", "0.3"], "'dpo_beta 0.3' after --recipe r.yaml stands alone"),
+        (["--max_steps", "1", "2", "--dry_run"], "'2' after --max_steps 1 stands alone"),
         (["--tuning", "half"], "--tuning takes full or lora, not 'half' (from flag)"),
         (["--push_to_hub", "maybe"], "--push_to_hub takes bool, not 'maybe' (from flag)"),
         (["--no_strict", "False"], "unknown setting --no_strict"),
@@ -135,7 +140,7 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["-f", "kernel.json"], "'-f' stands alone"),
         (["--max_grad_norm", "high"], "--max_grad_norm: invalid float value: 'high' (from flag)"),
         (["--optim"], "--optim needs a value (from flag)"),
-        (["--max_steps", "1", "2"], "unrecognized arguments: 2 (from flag)"),
+        (["--max_steps", "1", "2"], "'2' after --max_steps 1 stands alone"),
         (["--streaming", "True"], "--streaming True: rows that are read as training goes cannot be counted"),
         (["--lora_r", "0"], "--lora_r 0 cannot be: 1 is the least"),
         (["--global_batch_size", "-8"], "--global_batch_size -8 cannot be: 0 is the least"),
@@ -201,6 +206,54 @@ def test_names_without_a_counterpart_say_so_and_do_nothing(capsys: pytest.Captur
     assert "hf_x" not in said
 
 
+def test_the_table_has_what_was_given_and_counts_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    count = len(load().values())
+    assert capsys.readouterr().out == f"{count} settings are at their defaults: see --help\n"
+    load("--dpo_beta", "0.3", "--max_grad_norm", "1")
+    heading, *rows, rest = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in (heading, *rows)] == [
+        ["setting", "value", "from"], ["dpo_beta", "0.3", "flag"], ["max_grad_norm", "1.0", "flag"],
+    ]  # fmt: skip
+    assert rest == f"{count - 1} settings are at their defaults: see --help"
+
+
+def test_help_for_a_reader_that_stops_reading_ends_without_a_word(project: Project) -> None:
+    for words in (["notebooks/02_dpo.py", "--help"], ["-m", "helpers.data_report", "--help"]):
+        asked = subprocess.Popen(
+            [sys.executable, *words], cwd=project.root, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert asked.stdout
+        asked.stdout.close()
+        assert asked.communicate()[1] == b""
+        assert asked.returncode == 0
+
+
+def test_a_python_without_the_requirements_is_one_line(project: Project) -> None:
+    for words in (["notebooks/04_vibes.py"], ["-m", "helpers.data_report"]):
+        done = subprocess.run(
+            [sys.executable, "-S", *words], cwd=project.root, env=project.env, capture_output=True, text=True
+        )
+        assert done.stderr.startswith("error: the requirements are not installed for this Python: use .venv/bin/python")
+        assert (done.stderr.count("\n"), done.returncode) == (1, 1)
+
+
+def test_deepspeed_is_silent_about_gpus_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quieten()
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "propagate", False)  # as deepspeed has it
+    logger.addHandler(caplog.handler)
+    cpu = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
+    logger.warning(cpu)
+    logger.warning("Something else.")
+    assert caplog.messages == ["Something else."]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    logger.warning(cpu)
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == ["Something else.", cpu]
+
+
 def test_publishing_settings_never_reach_a_trl_config() -> None:
     names = trl_fields.names("dpo") | trl_fields.names("sft")
     assert {"learning_rate", "loss_type", "packing", "gradient_checkpointing"} <= names
@@ -241,8 +294,11 @@ def test_an_unknown_name_in_dotenv_is_refused_and_in_the_environment_told(
 ) -> None:
     monkeypatch.setenv("DPO_BATA", "1")
     monkeypatch.setenv("SFT_BATA", "1")
+    monkeypatch.setattr("helpers.settings._show", lambda settings: print("the table", file=sys.stderr))
     assert load().dpo_beta == 0.1
-    assert capsys.readouterr().err == "warning: DPO_BATA is no variable of this notebook: did you mean DPO_BETA?\n"
+    assert capsys.readouterr().err == (  # below the table, where it is seen
+        "the table\nwarning: DPO_BATA is no variable of this notebook: did you mean DPO_BETA?\n"
+    )
     (tmp_path / ".env").write_text("DPO_BATA=1\n")
     with pytest.raises(SettingsError, match="did you mean DPO_BETA"):
         load()
