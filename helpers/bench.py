@@ -41,9 +41,9 @@ class Found:
         same = sum(len(answers) > 1 and answers.count(answers[0]) == len(answers) for answers in whole)
         notes = []
         if len(whole) < len(answered):
-            left = f"note: {len(answered) - len(whole)} questions are not answered by all of them, and are left out there"
+            left = f"{len(answered) - len(whole)} questions are not answered by all of them, and are left out there"
             unfinished = read_run(self.folder).get("status") == "interrupted"
-            notes.append(left + "; the run of 04_vibes.py is not finished" * unfinished)
+            notes.append(f"note: {left}{'; the run of 04_vibes.py is not finished' * unfinished}")
         if same:
             notes.append(f"note: in {same} questions all answers are the same; the page of 04 asks for no vote there")
         return Group(table, *map(Text, notes))

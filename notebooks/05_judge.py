@@ -21,7 +21,7 @@
 # python notebooks/05_judge.py --judge_model gpt-4.1                         # any model, at OpenAI ...
 # python notebooks/05_judge.py --judge_model NAME --base_url http://127.0.0.1:8000/v1     # ... or compatible with it
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one whole prompt, and how many calls
-# python notebooks/05_judge.py --votes votes-*.json                          # people, by the page of 04_vibes.py
+# python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people, by the page of 04_vibes.py
 # python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, from FastChat's own files
 # ```
 #

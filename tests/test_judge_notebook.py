@@ -187,8 +187,8 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     export(1)
     ended, _ = run_all(project, [("05_judge.py", here), ("05_judge.py", here + votes)])
     assert ended[0] == (
-        "SettingsError: --rules helpers.demo_questions needs a field 'answer' in every question: without it, judge with "
-        "--votes FILE or --judge_model NAME"
+        "SettingsError: --rules helpers.demo_questions needs a field 'answer' in every question: without it, judge "
+        "with --votes FILE or --judge_model NAME"
     )
     assert ended[1] == "well"
     export(3)

@@ -246,8 +246,8 @@ def test_a_browser_that_keeps_nothing_still_votes_and_says_so(open_page: Open) -
     page.add_init_script("Storage.prototype.getItem = Storage.prototype.setItem = () => { throw new Error('denied') }")
     page.reload()
     press(page, "1")
-    said = "Voted: A is best, dpo-run. v goes to the next question. This browser keeps no votes: export before you leave."
-    assert status(page) == said
+    voted = "Voted: A is best, dpo-run. v goes to the next question."
+    assert status(page) == f"{voted} This browser keeps no votes: export before you leave."
     assert len(exported(page)[1]["votes"]) == 1
 
 
