@@ -187,7 +187,7 @@ def test_names_are_hidden_until_the_vote(open_page: Open) -> None:
 def test_a_vote_stands_until_it_is_undone(open_page: Open) -> None:
     page = open_page()
     press(page, "1", "2")
-    assert status(page) == "You have voted here: v goes to the next question, u takes the vote back."
+    assert status(page) == "You have voted here: u takes the vote back. v goes to the next question."
     assert exported(page)[1]["votes"] == [{"question_id": 81, "order": ORDERS[0], "winner": "dpo-run", "blind": True}]
     press(page, "u")
     assert headings(page) == ["A", "B"] * 2
