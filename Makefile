@@ -12,7 +12,7 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
 NOTEBOOKS := $(wildcard notebooks/*.py)
-DEMO := --recipe recipes/demo.yaml --resume never $(FLAGS)
+DEMO := --recipe recipes/demo.yaml $(FLAGS)
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-all coverage check format notebooks bench pictures clean
 
@@ -34,7 +34,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on a CPU, in minutes
 	$(BIN)/python notebooks/01_sft.py $(DEMO)
 	$(BIN)/python notebooks/02_dpo.py $(DEMO)
-	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml --resume never
+	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml
 	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
 	$(BIN)/python notebooks/05_judge.py --recipe recipes/demo.yaml
 

@@ -36,12 +36,17 @@ class Found:
             texts = [text for turns in answers.values() for text in turns]
             mean = sum(map(len, texts)) / max(1, len(texts))
             table.add_row(Text(model), f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
-        common = sum(all(q["question_id"] in own for own in self.said.values()) for q in self.questions)
-        if not self.said or common == len(self.questions):
-            return table
-        left = f"note: {len(self.questions) - common} questions are not answered by all of them, and are left out there"
-        unfinished = "; the run of 04_vibes.py is not finished" * (read_run(self.folder).get("status") == "interrupted")
-        return Group(table, Text(left + unfinished))
+        answered = [[own.get(q["question_id"]) for own in self.said.values()] for q in self.questions]
+        whole = [answers for answers in answered if None not in answers]
+        same = sum(len(answers) > 1 and answers.count(answers[0]) == len(answers) for answers in whole)
+        notes = []
+        if len(whole) < len(answered):
+            left = f"{len(answered) - len(whole)} questions are not answered by all of them, and are left out there"
+            unfinished = read_run(self.folder).get("status") == "interrupted"
+            notes.append(f"note: {left}{'; the run of 04_vibes.py is not finished' * unfinished}")
+        if same:
+            notes.append(f"note: in {same} questions all answers are the same; the page of 04 asks for no vote there")
+        return Group(table, *map(Text, notes))
 
 
 def find_answers(settings: Any) -> Found:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Iterable
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from helpers.errors import SettingsError, UserError
-from helpers.judging import Row, pair_row
+from helpers.judging import Row, Said, pair_row
 from helpers.paths import find_path
 from helpers.questions import Question, file_name
 from helpers.rows import read_lines
@@ -31,6 +32,11 @@ def name_of_judge(settings: Any) -> str:
     if given == "votes":
         return "human"
     return f"rules {settings.rules}" if given == "rules" else str(getattr(settings, given))
+
+
+def timeless(rows: list[Row]) -> list[Row]:
+    """Rows without when they were made: of the same verdicts these are the same."""
+    return [{name: value for name, value in row.items() if name != "tstamp"} for row in rows]
 
 
 def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complete: bool) -> None:
@@ -74,16 +80,18 @@ def _nothing_read(rows: list[Row]) -> bool:
     return bool(rows) and all("error" in (r.get("g1_winner"), r.get("g2_winner")) or r.get("score") == -1 for r in rows)
 
 
-def read_votes(files: tuple[str, ...], questions: list[Question], models: Iterable[str], page: str = "") -> list[Row]:
+def read_votes(files: tuple[str, ...], questions: list[Question], said: Said, page: str = "") -> list[Row]:
     """The votes of the page that 04 makes, as judgments; a vote for the best of several beats each of the others.
 
-    A person sees all answers at once, so there is one order only, and both games of a row are that vote. Of a person's
-    exports of one page the newest holds, so that a vote that was undone stays undone. `page` is the page of these
-    answers, where it is known. Raises UserError for what is no votes file, or of another page, or of other models.
+    A person sees all answers at once, so there is one order only, and both games of a row are that vote. Two answers
+    that are the same are a tie, whatever was voted. Of a person's exports of one page the newest holds, so that a vote
+    that was undone stays undone. `files` may be globs, which a Windows shell leaves as they are. `page` is the page of
+    these answers, where it is known. Raises UserError for what is no votes file, or of another page, or of other
+    models.
     """
-    known, names = {str(q["question_id"]): q for q in questions}, list(models)
+    known, names = {str(q["question_id"]): q for q in questions}, list(said)
     exports: dict[tuple[str, str], tuple[str, str, dict[str, Any]]] = {}
-    for name in files:
+    for name in (file for given in files for file in _matching(given)):
         content = _votes_file(name)
         if page and content["page"] != page:
             raise UserError(f"--votes {name!r} is of another page (of other answers): {content['page']}, not {page}")
@@ -103,11 +111,16 @@ def read_votes(files: tuple[str, ...], questions: list[Question], models: Iterab
             judge = ["human", str(content.get("voter") or person)]
             for one, two in combinations(sorted(order, key=names.index), 2):
                 if winner in (one, two, "tie"):
-                    row = pair_row(question, 1, (one, two), judge, [winner, winner])
+                    same = said[one].get(question["question_id"]) == said[two].get(question["question_id"])
+                    row = pair_row(question, 1, (one, two), judge, ["tie" if same else winner] * 2)
                     rows.append(row | {"blind": bool(vote.get("blind", True))})
     if not rows:
         raise UserError(f"--votes {' '.join(files)}: there is not one vote in it")
     return rows
+
+
+def _matching(name: str) -> list[str]:
+    return [name] if find_path(name) else sorted(glob.glob(str(Path(name).expanduser()))) or [name]
 
 
 def _votes_file(name: str) -> dict[str, Any]:

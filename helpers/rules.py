@@ -29,7 +29,10 @@ def judge_by_rules(module: str, questions: list[Question], said: Said, pairs: li
                                {"win": one, "loss": two}.get(compare(b, a, asked), "tie")]  # fmt: skip
                     rows.append(pair_row(question, 1, (one, two), ["rules", module], winners))
     except KeyError as error:
-        raise SettingsError(f"--rules {module} needs a field {error} in every question") from None
+        raise SettingsError(
+            f"--rules {module} needs a field {error} in every question: without it, judge with --votes FILE or "
+            "--judge_model NAME"
+        ) from None
     if not rows:
         raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
     return rows

@@ -34,7 +34,8 @@ def write_page(
     `answers` is model → question_id → an answer a turn; a model that lacks a question is left out of it. `settings`
     is what to say of how the answers were made. `seed` and a question's id decide whose answer stands on the left.
 
-    A vote says which of a question's answers is best, or that it is a tie. The page exports them as
+    A vote says which of a question's answers is best, or that it is a tie; where all are the same, none is asked for.
+    The page exports them as
     {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
     "votes": [{"question_id", "order", "winner", "blind", "voted"}]}.
     """

@@ -193,10 +193,12 @@ if not settings.chat:
 # %% [markdown]
 # ## Next
 #
-# A judge says which is better, how sure that is, and how far it can be trusted.
+# A judge says which is better, how sure that is, and how far it can be trusted: a model, or whoever votes on the page.
 
 # %%
 if not settings.chat:
     print(f"Page: {short_path(page)}")
     by = f"--recipe {settings.recipe}" if settings.sources["prompts_file"] == "recipe" else "--judge_model NAME"
-    print(f"Next: python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)} {by}")
+    judge = f"python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)}"
+    print(f"Next: {judge} {by}")
+    print(f"or, with votes that the page exported: {judge} --votes ~/Downloads/votes-{page_id}*.json")

@@ -21,7 +21,7 @@
 # python notebooks/05_judge.py --judge_model gpt-4.1                         # any model, at OpenAI ...
 # python notebooks/05_judge.py --judge_model NAME --base_url http://127.0.0.1:8000/v1     # ... or compatible with it
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one whole prompt, and how many calls
-# python notebooks/05_judge.py --votes votes-*.json                          # people, by the page of 04_vibes.py
+# python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people, by the page of 04_vibes.py
 # python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, from FastChat's own files
 # ```
 #
@@ -83,7 +83,7 @@ from helpers.display import show
 from helpers.endpoint import Endpoint
 from helpers.judge_prompts import JudgePrompts
 from helpers.judging import Budget, Judge, games_of, not_judged
-from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments
+from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments, timeless
 from helpers.ledger import going_on
 from helpers.paths import short_path
 from helpers.questions import fingerprint
@@ -115,7 +115,8 @@ if settings.dry_run and games:
     asked = [game.messages(prompts, found.said) for game in games]
     to_ask = not_judged(asked, settings.judge_model, settings.temperature, ledgers)
     show(prompts.preview(asked, to_ask))
-judge_run = start_run(settings, base_model=who, origin=fingerprint(found.questions, found.said, prompts.rows))
+judged = fingerprint(found.questions, found.said, prompts.rows, *timeless(made))  # more votes are another run
+judge_run = start_run(settings, base_model=who, origin=judged)
 endpoint = Endpoint(settings.judge_model, settings.base_url, settings.timeout) if settings.judge_model else None
 if not judge_run.finished:
     judge_run.update(answers_dir=short_path(found.folder))

@@ -85,7 +85,7 @@ DEMO = {
 }
 # Each that is read by the parser it is for, and the test that runs the like.
 READ = {
-    "notebooks/05_judge.py --votes votes-*.json": "tests/test_judge_notebook.py",
+    "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/test_judge_notebook.py",
     "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/test_hub.py",
     "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --what both": "tests/test_hub.py",
 }

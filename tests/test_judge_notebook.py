@@ -166,6 +166,40 @@ def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: P
     assert set((project.root / "outputs").rglob("*")) == before
 
 
+def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_another_run(
+    project: Project, tmp_path: Path
+) -> None:
+    (tmp_path / "model_answer").mkdir()
+    questions = [{"question_id": i, "turns": [f"What is {i}?"]} for i in range(3)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name in "ab":
+        rows = [{"question_id": i, "model_id": name, "choices": [{"turns": [f"{name}{i}"]}]} for i in range(3)]
+        (tmp_path / "model_answer" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def export(count: int) -> None:
+        votes = [{"question_id": i, "order": ["b", "a"], "winner": "b"} for i in range(count)]
+        content = {"format": "votes-1", "page": "p", "voter_id": "1", "votes": votes}
+        (tmp_path / "votes-p.json").write_text(json.dumps(content))
+
+    here = ["--recipe", "recipes/demo.yaml", "--prepare", "None", "--answers_dir", str(tmp_path)]
+    here += ["--output_dir", str(tmp_path / "outputs")]
+    votes = ["--votes", str(tmp_path / "votes-*.json")]
+    export(1)
+    ended, _ = run_all(project, [("05_judge.py", here), ("05_judge.py", here + votes)])
+    assert ended[0] == (
+        "SettingsError: --rules helpers.demo_questions needs a field 'answer' in every question: without it, judge "
+        "with --votes FILE or --judge_model NAME"
+    )
+    assert ended[1] == "well"
+    export(3)
+    counted = project.run("05_judge.py", *here, *votes).stdout
+    assert "nothing to do" not in counted
+    assert "3 comparisons by human" in counted
+    runs = [json.loads(f.read_text())["metrics"]["win"] for f in (tmp_path / "outputs").glob("judge-human-*/run.json")]
+    assert sorted(runs) == [1, 3]
+    assert "nothing to do" in project.run("05_judge.py", *here, *votes).stdout
+
+
 def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Project, dpo_run: str) -> None:
     asked = {"models": [f"outputs/{dpo_run}"], "prompts_file": "outputs/demo/heldout.jsonl", "rows": 6,
              "max_new_tokens": 6}  # fmt: skip

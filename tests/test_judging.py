@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from helpers import endpoint as endpoints
-from helpers.bench import find_answers, groups_of
+from helpers.bench import Found, find_answers, groups_of
 from helpers.endpoint import Endpoint
 from helpers.errors import SettingsError, UserError
 from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
 from helpers.judging import Budget, Game, Judge, games_of, not_judged, pair_row
-from helpers.judgments import read_judgments, read_votes, refuse_unfinished
+from helpers.judgments import read_judgments, read_votes, refuse_unfinished, timeless
 from helpers.rows import read_lines
 from helpers.rules import judge_by_rules, score_by_rules
 from helpers.verdict_table import RatingTable, WinTable
@@ -528,7 +528,7 @@ def test_votes_of_people_become_the_table(tmp_path: Path) -> None:
     questions = questions_of(3)
     votes = [vote(0, "b", "ba"), vote(1, "tie"), vote(2, "c", "abc")]
     file = export(tmp_path / "votes.json", votes, voter="Ann")
-    said: dict[str, dict[Any, list[str]]] = {name: {i: ["x"] for i in range(3)} for name in "abc"}
+    said: dict[str, dict[Any, list[str]]] = {name: {i: [name] for i in range(3)} for name in "abc"}
     rows = read_votes((file,), questions, said, "p")
     found = {(p.before, p.after): p.counts for p in WinTable.of("human", rows, questions, said).pairs}
     assert found == {("a", "b"): Counts(1, 0, 1), ("a", "c"): Counts(1, 0, 0), ("b", "c"): Counts(1, 0, 0)}
@@ -547,7 +547,7 @@ def test_votes_of_people_become_the_table(tmp_path: Path) -> None:
 
 
 def test_the_newest_export_of_each_person_counts_whatever_its_file_is_called(tmp_path: Path) -> None:
-    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [1, 1]})
+    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [2, 2]})
     ann = {"voter_id": "1", "voter": "Ann"}
     files = (
         export(tmp_path / "votes.json", [vote(0, "a"), vote(1, "a")], **ann, exported="2026-01-01"),
@@ -558,6 +558,56 @@ def test_the_newest_export_of_each_person_counts_whatever_its_file_is_called(tmp
     for order in (files, files[::-1]):
         rows = read_votes(order, questions, said)
         assert WinTable.of("human", rows, questions, said).pairs[0].counts == Counts(win=3, loss=0, tie=0)
+
+
+def test_votes_are_found_by_a_glob_that_the_shell_has_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [2, 2]})
+    for i, name in enumerate(("votes-p.json", "votes-p (1).json", "votes-[p].json")):
+        export(tmp_path / name, [vote(0, "ab"[i % 2])], voter_id=str(i))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for files, winners in {
+        ("votes-*.json",): "aab",
+        ("~/votes-p*.json",): "ab",
+        ("votes-[p].json",): "a",  # a file is what it is called
+        ("votes-p.json", "votes-? (1).json"): "ab",
+    }.items():
+        rows = read_votes(files, questions, said)
+        assert sorted(row["g1_winner"] for row in rows) == [f"model_{'ab'.index(w) + 1}" for w in winners]
+    with pytest.raises(UserError, match=r"--votes 'no-\*.json' is not a file of votes"):
+        read_votes(("no-*.json",), questions, said)
+
+
+def test_a_vote_between_answers_that_are_the_same_is_a_tie(tmp_path: Path) -> None:
+    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [1, 2]})
+    rows = read_votes((export(tmp_path / "votes.json", [vote(0, "b"), vote(1, "b")]),), questions, said)
+    assert WinTable.of("human", rows, questions, said).pairs[0].counts == Counts(win=1, loss=0, tie=1)
+
+
+def test_rows_without_their_time_are_the_same_for_the_same_votes(tmp_path: Path) -> None:
+    questions, said = questions_of(2), said_of({"a": [1, 1], "b": [2, 2]})
+    first = export(tmp_path / "votes.json", [vote(0, "b")])
+    rows = [timeless(read_votes((first,), questions, said)) for _ in range(2)]
+    assert rows[0] == rows[1]
+    assert timeless(read_votes((export(tmp_path / "votes.json", [vote(0, "a")]),), questions, said)) != rows[0]
+
+
+def test_what_all_models_answer_alike_is_said() -> None:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(Found(Path("x"), questions_of(4), said_of({"a": [1, 1, 3, 4], "b": [1, 1, 2]}), Path("x")))
+    assert shown.get().splitlines()[-2:] == [
+        "note: 1 questions are not answered by all of them, and are left out there",
+        "note: in 2 questions all answers are the same; the page of 04 asks for no vote there",
+    ]
+    with console.capture() as shown:
+        console.print(Found(Path("x"), questions_of(1), said_of({"a": [1]}), Path("x")))
+    assert "note" not in shown.get()
 
 
 def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
             assert "What would make it fit:" in done.stdout or "fits into 16 GB" in done.stdout
             continue
         assert "Next: python notebooks/" in done.stdout + done.stderr or name == "05_judge.py"
+        assert (" --votes ~/Downloads/votes-" in done.stdout) == (name == "04_vibes.py")
     assert seen == set(SMALL)
     assert "480 comparisons by rules helpers.demo_questions" in done.stdout
     merges = {f: f.read_bytes() for f in (project.root / "outputs").glob("merge-*/model.safetensors")}
@@ -56,14 +58,23 @@ def test_the_notebook_commands_of_the_readme_run(project: Project, sft_run: str,
     assert [f for f in (project.root / "outputs").glob("merge-*/model.safetensors") if f.stat().st_size > 1_000_000]
 
 
-def test_the_module_commands_of_the_readme_run(project: Project) -> None:
-    modules = [c[1:] for c in COMMANDS if c[:2] == ["python", "-m"]]
-    assert ["-m", "helpers.data_report"] in [words[:2] for words in modules]
+def test_the_module_commands_of_the_readme_run(project: Project, dpo_run: str, tmp_path: Path) -> None:
+    runs = {"outputs/dpo-tiny-mistral-0b776e": f"outputs/{dpo_run}", "outputs/stiff": str(tmp_path / "stiff")}
+    shutil.copytree(project.root / "outputs" / dpo_run, tmp_path / "stiff")
+    modules = [[runs.get(w, w) for w in c[1:]] for c in COMMANDS if " ".join(c).startswith("python -m helpers.")]
+    assert {"helpers.data_report", "helpers.curves"} <= {words[1] for words in modules}
     for words in modules:
         if "helpers.sweep" in words:  # tests/test_sweep.py runs it
             continue
         subprocess.run([sys.executable, *words], cwd=project.root, env=project.env, check=True, capture_output=True)
     assert (project.root / "outputs" / "demo-data" / "data_report.png").is_file()
+    assert (project.root / "outputs" / "demo-and-stiff.png").stat().st_size > 20_000
+
+
+def test_the_environment_is_activated_before_a_command_needs_it() -> None:
+    activates, runs = COMMANDS.index(["source", ".venv/bin/activate"]), ["python", "notebooks/01_sft.py"]
+    assert activates < min(i for i, words in enumerate(COMMANDS) if words[:2] == runs)
+    assert COMMANDS.count(["source", ".venv/bin/activate"]) == 2  # behind make, and without it
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:
@@ -75,6 +86,16 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     for target in targets:
         assert f"make {target} " in listed
         subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, check=True)
+    demo = ["make", "-n", "demo", "FLAGS=--max_steps 9"]
+    made = subprocess.run(demo, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    lines = [line.partition("notebooks/")[2].strip() for line in made.splitlines() if "notebooks/" in line]
+    assert lines == [  # --resume never would throw away what a stopped one has made
+        "01_sft.py --recipe recipes/demo.yaml --max_steps 9",
+        "02_dpo.py --recipe recipes/demo.yaml --max_steps 9",
+        "03_merge_push.py --recipe recipes/demo.yaml",
+        "04_vibes.py --recipe recipes/demo.yaml",
+        "05_judge.py --recipe recipes/demo.yaml",
+    ]
 
 
 def test_notebooks_are_built_with_a_kernel_and_without_outputs(project: Project) -> None:

@@ -156,7 +156,7 @@ def test_votes_by_keyboard_become_the_export_and_that_the_table_of_05(open_page:
 def test_buttons_do_what_keys_do(open_page: Open) -> None:
     page = open_page()
     page.get_by_role("button", name="Vote: answer B is best").click()
-    assert status(page) == "Voted: B is best, sft-run."
+    assert status(page) == "Voted: B is best, sft-run. v goes to the next question."
     page.get_by_role("button", name="Undo the vote").click()
     page.get_by_role("button", name="Vote: a tie").click()
     page.get_by_role("button", name="Next unvoted").click()
@@ -187,7 +187,7 @@ def test_names_are_hidden_until_the_vote(open_page: Open) -> None:
 def test_a_vote_stands_until_it_is_undone(open_page: Open) -> None:
     page = open_page()
     press(page, "1", "2")
-    assert status(page) == "You have voted here: u takes the vote back."
+    assert status(page) == "You have voted here: u takes the vote back. v goes to the next question."
     assert exported(page)[1]["votes"] == [{"question_id": 81, "order": ORDERS[0], "winner": "dpo-run", "blind": True}]
     press(page, "u")
     assert headings(page) == ["A", "B"] * 2
@@ -246,7 +246,8 @@ def test_a_browser_that_keeps_nothing_still_votes_and_says_so(open_page: Open) -
     page.add_init_script("Storage.prototype.getItem = Storage.prototype.setItem = () => { throw new Error('denied') }")
     page.reload()
     press(page, "1")
-    assert status(page) == "Voted: A is best, dpo-run. This browser keeps no votes: export before you leave."
+    voted = "Voted: A is best, dpo-run. v goes to the next question."
+    assert status(page) == f"{voted} This browser keeps no votes: export before you leave."
     assert len(exported(page)[1]["votes"]) == 1
 
 
@@ -295,6 +296,23 @@ def test_a_question_with_one_answer_is_read_and_not_voted_on(open_page: Open) ->
     assert page.get_by_role("button", name="Vote:").count() == 0
     press(page, "v", "1")
     assert [vote["question_id"] for vote in exported(page)[1]["votes"]] == [81]
+
+
+def test_answers_that_are_the_same_are_read_and_no_vote_is_asked_for(open_page: Open, tmp_path: Path) -> None:
+    same = {"poem": ["Violets."], 82: ["It is 5."]}
+    page = open_page(answers=ANSWERS | {"dpo-run": ANSWERS["dpo-run"] | same})
+    assert page.locator("#progress").inner_text() == "0 of 2 voted"
+    press(page, "1", "j", "1")  # 82: nothing
+    assert status(page) == "There is nothing to vote on here."
+    assert page.locator("#sight").inner_text() == "The answers here are the same: there is no vote to cast."
+    assert page.get_by_role("button", name="Vote:").count() == 0
+    assert headings(page) == ["A", "B"]
+    press(page, "v")
+    assert page.locator("#place").inner_text() == f"Question 4 of 4 id {LONG}"
+    press(page, "2")
+    assert status(page) == "Voted: B is best, dpo-run. All questions have a vote: e exports them."
+    assert page.locator("#results-note").inner_text() == "2 of 2 voted; in 2 more the answers are the same."
+    assert [vote["question_id"] for vote in exported(page)[1]["votes"]] == [81, LONG]
 
 
 def test_one_model_is_read_with_its_name(open_page: Open) -> None:
@@ -418,7 +436,7 @@ def test_a_category_chosen_with_the_mouse_leaves_the_keys_to_votes(open_page: Op
     press(page, "ArrowDown", "ArrowDown", "Enter")
     assert page.locator("#place").inner_text() == "Question 1 of 1 id 82 · maths"
     press(page, "1")
-    assert status(page) == "Voted: A is best, sft-run."
+    assert status(page) == "Voted: A is best, sft-run. v goes to the next question."
 
 
 def test_settings_and_title_are_shown_as_they_are(open_page: Open) -> None:
@@ -451,16 +469,16 @@ HOSTILE = [
 
 def test_hostile_text_is_shown_as_text(open_page: Open) -> None:
     questions = [{"question_id": text, "category": text, "turns": [text], "reference": [text]} for text in HOSTILE]
-    answers = {model: {text: [text] for text in HOSTILE} for model in HOSTILE[:2]}
+    answers = {HOSTILE[0]: {text: [text] for text in HOSTILE}, HOSTILE[1]: {text: [text, "x"] for text in HOSTILE}}
     page = open_page(questions, answers, settings=dict.fromkeys(HOSTILE, "{{content}}"))
     page.get_by_text("How these answers were made").click()
     press(page, "d")
     for text in HOSTILE:
         page.get_by_text("Reference answer").click()
         shown = page.locator(".user .text, .reference .text, .answer .text").all()
-        assert [units(element) for element in shown] == [text.encode("utf-16-le", "surrogatepass")] * 4
+        assert [units(element) for element in shown[:4]] == [text.encode("utf-16-le", "surrogatepass")] * 4
         press(page, "1")
-        assert sorted(page.locator(".answer bdi").all_inner_texts()) == sorted(HOSTILE[:2])
+        assert set(page.locator(".answer bdi").all_inner_texts()) == set(HOSTILE[:2])
         press(page, "j")
     assert [units(name) for name in page.locator("#said dt").all()] == [
         text.encode("utf-16-le", "surrogatepass") for text in HOSTILE
@@ -552,7 +570,7 @@ def test_tab_reaches_every_control_in_reading_order_with_focus_in_sight(open_pag
     press(page, "Enter")
     assert page.evaluate("document.activeElement.id") == "choice-1"  # voting takes the focus nowhere
     assert page.locator("#choice-1").get_attribute("aria-pressed") == "true"
-    assert status(page) == "Voted: B is best, sft-run."
+    assert status(page) == "Voted: B is best, sft-run. v goes to the next question."
 
 
 def test_keys_are_letters_while_a_name_is_typed_and_shortcuts_of_the_browser_stay_its_own(open_page: Open) -> None:

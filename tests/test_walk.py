@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from helpers.report import SECTIONS
 from tests.conftest import DPO, SFT, Project
 
-DEMO = ["--recipe", "recipes/demo.yaml", "--resume", "never"]
+DEMO = ["--recipe", "recipes/demo.yaml"]
 
 
 def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: Project) -> None:
