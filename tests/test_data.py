@@ -156,6 +156,7 @@ def test_a_set_behind_a_loader_script_is_read_from_the_file_beside_it(
     assert offline == "well"
 
 
+@pytest.mark.long
 def test_a_recipe_mixes_sets_and_chat_tokens_go_the_whole_way(
     project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:

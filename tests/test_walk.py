@@ -17,6 +17,7 @@ from tests.conftest import DPO, SFT, Project
 DEMO = ["--recipe", "recipes/demo.yaml"]
 
 
+@pytest.mark.long
 def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: Project) -> None:
     project.run(
         "01_sft.py", "--recipe", "recipes/demo.yaml", "--tuning", "qlora", "--lora_r", "4", "--run_name", "lora", *SFT
