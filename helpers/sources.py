@@ -98,12 +98,14 @@ class Candidate:
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other weights, of a run or a folder; a Hub id and an endpoint's model are what they are."""
-        parts: list[object] = [self.base, self.adapter, self.revision]  # a server may have another address tomorrow
-        for folder in (find_path(name) for name in (self.base, self.adapter or "") if not self.base_url):
+        """Another one for other weights, of a run (wherever its folder is) or a folder; a Hub id and an endpoint's model
+        are what they are."""
+        parts: list[object] = [self.revision]  # a server may have another address tomorrow
+        for name in (self.base, self.adapter or ""):
+            folder = None if self.base_url else find_path(name)
             files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if folder else []
             known = folder and read_run(folder).get("fingerprint")
-            parts.append(known or [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+            parts.append(known or [name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
         return fingerprint(parts)
 
     @property
