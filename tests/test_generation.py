@@ -380,8 +380,8 @@ def test_a_model_with_other_weights_has_another_fingerprint(tmp_path: Path) -> N
     assert before == Candidate("one", str(tmp_path / "one")).fingerprint
     (tmp_path / "one" / "model.safetensors").write_bytes(b"xy")
     assert Candidate("one", str(tmp_path / "one")).fingerprint != before
-    for name in ("two", "moved"):  # a run says itself what its weights are
+    for name in ("run", "moved"):  # a run says itself what its weights are
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text('{"fingerprint": "abc"}')
-    two, moved = (Candidate("two", str(tmp_path / name)).fingerprint for name in ("two", "moved"))
-    assert two == moved != before
+    run, moved = (Candidate("a", str(tmp_path / name)).fingerprint for name in ("run", "moved"))
+    assert run == moved != before
