@@ -98,8 +98,8 @@ class Candidate:
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other weights, of a run (wherever it is kept) or a folder; a Hub id and an endpoint's model are
-        what they are."""
+        """Another one for other weights, of a run (wherever it is kept) or a folder; a Hub id and an endpoint's model
+        are what they are."""
         parts: list[object] = [self.revision]  # a server may have another address tomorrow
         for name in (self.base, self.adapter or ""):
             folder = None if self.base_url else find_path(name)
