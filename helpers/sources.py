@@ -79,6 +79,8 @@ def _ask_for_the_hub() -> None:
         get_session().head(constants.ENDPOINT, timeout=10)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise LocalEntryNotFoundError("the Hub cannot be reached") from error
+    except httpx.HTTPError:  # it is there, and slow or busy: huggingface_hub asks it again
+        pass
 
 
 @dataclasses.dataclass(frozen=True)

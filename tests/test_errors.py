@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from helpers import sources
 from helpers.hub_errors import reason
 from tests import hub as local
 from tests.conftest import Project
@@ -54,6 +57,30 @@ def test_what_the_hub_answers_says_what_to_do() -> None:
     assert answered(403).startswith("your token may not do that (403)")
     assert reason(LocalEntryNotFoundError("x")).startswith("it is not in the cache, and the Hub cannot be reached")
     assert reason(ValueError("two\nlines")) == "two lines"
+
+
+def test_a_hub_that_is_not_there_is_asked_once_and_one_that_hangs_up_is_left_to_its_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        asked: list[bytes] = []
+
+        def hang_up() -> None:
+            connection, _ = server.accept()
+            asked.append(connection.recv(4))
+            connection.close()
+
+        answering = threading.Thread(target=hang_up)
+        answering.start()
+        sources._ask_for_the_hub()
+        answering.join()
+        assert asked == [b"HEAD"]
+    with pytest.raises(LocalEntryNotFoundError, match="the Hub cannot be reached"):
+        sources._ask_for_the_hub()
 
 
 def test_each_mistake_is_one_line_and_nothing_is_written(
