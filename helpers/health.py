@@ -87,9 +87,9 @@ def margin(history: History, end: float) -> Words | None:
 def saturated(history: History, end: float) -> Words | None:
     """Pairs are told apart, without exception, before the run is half over.
 
-    Speaks when the accuracy of training has a median of 0.99 or more, and is never below 0.98, for the last two windows
-    and 200 pairs or longer, and that began in the first half of the run. How many pairs a log has shows in the share
-    that a single one takes off.
+    Speaks when the accuracy of training has a median of 0.99 or more, and is never below 0.98, for two windows and 200
+    pairs or longer until now, and the first of these windows ended in the first half of the run. How many pairs a log
+    has shows in the share that a single one takes off.
     """
     steps, values = series(history, "rewards/accuracies")
     since = len(values)
@@ -107,7 +107,7 @@ def saturated(history: History, end: float) -> Words | None:
 
 
 def overfitting(history: History, end: float) -> Words | None:
-    """Held-out margins fall while those of training rise: pairs are learned by heart.
+    """Held-out margins fall, or the held-out loss rises, while training goes on as it should: learned by heart.
 
     Speaks when the last two evaluations are a tenth or more below the best, and the last window of training is above
     the one before the best. The loss likewise, turned around: it also rises where margins grow on both sides, and more
