@@ -98,8 +98,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     from trl import DPOConfig
 
-    from helpers.prefix_packing import pack
-    from helpers.shared_prefix import SharedPrefixDPOTrainer
+    from helpers.training.prefix_sharing import pack
+    from helpers.training.trainer import SharedPrefixDPOTrainer
 
     gpu, sizes = case["large"], dict(LARGE if case["large"] else SMALL)
     vocabulary = sizes.pop("vocab")

@@ -28,10 +28,9 @@ KINDS = {"3M": ("batch 1", "batch 16"), "480M": ("two models", "one, adapter")}
 
 def make(folder: Path, hidden: int, layers: int) -> None:
     """A random base, an adapter, and the two merged, with the demo's tokenizer."""
+    from helpers.demo import write_demo
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from helpers.demo import write_demo
 
     write_demo(folder / "demo")
     tokenizer = AutoTokenizer.from_pretrained(folder / "demo" / "tiny-mistral")
@@ -54,8 +53,8 @@ def one(kind: str, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers.chat import apply_chat_format
-    from helpers.generation import generate_answers
+    from helpers.evaluation.generators import generate_answers
+    from helpers.models.chat import apply_chat_format
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     apply_chat_format(tokenizer, "auto")

@@ -88,8 +88,9 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback, trainer
     from trl.trainer import utils
 
-    from helpers import memory, models
-    from helpers.decoder import read_decoder
+    from helpers.models import memory
+    from helpers.models import plan as models
+    from helpers.models.decoder import read_decoder
 
     found: dict[str, Any] = {}
     watch = None if case["gpu"] else _tracker()

@@ -50,8 +50,8 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from helpers.merged_folder import merge_into
-    from helpers.merging import Merge
+    from helpers.merging.merge import Merge
+    from helpers.merging.weights import merge_into
 
     peak, done = 0.0, threading.Event()
 

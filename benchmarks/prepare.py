@@ -69,9 +69,9 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl.trainer.dpo_trainer import DPOTrainer  # by both, before the clock starts: a notebook has it anyway
 
-    from helpers.chat import apply_chat_format
-    from helpers.lengths import Limits
-    from helpers.preferences import prepare_preferences
+    from helpers.data.conversations import Limits
+    from helpers.data.prepare import prepare_preferences
+    from helpers.models.chat import apply_chat_format
 
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

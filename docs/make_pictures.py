@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from rich.console import Console
 
-from helpers.answers import Answers, SideBySide
-from helpers.curves import Curves
-from helpers.paths import REPO
-from helpers.questions import read_questions
-from helpers.runs import find_run
+from helpers.core import REPO
+from helpers.evaluation.answers import Answers, SideBySide
+from helpers.evaluation.questions import read_questions
+from helpers.runs.curves import Curves
+from helpers.runs.run import find_run
 
 PICTURES = Path(__file__).parent / "pictures"
 COLOURS = {"prompt": "#7a8ca8", "chosen": "#5a9e6f", "rejected": "#c56a5c", "padding": "#eeeeee"}

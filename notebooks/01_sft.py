@@ -35,7 +35,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import TrainSettings, load_settings
+from helpers.settings.load import TrainSettings, load_settings
 
 
 @dataclass
@@ -76,11 +76,11 @@ settings = load_settings(Settings, globals())
 # so the same command finds its own run again, and goes on where it stopped.
 
 # %%
-from helpers.credentials import prepare_tracker
-from helpers.display import show
-from helpers.fit import estimate_fit
-from helpers.models import plan_model
-from helpers.runs import start_run
+from helpers.core import show
+from helpers.models.memory import estimate_fit
+from helpers.models.plan import plan_model
+from helpers.runs.run import start_run
+from helpers.settings.credentials import prepare_tracker
 
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
     show(*estimate_fit(settings))
@@ -95,19 +95,24 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers.chat import apply_chat_format, show_labels
-from helpers.curves import Curves, final_metrics
-from helpers.data_report import DataReport
-from helpers.embeddings import fit_embeddings, token_rows
-from helpers.guard import keep_watch
-from helpers.instructions import load_instructions
-from helpers.lengths import Limits
-from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
-from helpers.report import show_report
-from helpers.sources import local_or_hub
-from helpers.split import Split
-from helpers.tracking import log_to_wandb
+from helpers.data.conversations import Limits
+from helpers.data.loading import read_sources
+from helpers.data.prepare import load_instructions
+from helpers.data.report import DataReport
+from helpers.data.row_report import Split
+from helpers.models.chat import apply_chat_format, show_labels
+from helpers.models.plan import (
+    compute_4bit_alike,
+    fit_embeddings,
+    modules_named,
+    save_policy,
+    token_rows,
+    train_adapter_in_float32,
+)
+from helpers.models.resolve import local_or_hub
+from helpers.runs.curves import Curves, final_metrics, log_to_wandb
+from helpers.runs.report import show_report
+from helpers.training.callbacks import keep_watch
 
 # %% [markdown]
 # ## Data

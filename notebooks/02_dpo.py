@@ -37,7 +37,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import TrainSettings, load_settings, one_of
+from helpers.settings.load import TrainSettings, load_settings, one_of
 
 
 @dataclass
@@ -84,11 +84,11 @@ settings = load_settings(Settings, globals())
 # From a published model, or a run of `01_sft.py`. The same command finds its run again, and goes on where it stopped.
 
 # %%
-from helpers.credentials import hf_token, prepare_tracker
-from helpers.display import show
-from helpers.fit import estimate_fit
-from helpers.models import adapter_settings, plan_model
-from helpers.runs import find_run, start_run
+from helpers.core import show
+from helpers.models.memory import estimate_fit
+from helpers.models.plan import adapter_settings, plan_model
+from helpers.runs.run import find_run, start_run
+from helpers.settings.credentials import hf_token, prepare_tracker
 
 one_of(settings, "model_id", "sft_run")
 parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
@@ -110,22 +110,27 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
-from helpers.chat import apply_chat_format, render
-from helpers.curves import Curves, final_metrics
-from helpers.data_report import DataReport
-from helpers.embeddings import fit_embeddings, token_rows
-from helpers.formats import Options
-from helpers.guard import keep_watch
-from helpers.lengths import Limits
-from helpers.loading import read_sources
-from helpers.models import compute_4bit_alike, modules_named, save_policy, train_adapter_in_float32
-from helpers.preferences import load_preferences
-from helpers.publishing import merge_and_push
-from helpers.report import show_report
-from helpers.shared_prefix import SharedPrefixDPOTrainer
-from helpers.sources import local_or_hub
-from helpers.split import Split
-from helpers.tracking import log_to_wandb
+from helpers.data.conversations import Limits
+from helpers.data.formats import Options
+from helpers.data.loading import read_sources
+from helpers.data.prepare import load_preferences
+from helpers.data.report import DataReport
+from helpers.data.row_report import Split
+from helpers.hub.push import merge_and_push
+from helpers.models.chat import apply_chat_format, render
+from helpers.models.plan import (
+    compute_4bit_alike,
+    fit_embeddings,
+    modules_named,
+    save_policy,
+    token_rows,
+    train_adapter_in_float32,
+)
+from helpers.models.resolve import local_or_hub
+from helpers.runs.curves import Curves, final_metrics, log_to_wandb
+from helpers.runs.report import show_report
+from helpers.training.callbacks import keep_watch
+from helpers.training.trainer import SharedPrefixDPOTrainer
 
 # %% [markdown]
 # ## Data

@@ -34,7 +34,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings
+from helpers.settings.load import RunSettings, load_settings
 
 
 @dataclass
@@ -71,15 +71,12 @@ settings = load_settings(Settings, globals())
 # %%
 from pathlib import Path
 
-from helpers.display import show
-from helpers.errors import Stop, UserError
-from helpers.hub import file_line, files_to_push, prepare_push, preview_push, push_folder
-from helpers.merged_folder import adapter_as_run, local_folder
-from helpers.paths import short_path
-from helpers.runs import find_run, start_run
-from helpers.settings import one_of
-from helpers.sources import find_adapter
-from helpers.weight_files import WeightFiles, parse_size
+from helpers.core import Stop, UserError, short_path, show
+from helpers.hub.push import file_line, files_to_push, prepare_push, preview_push, push_folder
+from helpers.merging.weights import WeightFiles, adapter_as_run, local_folder, parse_size
+from helpers.models.resolve import find_adapter
+from helpers.runs.run import find_run, start_run
+from helpers.settings.load import one_of
 
 one_of(settings, "run", "adapter")
 largest_file = parse_size(settings.max_shard_size)
@@ -105,14 +102,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import merge_proof
-from helpers.chat import apply_chat_format
-from helpers.embeddings import fit_embeddings
-from helpers.merged_folder import complete, draft_of, merge_by_peft, merge_into, move_in
-from helpers.merging import Merge, Unknown
-from helpers.models import compute_4bit_alike
-from helpers.quantized_base import QuantizedBase
-from helpers.report import show_report
+from helpers.merging import verify as merge_proof
+from helpers.merging.merge import Merge, QuantizedBase, Unknown
+from helpers.merging.weights import complete, draft_of, merge_by_peft, merge_into, move_in
+from helpers.models.chat import apply_chat_format
+from helpers.models.plan import compute_4bit_alike, fit_embeddings
+from helpers.runs.report import show_report
 
 base_folder = local_folder(policy_from.base, policy_from.revision)
 adapter_folder = Path(policy_from.adapter)

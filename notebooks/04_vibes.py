@@ -35,7 +35,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings
+from helpers.settings.load import RunSettings, load_settings
 
 
 @dataclass
@@ -77,17 +77,14 @@ settings = load_settings(Settings, globals())
 # ## Models and prompts
 
 # %%
-from helpers.answers import Answers, SideBySide
-from helpers.display import show
-from helpers.endpoint import Endpoint
-from helpers.generation import LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
-from helpers.ledger import going_on
-from helpers.models import plan_model
-from helpers.paths import short_path
-from helpers.questions import fingerprint, read_questions
-from helpers.runs import start_run
-from helpers.settings import one_of
-from helpers.sources import find_candidates
+from helpers.core import fingerprint, short_path, show
+from helpers.evaluation.answers import Answers, SideBySide, going_on
+from helpers.evaluation.generators import Endpoint, LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
+from helpers.evaluation.questions import read_questions
+from helpers.models.plan import plan_model
+from helpers.models.resolve import find_candidates
+from helpers.runs.run import start_run
+from helpers.settings.load import one_of
 
 one_of(settings, "prompts", "prompts_file", "dataset_id")
 candidates = find_candidates(settings.models, settings.output_dir, settings.base_url)
@@ -127,10 +124,9 @@ if settings.dry_run or not settings.chat:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.chat import apply_chat_format
-from helpers.embeddings import fit_embeddings
-from helpers.models import compute_4bit_alike
-from helpers.sources import local_or_hub
+from helpers.models.chat import apply_chat_format
+from helpers.models.plan import compute_4bit_alike, fit_embeddings
+from helpers.models.resolve import local_or_hub
 
 how = (settings.batch_size, settings.seed, settings.temperature_by_category)
 loaded = model = None
@@ -180,7 +176,7 @@ if settings.chat:
 # `05_judge.py --votes` counts the votes.
 
 # %%
-from helpers.vote_page import write_page
+from helpers.evaluation.vote_page import write_page
 
 if not settings.chat:
     names = [c.name for c in candidates]

@@ -35,7 +35,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings import RunSettings, load_settings
+from helpers.settings.load import RunSettings, load_settings
 
 
 @dataclass
@@ -78,20 +78,25 @@ settings = load_settings(Settings, globals())
 # A comparison needs both models' answers to a question; what only one of them has answered is left out, and said.
 
 # %%
-from helpers.bench import find_answers, groups_of
-from helpers.display import show
-from helpers.endpoint import Endpoint
-from helpers.judge_prompts import JudgePrompts
-from helpers.judging import Budget, Judge, games_of, not_judged
-from helpers.judgments import name_of_judge, read_judgments, read_votes, refuse_unfinished, save_judgments, timeless
-from helpers.ledger import going_on
-from helpers.paths import short_path
-from helpers.questions import fingerprint
-from helpers.report import show_report
-from helpers.rules import judge_by_rules, score_by_rules
-from helpers.runs import start_run
-from helpers.settings import one_of
-from helpers.verdict_table import METHOD, RatingTable, WinTable
+from helpers.core import fingerprint, short_path, show
+from helpers.evaluation.answer_sets import find_answers, groups_of
+from helpers.evaluation.answers import going_on
+from helpers.evaluation.generators import Endpoint
+from helpers.evaluation.judges import Budget, Judge, JudgePrompts, games_of, not_judged
+from helpers.evaluation.judgments import (
+    judge_by_rules,
+    name_of_judge,
+    read_judgments,
+    read_votes,
+    refuse_unfinished,
+    save_judgments,
+    score_by_rules,
+    timeless,
+)
+from helpers.evaluation.results import METHOD, RatingTable, WinTable
+from helpers.runs.report import show_report
+from helpers.runs.run import start_run
+from helpers.settings.load import one_of
 
 # %%
 one_of(settings, "judge_model", "votes", "rules", "judgments")

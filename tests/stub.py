@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from helpers.runs import start_run
-from helpers.settings import TrainSettings, load_settings
+from helpers.runs.run import start_run
+from helpers.settings.load import TrainSettings, load_settings
 
 
 @dataclass

@@ -12,10 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.chat import apply_chat_format, check_chat, encode, render, tokenize
-from helpers.chat_formats import FORMATS, MISTRAL
-from helpers.embeddings import fit_embeddings, token_rows
-from helpers.errors import UserError
+from helpers.core import UserError
+from helpers.models.chat import FORMATS, MISTRAL, apply_chat_format, check_chat, encode, render, tokenize
+from helpers.models.plan import fit_embeddings, token_rows
 
 TALK = [
     {"role": "user", "content": "What is 2 plus 3?"},
@@ -135,7 +134,7 @@ class Slow:
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels_and_trims(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.lengths import trim_prompt
+    from helpers.data.conversations import trim_prompt
 
     slow: Any = Slow(tokenizer)
     assert encode(slow, TALK) == encode(tokenizer, TALK)

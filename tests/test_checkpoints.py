@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.checkpoints import (
+from helpers.core import Interrupted, UserError
+from helpers.runs.checkpoints import (
     MARKER,
     compare_by_steps,
     explain,
@@ -26,8 +27,7 @@ from helpers.checkpoints import (
     set_broken_aside,
     set_later_aside,
 )
-from helpers.errors import Interrupted, UserError
-from helpers.runs import Run
+from helpers.runs.run import Run
 from tests.conftest import DPO, Project
 from tests.test_notebooks import results, wait_for
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import credentials
-from helpers.errors import SettingsError, UserError
+from helpers.core import SettingsError, UserError
+from helpers.settings import credentials
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,11 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from helpers import curves, health, history, live, report, sweep
-from helpers.errors import SettingsError, UserError
+from helpers.core import SettingsError, UserError
+from helpers.runs import curves, report, sweep
+from helpers.runs import curves as history
+from helpers.training import callbacks as live
+from helpers.training import diagnostics as health
 
 HISTORY = [
     {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "grad_norm": 1.0},

@@ -15,15 +15,13 @@ import pytest
 from matplotlib.image import imread
 from transformers import PreTrainedTokenizerBase
 
-from helpers.accounts import Account
-from helpers.data_findings import Answers, find_all, leaks, longer_is_chosen, near_ties, openings
-from helpers.data_report import DataReport, main
-from helpers.errors import SettingsError
-from helpers.formats import Options
-from helpers.lengths import Limits
-from helpers.loading import Source
-from helpers.preferences import load_preferences
-from helpers.split import Split
+from helpers.core import SettingsError
+from helpers.data.conversations import Limits
+from helpers.data.formats import Options
+from helpers.data.loading import Source
+from helpers.data.prepare import load_preferences
+from helpers.data.report import Answers, DataReport, find_all, leaks, longer_is_chosen, main, near_ties, openings
+from helpers.data.row_report import Account, Split
 from tests.conftest import REPO
 
 

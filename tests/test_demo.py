@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.demo_questions import Question, Score, compare, kinds, score, split
 
 from helpers import demo
-from helpers.demo_questions import Question, Score, compare, kinds, score, split
-from helpers.errors import UserError
+from helpers.core import UserError
 
 ROOT = Path(__file__).parents[1]
 RIGHT = "Happy to help: it is 12."

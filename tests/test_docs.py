@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.health import FINDINGS
-from helpers.settings import load_settings
-from helpers.sweep import settings_of
+from helpers.runs.sweep import settings_of
+from helpers.settings.load import load_settings
+from helpers.training.diagnostics import FINDINGS
 from tests.conftest import REPO, SFT, Project
 from tests.test_data import run_all
 
@@ -170,7 +170,7 @@ def test_launched_commands_name_configurations_and_flags_that_there_are(capsys: 
 
 
 def test_a_flag_that_is_misspelt_would_be_found() -> None:
-    from helpers.errors import SettingsError
+    from helpers.core import SettingsError
 
     with pytest.raises(SettingsError, match="did you mean --dataset_id"):
         read_by_settings(shlex.split("notebooks/02_dpo.py --datset_id my_pairs.jsonl"))
@@ -258,8 +258,7 @@ def test_what_to_try_is_what_the_findings_say() -> None:
 def test_every_method_of_trl_that_is_overridden_is_in_the_design() -> None:
     from trl import DPOTrainer
 
-    from helpers.shared_prefix import SharedPrefixDPOTrainer
-    from helpers.trainer import TokenizedDPOTrainer
+    from helpers.training.trainer import SharedPrefixDPOTrainer, TokenizedDPOTrainer
 
     text = (REPO / "docs" / "design.md").read_text()
     for ours in (TokenizedDPOTrainer, SharedPrefixDPOTrainer):

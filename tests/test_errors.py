@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import sources
-from helpers.hub_errors import reason
+from helpers.core import reason
+from helpers.models import resolve as sources
 from tests import hub as local
 from tests.conftest import Project
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.checkpoints import MARKER, checkpoints, fault_of_checkpoint
+from helpers.runs.checkpoints import MARKER, checkpoints, fault_of_checkpoint
 from tests.conftest import DPO, Project
 from tests.test_notebooks import results
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import memory, trl_fields
-from helpers.decoder import read_decoder
-from helpers.errors import SettingsError
-from helpers.memory import GB, Job, estimate, fitting
+from helpers.core import SettingsError
+from helpers.models import memory
+from helpers.models.decoder import read_decoder
+from helpers.models.memory import GB, Job, estimate, fitting
+from helpers.settings import trl_fields
 from tests import hub as local
 from tests.conftest import Project
 

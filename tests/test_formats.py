@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.columns import recognise
-from helpers.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored
-from helpers.instructions import READERS, read_chosen
-from helpers.rows import fault_of, transcript
+from helpers.data.conversations import fault_of, transcript
+from helpers.data.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored, recognise
+from helpers.data.prepare import INSTRUCTION_READERS as READERS
+from helpers.data.prepare import read_chosen
 
 
 def user(text: str) -> dict[str, str]:

@@ -13,16 +13,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from helpers.answers import Answers, SideBySide
-from helpers.chat import render
-from helpers.endpoint import Endpoint
-from helpers.errors import SettingsError, UserError
-from helpers.generation import LocalSpeaker, RemoteSpeaker, generate_answers, sampling_of, talk_with
-from helpers.ledger import Ledger
-from helpers.questions import OURS, read_bench, read_questions
-from helpers.rows import Message, read_lines
-from helpers.settings import load_settings
-from helpers.sources import Candidate, find_candidates
+from helpers.core import SettingsError, UserError, read_lines
+from helpers.data.conversations import Message
+from helpers.evaluation.answers import Answers, Ledger, SideBySide
+from helpers.evaluation.generators import (
+    Endpoint,
+    LocalSpeaker,
+    RemoteSpeaker,
+    generate_answers,
+    sampling_of,
+    talk_with,
+)
+from helpers.evaluation.questions import OUR_QUESTIONS as OURS
+from helpers.evaluation.questions import read_bench, read_questions
+from helpers.models.chat import render
+from helpers.models.resolve import Candidate, find_candidates
+from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.judge_server import judge_server
 from tests.test_helpers import tiny_mistral

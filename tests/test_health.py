@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.health import FINDINGS, NAMES, Finding, examine
-from helpers.history import History, read_history
+from helpers.runs.curves import Finding, History, read_history
+from helpers.training.diagnostics import FINDINGS, NAMES, examine
 
 HISTORIES = Path(__file__).parent / "histories"
 STEPS = 100

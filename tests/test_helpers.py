@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
-from helpers import models, runs, sources
-from helpers.errors import SettingsError, Stop, UserError
-from helpers.merge_proof import compare_logits, last_logits
-from helpers.settings import RunSettings, load_settings
+from helpers.core import SettingsError, Stop, UserError
+from helpers.merging.verify import compare_logits, last_logits
+from helpers.models import plan as models
+from helpers.models import resolve as sources
+from helpers.runs import run as runs
+from helpers.settings.load import RunSettings, load_settings
 
 
 def settings_of(folder: Path, *words: str) -> Any:

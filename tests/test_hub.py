@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.errors import UserError
+from helpers.core import UserError
 from tests import hub as local
 from tests.conftest import DPO, Project
 
@@ -50,7 +50,7 @@ def model(tmp_path: Path) -> Path:
 def test_a_push_is_private_and_sends_the_model_s_files_and_a_card_alone(
     online: local.Hub, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     push_folder(model, "me/name", private=True)
     repo = online.repos["models/me/name"]
@@ -75,7 +75,7 @@ def test_a_push_is_private_and_sends_the_model_s_files_and_a_card_alone(
 
 
 def test_an_adapter_on_a_base_that_nobody_else_has_is_not_pushed(online: local.Hub, model: Path) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     (model / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{model}"}}')
     with pytest.raises(UserError, match="is a folder here, which nobody else has"):
@@ -87,7 +87,7 @@ def test_an_adapter_on_a_base_that_nobody_else_has_is_not_pushed(online: local.H
 
 
 def test_a_gated_model_says_what_to_do(online: local.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers.sources import local_or_hub
+    from helpers.models.resolve import local_or_hub
 
     online.fail["/org/gated/"] = (403, {"X-Error-Code": "GatedRepo"})
     with pytest.raises(UserError, match="org/gated is gated, and your token may not read it: accept its terms"):
@@ -98,7 +98,7 @@ def test_a_gated_model_says_what_to_do(online: local.Hub, monkeypatch: pytest.Mo
 
 
 def test_public_is_public_only_when_told(online: local.Hub, model: Path) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     push_folder(model, "me/open", private=False)
     assert online.repos["models/me/open"]["private"] is False
@@ -108,7 +108,7 @@ def test_public_is_public_only_when_told(online: local.Hub, model: Path) -> None
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_hub_that_refuses_is_one_line(online: local.Hub, model: Path, status: int) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     online.fail["/api/repos/create"] = (status, {})
     with pytest.raises(UserError) as raised:
@@ -121,7 +121,7 @@ def test_a_hub_that_refuses_is_one_line(online: local.Hub, model: Path, status: 
 def test_without_a_token_a_push_says_how_to_give_one(
     hub: local.Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match="set HF_TOKEN in the environment or in"):
@@ -167,7 +167,7 @@ def test_a_model_and_a_dataset_from_a_hub_and_then_offline(
 ) -> None:  # fmt: skip
     from huggingface_hub import ModelCard, constants
 
-    from helpers.hub import preview_push
+    from helpers.hub.push import preview_push
 
     model = {file.name: file.read_bytes() for file in (demo_folder / "tiny-mistral").iterdir()}
     hub.add("models", "org/tiny", model)
@@ -224,8 +224,8 @@ def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path
     """A base that is on the Hub, an adapter of it, and the two merged, in two files of weights."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers.merged_folder import merge_into
-    from helpers.merging import Merge
+    from helpers.merging.merge import Merge
+    from helpers.merging.weights import merge_into
     from tests.test_helpers import tiny_mistral
 
     torch.manual_seed(0)
@@ -253,7 +253,7 @@ def test_what_arrives_is_what_was_listed_and_answers_alike_from_an_empty_cache(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers.hub import prepare_push, push_folder
+    from helpers.hub.push import prepare_push, push_folder
 
     for name in ("adapter", "merged"):
         # the adapter names its base, whose licence is taken over
@@ -290,7 +290,7 @@ def test_what_arrives_is_what_was_listed_and_answers_alike_from_an_empty_cache(
 def test_a_push_survives_or_says_why_in_one_line_and_the_next_sends_what_is_missing(
     part: str, fails: Any, said: str, online: local.Hub, trained: dict[str, Path]
 ) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     online.fail[part] = fails
     if not said:
@@ -314,7 +314,7 @@ def test_a_push_survives_or_says_why_in_one_line_and_the_next_sends_what_is_miss
 def test_a_hub_that_says_how_long_is_waited_for_that_long(
     online: local.Hub, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     waits: list[float] = []
     monkeypatch.setattr("helpers.hub_errors.time.sleep", waits.append)
@@ -324,7 +324,7 @@ def test_a_hub_that_says_how_long_is_waited_for_that_long(
 
 
 def test_a_branch_and_a_tag(online: local.Hub, trained: dict[str, Path]) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     push_folder(trained["adapter"], "me/name", private=True, revision="beta", tag="v1")
     repo = online.repos["models/me/name"]
@@ -338,7 +338,7 @@ def test_a_branch_and_a_tag(online: local.Hub, trained: dict[str, Path]) -> None
 def test_a_token_in_what_is_sent_or_beside_it_stops_the_push(
     where: str, token: str, online: local.Hub, trained: dict[str, Path]
 ) -> None:
-    from helpers.hub import push_folder
+    from helpers.hub.push import push_folder
 
     file = trained["merged"] / where
     file.write_text((file.read_text() if file.exists() else "{}") + f"\n# {token}")
@@ -349,8 +349,8 @@ def test_a_token_in_what_is_sent_or_beside_it_stops_the_push(
 
 
 def test_a_folder_of_this_machine_in_what_is_sent_stops_the_push(online: local.Hub, trained: dict[str, Path]) -> None:
-    from helpers.hub import push_folder
-    from helpers.paths import REPO
+    from helpers.core import REPO
+    from helpers.hub.push import push_folder
 
     config = trained["merged"] / "config.json"
     before = config.read_text()
@@ -368,9 +368,9 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
 
     from huggingface_hub import ModelCard
 
-    from helpers.judging import pair_row
-    from helpers.model_card import write_card
-    from helpers.verdict_table import WinTable
+    from helpers.evaluation.judges import pair_row
+    from helpers.evaluation.results import WinTable
+    from helpers.hub.model_card import write_card
 
     common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
     data = {"read": 10, "kept": 8, "dropped": 2, "train": 6, "eval": 2}
@@ -419,7 +419,7 @@ def test_a_card_names_no_base_that_nobody_named_and_no_folder(tmp_path: Path) ->
 
     from huggingface_hub import ModelCard
 
-    from helpers.model_card import write_card
+    from helpers.hub.model_card import write_card
 
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     assert "None" not in write_card(tmp_path, "me/x")

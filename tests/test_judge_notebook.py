@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.rows import read_lines
+from helpers.core import read_lines
 from tests.conftest import Project
 from tests.judge_server import judge_server
 from tests.test_data import run_all
@@ -287,7 +287,9 @@ def test_a_conversation_in_a_terminal(project: Project, sft_run: str) -> None:
 # Runs 05 in a process that kills itself: after so many calls, or half way through a line of the ledger.
 KILLED = """
 import os, runpy, signal, sys
-from helpers import endpoint, ledger, runs
+from helpers.evaluation import generators as endpoint
+from helpers.evaluation import answers as ledger
+from helpers.runs import run as runs
 calls = 0
 def die(*words, **more):
     global calls

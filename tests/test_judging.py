@@ -13,18 +13,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import endpoint as endpoints
-from helpers.bench import Found, find_answers, groups_of
-from helpers.endpoint import Endpoint
-from helpers.errors import SettingsError, UserError
-from helpers.judge_prompts import JudgePrompts, rating_of, verdict_of
-from helpers.judging import Budget, Game, Judge, games_of, not_judged, pair_row
-from helpers.judgments import read_judgments, read_votes, refuse_unfinished, timeless
-from helpers.rows import read_lines
-from helpers.rules import judge_by_rules, score_by_rules
-from helpers.verdict_table import RatingTable, WinTable
-from helpers.verdicts import Counts
-from helpers.win_rates import length_controlled, mean_interval, sign_test
+from helpers.core import SettingsError, UserError, read_lines
+from helpers.evaluation import generators as endpoints
+from helpers.evaluation.answer_sets import Found, find_answers, groups_of
+from helpers.evaluation.generators import Endpoint
+from helpers.evaluation.judges import (
+    Budget,
+    Game,
+    Judge,
+    JudgePrompts,
+    games_of,
+    not_judged,
+    pair_row,
+    rating_of,
+    verdict_of,
+)
+from helpers.evaluation.judgments import (
+    judge_by_rules,
+    read_judgments,
+    read_votes,
+    refuse_unfinished,
+    score_by_rules,
+    timeless,
+)
+from helpers.evaluation.results import Counts, RatingTable, WinTable
+from helpers.evaluation.statistics import length_controlled, mean_interval, sign_test
 from tests.judge_server import JudgeServer, Script, judge_server, shown
 
 PROMPTS = JudgePrompts()

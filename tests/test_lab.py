@@ -22,8 +22,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from helpers.layers import variable
-from helpers.runs import find_run
+from helpers.runs.run import find_run
+from helpers.settings.load import variable
 from tests.browser import give_up
 from tests.conftest import DPO, REPO, Project, code_cells
 from tests.test_notebooks import results

@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from helpers import guard, live, samples
-from helpers.checkpoints import fault_of_checkpoint
-from helpers.errors import Interrupted
-from helpers.runs import Run, read_run
+from helpers.core import Interrupted
+from helpers.runs.checkpoints import fault_of_checkpoint
+from helpers.runs.run import Run, read_run
+from helpers.training import callbacks as guard
+from helpers.training import callbacks as live
+from helpers.training import callbacks as samples
 from tests.conftest import DPO, REPO, SFT, Project
 
 

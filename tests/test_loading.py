@@ -12,13 +12,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from helpers.errors import SettingsError, UserError
-from helpers.formats import Options
-from helpers.instructions import load_instructions
-from helpers.lengths import Limits
-from helpers.loading import Source, load_rows, read_sources, sample
-from helpers.preferences import load_preferences, prepare_preferences
-from helpers.split import Split
+from helpers.core import SettingsError, UserError
+from helpers.data.conversations import Limits
+from helpers.data.formats import Options
+from helpers.data.loading import Source, load_rows, read_sources, sample
+from helpers.data.prepare import load_instructions, load_preferences, prepare_preferences
+from helpers.data.row_report import Split
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
 
@@ -259,7 +258,7 @@ def test_where_nothing_is_forked_one_process_does_it(
 ) -> None:
     import multiprocess
 
-    from helpers.rows import worker_count
+    from helpers.data.conversations import worker_count
 
     assert [worker_count(*n) for n in ((0, 10), (3, 10), (3, 2), (1, 9000))] == [None, 3, 2, None]
     monkeypatch.setattr(multiprocess, "get_start_method", lambda: "spawn")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.errors import UserError
-from helpers.runs import find_run
-from helpers.sources import find_candidates
-from helpers.weight_files import WeightFiles
+from helpers.core import UserError
+from helpers.merging.weights import WeightFiles
+from helpers.models.resolve import find_candidates
+from helpers.runs.run import find_run
 from tests.conftest import Project
 
 pytestmark = pytest.mark.long
@@ -21,7 +21,10 @@ pytestmark = pytest.mark.long
 # Runs 03 in a process that kills itself at a call of something: the n-th tensor, or a step towards the final name.
 KILLED = """
 import os, pathlib, runpy, shutil, signal, sys
-from helpers import merged_folder, merging, merge_proof, runs
+from helpers.merging import weights as merged_folder
+from helpers.merging import merge as merging
+from helpers.merging import verify as merge_proof
+from helpers.runs import run as runs
 where, calls = {where!r}, 0
 def die(*words, **more):
     global calls

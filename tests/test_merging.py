@@ -13,13 +13,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from helpers.embeddings import fit_embeddings
-from helpers.errors import SettingsError, UserError
-from helpers.merge_proof import compare_layers, refuse
-from helpers.merged_folder import adapter_as_run, merge_by_peft, merge_into
-from helpers.merging import Merge, Unknown
-from helpers.quantized_base import QuantizedBase
-from helpers.weight_files import Entry, WeightFiles, parse_size, plan_shards
+from helpers.core import SettingsError, UserError
+from helpers.merging.merge import Merge, QuantizedBase, Unknown
+from helpers.merging.verify import compare_layers, refuse
+from helpers.merging.weights import (
+    Entry,
+    WeightFiles,
+    adapter_as_run,
+    merge_by_peft,
+    merge_into,
+    parse_size,
+    plan_shards,
+)
+from helpers.models.plan import fit_embeddings
 
 VOCABULARY = 128
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}

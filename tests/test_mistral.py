@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.chat import apply_chat_format, check_chat, encode, render
+from helpers.models.chat import apply_chat_format, check_chat, encode, render
 from tests.test_formats import bot, user
 
 mistral_common = pytest.importorskip("mistral_common")

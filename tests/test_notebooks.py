@@ -19,7 +19,7 @@ import jupytext
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers import trl_fields
+from helpers.settings import trl_fields
 from tests.conftest import DPO, REPO, Project, code_cells
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.py"))
@@ -65,7 +65,7 @@ def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
 
 @each_notebook
 def test_every_variable_stands_in_the_example_env_file(notebook: Path) -> None:
-    from helpers.layers import variable
+    from helpers.settings.load import variable
 
     settings = _settings_class(code_cells(notebook))
     example = (REPO / ".env.example").read_text().splitlines()

@@ -12,10 +12,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from helpers.errors import SettingsError
-from helpers.instructions import prepare_instructions
-from helpers.lengths import Limits
-from helpers.settings import load_settings
+from helpers.core import SettingsError
+from helpers.data.conversations import Limits
+from helpers.data.prepare import prepare_instructions
+from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.test_notebooks import _settings_class
 

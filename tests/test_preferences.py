@@ -12,13 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.chat import apply_chat_format, render
-from helpers.chat_formats import MISTRAL
-from helpers.columns import NEEDED
-from helpers.errors import UserError
-from helpers.formats import ADAPTERS, Options
-from helpers.lengths import Limits, trim_prompt
-from helpers.preferences import prepare_preferences
+from helpers.core import UserError
+from helpers.data.conversations import Limits, trim_prompt
+from helpers.data.formats import ADAPTERS, NEEDED, Options
+from helpers.data.prepare import prepare_preferences
+from helpers.models.chat import MISTRAL, apply_chat_format, render
 from tests.test_formats import JUNK, ROWS, bot, user
 
 NO_LIMITS = Limits()
@@ -253,7 +251,7 @@ def test_text_that_would_be_read_as_a_control_token_is_dropped(tokenizer: PreTra
 
 
 def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.split import Split, split_by_prompt
+    from helpers.data.row_report import Split, split_by_prompt
 
     rows = [(f"{'word ' * 60}What is {i}?", "x " * (1 + j), "y") for i in range(30) for j in (0, 5, 20)]
     pairs, account = prepare_preferences(triplets(*rows), tokenizer, Limits(0, 60, "trim_prompt"))
@@ -311,7 +309,7 @@ def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedToke
 
 
 def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.instructions import prepare_instructions
+    from helpers.data.prepare import prepare_instructions
 
     pairs, _ = prepare_preferences(triplets(("\n\nHuman: Why?\n\nAssistant:", "x", "y")), tokenizer, NO_LIMITS)
     assert pairs[0]["prompt"] == [user("Why?")]
@@ -322,7 +320,7 @@ def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -
 def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
     from types import SimpleNamespace
 
-    from helpers.trainer import TokenizedDPOTrainer
+    from helpers.training.trainer import TokenizedDPOTrainer
 
     pairs, _ = prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS)
     trainer = TokenizedDPOTrainer.__new__(TokenizedDPOTrainer)
@@ -332,7 +330,7 @@ def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase
 def test_a_second_preparation_comes_from_the_cache(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers import preferences
+    from helpers.data import prepare as preferences
 
     triplets(*[(f"{i}?", "x", "y") for i in range(20)]).to_json(tmp_path / "rows.jsonl")
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import settings
-from helpers.sweep import settings_of
+from helpers.runs.sweep import settings_of
+from helpers.settings import load as settings
 from tests.conftest import DPO, REPO, SFT, Project
 
 README = (REPO / "README.md").read_text()

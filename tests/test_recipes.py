@@ -15,9 +15,8 @@ import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from helpers.errors import SettingsError
-from helpers.layers import SECTIONS
-from helpers.settings import load_settings
+from helpers.core import SettingsError
+from helpers.settings.load import SECTIONS, load_settings
 from tests.conftest import REPO, Project, code_cells
 from tests.test_data import SFT_ROWS, drive, run_all, several
 from tests.test_formats import ROWS

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from helpers import report
-from helpers.errors import Interrupted, SettingsError, UserError
-from helpers.model_card import parent_of
-from helpers.paths import REPO
-from helpers.report_parts import say, tidy, typed
-from helpers.runs import Run, write_whole
+from helpers.core import REPO, Interrupted, SettingsError, UserError, write_whole
+from helpers.runs import report
+from helpers.runs.report import say, tidy, typed
+from helpers.runs.run import Run, parent_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -446,7 +444,7 @@ def test_what_is_no_run_has_no_report(tmp_path: Path) -> None:
 
 
 def test_a_report_is_never_published(road: Path) -> None:
-    from helpers.hub import files_to_push
+    from helpers.hub.push import files_to_push
 
     report.write_report(road)
     assert [file.name for file in files_to_push(road)] == ["adapter_config.json", "curves.png"]

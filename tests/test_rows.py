@@ -10,14 +10,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.chat import render
-from helpers.chat_formats import MISTRAL
-from helpers.errors import UserError
-from helpers.instructions import prepare_instructions
-from helpers.lengths import Limits
-from helpers.preferences import prepare_preferences
-from helpers.rows import read_lines
-from helpers.split import Split, split_by_prompt
+from helpers.core import UserError, read_lines
+from helpers.data.conversations import Limits
+from helpers.data.prepare import prepare_instructions, prepare_preferences
+from helpers.data.row_report import Split, split_by_prompt
+from helpers.models.chat import MISTRAL, render
 
 
 def user(text: Any) -> dict[str, Any]:

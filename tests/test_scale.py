@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.history import read_samples
+from helpers.runs.curves import read_samples
 from tests.conftest import REPO, Project
 
 STEPS = 6

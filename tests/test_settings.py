@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from helpers import trl_fields
-from helpers.errors import SettingsError, UserError, in_kernel
-from helpers.paths import REPO
-from helpers.settings import RunSettings, TrainSettings, load_settings, one_of, quieten
+from helpers.core import REPO, SettingsError, UserError, in_kernel
+from helpers.settings import trl_fields
+from helpers.settings.load import RunSettings, TrainSettings, load_settings, one_of, quieten
 from tests.conftest import Project
 
 

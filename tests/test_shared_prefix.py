@@ -27,12 +27,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import DPOConfig
 from trl.trainer import utils
 
-from helpers import shared_prefix
-from helpers.errors import SettingsError, UserError
-from helpers.models import compute_4bit_alike, train_adapter_in_float32
-from helpers.prefix_attention import by_varlen, with_plan
-from helpers.prefix_packing import Plan, Varlen, pack
-from helpers.shared_prefix import SharedPrefixDPOTrainer
+from helpers.core import SettingsError, UserError
+from helpers.models.plan import compute_4bit_alike, train_adapter_in_float32
+from helpers.training import trainer as shared_prefix
+from helpers.training.prefix_sharing import Plan, Varlen, by_varlen, pack, with_plan
+from helpers.training.trainer import SharedPrefixDPOTrainer
 
 VOCABULARY = 300
 LENGTHS = ((20, 3, 9, 14), (1, 0, 5, 30), (40, 0, 12, 1), (7, 2, 2, 2))  # of prompts, shared beginnings, both answers
@@ -276,7 +275,7 @@ def test_every_loss_is_what_stock_computes(
 
 
 def test_every_loss_that_trl_has_is_among_them() -> None:
-    from helpers.trl_fields import losses
+    from helpers.settings.trl_fields import losses
 
     named = [given.get("loss_type", "sigmoid") for given in LOSSES]
     assert {name for names in named for name in ([names] if isinstance(names, str) else names)} == losses()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from helpers.rows import read_lines
+from helpers.core import read_lines
 from tests.conftest import Project
 
 pytestmark = pytest.mark.long

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from helpers import sweep
-from helpers.errors import SettingsError
-from helpers.settings import load_settings
+from helpers.core import SettingsError
+from helpers.runs import sweep
+from helpers.settings.load import load_settings
 from tests.conftest import DPO, REPO, Project
 from tests.test_notebooks import wait_for
 from tests.test_readme import COMMANDS

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from helpers.errors import UserError
-from helpers.judgments import read_votes
-from helpers.verdict_table import WinTable
-from helpers.verdicts import Counts
-from helpers.vote_page import write_page
+from helpers.core import UserError
+from helpers.evaluation.judgments import read_votes
+from helpers.evaluation.results import Counts, WinTable
+from helpers.evaluation.vote_page import write_page
 from tests.browser import give_up
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.report import SECTIONS
+from helpers.runs.report import SECTIONS
 from tests.conftest import DPO, SFT, Project
 
 DEMO = ["--recipe", "recipes/demo.yaml"]
