@@ -98,7 +98,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     from trl import DPOConfig
 
-    from helpers.training.prefix_sharing import pack
+    from helpers.training.prefix_sharing import pack_pairs
     from helpers.training.trainer import SharedPrefixDPOTrainer
 
     gpu, sizes = case["large"], dict(LARGE if case["large"] else SMALL)
@@ -146,7 +146,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def count(rows: Any) -> Any:
         batch = collate(rows)
-        packed = pack(batch["input_ids"], batch["attention_mask"], batch["input_ids"])
+        packed = pack_pairs(batch["input_ids"], batch["attention_mask"], batch["input_ids"])
         tokens.append((batch["input_ids"].numel(), packed.input_ids.numel(), int(batch["attention_mask"].sum())))
         return batch
 

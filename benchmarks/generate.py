@@ -54,10 +54,10 @@ def one(kind: str, folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from helpers.evaluation.generators import generate_answers
-    from helpers.models.chat import apply_chat_format
+    from helpers.models.chat import set_chat_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    apply_chat_format(tokenizer, "auto")
+    set_chat_template(tokenizer, "auto")
     talks = [[{"role": "user", "content": "What is 2 plus 3? " * (1 + i % 8)}] for i in range(32)]
     tokens = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()

@@ -133,8 +133,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     sys.argv = ["02_dpo.py", *flags(case, folder)]
     done = runpy.run_path(str(REPO / "notebooks" / "02_dpo.py"), run_name="__main__")
     decoder = read_decoder(json.loads((folder / case["kind"] / "config.json").read_text()))
-    job = memory.read_job(done["settings"].values(), "dpo", decoder)
-    parts = memory.estimate(decoder, job)
+    job = memory.training_spec(done["settings"].values(), "dpo", decoder)
+    parts = memory.estimate_memory(decoder, job)
     left_out = ("optimizer" if "paged" in job.optimizer else "") if case["gpu"] else "logits"
     expected = parts["peak"] - parts.get(left_out, 0.0)
     found.pop("start")

@@ -50,8 +50,8 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from helpers.merging.merge import Merge
-    from helpers.merging.weights import merge_into
+    from helpers.merging.merge import StreamingMerger
+    from helpers.merging.weights import write_merged
 
     peak, done = 0.0, threading.Event()
 
@@ -66,8 +66,8 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     out = folder / "merged"
     if who == "ours":
-        merging = Merge(folder / "base", folder / "adapter")
-        merge_into(out, merging, {}, 10**9, None)
+        merging = StreamingMerger(folder / "base", folder / "adapter")
+        write_merged(out, merging, {}, 10**9, None)
         merging.config.save_pretrained(out)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)

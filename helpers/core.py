@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 # How PEFT 0.21 and transformers 5.23 begin to say that a setting names nothing.
-REFUSED = {"Target modules": "--lora_targets", "Specified `attn_implementation": "--attention"}
+REFUSED_BY_LIBRARIES = {"Target modules": "--lora_targets", "Specified `attn_implementation": "--attention"}
 
 
 class UserError(Exception):
@@ -36,7 +36,7 @@ class SettingsError(UserError):
     status = 2
 
 
-def stray_words(name: str, words: list[str]) -> SettingsError:
+def unexpected_words(name: str, words: list[str]) -> SettingsError:
     """For a flag of one value that several words follow."""
     rest = " ".join(words[1:])
     return SettingsError(
@@ -44,7 +44,7 @@ def stray_words(name: str, words: list[str]) -> SettingsError:
     )
 
 
-class Stop(UserError):
+class CleanExit(UserError):
     """Nothing is wrong, and nothing is left to do: a dry run, or a run that has finished."""
 
     status = 0
@@ -59,20 +59,20 @@ class Interrupted(UserError):
         self.status = status
 
 
-def in_kernel() -> bool:
+def is_notebook() -> bool:
     """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit helps nobody."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 
-def report_user_errors() -> None:
+def install_error_hook() -> None:
     """From here on a command prints a UserError as one line, and exits with its status."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if _of_a_config(error, trace):
             error = SettingsError(f"TRL refuses these settings: {' '.join(str(error).split())}")
-        for start, setting in REFUSED.items():
+        for start, setting in REFUSED_BY_LIBRARIES.items():
             if isinstance(error, ValueError) and str(error).startswith(start):
                 error = SettingsError(f"{setting}: {' '.join(str(error).split())}")
         if not isinstance(error, UserError):
@@ -82,14 +82,14 @@ def report_user_errors() -> None:
         if rank == "0" or not error.everywhere:
             who = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
             # torch 2.13 (distributed_c10d.py) calls this with a sys.stderr of its own, lost when a hook exits
-            print(error if isinstance(error, Stop) else f"{who}: {error}", file=sys.__stderr__, flush=True)
+            print(error if isinstance(error, CleanExit) else f"{who}: {error}", file=sys.__stderr__, flush=True)
         sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
 
-    if not in_kernel():
+    if not is_notebook():
         sys.excepthook = hook
 
 
-def answer_help(argv: Sequence[str], doc: str | None) -> None:
+def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
     """Where --help is asked for, print a module's docstring, which has its commands, and end well."""
     if {"-h", "--help"} & set(argv):
         print((doc or "").strip())
@@ -124,7 +124,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def wait_for_all() -> None:
+def wait_for_everyone() -> None:
     """Return when every process of the launch is here. Before the trainer is made there is nothing to wait with."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -132,7 +132,7 @@ def wait_for_all() -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
+def process_lock(name: str) -> Iterator[None]:
     """One process after another: the first does the work, the others find it done in the datasets cache."""
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -147,7 +147,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def until_read() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """End without a word where whoever reads what is printed, as `head`, has read enough."""
     try:
         try:
@@ -159,7 +159,7 @@ def until_read() -> Iterator[None]:
         raise SystemExit(0) from None
 
 
-def be_quiet_unless_main() -> None:
+def silence_other_processes() -> None:
     """What a notebook prints is said once, by the main process; errors are not silenced."""
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
@@ -175,11 +175,11 @@ def show(*things: Any, save_as: Path | None = None) -> None:
         if hasattr(thing, "savefig"):
             if save_as:
                 thing.savefig(save_as, dpi=120)
-            if in_kernel():
+            if is_notebook():
                 from IPython.display import display
 
-                display(as_picture(thing))
-        elif in_kernel() and hasattr(thing, "_repr_html_"):
+                display(figure_to_image(thing))
+        elif is_notebook() and hasattr(thing, "_repr_html_"):
             from IPython.display import display
 
             display(thing)
@@ -189,7 +189,7 @@ def show(*things: Any, save_as: Path | None = None) -> None:
             Console().print(thing)
 
 
-def as_picture(figure: Any) -> Any:
+def figure_to_image(figure: Any) -> Any:
     """A figure as a notebook shows it."""
     from IPython.display import Image
 
@@ -199,10 +199,10 @@ def as_picture(figure: Any) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    write_whole(file, (json.dumps(content, indent=1, default=str) + "\n").encode())
+    atomic_write(file, (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def atomic_write(file: Path, content: bytes) -> None:
     """Write beside the file, then rename: a reader sees the old file or the new one."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -212,7 +212,7 @@ def write_whole(file: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)  # on a full disk
 
 
-def read_lines(file: Path, end: int | None = None) -> list[dict[str, Any]]:
+def read_jsonl(file: Path, end: int | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file, or of its first `end` bytes.
 
     Raises UserError with the number of a line that is not UTF-8, or not an object.
@@ -236,7 +236,7 @@ def read_lines(file: Path, end: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-ANSWERS = {
+HUB_ANSWERS = {
     401: "the Hub does not accept your token (401): give a valid one as HF_TOKEN, or none for what is public",
     403: "your token may not do that (403): give one with the right to, as HF_TOKEN",
     404: "it is not on the Hub, or your token may not see it (404)",
@@ -244,7 +244,7 @@ ANSWERS = {
 }
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """One line; the error's own words where it is not the Hub's."""
     from huggingface_hub.errors import (
         LocalEntryNotFoundError,
@@ -259,7 +259,7 @@ def reason(error: BaseException) -> str:
         chain.append(before)
     said = " ".join(str(error).split())[:300]
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return ANSWERS[404]  # without a token, a repository that is not there is answered with 401
+        return HUB_ANSWERS[404]  # without a token, a repository that is not there is answered with 401
     if any(isinstance(e, RevisionNotFoundError | RemoteEntryNotFoundError) for e in chain):
         return said
     answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
@@ -270,8 +270,8 @@ def reason(error: BaseException) -> str:
         return f"the account has no room for it ({' '.join(full.split())[:200]}): make some, or push elsewhere"
     if status >= 500:
         return f"the Hub fails ({status}): give the same command again later"
-    if status in ANSWERS:
-        return ANSWERS[status]
+    if status in HUB_ANSWERS:
+        return HUB_ANSWERS[status]
     if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in chain):
         from huggingface_hub import is_offline_mode
 
@@ -286,6 +286,6 @@ def fingerprint(*things: Any) -> str:
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def file_name(model: str) -> str:
+def safe_file_name(model: str) -> str:
     """A model's name as a file's: what no file system takes is replaced."""
     return "".join("-" if c in '/\\:*?"<>|' else c for c in model)

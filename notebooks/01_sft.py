@@ -95,24 +95,24 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers.data.conversations import Limits
-from helpers.data.loading import read_sources
+from helpers.data.conversations import LengthLimits
+from helpers.data.loading import parse_dataset_specs
 from helpers.data.prepare import load_instructions
 from helpers.data.report import DataReport
 from helpers.data.row_report import Split
-from helpers.models.chat import apply_chat_format, show_labels
+from helpers.models.chat import set_chat_template, show_labels
 from helpers.models.plan import (
-    compute_4bit_alike,
-    fit_embeddings,
-    modules_named,
-    save_policy,
-    token_rows,
-    train_adapter_in_float32,
+    check_modules_to_save,
+    disable_cpu_4bit_repacking,
+    resize_embeddings,
+    save_model,
+    trainable_token_indices,
+    upcast_adapter,
 )
-from helpers.models.resolve import local_or_hub
+from helpers.models.resolve import resolve_model
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb
 from helpers.runs.report import show_report
-from helpers.training.callbacks import keep_watch
+from helpers.training.callbacks import add_callbacks
 
 # %% [markdown]
 # ## Data
@@ -121,17 +121,17 @@ from helpers.training.callbacks import keep_watch
 # the split. A recipe may mix sets, with a `fraction` of each.
 
 # %%
-model_path = local_or_hub(settings.model_id, settings.revision)
+model_path = resolve_model(settings.model_id, settings.revision)
 hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
-template, new_tokens = apply_chat_format(tokenizer, settings.chat_format)
+template, new_tokens = set_chat_template(tokenizer, settings.chat_format)
 print("chat format:", template, *new_tokens)
 
 # %%
 train_set, eval_set, account = load_instructions(
-    read_sources(settings),
+    parse_dataset_specs(settings),
     tokenizer,
-    Limits(total=settings.max_length, overlong=settings.overlong),
+    LengthLimits(total=settings.max_length, overlong=settings.overlong),
     Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
     settings.strict,
     settings.dataset_num_proc,
@@ -202,8 +202,8 @@ model = AutoModelForCausalLM.from_pretrained(
     attn_implementation=plan.attention,
     device_map=plan.device_map,
 )
-compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
-fit_embeddings(model, tokenizer)  # rows for tokens that the chat format added
+disable_cpu_4bit_repacking(model)  # evaluation and training see the same weights, on a CPU too
+resize_embeddings(model, tokenizer)  # rows for tokens that the chat format added
 adapter = None
 if settings.tuning != "full":
     adapter = LoraConfig(
@@ -212,9 +212,11 @@ if settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
-        modules_to_save=modules_named(model, settings.modules_to_save),
+        modules_to_save=check_modules_to_save(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
-        trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
+        trainable_token_indices=trainable_token_indices(
+            model, tokenizer, new_tokens
+        ),  # of added tokens, where there are any
         revision=settings.revision or None,  # of the base, for whoever loads the adapter
     )
 
@@ -232,9 +234,9 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     peft_config=adapter,
 )
-keep_watch(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
+add_callbacks(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
 if adapter is not None and settings.adapter_dtype == "fp32":
-    train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
+    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
 # %% [markdown]
 # ## Train
@@ -248,7 +250,7 @@ if not run.finished:
         report.save(run.folder)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
-        save_policy(trainer, run.folder)
+        save_model(trainer, run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]

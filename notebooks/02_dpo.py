@@ -86,7 +86,7 @@ settings = load_settings(Settings, globals())
 # %%
 from helpers.core import show
 from helpers.models.memory import estimate_fit
-from helpers.models.plan import adapter_settings, plan_model
+from helpers.models.plan import adopt_adapter_settings, plan_model
 from helpers.runs.run import find_run, start_run
 from helpers.settings.credentials import hf_token, prepare_tracker
 
@@ -96,7 +96,7 @@ if parent:
     settings.adopt("parent", model_id=parent.base_model)
 if settings.push_to_hub:
     hf_token("--push_to_hub")  # now, and not after hours of training
-from_adapter = adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
+from_adapter = adopt_adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
     show(*estimate_fit(settings, parent))
 run = start_run(settings, base_model=settings.model_id, parent=parent)
@@ -110,26 +110,26 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
-from helpers.data.conversations import Limits
-from helpers.data.formats import Options
-from helpers.data.loading import read_sources
+from helpers.data.conversations import LengthLimits
+from helpers.data.formats import PairingConfig
+from helpers.data.loading import parse_dataset_specs
 from helpers.data.prepare import load_preferences
 from helpers.data.report import DataReport
 from helpers.data.row_report import Split
 from helpers.hub.push import merge_and_push
-from helpers.models.chat import apply_chat_format, render
+from helpers.models.chat import render, set_chat_template
 from helpers.models.plan import (
-    compute_4bit_alike,
-    fit_embeddings,
-    modules_named,
-    save_policy,
-    token_rows,
-    train_adapter_in_float32,
+    check_modules_to_save,
+    disable_cpu_4bit_repacking,
+    resize_embeddings,
+    save_model,
+    trainable_token_indices,
+    upcast_adapter,
 )
-from helpers.models.resolve import local_or_hub
+from helpers.models.resolve import resolve_model
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb
 from helpers.runs.report import show_report
-from helpers.training.callbacks import keep_watch
+from helpers.training.callbacks import add_callbacks
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 # %% [markdown]
@@ -145,18 +145,18 @@ if from_adapter:
     start, start_revision = from_adapter["base_model_name_or_path"], from_adapter.get("revision") or ""
 elif parent:
     start = str(parent.folder)
-model_path = local_or_hub(start, start_revision)
+model_path = resolve_model(start, start_revision)
 hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
-template, new_tokens = apply_chat_format(tokenizer, settings.chat_format)
+template, new_tokens = set_chat_template(tokenizer, settings.chat_format)
 print("chat format:", template, *new_tokens)
 
 # %%
 train_set, eval_set, account = load_preferences(
-    read_sources(settings),
+    parse_dataset_specs(settings),
     tokenizer,
-    Limits(settings.max_prompt_length, settings.max_length, settings.overlong),
-    Options(settings.pairing, settings.recommended, settings.min_margin, settings.system_prompt, settings.seed),
+    LengthLimits(settings.max_prompt_length, settings.max_length, settings.overlong),
+    PairingConfig(settings.pairing, settings.recommended, settings.min_margin, settings.system_prompt, settings.seed),
     Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
     settings.strict,
     settings.dataset_num_proc,
@@ -222,8 +222,8 @@ loading = dict(
     device_map=plan.device_map,
 )
 model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
-compute_4bit_alike(model)  # evaluation and training see the same weights, on a CPU too
-fit_embeddings(model, tokenizer)  # rows for tokens that the chat format added
+disable_cpu_4bit_repacking(model)  # evaluation and training see the same weights, on a CPU too
+resize_embeddings(model, tokenizer)  # rows for tokens that the chat format added
 adapter = reference = None
 if from_adapter:
     model = PeftModel.from_pretrained(model, parent.folder, is_trainable=True)
@@ -234,14 +234,16 @@ elif settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_targets,
-        modules_to_save=modules_named(model, settings.modules_to_save),
+        modules_to_save=check_modules_to_save(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
-        trainable_token_indices=token_rows(model, tokenizer, new_tokens),  # of added tokens, where there are any
+        trainable_token_indices=trainable_token_indices(
+            model, tokenizer, new_tokens
+        ),  # of added tokens, where there are any
         revision=start_revision or None,  # of the base, for whoever loads the adapter
     )
 if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
     reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
-    fit_embeddings(reference, tokenizer)
+    resize_embeddings(reference, tokenizer)
 
 # %%
 trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each prompt computed once
@@ -254,9 +256,9 @@ trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each 
     peft_config=adapter,
     shared_prefix=settings.shared_prefix,
 )
-keep_watch(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
+add_callbacks(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
-    train_adapter_in_float32(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds most of DPO's updates away
+    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds most of DPO's updates away
 
 # %% [markdown]
 # ## Train
@@ -270,7 +272,7 @@ if not run.finished:
         report.save(run.folder)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {"train_loss": trained.training_loss} | final_metrics(trainer)
-        save_policy(trainer, run.folder)
+        save_model(trainer, run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]

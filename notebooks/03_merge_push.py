@@ -71,7 +71,7 @@ settings = load_settings(Settings, globals())
 # %%
 from pathlib import Path
 
-from helpers.core import Stop, UserError, short_path, show
+from helpers.core import CleanExit, UserError, short_path, show
 from helpers.hub.push import file_line, files_to_push, prepare_push, preview_push, push_folder
 from helpers.merging.weights import WeightFiles, adapter_as_run, local_folder, parse_size
 from helpers.models.resolve import find_adapter
@@ -87,7 +87,7 @@ if settings.push_to_hub and settings.dry_run:
     preview_push(to_push, settings.output_dir, settings.what, settings.hub_repo_id, settings.license)
 elif settings.push_to_hub and settings.what == "adapter":
     push_folder(to_push, settings.hub_repo_id, settings.private, **publishing)  # an adapter, or a model tuned in full
-    raise Stop("Nothing was merged for that.")
+    raise CleanExit("Nothing was merged for that.")
 elif settings.push_to_hub and settings.what == "both":
     prepare_push(to_push, settings.hub_repo_id, settings.license)  # what cannot go stops here, before the merged model
 
@@ -103,10 +103,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.merging import verify as merge_proof
-from helpers.merging.merge import Merge, QuantizedBase, Unknown
-from helpers.merging.weights import complete, draft_of, merge_by_peft, merge_into, move_in
-from helpers.models.chat import apply_chat_format
-from helpers.models.plan import compute_4bit_alike, fit_embeddings
+from helpers.merging.merge import QuantizedBase, StreamingMerger, UnsupportedAdapter
+from helpers.merging.weights import finalize, merge_with_peft, save_config, staging_dir, write_merged
+from helpers.models.chat import set_chat_template
+from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
 from helpers.runs.report import show_report
 
 base_folder = local_folder(policy_from.base, policy_from.revision)
@@ -115,8 +115,8 @@ has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
 tokenizer = AutoTokenizer.from_pretrained(
     adapter_folder if has_tokenizer else base_folder, trust_remote_code=settings.trust_remote_code
 )
-apply_chat_format(tokenizer, "auto")
-trained = merge_proof.Trained.by(source, settings.merge_base)
+set_chat_template(tokenizer, "auto")
+trained = merge_proof.LoadPrecision.by(source, settings.merge_base)
 into = settings.merge_base
 if into == "auto":
     into = "dequantized" if trained.quantization else "original"
@@ -137,18 +137,18 @@ kwargs = dict(trust_remote_code=settings.trust_remote_code)
 stored = torch.float32 if trained.dtype == "auto" else trained.dtype
 out_dtype = None if settings.merge_dtype == "auto" else getattr(torch, settings.merge_dtype)
 changes = {"original": None, "dequantized": lambda model: QuantizedBase(model, trained.quantization, stored)}
-draft = draft_of(merge_run)
+draft = staging_dir(merge_run)
 merging = None
 if not merge_run.finished:
     try:
-        merging = Merge(base_folder, adapter_folder, len(tokenizer), changes[into], **kwargs)
-        merge_into(draft, merging, {"merge_base": into}, largest_file, out_dtype)
-        complete(draft, merging, tokenizer, base_folder, out_dtype)
-    except Unknown as reason:
+        merging = StreamingMerger(base_folder, adapter_folder, len(tokenizer), changes[into], **kwargs)
+        write_merged(draft, merging, {"merge_base": into}, largest_file, out_dtype)
+        save_config(draft, merging, tokenizer, base_folder, out_dtype)
+    except UnsupportedAdapter as reason:
         if into == "dequantized":
             raise UserError(f"{reason} cannot be merged into dequantized weights: --merge_base original can") from None
         print(f"This is {reason}: PEFT merges it, in the memory of the whole model.")
-        merge_by_peft(draft, base_folder, adapter_folder, tokenizer, out_dtype, largest_file, **kwargs)
+        merge_with_peft(draft, base_folder, adapter_folder, tokenizer, out_dtype, largest_file, **kwargs)
         tokenizer.save_pretrained(draft)
 
 # %% [markdown]
@@ -169,8 +169,8 @@ def load_policy():
     base = AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=trained.dtype, quantization_config=trained.quantization, device_map={"": device}, **kwargs
     )
-    compute_4bit_alike(base)
-    fit_embeddings(base, tokenizer)  # rows for tokens that the chat format added
+    disable_cpu_4bit_repacking(base)
+    resize_embeddings(base, tokenizer)  # rows for tokens that the chat format added
     return PeftModel.from_pretrained(base, adapter_folder).eval()
 
 
@@ -182,7 +182,7 @@ if not merge_run.finished and device:
     with policy.disable_adapter():
         without = merge_proof.last_logits(policy, tokenizer, conversations)
     policy = None
-    merge_proof.make_room()
+    merge_proof.free_memory()
     merged = AutoModelForCausalLM.from_pretrained(draft, dtype="auto", device_map={"": device}, **kwargs).eval()
     proof = merge_proof.compare_logits(with_adapter, merge_proof.last_logits(merged, tokenizer, conversations))
     merged = None
@@ -190,7 +190,7 @@ if not merge_run.finished and device:
     show(merge_proof.comparison_table(found))
 elif not merge_run.finished:
     as_trained = changes["dequantized" if trained.quantization else "original"]
-    whole = Merge(base_folder, adapter_folder, len(tokenizer), as_trained, **kwargs)
+    whole = StreamingMerger(base_folder, adapter_folder, len(tokenizer), as_trained, **kwargs)
     proof = merge_proof.compare_layers(whole, draft)
     print(f"Too large to load here: {proof['layers']} layers differ by {proof['relative']:.1e} at most.")
 
@@ -199,8 +199,8 @@ elif not merge_run.finished:
 
 # %%
 if not merge_run.finished:
-    merge_proof.refuse(proof, settings.max_kl, draft)
-    move_in(merge_run, draft, metrics=proof, merge_base=into)
+    merge_proof.check_kl(proof, settings.max_kl, draft)
+    finalize(merge_run, draft, metrics=proof, merge_base=into)
 for file in files_to_push(merge_run.folder):
     print(file_line(file.name, file.stat().st_size))
 
@@ -213,7 +213,7 @@ for file in files_to_push(merge_run.folder):
 # %%
 if settings.compare_merges and trained.quantization and device and merging:
     parts = base_folder, adapter_folder, len(tokenizer)
-    ways = {name: Merge(*parts, change, **kwargs) for name, change in changes.items()}
+    ways = {name: StreamingMerger(*parts, change, **kwargs) for name, change in changes.items()}
     rows = merge_proof.compare_merges(load_policy, ways, tokenizer, conversations, draft)
     show(merge_proof.comparison_table(rows))
 

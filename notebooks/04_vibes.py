@@ -78,23 +78,23 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import fingerprint, short_path, show
-from helpers.evaluation.answers import Answers, SideBySide, going_on
-from helpers.evaluation.generators import Endpoint, LocalSpeaker, RemoteSpeaker, sampling_of, talk_with
+from helpers.evaluation.answers import AnswerStore, SideBySide, resumable
+from helpers.evaluation.generators import Endpoint, HFGenerator, OpenAIGenerator, chat_loop, generation_kwargs
 from helpers.evaluation.questions import read_questions
 from helpers.models.plan import plan_model
-from helpers.models.resolve import find_candidates
+from helpers.models.resolve import resolve_models
 from helpers.runs.run import start_run
 from helpers.settings.load import one_of
 
 one_of(settings, "prompts", "prompts_file", "dataset_id")
-candidates = find_candidates(settings.models, settings.output_dir, settings.base_url)
+candidates = resolve_models(settings.models, settings.output_dir, settings.base_url)
 candidates = candidates[-1:] if settings.chat else candidates
 endpoints = {c.name: Endpoint(c.base, c.base_url) for c in candidates if c.base_url}
 local = [c for c in candidates if c.name not in endpoints]
 questions = read_questions(
     settings.prompts, settings.prompts_file, settings.dataset_id, settings.dataset_split, settings.rows
 )
-sampling = sampling_of(settings)
+sampling = generation_kwargs(settings)
 if local:
     plan = plan_model(local[0].base, "none", settings.quantization)
     show(plan)
@@ -112,7 +112,7 @@ if settings.dry_run or not settings.chat:
     vibes_run = start_run(settings, base_model=candidates[0].base, origin=asked)
     if not vibes_run.finished:
         vibes_run.update(models=[c.name for c in candidates], prompts=len(questions))
-    answers = Answers(vibes_run.folder, questions)
+    answers = AnswerStore(vibes_run.folder, questions)
 
 # %% [markdown]
 # ## Answers
@@ -124,9 +124,9 @@ if settings.dry_run or not settings.chat:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.models.chat import apply_chat_format
-from helpers.models.plan import compute_4bit_alike, fit_embeddings
-from helpers.models.resolve import local_or_hub
+from helpers.models.chat import set_chat_template
+from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
+from helpers.models.resolve import resolve_model
 
 how = (settings.batch_size, settings.seed, settings.temperature_by_category)
 loaded = model = None
@@ -144,22 +144,22 @@ for candidate in candidates:
     if not settings.chat and not answers.missing(candidate.name):
         continue
     if candidate.base_url:
-        speaker = RemoteSpeaker(endpoints[candidate.name])
+        speaker = OpenAIGenerator(endpoints[candidate.name])
     else:
         if (candidate.base, candidate.revision) != loaded:
             model = None  # makes room for the next
-            path = local_or_hub(candidate.base, candidate.revision)
+            path = resolve_model(candidate.base, candidate.revision)
             model = AutoModelForCausalLM.from_pretrained(path, revision=candidate.revision or "main", **loading)
-            compute_4bit_alike(model)
+            disable_cpu_4bit_repacking(model)
         tokenizer = AutoTokenizer.from_pretrained(candidate.tokenizer, trust_remote_code=settings.trust_remote_code)
-        apply_chat_format(tokenizer, "auto")
+        set_chat_template(tokenizer, "auto")
         if candidate.adapter:
-            fit_embeddings(model, tokenizer)  # rows for tokens that its chat format added
+            resize_embeddings(model, tokenizer)  # rows for tokens that its chat format added
         policy = PeftModel.from_pretrained(model, candidate.adapter) if candidate.adapter else model
-        speaker = LocalSpeaker(policy.eval(), tokenizer)
+        speaker = HFGenerator(policy.eval(), tokenizer)
     if settings.chat:
         break  # there is but one: the next cell talks with it
-    with going_on(vibes_run):
+    with resumable(vibes_run):
         answers.play(candidate.name, speaker, *how, **sampling)
     if not candidate.base_url:
         model = policy.unload() if candidate.adapter else policy  # takes the adapter off again
@@ -167,7 +167,7 @@ for candidate in candidates:
 
 # %%
 if settings.chat:
-    talk_with(speaker, settings.seed, **sampling)
+    chat_loop(speaker, settings.seed, **sampling)
 
 # %% [markdown]
 # ## Side by side

@@ -79,32 +79,32 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import fingerprint, short_path, show
-from helpers.evaluation.answer_sets import find_answers, groups_of
-from helpers.evaluation.answers import going_on
+from helpers.evaluation.answer_sets import find_answers, model_pairs
+from helpers.evaluation.answers import resumable
 from helpers.evaluation.generators import Endpoint
-from helpers.evaluation.judges import Budget, Judge, JudgePrompts, games_of, not_judged
+from helpers.evaluation.judges import Budget, Judge, JudgePrompts, make_matches, uncached
 from helpers.evaluation.judgments import (
     judge_by_rules,
-    name_of_judge,
+    judge_name,
+    raise_if_incomplete,
     read_judgments,
     read_votes,
-    refuse_unfinished,
     save_judgments,
     score_by_rules,
-    timeless,
+    without_timestamps,
 )
-from helpers.evaluation.results import METHOD, RatingTable, WinTable
+from helpers.evaluation.results import METHOD, PairwiseResults, RatingResults
 from helpers.runs.report import show_report
 from helpers.runs.run import start_run
 from helpers.settings.load import one_of
 
 # %%
 one_of(settings, "judge_model", "votes", "rules", "judgments")
-who = name_of_judge(settings)
+who = judge_name(settings)
 found = find_answers(settings)
-groups = groups_of(found.said, settings.mode, settings.baseline)
+groups = model_pairs(found.said, settings.mode, settings.baseline)
 prompts = JudgePrompts(found.prompts_file)
-games = games_of(found.questions, found.said, groups, settings.mode, prompts) if settings.judge_model else []
+games = make_matches(found.questions, found.said, groups, settings.mode, prompts) if settings.judge_model else []
 show(found)
 
 # %%
@@ -118,9 +118,9 @@ elif settings.judgments:
 ledgers = sorted(settings.output_dir.glob("[!.]*/calls.jsonl")) if settings.resume != "never" else []
 if settings.dry_run and games:
     asked = [game.messages(prompts, found.said) for game in games]
-    to_ask = not_judged(asked, settings.judge_model, settings.temperature, ledgers)
+    to_ask = uncached(asked, settings.judge_model, settings.temperature, ledgers)
     show(prompts.preview(asked, to_ask))
-judged = fingerprint(found.questions, found.said, prompts.rows, *timeless(made))  # more votes are another run
+judged = fingerprint(found.questions, found.said, prompts.rows, *without_timestamps(made))  # more votes are another run
 judge_run = start_run(settings, base_model=who, origin=judged)
 endpoint = Endpoint(settings.judge_model, settings.base_url, settings.timeout) if settings.judge_model else None
 if not judge_run.finished:
@@ -144,7 +144,7 @@ if endpoint:
     )
     budget = Budget(settings.max_calls, settings.max_tokens)
     judge.take_over(games, ledgers)
-    with going_on(judge_run):
+    with resumable(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
     show(budget.cost(settings.price_in, settings.price_out))
     made, left = judge.rows(games), judge.missing(games)
@@ -156,7 +156,7 @@ if endpoint:
 # against believing it: a judge that follows the order, or the length.
 
 # %%
-Table = RatingTable if settings.mode == "single" else WinTable
+Table = RatingResults if settings.mode == "single" else PairwiseResults
 table = Table.of(who, made, found.questions, found.said, settings.seed)
 if settings.rules:
     table.scores = score_by_rules(settings.rules, found.questions, found.said)
@@ -174,4 +174,4 @@ if (found.folder / "answers.html").is_file():
     print(f"Page of the answers: {short_path(found.folder / 'answers.html')}")
 print(f"Table: {short_path(judge_run.folder / 'verdicts.png')}")
 show_report(*(settings.output_dir / name for name in found.said))  # of each run that was judged
-refuse_unfinished(made, len(left), len(games))
+raise_if_incomplete(made, len(left), len(games))

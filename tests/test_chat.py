@@ -13,8 +13,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
-from helpers.models.chat import FORMATS, MISTRAL, apply_chat_format, check_chat, encode, render, tokenize
-from helpers.models.plan import fit_embeddings, token_rows
+from helpers.models.chat import (
+    CHAT_TEMPLATES,
+    MISTRAL,
+    render,
+    set_chat_template,
+    tokenize,
+    tokenize_with_labels,
+    validate_chat_template,
+)
+from helpers.models.plan import resize_embeddings, trainable_token_indices
 
 TALK = [
     {"role": "user", "content": "What is 2 plus 3?"},
@@ -30,7 +38,7 @@ MARKED = MISTRAL.replace(
 
 
 def test_only_assistant_turns_and_their_ends_are_labels(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = encode(tokenizer, TALK)
+    row = tokenize_with_labels(tokenizer, TALK)
     learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(learned) == " Of course, it is 5.</s> Certainly, it is cold.</s>"
     assert learned == [label for label in row["labels"] if label != -100]
@@ -39,7 +47,7 @@ def test_only_assistant_turns_and_their_ends_are_labels(tokenizer: PreTrainedTok
 
 
 def test_labels_equal_those_of_a_template_with_generation_marks(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = encode(tokenizer, TALK)
+    row = tokenize_with_labels(tokenizer, TALK)
     marked = tokenizer.apply_chat_template(
         TALK, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
     )
@@ -50,7 +58,7 @@ def test_labels_equal_those_of_a_template_with_generation_marks(tokenizer: PreTr
 
 def test_what_is_learned_is_what_follows_the_prompt_at_generation(tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = tokenizer(render(tokenizer, TALK[:3], prompt=True), add_special_tokens=False)["input_ids"]
-    row = encode(tokenizer, TALK)
+    row = tokenize_with_labels(tokenizer, TALK)
     assert row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][len(prompt) - 1] == -100
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
@@ -76,14 +84,14 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: PreTrainedT
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     with pytest.raises(UserError, match="renders turn 1 differently"):
-        encode(other, TALK)
+        tokenize_with_labels(other, TALK)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_every_format_is_safe_to_train_on(name: str, demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
-    apply_chat_format(tokenizer, name)
-    check_chat(tokenizer, [TALK, TALK[:2], [{"role": "system", "content": "Be brief."}, *TALK]])
+    set_chat_template(tokenizer, name)
+    validate_chat_template(tokenizer, [TALK, TALK[:2], [{"role": "system", "content": "Be brief."}, *TALK]])
 
 
 @pytest.mark.parametrize(
@@ -103,12 +111,12 @@ def test_an_unsafe_template_is_refused_with_its_text_and_ids(
     backend = tokenizer.backend_tokenizer
     backend.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.chat_template = MISTRAL
-    check_chat(tokenizer, [TALK[:2]])
+    validate_chat_template(tokenizer, [TALK[:2]])
     tokenizer.chat_template = MISTRAL.replace(*change)
     if "[/INST] '" in change[1]:
         tokenizer.chat_template = tokenizer.chat_template.replace("{{- ' ' + message", "{{- message")
     with pytest.raises(UserError) as raised:
-        check_chat(tokenizer, [TALK[:2]])
+        validate_chat_template(tokenizer, [TALK[:2]])
     said = str(raised.value)
     assert fault in said
     assert "Text '" in said
@@ -134,13 +142,13 @@ class Slow:
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels_and_trims(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.data.conversations import trim_prompt
+    from helpers.data.conversations import truncate_prompt
 
     slow: Any = Slow(tokenizer)
-    assert encode(slow, TALK) == encode(tokenizer, TALK)
+    assert tokenize_with_labels(slow, TALK) == tokenize_with_labels(tokenizer, TALK)
     assert tokenize(slow, ["a b", "c"]) == tokenize(tokenizer, ["a b", "c"])
     assert tokenize(slow, []) == tokenize(tokenizer, []) == []
-    (short,) = trim_prompt(slow, [{"role": "user", "content": "one " * 50 + "What is 2 plus 3?"}], 20)
+    (short,) = truncate_prompt(slow, [{"role": "user", "content": "one " * 50 + "What is 2 plus 3?"}], 20)
     assert short["content"].endswith("What is 2 plus 3?")
     assert 10 < len(tokenizer(render(tokenizer, [short], prompt=True), add_special_tokens=False)["input_ids"]) <= 20
 
@@ -157,10 +165,10 @@ def test_a_format_that_is_not_known_is_refused_and_a_file_is_taken(
     tokenizer.save_pretrained(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="--chat_format 'chatlm' is not one of mistral, chatml"):
-        apply_chat_format(other, "chatlm")
+        set_chat_template(other, "chatlm")
     assert other.chat_template == tokenizer.chat_template
     (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}")
-    assert apply_chat_format(other, str(tmp_path / "mine.jinja")) == ("mine.jinja", [])
+    assert set_chat_template(other, str(tmp_path / "mine.jinja")) == ("mine.jinja", [])
     assert render(other, TALK) == TALK[0]["content"]
 
 
@@ -170,7 +178,7 @@ def test_added_chat_tokens_have_rows_that_are_trained_and_survive_merge_and_relo
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
     known = len(tokenizer)
-    assert apply_chat_format(tokenizer, "chatml") == ("chatml", ["<|im_start|>", "<|im_end|>"])
+    assert set_chat_template(tokenizer, "chatml") == ("chatml", ["<|im_start|>", "<|im_end|>"])
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.tokenize("<|im_start|>user")[0] == "<|im_start|>"
     config = AutoConfig.from_pretrained(demo_folder / "tiny-mistral", tie_word_embeddings=tied)
@@ -178,7 +186,7 @@ def test_added_chat_tokens_have_rows_that_are_trained_and_survive_merge_and_relo
     def base() -> Any:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # resizing writes into it
-        fit_embeddings(model, tokenizer)
+        resize_embeddings(model, tokenizer)
         return model
 
     model, before = base(), base().state_dict()
@@ -186,14 +194,14 @@ def test_added_chat_tokens_have_rows_that_are_trained_and_survive_merge_and_relo
     embeddings = before["model.embed_tokens.weight"]
     assert embeddings.shape[0] == model.config.vocab_size == known + 2
     assert torch.allclose(embeddings[known], embeddings[:known].mean(0), atol=1e-6)
-    rows = token_rows(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
+    rows = trainable_token_indices(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
     new = [known, known + 1]
     assert rows == {"model.embed_tokens": new} | ({} if tied else {"lm_head": new})
     config_of_adapter = LoraConfig(
         r=4, target_modules="all-linear", trainable_token_indices=rows, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, config_of_adapter)
-    row = {name: torch.tensor([ids]) for name, ids in encode(tokenizer, TALK).items()}
+    row = {name: torch.tensor([ids]) for name, ids in tokenize_with_labels(tokenizer, TALK).items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         model(**row).loss.backward()
@@ -217,9 +225,9 @@ def test_added_chat_tokens_have_rows_that_are_trained_and_survive_merge_and_relo
 def test_a_model_that_has_the_rows_is_left_alone(demo_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_folder / "tiny-mistral")
     weight = model.get_input_embeddings().weight
-    fit_embeddings(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     assert model.get_input_embeddings().weight is weight
-    assert token_rows(model, tokenizer, []) is None
+    assert trainable_token_indices(model, tokenizer, []) is None
 
 
 def test_a_base_model_without_a_template_gets_mistral_s_and_pads(
@@ -227,9 +235,9 @@ def test_a_base_model_without_a_template_gets_mistral_s_and_pads(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     bare = AutoTokenizer.from_pretrained(tmp_path)
-    assert apply_chat_format(bare, "auto") == ("the tokenizer's own", [])
+    assert set_chat_template(bare, "auto") == ("the tokenizer's own", [])
     bare.chat_template = None
     bare.pad_token = None
-    assert apply_chat_format(bare, "auto") == ("mistral", [])
+    assert set_chat_template(bare, "auto") == ("mistral", [])
     assert bare.chat_template == MISTRAL
     assert bare.pad_token == "<unk>"

@@ -16,16 +16,16 @@ import torch
 
 from helpers.core import Interrupted, UserError
 from helpers.runs.checkpoints import (
-    MARKER,
-    compare_by_steps,
-    explain,
-    fault_of_checkpoint,
-    mark_whole,
-    named_checkpoint,
-    newest_marked,
-    refuse_other_processes,
-    set_broken_aside,
-    set_later_aside,
+    MANIFEST,
+    check_process_count,
+    checkpoint_error,
+    explain_failure,
+    last_complete_checkpoint,
+    patch_step_comparison,
+    quarantine_incomplete,
+    quarantine_later,
+    resolve_checkpoint,
+    write_manifest,
 )
 from helpers.runs.run import Run
 from tests.conftest import DPO, Project
@@ -38,14 +38,14 @@ def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
     (path / "model.safetensors").write_bytes(bytes(range(200)))
     (path / "global_step" / "rank_0.pt").write_bytes(b"optimizer")
     if marked:
-        mark_whole(path)
+        write_manifest(path)
     return path
 
 
 def test_a_share_of_all_steps_is_compared_as_the_steps_it_came_to(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import TrainerState, trainer
 
-    compare_by_steps()
+    patch_step_comparison()
     logger = logging.getLogger("transformers.trainer_utils")
     state = TrainerState(max_steps=96, logging_steps=10, eval_steps=20, save_steps=20, train_batch_size=4)
     args = SimpleNamespace(logging_steps=10, eval_steps=0.2, save_steps=0.2, per_device_train_batch_size=4, n_gpu=1)
@@ -63,12 +63,12 @@ def test_a_share_of_all_steps_is_compared_as_the_steps_it_came_to(caplog: pytest
 
 def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 10)
-    files = json.loads((path / MARKER).read_text())
+    files = json.loads((path / MANIFEST).read_text())
     assert {name: seal["bytes"] for name, seal in files.items()} == {
         "model.safetensors": 200,
         "global_step/rank_0.pt": 9,
     }
-    assert fault_of_checkpoint(path) == ""
+    assert checkpoint_error(path) == ""
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(bytes(100)), "model.safetensors is not what was saved"),
         (lambda f: (f / "model.safetensors").write_bytes(bytes(200)), "model.safetensors is not what was saved"),
         (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
-        (lambda f: (f / MARKER).unlink(), "it was not written to its end"),
-        (lambda f: (f / MARKER).write_text("{"), "it was not written to its end"),
+        (lambda f: (f / MANIFEST).unlink(), "it was not written to its end"),
+        (lambda f: (f / MANIFEST).write_text("{"), "it was not written to its end"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_set_aside(
@@ -88,16 +88,16 @@ def test_a_broken_checkpoint_is_named_and_set_aside(
     whole = checkpoint(tmp_path, 9)
     broken = checkpoint(tmp_path, 10)
     harm(broken)
-    assert fault_of_checkpoint(broken) == fault
+    assert checkpoint_error(broken) == fault
     with pytest.raises(UserError, match="cannot be resumed from: "):
-        named_checkpoint(str(broken))
-    set_broken_aside(tmp_path)
+        resolve_checkpoint(str(broken))
+    quarantine_incomplete(tmp_path)
     assert fault in capsys.readouterr().out
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-9", "broken-checkpoint-10"}
-    assert newest_marked(tmp_path) == whole
-    assert named_checkpoint(str(whole)) == whole
+    assert last_complete_checkpoint(tmp_path) == whole
+    assert resolve_checkpoint(str(whole)) == whole
     with pytest.raises(UserError, match="neither auto nor never"):
-        named_checkpoint("sometimes")
+        resolve_checkpoint("sometimes")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Excepti
         train()
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert fault_of_checkpoint(whole) == ""
+    assert checkpoint_error(whole) == ""
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["status"], record["error"]) == ("failed", str(raised.value))
     if "disk" in said:
@@ -136,7 +136,7 @@ def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Excepti
 
 
 def test_what_is_not_the_user_s_stays_a_traceback(tmp_path: Path) -> None:
-    assert explain(ValueError("a shape does not fit"), tmp_path) is None
+    assert explain_failure(ValueError("a shape does not fit"), tmp_path) is None
     run = Run(tmp_path, {})
     with pytest.raises(ValueError, match="a shape"), run.training():
         raise ValueError("a shape does not fit")
@@ -167,7 +167,7 @@ def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run:
     assert int(saved.name.rpartition("-")[2]) in (2, 3, 4)
     assert line.endswith(f"the same command goes on from outputs/told/{saved.name}")
     assert "Traceback" not in err
-    assert fault_of_checkpoint(saved) == ""
+    assert checkpoint_error(saved) == ""
     assert project.record("told")["status"] == "interrupted"
     assert (folder / "curves.png").is_file()
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
 
 def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_path: Path) -> None:
     first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
-    set_later_aside(tmp_path, first.resolve())
+    quarantine_later(tmp_path, first.resolve())
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "left-checkpoint-8"}
     assert not second.exists()
     run = Run(tmp_path, {"status": "interrupted"}, resume_from=first.resolve())
@@ -224,19 +224,19 @@ def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
 
 
 def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:
-    refuse_other_processes(tmp_path, 1, 8, False)  # nothing to go on from
+    check_process_count(tmp_path, 1, 8, False)  # nothing to go on from
     checkpoint(tmp_path, 4)
-    refuse_other_processes(tmp_path, None, 8, False)
-    refuse_other_processes(tmp_path, 8, 8, False)
-    refuse_other_processes(tmp_path, 1, 8, True)  # a step is the same with any number
+    check_process_count(tmp_path, None, 8, False)
+    check_process_count(tmp_path, 8, 8, False)
+    check_process_count(tmp_path, 1, 8, True)  # a step is the same with any number
     with pytest.raises(UserError, match="was begun with 1 processes: with 8 a step would have other rows"):
-        refuse_other_processes(tmp_path, 1, 8, False)
+        check_process_count(tmp_path, 1, 8, False)
 
 
 def test_only_the_last_broken_checkpoint_is_kept_and_none_of_a_finished_run(tmp_path: Path) -> None:
     for step in (4, 6):
         checkpoint(tmp_path, step, marked=False)
-        set_broken_aside(tmp_path)
+        quarantine_incomplete(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"broken-checkpoint-6"}
     Run(tmp_path, {}).finish()
     assert not (tmp_path / "broken-checkpoint-6").exists()
@@ -267,4 +267,4 @@ def test_the_same_number_of_checkpoints_is_kept_and_the_best_one_s_metrics_are_t
     assert losses[-2] > losses[-1] == project.record("patient")["metrics"]["eval_loss"] == min(losses[1:])
     kept = list(folder.glob("checkpoint-*"))
     assert 1 <= len(kept) <= 2  # the newest, and the best
-    assert all(fault_of_checkpoint(c) == "" for c in kept)
+    assert all(checkpoint_error(c) == "" for c in kept)

@@ -27,19 +27,19 @@ HISTORY = [
 
 
 def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
-    figure = curves.draw(HISTORY, "run")
+    figure = curves.plot_run(HISTORY, "run")
     panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
     assert list(panels) == ["loss", "reward margin", "rewards", "gradient norm"]
     training, held_out = panels["loss"].lines
     assert training.get_xydata().tolist() == [[1, 0.7], [2, 0.5]]
     assert held_out.get_xydata().tolist() == [[2, 0.6]]
     assert panels["loss"].get_shared_x_axes().joined(panels["loss"], panels["gradient norm"])
-    assert curves.draw([]).axes  # a run without logs still draws
+    assert curves.plot_run([]).axes  # a run without logs still draws
 
 
 def test_several_runs_are_drawn_over_one_another_a_colour_each() -> None:
     other = [{**log, "loss": log["loss"] / 2} for log in HISTORY[:2]]
-    figure = curves.draw_over({"beta 0.1": HISTORY, "beta 0.3": other})
+    figure = curves.plot_runs({"beta 0.1": HISTORY, "beta 0.3": other})
     panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
     drawn = {
         line.get_color(): line.get_ydata().tolist() for line in panels["loss"].lines if line.get_linestyle() == "-"
@@ -51,7 +51,7 @@ def test_several_runs_are_drawn_over_one_another_a_colour_each() -> None:
 
 
 def test_more_than_ten_runs_have_a_colour_each_too() -> None:
-    figure = curves.draw_over({f"run {i}": HISTORY for i in range(25)})
+    figure = curves.plot_runs({f"run {i}": HISTORY for i in range(25)})
     colours = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
     assert len(set(colours)) == 25
     (loss,) = (axis for axis in figure.axes if axis.get_title(loc="left") == "loss")
@@ -60,7 +60,7 @@ def test_more_than_ten_runs_have_a_colour_each_too() -> None:
 
 def test_findings_stand_in_the_figure() -> None:
     finding = health.Finding("margin", "the reward margin is 12", "", "")
-    assert curves.draw(HISTORY, "run", [finding]).get_supxlabel() == "margin: the reward margin is 12"
+    assert curves.plot_run(HISTORY, "run", [finding]).get_supxlabel() == "margin: the reward margin is 12"
 
 
 def test_tokens_per_second_are_those_since_the_log_before_without_evaluations() -> None:
@@ -122,7 +122,7 @@ def test_the_module_draws_runs_and_says_what_is_wrong(
     (tmp_path / "z" / "a").mkdir(parents=True)
     (tmp_path / "z" / "a" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in HISTORY[:1]))
     drawn: list[list[str]] = []
-    monkeypatch.setattr(curves, "draw_over", lambda runs: drawn.append(list(runs)) or curves.draw([]))
+    monkeypatch.setattr(curves, "draw_over", lambda runs: drawn.append(list(runs)) or curves.plot_run([]))
     curves.main(["a", "z/a", "b", "./a"])
     assert drawn == [[f"{tmp_path.name}/a", "z/a", "b"]]  # one of them stood there twice
     for out, said in {

@@ -16,19 +16,28 @@ from matplotlib.image import imread
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError
-from helpers.data.conversations import Limits
-from helpers.data.formats import Options
-from helpers.data.loading import Source
+from helpers.data.conversations import LengthLimits
+from helpers.data.formats import PairingConfig
+from helpers.data.loading import DatasetSpec
 from helpers.data.prepare import load_preferences
-from helpers.data.report import Answers, DataReport, find_all, leaks, longer_is_chosen, main, near_ties, openings
-from helpers.data.row_report import Account, Split
+from helpers.data.report import (
+    AnswerTexts,
+    DataReport,
+    find_data_issues,
+    longer_is_chosen,
+    main,
+    near_ties,
+    prefix_shortcuts,
+    train_eval_overlap,
+)
+from helpers.data.row_report import RowReport, Split
 from tests.conftest import REPO
 
 
-def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> Answers:
+def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> AnswerTexts:
     count = [np.array([len(text.split()) for text in side]) for side in (chosen, rejected)]
     lengths = {"prompt": np.ones(len(chosen), int), "chosen": count[0], "rejected": count[1]}
-    return Answers(
+    return AnswerTexts(
         lengths, prompts or [f"p{i}" for i in range(len(chosen))], chosen, rejected, np.array(margins, float)
     )
 
@@ -66,35 +75,35 @@ def test_near_ties_by_rating_and_by_words() -> None:
 def test_openings_that_give_the_label_away() -> None:
     draw = random.Random(0)
     plain = [words(8, draw) for _ in range(400)]
-    (fair,) = openings(answers(plain[:200], plain[200:]))
+    (fair,) = prefix_shortcuts(answers(plain[:200], plain[200:]))
     assert not fair.matters
     assert 0.4 < fair.value < 0.6
-    (telling,) = openings(answers(plain[:200], ["As an AI, I " + text for text in plain[200:]]))
+    (telling,) = prefix_shortcuts(answers(plain[:200], ["As an AI, I " + text for text in plain[200:]]))
     assert (telling.value, telling.matters) == (1.0, True)
     assert "'As an AI,' opens 0 chosen and 200 rejected answers" in telling.text
     # openings that stand there once each say nothing, however they are counted
-    (rare,) = openings(answers([f"x{i} y z" for i in range(50)], [f"u{i} v w" for i in range(50)]))
+    (rare,) = prefix_shortcuts(answers([f"x{i} y z" for i in range(50)], [f"u{i} v w" for i in range(50)]))
     assert (rare.value, rare.matters) == (0.5, False)
 
 
 def test_leaks_between_train_and_held_out() -> None:
     train = answers(["the same long answer of many words"] * 2, ["x"] * 2, prompts=["what is it", "who"])
     clean = answers(["another"], ["y"], prompts=["where"])
-    (none,) = leaks(train, clean)
+    (none,) = train_eval_overlap(train, clean)
     assert (none.value, none.matters) == (0.0, False)
-    prompts, said = leaks(train, answers(["the same long answer of many words"], ["y"], prompts=["who"]))
+    prompts, said = train_eval_overlap(train, answers(["the same long answer of many words"], ["y"], prompts=["who"]))
     assert (prompts.value, said.value, prompts.matters) == (1.0, 1.0, True)
     assert "but for case, spaces or punctuation" in prompts.text
 
 
 def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
     rows = answers(["a b"] * 4, ["c d"] * 4)
-    account = Account(read=20, kept=4, over_long=[300, 200, 900] * 5)
+    account = RowReport(read=20, kept=4, over_long=[300, 200, 900] * 5)
     for row in range(15):
         account.count(account.dropped, "over-long", row)
     account.count(account.dropped, "tie", 19)
     account.count(account.changed, "an answer lost its end", 1)
-    found = {f.name: f for f in find_all(rows, rows, account, 128)}
+    found = {f.name: f for f in find_data_issues(rows, rows, account, 128)}
     assert found["dropped"].value == 0.8
     assert "15 of them because of: over-long" in found["dropped"].text
     assert "(200 to 900 tokens)" in found["over-long"].text
@@ -110,7 +119,7 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     rows[7]["rejected"] = rows[7]["chosen"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train, held_out, account = load_preferences(
-        [Source(str(tmp_path / "rows.jsonl"))], tokenizer, Limits(64, 128), Options(), Split(0, 8)
+        [DatasetSpec(str(tmp_path / "rows.jsonl"))], tokenizer, LengthLimits(64, 128), PairingConfig(), Split(0, 8)
     )
     report = DataReport.of(train, held_out, account, 128)
     report.save(tmp_path)

@@ -20,7 +20,7 @@ import yaml
 
 from helpers.runs.sweep import settings_of
 from helpers.settings.load import load_settings
-from helpers.training.diagnostics import FINDINGS
+from helpers.training.diagnostics import DIAGNOSTICS
 from tests.conftest import REPO, SFT, Project
 from tests.test_data import run_all
 
@@ -248,9 +248,9 @@ def test_every_line_of_a_library_is_said_where_the_table_says() -> None:
 
 def test_what_to_try_is_what_the_findings_say() -> None:
     rows = re.findall(r"^\| .+ \| `(\w+)` \| (.+) \|$", troubleshooting()[2], re.MULTILINE)
-    assert [name for name, _ in rows] == list(FINDINGS)
+    assert [name for name, _ in rows] == list(DIAGNOSTICS)
     for name, advice in rows:
-        source = inspect.getsource(FINDINGS[name])
+        source = inspect.getsource(DIAGNOSTICS[name])
         flags = set(re.findall(r"--\w+", advice))
         assert flags == set(re.findall(r"--\w+", source[source.index("return (") :])), name
 

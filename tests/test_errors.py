@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import reason
+from helpers.core import describe_error
 from helpers.models import resolve as sources
 from tests import hub as local
 from tests.conftest import Project
@@ -51,12 +51,14 @@ def test_what_the_hub_answers_says_what_to_do() -> None:
         request = httpx2.Request("GET", "http://127.0.0.1")
         error = LocalEntryNotFoundError("not there")
         error.__cause__ = HfHubHTTPError("refused", response=httpx2.Response(status, request=request))
-        return reason(error)
+        return describe_error(error)
 
     assert answered(503) == "the Hub fails (503): give the same command again later"
     assert answered(403).startswith("your token may not do that (403)")
-    assert reason(LocalEntryNotFoundError("x")).startswith("it is not in the cache, and the Hub cannot be reached")
-    assert reason(ValueError("two\nlines")) == "two lines"
+    assert describe_error(LocalEntryNotFoundError("x")).startswith(
+        "it is not in the cache, and the Hub cannot be reached"
+    )
+    assert describe_error(ValueError("two\nlines")) == "two lines"
 
 
 def test_a_hub_that_is_not_there_is_asked_once_and_one_that_hangs_up_is_left_to_its_client(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.runs.checkpoints import MARKER, checkpoints, fault_of_checkpoint
+from helpers.runs.checkpoints import MANIFEST, checkpoint_error, list_checkpoints
 from tests.conftest import DPO, Project
 from tests.test_notebooks import results
 
@@ -52,7 +52,7 @@ def last_step(folder: Path) -> int:
 
 
 def being_written(folder: Path, known: set[Path]) -> bool:
-    return any(not (c / MARKER).exists() for c in set(folder.glob("checkpoint-*")) - known)
+    return any(not (c / MANIFEST).exists() for c in set(folder.glob("checkpoint-*")) - known)
 
 
 def beyond(folder: Path, step: int) -> bool:
@@ -67,7 +67,7 @@ def test_killed_at_ten_moments_it_ends_with_the_same_numbers(project: Project, u
     while kills < 10:
         process = start(project, *words)
         begun = last_step(folder)
-        lost_at_most = {c.name for c in checkpoints(folder) if not fault_of_checkpoint(c)}
+        lost_at_most = {c.name for c in list_checkpoints(folder) if not checkpoint_error(c)}
         known = set(folder.glob("checkpoint-*"))
         if kills % 3 == 0:  # as soon as a checkpoint is being written: its folder is there, its marker is not
             wait(partial(being_written, folder, known), process)
@@ -79,8 +79,8 @@ def test_killed_at_ten_moments_it_ends_with_the_same_numbers(project: Project, u
         process.kill()
         process.wait()
         kills += 1
-        during_a_write += any(not (c / MARKER).exists() for c in folder.glob("checkpoint-*"))
-        whole = {c.name for c in checkpoints(folder) if not fault_of_checkpoint(c)}
+        during_a_write += any(not (c / MANIFEST).exists() for c in folder.glob("checkpoint-*"))
+        whole = {c.name for c in list_checkpoints(folder) if not checkpoint_error(c)}
         assert whole or not lost_at_most  # there is always one to go on from
     assert kills == 10
     assert during_a_write >= 1
@@ -96,7 +96,7 @@ def test_a_truncated_checkpoint_is_not_resumed_from(project: Project, undisturbe
     wait(lambda: last_step(folder) >= 13, process)
     process.kill()
     process.wait()
-    newest, before = [c for c in checkpoints(folder) if not fault_of_checkpoint(c)][:2]
+    newest, before = [c for c in list_checkpoints(folder) if not checkpoint_error(c)][:2]
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     done = project.run("02_dpo.py", *words)
@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert "the disk is full: free some space for" in line
         assert "Traceback" not in done.stderr
-        assert any(not fault_of_checkpoint(c) for c in checkpoints(folder))
+        assert any(not checkpoint_error(c) for c in list_checkpoints(folder))
         filler.unlink()
         project.run("02_dpo.py", *words)
         metrics = json.loads((folder / "run.json").read_text())["metrics"]
@@ -159,9 +159,9 @@ def test_a_signal_in_an_evaluation_loses_no_step(project: Project, undisturbed: 
     wait(lambda: last_step(folder) >= 8, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 128 + signal.SIGINT
-    (saved,) = checkpoints(folder)
+    (saved,) = list_checkpoints(folder)
     assert int(saved.name.rpartition("-")[2]) >= 8
-    assert fault_of_checkpoint(saved) == ""
+    assert checkpoint_error(saved) == ""
     project.run("02_dpo.py", *words)
     assert held_out(project, "evaluating") == undisturbed
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.core import SettingsError
 from helpers.models import memory
 from helpers.models.decoder import read_decoder
-from helpers.models.memory import GB, Job, estimate, fitting
+from helpers.models.memory import GB, TrainingSpec, estimate_memory, suggest_changes
 from helpers.settings import trl_fields
 from tests import hub as local
 from tests.conftest import Project
@@ -23,7 +23,7 @@ MISTRAL_7B = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
 }  # fmt: skip
-QLORA = Job(
+QLORA = TrainingSpec(
     step="dpo", tuning="qlora", bits=4, compute=2, rank=256, targets="all-linear", adapter=4, batch=1, length=1512,
     checkpointing=True, optimizer="paged_adamw_8bit", frozen_copy=False, precomputed=False, flash=False, on_gpu=True,
 )  # fmt: skip
@@ -104,7 +104,7 @@ def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Pr
     assert len(counted) == len(jobs)
     decoder = read_decoder(json.loads((model / "config.json").read_text()))
     for job, (sizes, values) in zip(jobs, counted, strict=True):
-        expected = estimate(decoder, memory.read_job(values, "dpo", decoder))
+        expected = estimate_memory(decoder, memory.training_spec(values, "dpo", decoder))
         for part, size in sizes.items():
             rows_and_columns = 0.02 * sizes["weights"] if job.get("optim") == "adafactor" else 0
             assert expected[part] == pytest.approx(size, rel=0.02, abs=rows_and_columns), (job, part)
@@ -123,7 +123,7 @@ def test_eight_bit_states_are_counted_in_blocks_and_small_weights_in_float32() -
 def test_engines_share_out_what_their_stage_says() -> None:
     decoder = read_decoder(MISTRAL_7B)
     full = dataclasses.replace(QLORA, tuning="full", optimizer="adamw_torch", processes=8)
-    one, zero1, zero2, zero3 = (estimate(decoder, dataclasses.replace(full, stage=stage)) for stage in range(4))
+    one, zero1, zero2, zero3 = (estimate_memory(decoder, dataclasses.replace(full, stage=stage)) for stage in range(4))
     count = decoder.parameters
     assert (one["weights"], one["gradients"], one["optimizer"]) == (4 * count, 4 * count, 8 * count)
     assert (zero1["weights"], zero1["gradients"], zero1["optimizer"]) == (2 * count, 2 * count, 12 * count / 8)
@@ -134,22 +134,22 @@ def test_engines_share_out_what_their_stage_says() -> None:
 def test_advice_names_what_alone_makes_it_fit_and_else_several_together() -> None:
     decoder = read_decoder(MISTRAL_7B)
     large = dataclasses.replace(QLORA, batch=8)
-    alone = fitting(decoder, large, 2, 24 * GB)
+    alone = suggest_changes(decoder, large, 2, 24 * GB)
     assert alone[0][0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
     assert any(words.startswith("--max_length") for words, _ in alone)
     assert all(peak <= 24 * GB for _, peak in alone)
-    ((together, peak),) = fitting(decoder, dataclasses.replace(large, checkpointing=False), 2, 20 * GB)
+    ((together, peak),) = suggest_changes(decoder, dataclasses.replace(large, checkpointing=False), 2, 20 * GB)
     assert together.startswith("--gradient_checkpointing True --per_device_train_batch_size")
-    assert peak <= 20 * GB < estimate(decoder, large)["peak"]
-    ((least, peak),) = fitting(decoder, QLORA, 16, 3 * GB)  # the weights alone are larger
+    assert peak <= 20 * GB < estimate_memory(decoder, large)["peak"]
+    ((least, peak),) = suggest_changes(decoder, QLORA, 16, 3 * GB)  # the weights alone are larger
     assert least == "--lora_r 8 --max_length 256"
     assert peak > 3 * GB
-    kept = fitting(decoder, dataclasses.replace(large, frozen_copy=True), 0, 30 * GB)
+    kept = suggest_changes(decoder, dataclasses.replace(large, frozen_copy=True), 0, 30 * GB)
     assert kept[0][0] == "--per_device_train_batch_size 4"  # --global_batch_size has its own accumulation
     assert not any("--lora_r" in words for words, _ in kept)  # an adapter that is trained further keeps its rank
-    (full, *_) = fitting(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 40 * GB)
+    (full, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 40 * GB)
     assert full[0] == "--tuning qlora"
-    (without, *_) = fitting(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 100 * GB)
+    (without, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 100 * GB)
     assert without[0] == "--precompute_ref_log_probs True"
 
 
@@ -161,7 +161,9 @@ def test_a_dry_run_reads_values_as_trl_does() -> None:
         "gradient_checkpointing_kwargs": ['{"use_reentrant": false}'], "warmup_steps": ["0.1"],
     }  # fmt: skip
     words = {name: (value, "flag") for name, value in given.items()}
-    plain, real = (parse("dpo", words, SettingsError) for parse in (trl_fields.parse_plainly, trl_fields.parse))
+    plain, real = (
+        parse("dpo", words, SettingsError) for parse in (trl_fields.parse_fields_fast, trl_fields.parse_fields)
+    )
     assert plain == real
     assert {n: type(v) for n, v in plain.items() if not isinstance(v, str)} == {
         n: type(v) for n, v in real.items() if not isinstance(v, str)
@@ -172,7 +174,7 @@ def test_a_dry_run_reads_values_as_trl_does() -> None:
         ("optim", [], "nothing"),
     ):
         with pytest.raises(SettingsError, match=said):
-            trl_fields.parse_plainly("dpo", {name: (value, "flag")}, SettingsError)
+            trl_fields.parse_fields_fast("dpo", {name: (value, "flag")}, SettingsError)
 
 
 def dry_run(project: Project, notebook: str, *words: str, status: int = 0, **env: str) -> tuple[str, str, float]:
@@ -270,7 +272,7 @@ def test_the_stage_of_deepspeed_s_own_file_is_read(tmp_path: Path, monkeypatch: 
     }  # fmt: skip
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert memory.read_job(values, "dpo", decoder).stage == 3
+    assert memory.training_spec(values, "dpo", decoder).stage == 3
     (tmp_path / "ds.json").unlink()
     with pytest.raises(SettingsError, match=r"--deepspeed .* cannot be read"):
-        memory.read_job(values, "dpo", decoder)
+        memory.training_spec(values, "dpo", decoder)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.data.conversations import fault_of, transcript
-from helpers.data.formats import ADAPTERS, Options, Pair, read_orca, read_ranked, read_scored, recognise
+from helpers.data.conversations import parse_hh, validation_error
+from helpers.data.formats import FORMAT_READERS, Pair, PairingConfig, detect_format, read_orca, read_ranked, read_scored
 from helpers.data.prepare import INSTRUCTION_READERS as READERS
 from helpers.data.prepare import read_chosen
 
@@ -100,8 +100,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Pair]]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
     expected, row, pairs = ROWS[name]
-    assert recognise({column: isinstance(value, list) for column, value in row.items()}) == expected
-    assert ADAPTERS[expected](row, Options()) == pairs
+    assert detect_format({column: isinstance(value, list) for column, value in row.items()}) == expected
+    assert FORMAT_READERS[expected](row, PairingConfig()) == pairs
 
 
 @pytest.mark.parametrize(
@@ -135,35 +135,35 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
 )
 def test_a_fault_is_named(name: str, change: dict[str, Any], reason: str) -> None:
     read, row, _ = ROWS[name]
-    assert ADAPTERS[read](row | change, Options()) == reason
+    assert FORMAT_READERS[read](row | change, PairingConfig()) == reason
 
 
 def test_the_recommended_rows_of_distilabel_s_card() -> None:
     _, row, pairs = ROWS["argilla/distilabel-intel-orca-dpo-pairs"]
-    options = Options(recommended=True)
+    options = PairingConfig(recommended=True)
     assert read_orca(row, options) == pairs
     for change in ({"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}):
         assert read_orca(row | change, options) == "not recommended by its card"
-        assert read_orca(row | change, Options()) == pairs
+        assert read_orca(row | change, PairingConfig()) == pairs
 
 
 def test_ranked_answers_pair_best_against_worst_random_or_all() -> None:
     _, row, worst = ROWS["berkeley-nest/Nectar"]
-    assert read_ranked(row, Options()) == worst
-    everything = read_ranked(row, Options("all"))
+    assert read_ranked(row, PairingConfig()) == worst
+    everything = read_ranked(row, PairingConfig("all"))
     assert [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in everything] == [
         ("Because.", "Maybe."), ("Because.", "No."), ("Maybe.", "No."),
     ]  # fmt: skip
-    drawn = {read_ranked(row, Options("random", seed=seed))[0].rejected[0]["content"] for seed in range(20)}
+    drawn = {read_ranked(row, PairingConfig("random", seed=seed))[0].rejected[0]["content"] for seed in range(20)}
     assert drawn == {"Maybe.", "No."}
-    assert read_ranked(row, Options("random", seed=3)) == read_ranked(row, Options("random", seed=3))
+    assert read_ranked(row, PairingConfig("random", seed=3)) == read_ranked(row, PairingConfig("random", seed=3))
     scored = ROWS["openbmb/UltraFeedback"][1]
-    assert [p.margin for p in read_scored(scored, Options("all"))] == [3.5, 6.5, 3.0]
+    assert [p.margin for p in read_scored(scored, PairingConfig("all"))] == [3.5, 6.5, 3.0]
 
 
 def test_a_transcript_keeps_every_turn_and_what_looks_like_one_inside() -> None:
-    assert transcript("\n\nHuman: a\nHuman: b\n\nAssistant: c") == [user("a\nHuman: b"), bot("c")]
-    assert transcript("Human: a") == transcript(None) == transcript("") == []
+    assert parse_hh("\n\nHuman: a\nHuman: b\n\nAssistant: c") == [user("a\nHuman: b"), bot("c")]
+    assert parse_hh("Human: a") == parse_hh(None) == parse_hh("") == []
 
 
 JUNK = st.recursive(
@@ -182,8 +182,8 @@ NAMES = ["prompt", "chosen", "rejected", "system", "question", "input", "answers
 @settings(max_examples=400, deadline=None)
 @given(row=st.dictionaries(st.sampled_from(NAMES), JUNK), pairing=st.sampled_from(["worst", "random", "all"]))
 def test_no_junk_makes_an_adapter_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
-    for adapter in ADAPTERS.values():
-        found = adapter(row, Options(pairing, recommended=True))
+    for adapter in FORMAT_READERS.values():
+        found = adapter(row, PairingConfig(pairing, recommended=True))
         if isinstance(found, str):
             assert found
             continue
@@ -210,7 +210,7 @@ def test_no_junk_makes_an_instruction_reader_raise(row: dict[str, Any]) -> None:
         assert found
         if not isinstance(found, str):
             assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in found)
-            assert isinstance(fault_of(found), str)
-    for name in ADAPTERS:
+            assert isinstance(validation_error(found), str)
+    for name in FORMAT_READERS:
         found = read_chosen(row, name)
-        assert isinstance(found, str) or not fault_of(found)
+        assert isinstance(found, str) or not validation_error(found)

@@ -13,21 +13,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from helpers.core import SettingsError, UserError, read_lines
+from helpers.core import SettingsError, UserError, read_jsonl
 from helpers.data.conversations import Message
-from helpers.evaluation.answers import Answers, Ledger, SideBySide
+from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide
 from helpers.evaluation.generators import (
     Endpoint,
-    LocalSpeaker,
-    RemoteSpeaker,
+    HFGenerator,
+    OpenAIGenerator,
+    chat_loop,
     generate_answers,
-    sampling_of,
-    talk_with,
+    generation_kwargs,
 )
 from helpers.evaluation.questions import OUR_QUESTIONS as OURS
 from helpers.evaluation.questions import read_bench, read_questions
 from helpers.models.chat import render
-from helpers.models.resolve import Candidate, find_candidates
+from helpers.models.resolve import ModelRef, resolve_models
 from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.judge_server import judge_server
@@ -49,7 +49,7 @@ def model(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tiny_mistral(len(tokenizer))
 
 
-def said(answers: Answers, name: str = "m") -> dict[Any, list[str]]:
+def said(answers: AnswerStore, name: str = "m") -> dict[Any, list[str]]:
     return answers.turns(name)
 
 
@@ -85,13 +85,13 @@ def settings_of(*words: str) -> Any:
 
 
 def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> None:
-    assert sampling_of(settings_of())["do_sample"] is False
-    assert sampling_of(settings_of("--temperature", "0.7")) == {
+    assert generation_kwargs(settings_of())["do_sample"] is False
+    assert generation_kwargs(settings_of("--temperature", "0.7")) == {
         "max_new_tokens": 256, "do_sample": True, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 0.7,
         "top_p": 1.0, "top_k": 50,
     }  # fmt: skip
-    assert sampling_of(settings_of("--temperature", "0"))["do_sample"] is False
-    assert sampling_of(settings_of("--generate", "min_p=1e-2", "no_repeat_ngram_size=3"))["min_p"] == 0.01
+    assert generation_kwargs(settings_of("--temperature", "0"))["do_sample"] is False
+    assert generation_kwargs(settings_of("--generate", "min_p=1e-2", "no_repeat_ngram_size=3"))["min_p"] == 0.01
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> 
 )
 def test_what_generate_would_choke_on_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(said)):
-        sampling_of(settings_of(*words))
+        generation_kwargs(settings_of(*words))
 
 
 def test_brackets_in_a_setting_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,9 +150,9 @@ def test_an_adapter_switched_on_and_off_answers_as_two_models_loaded_apart(
 def test_conversations_are_played_turn_by_turn_with_what_was_answered(
     model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    answers = Answers(tmp_path, QUESTIONS)
-    answers.play("m", LocalSpeaker(model, tokenizer), 2, 0, False, **GREEDY)
-    rows = read_lines(tmp_path / "model_answer" / "m.jsonl")
+    answers = AnswerStore(tmp_path, QUESTIONS)
+    answers.play("m", HFGenerator(model, tokenizer), 2, 0, False, **GREEDY)
+    rows = read_jsonl(tmp_path / "model_answer" / "m.jsonl")
     assert {key for row in rows for key in row} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert [len(turns) for turns in said(answers).values()] == [len(q["turns"]) for q in QUESTIONS]
     asked = QUESTIONS[1]["turns"]
@@ -167,11 +167,11 @@ def test_conversations_are_played_turn_by_turn_with_what_was_answered(
 def test_a_run_that_was_stopped_goes_on_to_the_answers_of_one_that_was_not(
     model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
-    whole = Answers(tmp_path / "whole", QUESTIONS)
-    whole.play("m", LocalSpeaker(model, tokenizer), 2, 0, False, **sampling)
+    whole = AnswerStore(tmp_path / "whole", QUESTIONS)
+    whole.play("m", HFGenerator(model, tokenizer), 2, 0, False, **sampling)
     calls = 0
 
-    class Stopped(LocalSpeaker):
+    class Stopped(HFGenerator):
         def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Any:
             nonlocal calls
             calls += 1
@@ -180,15 +180,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_answers_of_one_that_was_not(
             return super().answer(conversations, seed, **sampling)
 
     with pytest.raises(KeyboardInterrupt):
-        Answers(tmp_path / "halves", QUESTIONS).play("m", Stopped(model, tokenizer), 2, 0, False, **sampling)
+        AnswerStore(tmp_path / "halves", QUESTIONS).play("m", Stopped(model, tokenizer), 2, 0, False, **sampling)
     file = tmp_path / "halves" / "model_answer" / "m.jsonl"
-    assert 0 < len(read_lines(file)) < len(QUESTIONS)
+    assert 0 < len(read_jsonl(file)) < len(QUESTIONS)
     with file.open("a") as cut:  # and by a kill in the middle of a line
         cut.write('{"question_id": 99, "choi')
-    halves = Answers(tmp_path / "halves", QUESTIONS)
-    halves.play("m", LocalSpeaker(model, tokenizer), 2, 0, False, **sampling)
+    halves = AnswerStore(tmp_path / "halves", QUESTIONS)
+    halves.play("m", HFGenerator(model, tokenizer), 2, 0, False, **sampling)
     assert said(halves) == said(whole)
-    assert len(read_lines(file)) == len(QUESTIONS)
+    assert len(read_jsonl(file)) == len(QUESTIONS)
     assert not halves.missing("m")
 
 
@@ -205,7 +205,7 @@ def test_a_sampled_answer_follows_the_seed_and_categories_have_fastchats_tempera
 
     kinds = {"writing": 0.7, "math": 0.0, "stem": 0.1, "my own": 0.7}
     questions = [{"question_id": k, "category": k, "turns": [k]} for k in kinds]
-    Answers(tmp_path, questions).play("m", Listens(), 8, 5, True, max_new_tokens=3, do_sample=False)
+    AnswerStore(tmp_path, questions).play("m", Listens(), 8, 5, True, max_new_tokens=3, do_sample=False)
     at = {text: words.get("temperature", 0.0) for texts, words in asked for text in texts}
     assert at == kinds
     assert len({words["seed"] for _, words in asked}) == len(asked)
@@ -215,7 +215,7 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
     ours = read_questions()
     kinds = {q["category"] for q in ours}
     assert kinds == {"writing", "reasoning", "maths", "code", "extraction", "refusal", "multi-turn", "format"}
-    assert len(ours) == len(read_lines(OURS)) >= 24
+    assert len(ours) == len(read_jsonl(OURS)) >= 24
     assert max(len(q["turns"]) for q in ours) == 3
     assert [q["turns"] for q in read_questions(("a", "b"))] == [["a"], ["b"]]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
@@ -269,7 +269,7 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, name: str, content:
 
 def test_answers_side_by_side_are_escaped_and_evenly_picked(tmp_path: Path) -> None:
     questions = [{"question_id": i, "category": "", "turns": [f"<b>{i}"]} for i in range(4)]
-    answers = Answers(tmp_path, questions)
+    answers = AnswerStore(tmp_path, questions)
     for name in ("one", "two"):
         answers.of(name).add(*({"question_id": i, "choices": [{"turns": [f"<script>{name}{i}"]}]} for i in range(4)))
     page = SideBySide.of(answers, ["one", "two"], 4)._repr_html_()
@@ -283,35 +283,35 @@ def test_answers_side_by_side_are_escaped_and_evenly_picked(tmp_path: Path) -> N
 def test_a_ledger_takes_off_a_line_that_was_cut_short_and_keeps_one_without_its_newline(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"id": 1}\n{"id": 2}')
-    ledger = Ledger(file, lambda row: row["id"])
+    ledger = JsonlStore(file, lambda row: row["id"])
     assert list(ledger.rows) == [1, 2]
     ledger.add({"id": 3}, {"id": 2, "again": True})
     assert file.read_text() == '{"id": 1}\n{"id": 2}\n{"id": 3}\n{"id": 2, "again": true}\n'
     assert ledger.rows[2]["again"]
     with file.open("a") as out:
         out.write('{"id": 4, "te')
-    ledger = Ledger(file, lambda row: row["id"])
+    ledger = JsonlStore(file, lambda row: row["id"])
     assert list(ledger.rows) == [1, 2, 3]
     ledger.add({"id": 5, "text": "\ud800 \u2028"})
-    assert [row["id"] for row in read_lines(file)] == [1, 2, 3, 2, 5]
+    assert [row["id"] for row in read_jsonl(file)] == [1, 2, 3, 2, 5]
     file.write_text('{"name": 1}\n')
     with pytest.raises(UserError, match="not of this file's kind"):
-        Ledger(file, lambda row: row["id"])
+        JsonlStore(file, lambda row: row["id"])
 
 
 def test_an_endpoint_is_asked_in_openais_words_and_its_stream_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with judge_server(lambda messages: f"You said {messages[-1]['content']}") as server:
-        speaker = RemoteSpeaker(Endpoint("judge", server.url))
-        answers = Answers(tmp_path, QUESTIONS)
+        speaker = OpenAIGenerator(Endpoint("judge", server.url))
+        answers = AnswerStore(tmp_path, QUESTIONS)
         sampling = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 4}
         answers.play("m", speaker, 3, 11, False, **sampling, num_beams=1, repetition_penalty=1.0)
         assert said(answers)[1] == [f"You said {turn}".strip() for turn in QUESTIONS[1]["turns"]]
         assert server.most_at_once <= 3
         request = server.requests[0]
         assert (request["max_tokens"], request["temperature"], request["top_p"], request["top_k"]) == (7, 0.5, 0.9, 4)
-        talk_with(speaker, 0, ["Hello there", "", "/new", "Again", "/quit", "never"], **GREEDY)
+        chat_loop(speaker, 0, ["Hello there", "", "/new", "Again", "/quit", "never"], **GREEDY)
     assert capsys.readouterr().out.endswith("You said Hello there\nYou said Again\n")
     assert [len(r["messages"]) for r in server.requests[-2:]] == [1, 1]
     assert server.requests[-1]["temperature"] == 0.0
@@ -333,8 +333,8 @@ def test_a_prompt_that_a_server_refuses_does_not_lose_the_others(
             original(handler, request, 400 if refuses else fault)
 
         server.RequestHandlerClass = type("Picky", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
-        answers = Answers(tmp_path, QUESTIONS)
-        answers.play("m", RemoteSpeaker(Endpoint("m", server.url)), 8, 0, False, **GREEDY)
+        answers = AnswerStore(tmp_path, QUESTIONS)
+        answers.play("m", OpenAIGenerator(Endpoint("m", server.url)), 8, 0, False, **GREEDY)
     assert [q["question_id"] for q in answers.missing("m")] == [4]
     assert said(answers)[5] == ["yes", "yes"]
     assert "refuses the request: scripted 400" in capsys.readouterr().out
@@ -342,17 +342,17 @@ def test_a_prompt_that_a_server_refuses_does_not_lose_the_others(
 
 def test_two_processes_that_add_to_one_ledger_lose_nothing_of_each_other(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    one, two = (Ledger(file, lambda row: row["id"]) for _ in range(2))
+    one, two = (JsonlStore(file, lambda row: row["id"]) for _ in range(2))
     for i in range(5):
         one.add({"id": f"one {i}", "text": "x" * i})
         two.add({"id": f"two {i}", "text": "x" * 7 * i})
-    assert len(read_lines(file)) == 10
+    assert len(read_jsonl(file)) == 10
 
 
 def test_a_conversation_with_a_model_here_is_printed_as_it_comes(
     model: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk_with(LocalSpeaker(model, tokenizer), 0, ["What is 2 plus 3?"], **GREEDY)
+    chat_loop(HFGenerator(model, tokenizer), 0, ["What is 2 plus 3?"], **GREEDY)
     (expected,) = generate_answers(model, tokenizer, [[{"role": "user", "content": "What is 2 plus 3?"}]], 1, **GREEDY)
     assert capsys.readouterr().out.split("ends.\n")[1].strip() == expected
 
@@ -372,22 +372,22 @@ def test_an_address_that_is_none_or_has_a_password_is_refused(url: str, said: st
 
 
 def test_names_behind_an_endpoint_are_candidates_beside_local_ones(tmp_path: Path) -> None:
-    found = find_candidates(("a/b@http://127.0.0.1:1/v1", "org/model"), tmp_path)
-    assert found[0] == Candidate("b", "a/b", base_url="http://127.0.0.1:1/v1")
+    found = resolve_models(("a/b@http://127.0.0.1:1/v1", "org/model"), tmp_path)
+    assert found[0] == ModelRef("b", "a/b", base_url="http://127.0.0.1:1/v1")
     assert found[1].base_url == ""
-    assert [c.base_url for c in find_candidates(("a", "b"), tmp_path, "http://x/v1")] == ["http://x/v1"] * 2
+    assert [c.base_url for c in resolve_models(("a", "b"), tmp_path, "http://x/v1")] == ["http://x/v1"] * 2
 
 
 def test_a_model_with_other_weights_has_another_fingerprint(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x")
-    before = Candidate("one", str(tmp_path / "one")).fingerprint
-    assert before == Candidate("one", str(tmp_path / "one")).fingerprint
+    before = ModelRef("one", str(tmp_path / "one")).fingerprint
+    assert before == ModelRef("one", str(tmp_path / "one")).fingerprint
     (tmp_path / "one" / "model.safetensors").write_bytes(b"xy")
-    assert Candidate("one", str(tmp_path / "one")).fingerprint != before
+    assert ModelRef("one", str(tmp_path / "one")).fingerprint != before
     for name in ("run", "moved"):  # a run says itself what its weights are
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text('{"fingerprint": "abc"}')
-    run, moved = (Candidate("a", str(tmp_path / name)).fingerprint for name in ("run", "moved"))
+    run, moved = (ModelRef("a", str(tmp_path / name)).fingerprint for name in ("run", "moved"))
     assert run == moved != before

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.runs.curves import Finding, History, read_history
-from helpers.training.diagnostics import FINDINGS, NAMES, examine
+from helpers.runs.curves import Diagnostic, History, read_history
+from helpers.training.diagnostics import DIAGNOSTIC_NAMES, DIAGNOSTICS, diagnose
 
 HISTORIES = Path(__file__).parent / "histories"
 STEPS = 100
@@ -25,7 +25,7 @@ def recorded(name: str) -> History:
 
 
 def names(history: History, max_steps: float = 0) -> set[str]:
-    return {finding.name for finding in examine(history, max_steps)}
+    return {finding.name for finding in diagnose(history, max_steps)}
 
 
 def first_seen(history: History) -> dict[str, float]:
@@ -73,7 +73,7 @@ def test_a_learning_rate_100_times_too_high_is_seen_within_a_fifth_of_the_run() 
     assert first_seen(recorded("rate_100_times")) == {
         "spikes": 12, "displacement": 20, "entropy": 20, "diverged": 20,
     }  # fmt: skip
-    said = {finding.name: str(finding) for finding in examine(recorded("rate_100_times"))}
+    said = {finding.name: str(finding) for finding in diagnose(recorded("rate_100_times"))}
     assert "fell from -2.16 to -27.6, their reward to -2.5" in said["displacement"]
     assert "the gradient norm was 261 at step 12" in said["spikes"]
     assert "the loss went from 0.929 to 3.66" in said["diverged"]
@@ -82,13 +82,13 @@ def test_a_learning_rate_100_times_too_high_is_seen_within_a_fifth_of_the_run() 
 
 def test_flipped_labels_teach_nothing() -> None:
     assert first_seen(recorded("labels_flipped")) == {"no_learning": 52}
-    (finding,) = examine(recorded("labels_flipped"))
+    (finding,) = diagnose(recorded("labels_flipped"))
     assert "46% of pairs are told apart" in finding.seen
     assert "a look at the labels" in finding.try_
 
 
 def test_a_beta_that_holds_nothing_back_lets_the_policy_run_away() -> None:
-    found = {finding.name: finding for finding in examine(recorded("beta_0.001"))}
+    found = {finding.name: finding for finding in diagnose(recorded("beta_0.001"))}
     assert {"displacement", "margin"} <= set(found)
     assert "a higher --dpo_beta" in found["margin"].try_
     assert "nats further apart" in found["margin"].seen  # its reward margin is small, for β is
@@ -129,8 +129,8 @@ def test_long_answers_are_further_apart_in_nats_than_short_ones() -> None:
 def test_ipo_asks_for_a_margin_of_its_own() -> None:
     logps = {"logps__chosen": [-20.0] * 10, "logps__rejected": [-25.0] * 10, "rewards__accuracies": [0.9] * 10}
     far = trained(rewards__margins=[15.0 * i for i in range(10)], **logps)
-    assert [finding.name for finding in examine(far, 0, ["sigmoid"])] == ["margin"]
-    assert examine(far, 0, ["ipo"]) == []
+    assert [finding.name for finding in diagnose(far, 0, ["sigmoid"])] == ["margin"]
+    assert diagnose(far, 0, ["ipo"]) == []
 
 
 def test_pairs_told_apart_late_or_not_always_are_not_saturated() -> None:
@@ -147,7 +147,7 @@ def test_pairs_told_apart_late_or_not_always_are_not_saturated() -> None:
 def test_held_out_margins_that_fall_while_training_s_rise_are_overfitting() -> None:
     rising = trained(rewards__margins=[i / 20 for i in range(20)], rewards__accuracies=[0.9] * 20)
     falls, noise = [0.0, 0.3, 0.5, 0.4, 0.35, 0.3], [0.0, 0.3, 0.5, 0.49, 0.48, 0.5]
-    found = {finding.name: finding for finding in examine(rising + held_out("rewards/margins", falls))}
+    found = {finding.name: finding for finding in diagnose(rising + held_out("rewards/margins", falls))}
     assert set(found) == {"overfitting"}
     assert "from 0.5 at step 40 to 0.3, that of training from 0.2" in found["overfitting"].seen
     assert names(rising + held_out("rewards/margins", noise)) == set()
@@ -163,7 +163,7 @@ def test_a_held_out_loss_that_rises_is_overfitting_though_margins_grow_on_both_s
     evaluations = held_out("rewards/margins", margins)
     for log, loss in zip(evaluations, losses, strict=True):
         log["eval_loss"] = loss
-    (finding,) = examine(training + evaluations)
+    (finding,) = diagnose(training + evaluations)
     assert finding.name == "overfitting"
     assert "the held-out loss went from 0.49 at step 20 to 0.75, that of training from 0.652 to 0.265" in finding.seen
 
@@ -224,7 +224,7 @@ def test_sampled_answers_that_get_half_as_long_again_drift() -> None:
     assert names(sampled(100, 30, 20)) == {"length"}
     assert names(sampled(500, 30, 20, dpo=False)) == set()  # SFT learns to end an answer
     # most of them reach --sample_tokens, and what they would have become is not seen
-    (finding,) = examine(sampled(400, 480, 500, 512, cut=(0.25, 0.5, 0.75, 1.0)))
+    (finding,) = diagnose(sampled(400, 480, 500, 512, cut=(0.25, 0.5, 0.75, 1.0)))
     assert finding.seen == "sampled answers went from 400 to 512 tokens by step 60, where 100% are cut off"
     assert names(sampled(400, 480, 500, 512, cut=(0.5, 0.5, 0.75, 1.0))) == set()
 
@@ -246,7 +246,7 @@ def test_sft_learned_nothing_when_its_loss_stays_within_a_hundredth() -> None:
 
 
 def test_a_finding_says_what_was_seen_why_it_matters_and_what_to_try() -> None:
-    assert str(Finding("margin", "it is 12", "It runs away.", "a higher --dpo_beta")) == (
+    assert str(Diagnostic("margin", "it is 12", "It runs away.", "a higher --dpo_beta")) == (
         "margin: it is 12. It runs away. Try a higher --dpo_beta."
     )
-    assert (*FINDINGS, "nan") == NAMES
+    assert (*DIAGNOSTICS, "nan") == DIAGNOSTIC_NAMES

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
-from helpers.core import SettingsError, Stop, UserError
+from helpers.core import CleanExit, SettingsError, UserError
 from helpers.merging.verify import compare_logits, last_logits
 from helpers.models import plan as models
 from helpers.models import resolve as sources
@@ -58,7 +58,7 @@ def test_a_finished_run_is_not_started_again_unless_told(tmp_path: Path) -> None
     run.update()
     (run.folder / "adapter_model.safetensors").write_bytes(b"weights")
     run.finish(metrics={"eval_loss": 1.0})
-    with pytest.raises(Stop, match=r"is finished: nothing to do\. --resume never"):
+    with pytest.raises(CleanExit, match=r"is finished: nothing to do\. --resume never"):
         runs.start_run(settings_of(tmp_path), "org/m")
     anew = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
     assert (run.folder / "adapter_model.safetensors").exists()  # until the new run has something to write
@@ -79,7 +79,7 @@ def test_a_name_by_hand_with_other_settings_is_refused_with_the_differences(tmp_
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Stop, match=r"Dry run: .*\(new\) would start from org/m"):
+    with pytest.raises(CleanExit, match=r"Dry run: .*\(new\) would start from org/m"):
         runs.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_a_run_that_trains_says_what_it_starts_from(
     assert capsys.readouterr().out.splitlines()[-1] == f"Starts from {tmp_path / 'sft-x'}"
     monkeypatch.setattr(settings, "dry_run", True)
     monkeypatch.setattr(type(settings), "step", "judge")
-    with pytest.raises(Stop, match=r"Dry run: .*a \(new\)\.$"):
+    with pytest.raises(CleanExit, match=r"Dry run: .*a \(new\)\.$"):
         runs.start_run(settings, "gpt-4")
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_lacks_a_shard_says_which(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"lacks model-00002-of-00002\.safetensors, which its model\.safetensors\.index"
     ):
-        sources.local_or_hub(str(tmp_path))
+        sources.resolve_model(str(tmp_path))
 
 
 def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
         (str(tmp_path / "bare"), r"has a config.json and no weights \(\*.safetensors or pytorch_model\*.bin\)"),
     ):
         with pytest.raises(UserError, match=said):
-            sources.local_or_hub(name)
+            sources.resolve_model(name)
     adapter = '{"peft_type": "LORA", "base_model_name_or_path": "BASE"}'.replace("BASE", str(tmp_path / "nowhere"))
     (tmp_path / "gone" / "adapter_config.json").write_text(adapter)
     with pytest.raises(UserError, match=r"adapter_config.json and no weights"):
@@ -241,7 +241,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     said = "nowhere' is neither a folder here nor a Hub id"
     with pytest.raises(UserError, match=f"{said}; bring it back, or make that run again"):
-        sources.find_candidates((gone,), tmp_path)
+        sources.resolve_models((gone,), tmp_path)
     with pytest.raises(UserError, match=f"{said}; --base_model_id names another"):
         sources.find_adapter(gone, "")
 
@@ -252,28 +252,28 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(UserError, match="'org/m' cannot be loaded: it is not in the cache, and the Hub cannot be"):
-        sources.local_or_hub("org/m")
+        sources.resolve_model("org/m")
     assert time.monotonic() - began < 5
 
 
 def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}')
     settings = settings_of(tmp_path)
-    models.adapter_settings(tmp_path, settings)
+    models.adopt_adapter_settings(tmp_path, settings)
     assert (settings.lora_r, settings.lora_targets, settings.sources["lora_r"]) == (4, ["q_proj"], "parent")
     with pytest.raises(SettingsError, match="--lora_targets all-linear, but the adapter"):
-        models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_targets", "all-linear"))
+        models.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_targets", "all-linear"))
     with pytest.raises(SettingsError, match="--tuning full, but"):
-        models.adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "full"))
-    assert models.adapter_settings(tmp_path, settings_of(tmp_path))["r"] == 4
-    assert models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
+        models.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "full"))
+    assert models.adopt_adapter_settings(tmp_path, settings_of(tmp_path))["r"] == 4
+    assert models.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
     with pytest.raises(SettingsError, match=f"--lora_r 64, but the adapter in {tmp_path.name} has 4"):
-        models.adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "64"))
+        models.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "64"))
     with pytest.raises(SettingsError, match=r"--tuning dora, but the adapter in .* has lora: leave it out"):
-        models.adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "dora"))
+        models.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "dora"))
     theirs = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(theirs))
-    models.adapter_settings(tmp_path, settings := settings_of(tmp_path, "--tuning", "lora"))
+    models.adopt_adapter_settings(tmp_path, settings := settings_of(tmp_path, "--tuning", "lora"))
     assert (settings.tuning, settings.modules_to_save) == ("dora", ("lm_head",))
 
 
@@ -288,7 +288,7 @@ def test_adapter_weights_train_in_float32_from_their_exact_values() -> None:
         exact[name] = torch.randn_like(weights[name])
         weights[name.replace(".default.", ".ref.")].data.copy_(exact[name])
         weights[name].data = exact[name].to(torch.bfloat16)
-    models.train_adapter_in_float32(model)
+    models.upcast_adapter(model)
     trained = {n: w for n, w in model.named_parameters() if w.requires_grad}
     assert set(trained) == set(exact)
     for name, weight in trained.items():
@@ -302,7 +302,7 @@ def test_4bit_layers_keep_their_gradient_after_an_evaluation() -> None:
     torch.manual_seed(0)
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4", module=layer).to("cpu")
-    models.compute_4bit_alike(torch.nn.Sequential(layer))
+    models.disable_cpu_4bit_repacking(torch.nn.Sequential(layer))
     x = torch.randn(4, 64, requires_grad=True)
     with torch.no_grad():
         evaluated = layer.eval()(x)
@@ -329,15 +329,15 @@ def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> N
         record = {"step": name[:3], "status": "finished", "finished": "2026", "base_model": "org/m"}
         record["parent_folder"] = str(tmp_path / parent) if parent else None
         (folder / "run.json").write_text(json.dumps(record))
-    names = [c.name for c in sources.find_candidates((str(tmp_path / "dpo-a"), "org/other", "us/other"), tmp_path)]
+    names = [c.name for c in sources.resolve_models((str(tmp_path / "dpo-a"), "org/other", "us/other"), tmp_path)]
     assert names == ["sft-full", "dpo-a", "other (1)", "other (2)"]
-    before, after = sources.find_candidates(("dpo-b",), tmp_path)
+    before, after = sources.resolve_models(("dpo-b",), tmp_path)
     assert (before.name, before.adapter, before.base) == ("sft-lora", str(tmp_path / "sft-lora"), str(base))
     assert (after.name, after.adapter, after.revision) == ("dpo-b", str(tmp_path / "dpo-b"), "v2")
     assert after.tokenizer == str(base)  # the adapter came without one
     (tmp_path / "dpo-b" / "tokenizer_config.json").write_text("{}")
     assert after.tokenizer == str(tmp_path / "dpo-b")
-    before, after = sources.find_candidates(("dpo-full",), tmp_path)
+    before, after = sources.resolve_models(("dpo-full",), tmp_path)
     assert (before.base, after.base, after.adapter) == (str(base), str(tmp_path / "dpo-full"), None)
 
 

@@ -87,14 +87,14 @@ def test_an_adapter_on_a_base_that_nobody_else_has_is_not_pushed(online: local.H
 
 
 def test_a_gated_model_says_what_to_do(online: local.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers.models.resolve import local_or_hub
+    from helpers.models.resolve import resolve_model
 
     online.fail["/org/gated/"] = (403, {"X-Error-Code": "GatedRepo"})
     with pytest.raises(UserError, match="org/gated is gated, and your token may not read it: accept its terms"):
-        local_or_hub("org/gated")
+        resolve_model("org/gated")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match=r"org/gated is gated .* needs a Hub token: set HF_TOKEN"):
-        local_or_hub("org/gated")
+        resolve_model("org/gated")
 
 
 def test_public_is_public_only_when_told(online: local.Hub, model: Path) -> None:
@@ -224,8 +224,8 @@ def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path
     """A base that is on the Hub, an adapter of it, and the two merged, in two files of weights."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers.merging.merge import Merge
-    from helpers.merging.weights import merge_into
+    from helpers.merging.merge import StreamingMerger
+    from helpers.merging.weights import write_merged
     from tests.test_helpers import tiny_mistral
 
     torch.manual_seed(0)
@@ -238,8 +238,8 @@ def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path
     )
     policy.peft_config["default"].base_model_name_or_path = "org/base"
     policy.save_pretrained(str(tmp_path / "adapter"))
-    merge = Merge(tmp_path / "base", tmp_path / "adapter")
-    merge_into(tmp_path / "merged", merge, {}, 150_000, None)
+    merge = StreamingMerger(tmp_path / "base", tmp_path / "adapter")
+    write_merged(tmp_path / "merged", merge, {}, 150_000, None)
     merge.config.save_pretrained(tmp_path / "merged")
     for name in ("adapter", "merged"):
         tokenizer.save_pretrained(tmp_path / name)
@@ -369,7 +369,7 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     from huggingface_hub import ModelCard
 
     from helpers.evaluation.judges import pair_row
-    from helpers.evaluation.results import WinTable
+    from helpers.evaluation.results import PairwiseResults
     from helpers.hub.model_card import write_card
 
     common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
@@ -393,7 +393,7 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
         pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [w, w])
         for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
     ]
-    verdict = WinTable.of("gpt", rows, [], {}).as_dict()
+    verdict = PairwiseResults.of("gpt", rows, [], {}).as_dict()
     (tmp_path / "judge" / "run.json").write_text(
         json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
     )

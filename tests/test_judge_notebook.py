@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import read_lines
+from helpers.core import read_jsonl
 from tests.conftest import Project
 from tests.judge_server import judge_server
 from tests.test_data import run_all
@@ -86,7 +86,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
 ) -> None:
     outputs = project.root / "outputs"
     for name in ("sft", dpo_run):
-        rows = read_lines(outputs / answered / "model_answer" / f"{name}.jsonl")
+        rows = read_jsonl(outputs / answered / "model_answer" / f"{name}.jsonl")
         assert sorted(row["question_id"] for row in rows) == list(range(81, 89))
         assert {(row["model_id"], len(row["choices"][0]["turns"]), row["choices"][0]["index"]) for row in rows} == {
             (name, 2, 0)
@@ -113,7 +113,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         assert len(server.requests) == 32 + 8 * 2 * 2  # and questions, turns, models
         assert set(server.keys) == {f"Bearer {key}"}
     assert not [f for f in outputs.rglob("*") if f.is_file() and key.encode() in f.read_bytes()]
-    rows = read_lines(outputs / "mt" / "model_judgment" / "gpt-4_pair.jsonl")
+    rows = read_jsonl(outputs / "mt" / "model_judgment" / "gpt-4_pair.jsonl")
     assert Counter(row["judge"][1] for row in rows) == {
         "pair-v2": 4, "pair-v2-multi-turn": 4, "pair-math-v1": 4, "pair-math-v1-multi-turn": 4,
     }  # fmt: skip
@@ -122,7 +122,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         "g2_user_prompt", "g2_judgment", "turn", "tstamp",
     }  # fmt: skip
     maths = next(row for row in rows if row["question_id"] == 82 and row["turn"] == 1)
-    answers = {n: read_lines(outputs / answered / "model_answer" / f"{n}.jsonl") for n in ("sft", dpo_run)}
+    answers = {n: read_jsonl(outputs / answered / "model_answer" / f"{n}.jsonl") for n in ("sft", dpo_run)}
     said = {n: next(r for r in own if r["question_id"] == 82)["choices"][0]["turns"][0] for n, own in answers.items()}
     assert maths["g1_user_prompt"] == f"Q What is 1 plus 2? R ref 82a A {said['sft']} B {said[dpo_run]}"
     assert maths["g2_user_prompt"] == f"Q What is 1 plus 2? R ref 82a A {said[dpo_run]} B {said['sft']}"
@@ -135,7 +135,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
     assert {n: counted[n] for n in ("win", "loss", "tie", "interval", "sign_p", "length_controlled")} == {
         n: metrics[n] for n in ("win", "loss", "tie", "interval", "sign_p", "length_controlled")
     }
-    single = read_lines(outputs / "mt-single" / "model_judgment" / "gpt-4_single.jsonl")
+    single = read_jsonl(outputs / "mt-single" / "model_judgment" / "gpt-4_single.jsonl")
     ratings = project.record("mt-single")["metrics"]["models"]
     for name in ("sft", dpo_run):
         scores = [row["score"] for row in single if row["model"] == name]
@@ -212,7 +212,7 @@ def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Projec
     judged = execute_exported(project, "05_judge.py", typed)
     for name in ("sft", dpo_run):
         answers = [
-            {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(file)}
+            {row["question_id"]: row["choices"][0]["turns"] for row in read_jsonl(file)}
             for file in sorted(project.root.glob(f"outputs/few*/model_answer/{name}.jsonl"))
         ]
         assert len(answers) == 2
@@ -264,11 +264,11 @@ def test_a_real_server_answers_for_04_and_judges_for_05(project: Project, sft_ru
         (vibes, judged), _ = run_all(project, commands)
     assert vibes == "well"
     here, there = sorted((project.root / "outputs" / "served" / "model_answer").glob("*.jsonl"))
-    answers = [{r["question_id"]: r["choices"][0]["turns"] for r in read_lines(file)} for file in (here, there)]
+    answers = [{r["question_id"]: r["choices"][0]["turns"] for r in read_jsonl(file)} for file in (here, there)]
     assert answers[0] == answers[1]  # the same greedy tokens, from this process and from the server
     assert len(answers[0]) == 2
     assert judged.startswith("UserError: no verdict could be read in any reply; is this model able to judge?")
-    rows = read_lines(project.root / "outputs" / "judged-by-tiny" / "calls.jsonl")
+    rows = read_jsonl(project.root / "outputs" / "judged-by-tiny" / "calls.jsonl")
     assert [row["winner"] for row in rows] == ["error"] * 4
     assert all(row["judgment"] and row["prompt_tokens"] > 50 and row["completion_tokens"] > 0 for row in rows)
 
@@ -306,7 +306,7 @@ runpy.run_path("notebooks/05_judge.py", run_name="__main__")
 HALF = "words[0].file.open('a').write('{\"question_id\": 81, \"mod')"
 MOMENTS = [
     *(("endpoint.Endpoint", "ask", after, "pass") for after in (0, 1, 5, 6)),
-    *(("ledger.Ledger", "add", after, how) for after, how in ((0, "pass"), (2, HALF), (7, "pass"), (3, HALF))),
+    *(("ledger.JsonlStore", "add", after, how) for after, how in ((0, "pass"), (2, HALF), (7, "pass"), (3, HALF))),
     ("runs.Run", "update", 2, "pass"),
     ("runs.Run", "finish", 0, "pass"),
 ]
@@ -329,7 +329,7 @@ def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
             done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
             assert done.returncode == -signal.SIGKILL, (where, after, done.stdout[-500:], done.stderr[-1000:])
         project.run("05_judge.py", *flags)
-    rows = read_lines(killed / "judged" / "calls.jsonl")
+    rows = read_jsonl(killed / "judged" / "calls.jsonl")
     assert set(Counter((r["question_id"], r["turn"], *r["models"]) for r in rows).values()) == {1}
     assert len(rows) == 32
     records = [json.loads((folder / "judged" / "run.json").read_text()) for folder in (whole, killed)]

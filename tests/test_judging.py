@@ -13,30 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.core import SettingsError, UserError, read_lines
+from helpers.core import SettingsError, UserError, read_jsonl
 from helpers.evaluation import generators as endpoints
-from helpers.evaluation.answer_sets import Found, find_answers, groups_of
+from helpers.evaluation.answer_sets import AnswerSet, find_answers, model_pairs
 from helpers.evaluation.generators import Endpoint
 from helpers.evaluation.judges import (
     Budget,
-    Game,
     Judge,
     JudgePrompts,
-    games_of,
-    not_judged,
+    Match,
+    make_matches,
     pair_row,
-    rating_of,
-    verdict_of,
+    parse_rating,
+    parse_verdict,
+    uncached,
 )
 from helpers.evaluation.judgments import (
     judge_by_rules,
+    raise_if_incomplete,
     read_judgments,
     read_votes,
-    refuse_unfinished,
     score_by_rules,
-    timeless,
+    without_timestamps,
 )
-from helpers.evaluation.results import Counts, RatingTable, WinTable
+from helpers.evaluation.results import Counts, PairwiseResults, RatingResults
 from helpers.evaluation.statistics import length_controlled, mean_interval, sign_test
 from tests.judge_server import JudgeServer, Script, judge_server, shown
 
@@ -59,17 +59,17 @@ def better(messages: list[dict[str, str]]) -> str:
 
 def judged(server: JudgeServer, file: Path, questions: Any, said: Any, mode: str = "pairwise", **more: Any) -> Any:
     """(judge, its games, the rows of what it said), all games asked."""
-    games = games_of(questions, said, groups_of(said, mode), mode, PROMPTS)
+    games = make_matches(questions, said, model_pairs(said, mode), mode, PROMPTS)
     judge = Judge(Endpoint("judge", server.url, timeout=1.0), PROMPTS, said, file, temperature=0.0, max_tokens=9)
     judge.ask(judge.missing(games), more.pop("concurrency", 4), Budget(**more))
     return judge, games, judge.rows(games)
 
 
-def table(script: Script, tmp_path: Path, questions: Any, said: Any) -> WinTable:
+def table(script: Script, tmp_path: Path, questions: Any, said: Any) -> PairwiseResults:
     with judge_server(script) as server:
         _, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said)
         assert len(server.requests) == len(games) == 2 * len(rows)
-    return WinTable.of("judge", rows, questions, said)
+    return PairwiseResults.of("judge", rows, questions, said)
 
 
 def said_of(worth: dict[str, list[int]], **texts: list[str]) -> dict[str, dict[Any, list[str]]]:
@@ -141,7 +141,7 @@ def test_few_or_like_outcomes_are_not_made_surer_than_they_are(tmp_path: Path) -
         questions = questions_of(len(winners))
         rows = [pair_row(q, 1, ("a", "b"), ["j", "p"], [w, w]) for q, w in zip(questions, winners, strict=True)]
         rows = [row | {g: "tie" for g in ("g1_winner", "g2_winner") if row[g] == "t"} for row in rows]
-        return WinTable.of("j", rows, questions, {}).pairs[0]
+        return PairwiseResults.of("j", rows, questions, {}).pairs[0]
 
     ties = pair("t" * 10)
     assert ties.interval[0] < 0.4 < 0.6 < ties.interval[1]
@@ -222,7 +222,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_turns_of_a_questi
     ],
 )
 def test_the_verdict_is_the_last_one_stated_outside_of_thoughts(text: str, verdict: str) -> None:
-    assert verdict_of(text) == verdict
+    assert parse_verdict(text) == verdict
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_verdict_is_the_last_one_stated_outside_of_thoughts(text: str, verdi
      ("<think>[[2]]</think> Rating: [[9]]", 9), ("[[0]]", -1)],
 )  # fmt: skip
 def test_the_rating_is_the_last_one_stated(text: str, rating: float) -> None:
-    assert rating_of(text) == rating
+    assert parse_rating(text) == rating
 
 
 FAULTS = [429, 500, "malformed", "html", "empty", "cut", "short", "hang"]
@@ -245,9 +245,9 @@ def test_a_judge_that_fails_now_and_then_gives_the_undisturbed_table(tmp_path: P
         server.retry_after = "0.01"
         server.faults = [None, fault, *[None] * 5, fault]
         judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=2)
-        assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(2, 1, 1)
+        assert PairwiseResults.of("judge", rows, questions, said).pairs[0].counts == Counts(2, 1, 1)
         assert len(judge.ledger.rows) == len(games) == 8
-        assert len(read_lines(tmp_path / "calls.jsonl")) == 8
+        assert len(read_jsonl(tmp_path / "calls.jsonl")) == 8
         assert len(server.requests) == 10
         assert server.most_at_once <= 2 or fault == "hang"  # a request that was given up goes on in the server
 
@@ -260,17 +260,17 @@ def test_a_judge_that_dies_half_way_is_asked_only_for_the_rest(tmp_path: Path) -
         server.faults = [None] * 5 + ["gone"]
         with pytest.raises(UserError, match=r"no answer from http://127.0.0.1:\d+/v1: Connection error. Is the server"):
             judged(server, file, questions, said, concurrency=1)
-    before = read_lines(file)
+    before = read_jsonl(file)
     assert len(before) == 5
     with judge_server(better) as server:
         _, _, rows = judged(server, file, questions, said)
         assert len(server.requests) == 7
         assert set(server.answered.values()) == {1}
-    assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(4, 1, 1)
-    orders = Counter((row["question_id"], tuple(row["models"])) for row in read_lines(file))
+    assert PairwiseResults.of("judge", rows, questions, said).pairs[0].counts == Counts(4, 1, 1)
+    orders = Counter((row["question_id"], tuple(row["models"])) for row in read_jsonl(file))
     assert set(orders.values()) == {1}
     assert len(orders) == 12
-    assert read_lines(file)[:5] == before
+    assert read_jsonl(file)[:5] == before
 
 
 def test_what_the_client_says_of_a_server_that_refuses_is_one_line(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_model_without_a_place_for_a_system_message_gets_it_in_the_users(tmp_p
 
         server.RequestHandlerClass = type("Strict", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
         _, _, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=1)
-    assert WinTable.of("judge", rows, questions, said).pairs[0].counts == Counts(3, 0, 0)
+    assert PairwiseResults.of("judge", rows, questions, said).pairs[0].counts == Counts(3, 0, 0)
     sent = [request["messages"] for request in server.requests]
     assert [len(messages) for messages in sent] == [2] * 6 + [1] * 6  # the client asks six times before it gives up
     assert sent[-1][0]["content"].startswith("You compare two answers")
@@ -337,7 +337,7 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
         judge, games, rows = judged(server, file, questions, said, max_calls=3)
         assert (len(server.requests), len(judge.missing(games)), len(rows)) == (3, 7, 1)
         with pytest.raises(UserError, match="7 of 10 calls are left: the same command makes them"):
-            refuse_unfinished(rows, len(judge.missing(games)), len(games))
+            raise_if_incomplete(rows, len(judge.missing(games)), len(games))
         _, games, _ = judged(server, file, questions, said, max_tokens=30, concurrency=1)  # 13 a call
         assert len(server.requests) == 6
         judge, games, rows = judged(server, file, questions, said)
@@ -361,9 +361,9 @@ def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(
         server.RequestHandlerClass = type("Short", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
         judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said, concurrency=1)
         assert (judge.missing(games), judge.endpoint.respelled) == ([], {})
-    (pair,) = WinTable.of("judge", rows, questions, said).pairs
+    (pair,) = PairwiseResults.of("judge", rows, questions, said).pairs
     assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
-    refused = [row for row in read_lines(tmp_path / "calls.jsonl") if row["winner"] == "error"]
+    refused = [row for row in read_jsonl(tmp_path / "calls.jsonl") if row["winner"] == "error"]
     assert len(refused) == 2
     assert all("maximum context length" in row["refused"] for row in refused)
     assert {r["temperature"] for r in server.requests} == {0.0}
@@ -374,16 +374,18 @@ def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: 
     with judge_server(better) as server:
         judged(server, tmp_path / "one" / "calls.jsonl", questions, said)
         more = said | said_of({"c": [3, 3, 3, 3]})
-        games = games_of(questions, more, groups_of(more, "pairwise"), "pairwise", PROMPTS)
+        games = make_matches(questions, more, model_pairs(more, "pairwise"), "pairwise", PROMPTS)
         judge = Judge(Endpoint("judge", server.url), PROMPTS, more, tmp_path / "two" / "calls.jsonl", temperature=0.0)
         one = [tmp_path / "one" / "calls.jsonl"]
         asked = [game.messages(PROMPTS, more) for game in games]
-        assert len(not_judged(asked, "judge", 0.0, one)) == 16
-        assert len(not_judged(asked, "judge", 1.0, one)) == len(not_judged(asked, "another", 0.0, one)) == 24
+        assert len(uncached(asked, "judge", 0.0, one)) == 16
+        assert len(uncached(asked, "judge", 1.0, one)) == len(uncached(asked, "another", 0.0, one)) == 24
         assert judge.take_over(games, one) == 8
         judge.ask(judge.missing(games), 4, Budget())
         assert len(server.requests) == 8 + 16
-        found = {(p.before, p.after): p.counts for p in WinTable.of("judge", judge.rows(games), questions, more).pairs}
+        found = {
+            (p.before, p.after): p.counts for p in PairwiseResults.of("judge", judge.rows(games), questions, more).pairs
+        }
         assert found["a", "b"] == Counts(2, 1, 1)
         warm = Judge(Endpoint("judge", server.url), PROMPTS, said, tmp_path / "three" / "calls.jsonl", temperature=1.0)
         assert warm.take_over(games[:2], [tmp_path / "one" / "calls.jsonl"]) == 0
@@ -408,7 +410,7 @@ def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Pat
     with judge_server(mumbles) as server:
         judge, games, rows = judged(server, tmp_path / "calls.jsonl", questions, said)
         assert len(server.requests) == 4 + 2 * 2  # asked once more each
-        (pair,) = WinTable.of("judge", rows, questions, said).pairs
+        (pair,) = PairwiseResults.of("judge", rows, questions, said).pairs
         assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
         assert "1 of 3 comparisons have no verdict that could be read" in pair.notes()[0]
         assert [row["g1_winner"] for row in rows] == ["model_2", "model_2", "error"]
@@ -416,7 +418,7 @@ def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Pat
         assert judge.missing(games) == []
         assert len(judge.missing(games, retry_errors=True)) == 2
     with pytest.raises(UserError, match=r"no verdict could be read in any reply; .* One said: 'Well.'"):
-        refuse_unfinished(rows[2:], 0, 2)
+        raise_if_incomplete(rows[2:], 0, 2)
 
 
 def test_three_models_are_compared_all_with_all_or_with_a_baseline(tmp_path: Path) -> None:
@@ -428,9 +430,9 @@ def test_three_models_are_compared_all_with_all_or_with_a_baseline(tmp_path: Pat
         "c": (8, 0, 0), "b": (2, 5, 1), "a": (1, 6, 1),
     }  # fmt: skip
     assert (result.as_dict()["before"], result.as_dict()["after"]) == ("a", "c")
-    assert groups_of(said, "pairwise", "b") == [("b", "a"), ("b", "c")]
+    assert model_pairs(said, "pairwise", "b") == [("b", "a"), ("b", "c")]
     with pytest.raises(SettingsError, match="two models are compared, and there is one: a"):
-        groups_of({"a": {}}, "pairwise")
+        model_pairs({"a": {}}, "pairwise")
 
 
 def test_single_ratings_are_averaged_by_turn_and_category(tmp_path: Path) -> None:
@@ -448,7 +450,7 @@ def test_single_ratings_are_averaged_by_turn_and_category(tmp_path: Path) -> Non
     assert len(games) == len(rows) == 16
     assert set(rows[0]) == {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
     assert [row["judge"][1] for row in rows[:3]] == ["single", "single", "single-multi-turn"]
-    models = RatingTable.of("judge", rows, questions, said).as_dict()["models"]
+    models = RatingResults.of("judge", rows, questions, said).as_dict()["models"]
     assert models["x"]["turns"] == {1: 5.0, 2: 4.0}
     assert models["x"]["average"] == pytest.approx((2 + 4 + 6 + 8 + 2 + 4 + 6) / 7)
     assert models["x"]["categories"] == {"odd": 4.0, "even": pytest.approx(16 / 3)}
@@ -458,7 +460,7 @@ def test_single_ratings_are_averaged_by_turn_and_category(tmp_path: Path) -> Non
 def test_ratings_that_are_all_alike_leave_room_on_both_sides() -> None:
     for score in (1, 7, 10):
         rows = [{"model": "m", "question_id": i, "score": score, "turn": 1} for i in range(10)]
-        low, high = RatingTable.of("j", rows, questions_of(10), {}).as_dict()["models"]["m"]["interval"]
+        low, high = RatingResults.of("j", rows, questions_of(10), {}).as_dict()["models"]["m"]["interval"]
         assert 1 <= low <= score <= high <= 10
         assert high - low == pytest.approx(9 * (1 - 0.025**0.1))
 
@@ -485,12 +487,12 @@ def test_prompts_show_references_and_whole_conversations() -> None:
 def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> None:
     questions = questions_of(2, turns=3)
     said: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
-    games = games_of(questions, said, [("a", "b")], "pairwise", PROMPTS)
+    games = make_matches(questions, said, [("a", "b")], "pairwise", PROMPTS)
     assert [(g.question["question_id"], g.turn, g.models) for g in games] == [
         (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
     ]  # fmt: skip
     assert games[0] != games[1]
-    assert isinstance(games[0], Game)
+    assert isinstance(games[0], Match)
 
 
 def test_rules_judge_the_demo_and_say_what_they_need() -> None:
@@ -509,7 +511,7 @@ def test_rules_judge_the_demo_and_say_what_they_need() -> None:
     )
     said = said_of({}, before=[rude, polite, polite, rude], after=[polite, polite, wrong, polite])
     rows = judge_by_rules("helpers.demo_questions", questions, said, [("before", "after")])
-    (pair,) = WinTable.of("rules", rows, questions, said).pairs
+    (pair,) = PairwiseResults.of("rules", rows, questions, said).pairs
     assert (pair.counts, pair.consistency) == (Counts(2, 1, 1), None)
     assert score_by_rules("helpers.demo_questions", questions, said) == {
         "before": {"correct": 1.0, "courteous": 0.5}, "after": {"correct": 0.75, "courteous": 1.0},
@@ -543,7 +545,7 @@ def test_votes_of_people_become_the_table(tmp_path: Path) -> None:
     file = export(tmp_path / "votes.json", votes, voter="Ann")
     said: dict[str, dict[Any, list[str]]] = {name: {i: [name] for i in range(3)} for name in "abc"}
     rows = read_votes((file,), questions, said, "p")
-    found = {(p.before, p.after): p.counts for p in WinTable.of("human", rows, questions, said).pairs}
+    found = {(p.before, p.after): p.counts for p in PairwiseResults.of("human", rows, questions, said).pairs}
     assert found == {("a", "b"): Counts(1, 0, 1), ("a", "c"): Counts(1, 0, 0), ("b", "c"): Counts(1, 0, 0)}
     assert {tuple(row["judge"]) for row in rows} == {("human", "Ann")}
     for content in ("[]", "5", '["x"]', "{", '{"format": "votes-1", "page": "p", "votes": [5]}'):
@@ -570,7 +572,7 @@ def test_the_newest_export_of_each_person_counts_whatever_its_file_is_called(tmp
     )
     for order in (files, files[::-1]):
         rows = read_votes(order, questions, said)
-        assert WinTable.of("human", rows, questions, said).pairs[0].counts == Counts(win=3, loss=0, tie=0)
+        assert PairwiseResults.of("human", rows, questions, said).pairs[0].counts == Counts(win=3, loss=0, tie=0)
 
 
 def test_votes_are_found_by_a_glob_that_the_shell_has_left_as_it_was(
@@ -597,15 +599,17 @@ def test_votes_are_found_by_a_glob_that_the_shell_has_left_as_it_was(
 def test_a_vote_between_answers_that_are_the_same_is_a_tie(tmp_path: Path) -> None:
     questions, said = questions_of(2), said_of({"a": [1, 1], "b": [1, 2]})
     rows = read_votes((export(tmp_path / "votes.json", [vote(0, "b"), vote(1, "b")]),), questions, said)
-    assert WinTable.of("human", rows, questions, said).pairs[0].counts == Counts(win=1, loss=0, tie=1)
+    assert PairwiseResults.of("human", rows, questions, said).pairs[0].counts == Counts(win=1, loss=0, tie=1)
 
 
 def test_rows_without_their_time_are_the_same_for_the_same_votes(tmp_path: Path) -> None:
     questions, said = questions_of(2), said_of({"a": [1, 1], "b": [2, 2]})
     first = export(tmp_path / "votes.json", [vote(0, "b")])
-    rows = [timeless(read_votes((first,), questions, said)) for _ in range(2)]
+    rows = [without_timestamps(read_votes((first,), questions, said)) for _ in range(2)]
     assert rows[0] == rows[1]
-    assert timeless(read_votes((export(tmp_path / "votes.json", [vote(0, "a")]),), questions, said)) != rows[0]
+    assert (
+        without_timestamps(read_votes((export(tmp_path / "votes.json", [vote(0, "a")]),), questions, said)) != rows[0]
+    )
 
 
 def test_what_all_models_answer_alike_is_said() -> None:
@@ -613,13 +617,13 @@ def test_what_all_models_answer_alike_is_said() -> None:
 
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(Found(Path("x"), questions_of(4), said_of({"a": [1, 1, 3, 4], "b": [1, 1, 2]}), Path("x")))
+        console.print(AnswerSet(Path("x"), questions_of(4), said_of({"a": [1, 1, 3, 4], "b": [1, 1, 2]}), Path("x")))
     assert shown.get().splitlines()[-2:] == [
         "note: 1 questions are not answered by all of them, and are left out there",
         "note: in 2 questions all answers are the same; the page of 04 asks for no vote there",
     ]
     with console.capture() as shown:
-        console.print(Found(Path("x"), questions_of(1), said_of({"a": [1]}), Path("x")))
+        console.print(AnswerSet(Path("x"), questions_of(1), said_of({"a": [1]}), Path("x")))
     assert "note" not in shown.get()
 
 
@@ -634,7 +638,7 @@ def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path:
                      "g1_winner": flip.get(g1, g1), "g2_winner": flip.get(g2, g2)})  # fmt: skip
     file = tmp_path / "gpt-4_pair.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = WinTable.of("gpt-4", read_judgments(str(file), "pairwise"), [], {})
+    result = PairwiseResults.of("gpt-4", read_judgments(str(file), "pairwise"), [], {})
     assert result.models["old"].as_dict() | {} == {
         "win": 2, "loss": 1, "tie": 3, "win_rate": 2 / 6, "loss_rate": 1 / 6, "win_rate_adjusted": 3.5 / 6,
     }  # fmt: skip
@@ -657,7 +661,7 @@ def test_the_table_is_readable_in_80_columns_and_says_everything(tmp_path: Path)
     names = ("sft-tiny-mistral-9b7849", "dpo-tiny-mistral-0b776e")
     questions = questions_of(12)
     rows = [pair_row(q, 1, names, ["j", "p"], [names[1], names[q["question_id"] % 2]]) for q in questions]
-    result = WinTable.of("j", rows, questions, {n: {i: [n * i] for i in range(12)} for n in names})
+    result = PairwiseResults.of("j", rows, questions, {n: {i: [n * i] for i in range(12)} for n in names})
     console = Console(width=80, record=True, file=(tmp_path / "x").open("w"))
     console.print(result)
     text = console.export_text()
@@ -665,8 +669,8 @@ def test_the_table_is_readable_in_80_columns_and_says_everything(tmp_path: Path)
     assert re.search(r"dpo-tiny-mistral-0b776e +6 +0 +6 +0\.50000 +0\.00000 +0\.75000", text)
     assert "same verdict in both orders          50.0%" in text
     assert re.search(r"even +6 +0 +0 +100.0%", text)
-    odd = WinTable.of("j [/b]", [row | {"model_1": "[/b]"} for row in rows], questions, {})
-    console.print(odd, RatingTable.of("j", [{"model": f"model-{i}-[/b]", "question_id": i, "score": 7, "turn": 1}
+    odd = PairwiseResults.of("j [/b]", [row | {"model_1": "[/b]"} for row in rows], questions, {})
+    console.print(odd, RatingResults.of("j", [{"model": f"model-{i}-[/b]", "question_id": i, "score": 7, "turn": 1}
                                             for i in range(2)], questions_of(9), {}))  # fmt: skip
     text = console.export_text()
     assert "[/b]" in text

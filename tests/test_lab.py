@@ -23,7 +23,7 @@ from urllib.request import urlopen
 import pytest
 
 from helpers.runs.run import find_run
-from helpers.settings.load import variable
+from helpers.settings.load import env_name
 from tests.browser import give_up
 from tests.conftest import DPO, REPO, Project, code_cells
 from tests.test_notebooks import results
@@ -89,7 +89,7 @@ def test_a_notebook_runs_in_jupyterlab_and_gives_the_numbers_of_the_command(
 ) -> None:
     notebook = project.root / "notebooks" / "02_dpo.py"
     source, opened = notebook.read_bytes(), notebook.stat().st_mtime_ns
-    given = {variable("dpo", name): str(value) for name, value in DPO.items()} | {"DPO_RUN_NAME": "lab"}
+    given = {env_name("dpo", name): str(value) for name, value in DPO.items()} | {"DPO_RUN_NAME": "lab"}
     if PICTURES:
         sft_run = find_run(REPO / "outputs", "latest", "sft").folder
         shutil.copytree(sft_run, project.root / "outputs" / "demo-sft")

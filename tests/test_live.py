@@ -13,7 +13,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from helpers.core import Interrupted
-from helpers.runs.checkpoints import fault_of_checkpoint
+from helpers.runs.checkpoints import checkpoint_error
 from helpers.runs.run import Run, read_run
 from helpers.training import callbacks as guard
 from helpers.training import callbacks as live
@@ -101,7 +101,7 @@ def test_two_processes_stop_on_a_finding_at_the_same_step(project: Project, sft_
     assert done.stderr.count("stopped at step 3 of 6 by --stop_on displacement: the log-probability of chosen") == 1
     assert 'helpers/guard.py"' not in done.stderr  # a traceback is the launcher's own
     assert project.record("two")["status"] == "interrupted"
-    assert fault_of_checkpoint(project.root / "outputs" / "two" / "checkpoint-3") == ""
+    assert checkpoint_error(project.root / "outputs" / "two" / "checkpoint-3") == ""
 
 
 def test_a_finding_that_is_none_is_refused_with_the_list(project: Project) -> None:
@@ -152,31 +152,31 @@ def test_greedy_answers_are_those_of_one_prompt_alone_and_leave_model_and_chance
     model.config.use_cache = False  # as training with gradient checkpointing leaves it
     chance = torch.random.get_rng_state()
     prompts = [[1, 5, 9], [1, 7], [1, 8, 9, 10, 11]]
-    together = samples.answer_greedily(model, Tokenizer(), prompts, 12)
+    together = samples.generate_greedily(model, Tokenizer(), prompts, 12)
     assert torch.equal(torch.random.get_rng_state(), chance)
     assert model.training
     assert not model.config.use_cache
-    assert together == [samples.answer_greedily(model, Tokenizer(), [prompt], 12)[0] for prompt in prompts]
+    assert together == [samples.generate_greedily(model, Tokenizer(), [prompt], 12)[0] for prompt in prompts]
     for answer in together:
         assert len(answer) == 12 or answer[-1] == 2
-    assert samples.answer_greedily(model, Tokenizer(), [[1, 5, 9]], 3)[0] == together[0][:3]
+    assert samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 3)[0] == together[0][:3]
 
 
 def test_an_answer_ends_with_its_end() -> None:
     model = tiny()
-    (answer,) = samples.answer_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
+    (answer,) = samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
     model.generation_config.eos_token_id = [answer[1]]
-    (cut,) = samples.answer_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
+    (cut,) = samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
     assert cut == answer[: answer.index(answer[1]) + 1]
 
 
 def test_the_prompt_of_a_conversation_is_what_is_not_learned() -> None:
-    assert samples.prompt_of({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == [1, 2]
-    assert samples.prompt_of({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}) == [1, 2]
+    assert samples.prompt_ids_of({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == [1, 2]
+    assert samples.prompt_ids_of({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}) == [1, 2]
 
 
 def test_a_finding_stops_at_the_next_step_after_the_evaluation_and_a_signal_at_once(tmp_path: Any) -> None:
-    watch = guard.Guard(Heard(torch.nn.Linear(2, 2)), tmp_path, ("cold", "nan"))
+    watch = guard.CheckpointCallback(Heard(torch.nn.Linear(2, 2)), tmp_path, ("cold", "nan"))
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     history = [{"step": i, "loss": 1.0, "learning_rate": 0.0} for i in range(1, 7)]
     state = TrainerState(global_step=6, max_steps=12, log_history=history[:4])
@@ -199,7 +199,7 @@ def test_a_finding_stops_at_the_next_step_after_the_evaluation_and_a_signal_at_o
 
 def test_a_finding_is_said_once_and_those_there_are_are_kept(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path, {})
-    watch = live.HealthWatch(run)
+    watch = live.DiagnosticsCallback(run)
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     state = TrainerState(global_step=6, max_steps=12)
     watch.on_train_begin(args, state, control)

@@ -13,9 +13,9 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
-from helpers.data.conversations import Limits
-from helpers.data.formats import Options
-from helpers.data.loading import Source, load_rows, read_sources, sample
+from helpers.data.conversations import LengthLimits
+from helpers.data.formats import PairingConfig
+from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs, subsample
 from helpers.data.prepare import load_instructions, load_preferences, prepare_preferences
 from helpers.data.row_report import Split
 
@@ -51,23 +51,23 @@ def test_rows_load_from_files_and_folders(suffix: str, tmp_path: Path) -> None:
         rows.save_to_disk(file)
     elif suffix == "splits":
         DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(file)
-        assert len(load_rows(Source(str(file)), "test")) == 1
+        assert len(load_rows(DatasetSpec(str(file)), "test")) == 1
     else:
         file.mkdir()
         rows.to_json(file / "train.jsonl")
-    assert load_rows(Source(str(file))).to_list() == rows.to_list()
+    assert load_rows(DatasetSpec(str(file))).to_list() == rows.to_list()
 
 
 def test_a_glob_reads_its_files_in_order_and_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, row in enumerate(ROWS):
         (tmp_path / f"part-{i}.jsonl").write_text(json.dumps(row))
-    assert load_rows(Source(str(tmp_path / "part-*.jsonl"))).to_list() == ROWS
+    assert load_rows(DatasetSpec(str(tmp_path / "part-*.jsonl"))).to_list() == ROWS
     monkeypatch.chdir(tmp_path)
-    assert load_rows(Source("part-*.jsonl")).to_list() == ROWS
+    assert load_rows(DatasetSpec("part-*.jsonl")).to_list() == ROWS
     (tmp_path / "part-2.csv").write_text("prompt,chosen,rejected\n")
     for pattern, said in (("part-*", "files are of one kind"), ("none-*.jsonl", "there is no such file")):
         with pytest.raises(UserError, match=said):
-            load_rows(Source(pattern))
+            load_rows(DatasetSpec(pattern))
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     said = {"rows.txt": "files are of one kind, one of .json", "rows.jsonl": "rows.jsonl, line 3, is not JSON"}
     for name, reason in said.items():
         with pytest.raises(UserError) as raised:
-            load_rows(Source(str(tmp_path / name)))
+            load_rows(DatasetSpec(str(tmp_path / name)))
         assert reason in str(raised.value)
         assert "\n" not in str(raised.value)
     (tmp_path / "empty.jsonl").write_text("")
@@ -89,24 +89,24 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, reason in said.items():
         with pytest.raises(UserError, match=reason):
-            load_rows(Source(str(tmp_path / name)))
+            load_rows(DatasetSpec(str(tmp_path / name)))
     for name in ("no such/data set/at all", "no/such.jsonl"):
         with pytest.raises(UserError, match=f"dataset '{name}'"):
-            load_rows(Source(name))
+            load_rows(DatasetSpec(name))
     DatasetDict({"train_prefs": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "named")
     with pytest.raises(UserError, match="split 'train', cannot be loaded: it has train_prefs"):
-        load_rows(Source(str(tmp_path / "named")))
+        load_rows(DatasetSpec(str(tmp_path / "named")))
 
 
 def test_cells_of_a_csv_are_text_and_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "w[1].csv").write_text("prompt,chosen,rejected\na,None,12\nb,2020-01-01,NA\n")
-    rows = load_rows(Source(str(tmp_path / "w[1].csv"))).to_list()
+    rows = load_rows(DatasetSpec(str(tmp_path / "w[1].csv"))).to_list()
     assert [tuple(row.values()) for row in rows] == [("a", "None", "12"), ("b", "2020-01-01", "NA")]
 
 
 def test_a_set_saved_with_a_format_is_read_as_it_is(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk(tmp_path / "set")
-    assert load_rows(Source(str(tmp_path / "set"))).to_list() == ROWS
+    assert load_rows(DatasetSpec(str(tmp_path / "set"))).to_list() == ROWS
 
 
 def test_an_evaluation_split_is_another_one_and_not_of_a_file(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_evaluation_split_is_another_one_and_not_of_a_file(tmp_path: Path) ->
         (write_pairs(tmp_path / "x.jsonl", ["a"]), "is of a file"),
     ):
         with pytest.raises(SettingsError, match=said):
-            read_sources(settings(given, eval_split="train" if given == "a/b" else "test"))
+            parse_dataset_specs(settings(given, eval_split="train" if given == "a/b" else "test"))
 
 
 def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,16 +133,22 @@ def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokeniz
         }
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs, account = prepare_preferences(load_rows(Source(str(tmp_path / "rows.jsonl"))), tokenizer, Limits())
+    pairs, account = prepare_preferences(
+        load_rows(DatasetSpec(str(tmp_path / "rows.jsonl"))), tokenizer, LengthLimits()
+    )
     assert (account.format, account.examples, len(pairs)) == (
         "messages", {"a number or a date, not text": [1], "not text": [2]}, 2,
     )  # fmt: skip
 
 
 def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
-    assert read_sources(settings("a/b", data_format="triplet")) == [Source("a/b", format="triplet", any_split=True)]
-    some = read_sources(settings("a/b", '{"id": "c/d", "fraction": 0.5, "split": "test"}', dataset_split="train_prefs"))
-    assert some == [Source("a/b", split="train_prefs"), Source("c/d", split="test", fraction=0.5)]
+    assert parse_dataset_specs(settings("a/b", data_format="triplet")) == [
+        DatasetSpec("a/b", format="triplet", any_split=True)
+    ]
+    some = parse_dataset_specs(
+        settings("a/b", '{"id": "c/d", "fraction": 0.5, "split": "test"}', dataset_split="train_prefs")
+    )
+    assert some == [DatasetSpec("a/b", split="train_prefs"), DatasetSpec("c/d", split="test", fraction=0.5)]
     for text, said in {
         '{"id": "a", "fracton": 0.5}': "unknown key 'fracton': did you mean fraction?",
         '{"id": "a", "fraction": 0}': "a fraction above 0, at most 1",
@@ -151,9 +157,9 @@ def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
         '{"id": "a"': "is not JSON",
     }.items():
         with pytest.raises(SettingsError, match=said):
-            read_sources(settings(text))
+            parse_dataset_specs(settings(text))
     with pytest.raises(SettingsError, match="--dataset_id is empty"):
-        read_sources(settings())
+        parse_dataset_specs(settings())
 
 
 def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
@@ -162,27 +168,31 @@ def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
     (tmp_path / "set").mkdir()
     rows = Dataset.from_list(ROWS)
     DatasetDict({"train_prefs": rows, "test_prefs": rows}).save_to_disk(tmp_path / "set")
-    (source,) = read_sources(settings(str(tmp_path / "set")))
+    (source,) = parse_dataset_specs(settings(str(tmp_path / "set")))
     assert load_rows(source).to_list() == ROWS
     assert "there is no split 'train', so 'train_prefs' is read" in capsys.readouterr().out
-    (source,) = read_sources(settings(str(tmp_path / "set"), dataset_split="validation"))
+    (source,) = parse_dataset_specs(settings(str(tmp_path / "set"), dataset_split="validation"))
     with pytest.raises(UserError, match="it has train_prefs, test_prefs"):
         load_rows(source)
-    (source,) = read_sources(settings(str(tmp_path / "set"), eval_split="test_perfs"))
+    (source,) = parse_dataset_specs(settings(str(tmp_path / "set"), eval_split="test_perfs"))
     with pytest.raises(UserError, match="split 'test_perfs', cannot be loaded: it has train_prefs, test_prefs"):
         load_rows(source, source.eval_split)  # what is evaluated on is never what is trained on
     (tmp_path / "folder").mkdir()
     rows.to_json(tmp_path / "folder" / "alpaca_noisy_multi_preference.json")
-    (source,) = read_sources(settings(str(tmp_path / "folder")))
+    (source,) = parse_dataset_specs(settings(str(tmp_path / "folder")))
     assert load_rows(dataclasses.replace(source, split="train_sft")).to_list() == ROWS
 
 
 def test_a_share_of_the_rows_is_the_seed_s_and_keeps_their_numbers() -> None:
     rows = Dataset.from_dict({"i": list(range(100))})
-    some, numbers = sample(rows, 0.25, seed=1)
+    some, numbers = subsample(rows, 0.25, seed=1)
     assert some["i"][:] == numbers == sorted(set(numbers))
-    assert (len(numbers), sample(rows, 0.25, 1)[1] == numbers, sample(rows, 0.25, 2)[1] == numbers) == (25, True, False)
-    assert sample(rows, 1, 0)[1] == list(range(100))
+    assert (len(numbers), subsample(rows, 0.25, 1)[1] == numbers, subsample(rows, 0.25, 2)[1] == numbers) == (
+        25,
+        True,
+        False,
+    )
+    assert subsample(rows, 1, 0)[1] == list(range(100))
 
 
 def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,8 +207,8 @@ def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreT
         for side, a in (("chosen", "no"), ("rejected", "yes a3"))
     }
     Dataset.from_list(rows).to_parquet(tmp_path / "two.parquet")
-    sources = [Source(one), Source(str(tmp_path / "two.parquet"))]
-    train, held_out, account = load_preferences(sources, tokenizer, Limits(), Options(), Split(0, 5))
+    sources = [DatasetSpec(one), DatasetSpec(str(tmp_path / "two.parquet"))]
+    train, held_out, account = load_preferences(sources, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5))
     assert account.format == "triplet, messages"
     assert (account.read, account.kept, account.dropped.total()) == (30, 27, 3)
     assert account.examples == {
@@ -213,39 +223,43 @@ def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreT
                               "dropped: the same pair with both labels": 1, "dropped: chosen equals rejected": 1},
     }  # fmt: skip
     assert account.as_dict()["by"]["dropped"] == account.dropped
-    half = [Source(one, fraction=0.5), sources[1]]
-    _, _, account = load_preferences(half, tokenizer, Limits(), Options(), Split(0, 5))
+    half = [DatasetSpec(one, fraction=0.5), sources[1]]
+    _, _, account = load_preferences(half, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5))
     assert account.read == 20
     with pytest.raises(SettingsError, match=r"cannot be used. chosen equals rejected: 1 \(row two.parquet train 4\)"):
-        load_preferences(half, tokenizer, Limits(), Options(), Split(0, 5), strict=True)
+        load_preferences(half, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5), strict=True)
 
 
 def test_a_split_for_evaluation_is_not_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     sets = {"train_prefs": [f"a{i}" for i in range(12)], "test_prefs": ["a2", "a5", "c1", "c2"]}
     rows = {s: [{"prompt": p, "chosen": f"{s} {p}", "rejected": "no"} for p in prompts] for s, prompts in sets.items()}
     DatasetDict({s: Dataset.from_list(r) for s, r in rows.items()}).save_to_disk(tmp_path / "set")
-    source = Source(str(tmp_path / "set"), split="train_prefs", eval_split="test_prefs")
-    train, held_out, account = load_preferences([source], tokenizer, Limits(), Options(), Split(7, 3))
+    source = DatasetSpec(str(tmp_path / "set"), split="train_prefs", eval_split="test_prefs")
+    train, held_out, account = load_preferences([source], tokenizer, LengthLimits(), PairingConfig(), Split(7, 3))
     assert (len(train), len(held_out)) == (7, 3)
     assert account.examples == {"its prompt is evaluated on": ["set train_prefs 2", "set train_prefs 5"]}
     assert (account.read, account.kept) == (16, 14)
     assert {p[0]["content"] for p in held_out["prompt"]} < set(sets["test_prefs"])
-    conversations, held, account = load_instructions([source], tokenizer, Limits(), Split())
+    conversations, held, account = load_instructions([source], tokenizer, LengthLimits(), Split())
     assert (len(conversations), len(held), account.kept) == (10, 4, 14)
     rows["test_prefs"] = [{"prompt": "c", "chosen": "x", "rejected": "x"}]
     DatasetDict({s: Dataset.from_list(r) for s, r in rows.items()}).save_to_disk(tmp_path / "tied")
     with pytest.raises(UserError, match="no row of --eval_split can be used"):
         load_preferences(
-            [dataclasses.replace(source, id=str(tmp_path / "tied"))], tokenizer, Limits(), Options(), Split()
+            [dataclasses.replace(source, id=str(tmp_path / "tied"))],
+            tokenizer,
+            LengthLimits(),
+            PairingConfig(),
+            Split(),
         )
 
 
 def test_processes_give_what_one_gives(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = load_rows(Source(write_pairs(tmp_path / "rows.jsonl", [f"What is {i}?" for i in range(230)] * 2)))
-    one, account = prepare_preferences(rows, tokenizer, Limits(8, 64, "trim_prompt"), num_proc=1)
+    rows = load_rows(DatasetSpec(write_pairs(tmp_path / "rows.jsonl", [f"What is {i}?" for i in range(230)] * 2)))
+    one, account = prepare_preferences(rows, tokenizer, LengthLimits(8, 64, "trim_prompt"), num_proc=1)
     # the same work under another name, for the cache not to answer
     two, account_of_two = prepare_preferences(
-        rows.select(range(len(rows))), tokenizer, Limits(8, 64, "trim_prompt"), num_proc=2
+        rows.select(range(len(rows))), tokenizer, LengthLimits(8, 64, "trim_prompt"), num_proc=2
     )
     assert one._fingerprint != two._fingerprint
     assert one.to_list() == two.to_list()

@@ -12,7 +12,7 @@ import torch
 
 from helpers.core import UserError
 from helpers.merging.weights import WeightFiles
-from helpers.models.resolve import find_candidates
+from helpers.models.resolve import resolve_models
 from helpers.runs.run import find_run
 from tests.conftest import Project
 
@@ -39,7 +39,7 @@ sys.argv = ["03_merge_push.py", *{flags!r}]
 runpy.run_path("notebooks/03_merge_push.py", run_name="__main__")
 """
 MOMENTS = [
-    *(("merging.Merge", "tensor", after) for after in (0, 1, 3, 2, 4)),
+    *(("merging.StreamingMerger", "tensor", after) for after in (0, 1, 3, 2, 4)),
     ("merged_folder", "write_index", 0),
     ("merge_proof", "last_logits", 1),
     ("runs.Run", "finish", 0),
@@ -63,7 +63,7 @@ def test_killed_at_ten_moments(project: Project, dpo_run: str) -> None:
             find_run(outputs, str(outputs / "merged-killed"), "merge")
         assert find_run(outputs, "latest", "merge").name == "merged-undisturbed"
         # 04 takes it for a name on the Hub, and the draft for nothing
-        assert find_candidates((str(outputs / "merged-killed"),), outputs)[0].base == str(outputs / "merged-killed")
+        assert resolve_models((str(outputs / "merged-killed"),), outputs)[0].base == str(outputs / "merged-killed")
     done = project.run("03_merge_push.py", *flags)
     assert "is finished" in project.run("03_merge_push.py", *flags).stderr
     assert not list(outputs.glob(".merged-killed*"))

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
-from helpers.merging.merge import Merge, QuantizedBase, Unknown
-from helpers.merging.verify import compare_layers, refuse
+from helpers.merging.merge import QuantizedBase, StreamingMerger, UnsupportedAdapter
+from helpers.merging.verify import check_kl, compare_layers
 from helpers.merging.weights import (
-    Entry,
+    TensorSpec,
     WeightFiles,
     adapter_as_run,
-    merge_by_peft,
-    merge_into,
+    merge_with_peft,
     parse_size,
     plan_shards,
+    write_merged,
 )
-from helpers.models.plan import fit_embeddings
+from helpers.models.plan import resize_embeddings
 
 VOCABULARY = 128
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -77,8 +77,8 @@ def peft_merge(base: Path, adapter: Path) -> tuple[dict[str, torch.Tensor], Any]
 
 def our_merge(base: Path, adapter: Path, largest: int = 20_000, dtype: torch.dtype | None = None) -> Path:
     folder = base.parent / "merged"
-    merge = Merge(base, adapter)
-    merge_into(folder, merge, {}, largest, dtype)
+    merge = StreamingMerger(base, adapter)
+    write_merged(folder, merge, {}, largest, dtype)
     merge.config.save_pretrained(folder)
     return folder
 
@@ -145,13 +145,13 @@ def test_rows_for_added_tokens_are_those_of_training(tmp_path: Path, tokenizer: 
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["<|one|>", "<|two|>"])
-    fit_embeddings(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     rows = list(range(len(tokenizer) - 2, len(tokenizer)))
     given = LORA | {"trainable_token_indices": {"embed_tokens": rows, "lm_head": rows}}
     policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given))
     policy.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    merge = Merge(tmp_path / "base", tmp_path / "adapter", len(tokenizer))
-    merge_into(tmp_path / "merged", merge, {}, 10**9, None)
+    merge = StreamingMerger(tmp_path / "base", tmp_path / "adapter", len(tokenizer))
+    write_merged(tmp_path / "merged", merge, {}, 10**9, None)
     merge.config.save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -181,15 +181,15 @@ def test_a_dequantized_base_is_what_the_quantized_one_computes_with(bits: int, t
 
 def test_what_is_not_known_is_handed_to_peft(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     base, adapter = save(tmp_path, build(), LORA | {"lora_bias": True, "target_modules": ["q_proj"]})
-    with pytest.raises(Unknown, match="an adapter with lora_bias=True"):
-        Merge(base, adapter)
+    with pytest.raises(UnsupportedAdapter, match="an adapter with lora_bias=True"):
+        StreamingMerger(base, adapter)
     base, adapter = save(tmp_path / "neox", build("gpt_neox"), LORA)
-    with pytest.raises(Unknown, match="a checkpoint whose names are not the model's"):
-        Merge(base, adapter)
+    with pytest.raises(UnsupportedAdapter, match="a checkpoint whose names are not the model's"):
+        StreamingMerger(base, adapter)
     model = build()
     model.resize_token_embeddings(len(tokenizer))
     base, adapter = save(tmp_path / "other", model, LORA)
-    merge_by_peft(tmp_path / "out", base, adapter, tokenizer, torch.bfloat16, 10**9)
+    merge_with_peft(tmp_path / "out", base, adapter, tokenizer, torch.bfloat16, 10**9)
     theirs, _ = peft_merge(base, adapter)
     assert all(torch.equal(weight, theirs[name].bfloat16()) for name, weight in tensors(tmp_path / "out").items())
 
@@ -205,8 +205,8 @@ def test_embeddings_that_are_in_the_adapter_are_merged_from_there(
     with torch.no_grad():
         policy.get_input_embeddings().weight += 0.1
     policy.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
-    merge = Merge(tmp_path / "base", tmp_path / "adapter")
-    merge_into(tmp_path / "merged", merge, {}, 10**9, None)
+    merge = StreamingMerger(tmp_path / "base", tmp_path / "adapter")
+    write_merged(tmp_path / "merged", merge, {}, 10**9, None)
     merge.config.save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(policy), atol=1e-5, rtol=1e-5)
@@ -219,8 +219,8 @@ def test_embeddings_that_are_in_the_adapter_are_merged_from_there(
 ])  # fmt: skip
 def test_what_would_be_merged_wrong_is_not(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     base, adapter = save(tmp_path, build(), given)
-    with pytest.raises(Unknown, match=said):
-        Merge(base, adapter)
+    with pytest.raises(UnsupportedAdapter, match=said):
+        StreamingMerger(base, adapter)
 
 
 def test_an_adapter_with_something_missing_or_left_over(tmp_path: Path) -> None:
@@ -228,23 +228,23 @@ def test_an_adapter_with_something_missing_or_left_over(tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     name = next(iter(weights))
     save_file({n: w for n, w in weights.items() if n != name}, adapter / "adapter_model.safetensors")
-    with pytest.raises(Unknown, match="an adapter without"):
-        Merge(base, adapter)
+    with pytest.raises(UnsupportedAdapter, match="an adapter without"):
+        StreamingMerger(base, adapter)
     save_file(weights | {"base_model.model.model.layers.9.x.lora_A.weight": weights[name].clone()},
               adapter / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(Unknown, match="has no place in the model"):
-        Merge(base, adapter)
+    with pytest.raises(UnsupportedAdapter, match="has no place in the model"):
+        StreamingMerger(base, adapter)
     given = LORA | {"trainable_token_indices": {"embed_tokens": [VOCABULARY + 3]}}
     config = json.loads((adapter / "adapter_config.json").read_text()) | given
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="the adapter has a row for token 131 and the tokenizer 128 tokens"):
-        Merge(base, adapter)
+        StreamingMerger(base, adapter)
 
 
 def test_layers_are_compared_where_a_model_is_too_large(tmp_path: Path) -> None:
     base, adapter = save(tmp_path, build(), LORA)
     folder = our_merge(base, adapter)
-    good = compare_layers(Merge(base, adapter), folder)
+    good = compare_layers(StreamingMerger(base, adapter), folder)
     assert good["layers"] == 14  # two of each of seven kinds
     assert good["relative"] < 1e-5
     for wrong in ("v_proj", "down_proj"):
@@ -253,12 +253,12 @@ def test_layers_are_compared_where_a_model_is_too_large(tmp_path: Path) -> None:
         weights |= {n: w for n, w in tensors(base).items() if wrong in n}
         copied.mkdir()
         save_file(weights, copied / "model.safetensors")
-        assert compare_layers(Merge(base, adapter), copied)["relative"] > 0.05
+        assert compare_layers(StreamingMerger(base, adapter), copied)["relative"] > 0.05
     with pytest.raises(UserError, match=r"merged layers differ by 1.0e-01, which is more than rounding"):
-        refuse({"layers": 14, "relative": 0.1}, 0.01, copied)
+        check_kl({"layers": 14, "relative": 0.1}, 0.01, copied)
     assert not copied.exists()
     with pytest.raises(UserError, match="the merged model's KL is nan, above --max_kl"):
-        refuse({"kl": float("nan")}, 0.01, folder)
+        check_kl({"kl": float("nan")}, 0.01, folder)
 
 
 def test_another_adapter_in_the_same_place_is_another_start(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_base_that_is_quantized_itself_is_refused(tmp_path: Path) -> None:
     config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"the adapter's base is quantized itself.*--base_model_id"):
-        Merge(base, adapter)
+        StreamingMerger(base, adapter)
 
 
 class Stopped(BaseException):
@@ -290,16 +290,16 @@ def test_a_merge_that_was_stopped_goes_on_with_the_files_that_are_missing(
     base, adapter = save(tmp_path, build(), LORA)
     whole = tensors(our_merge(base, adapter))
     (tmp_path / "merged").rename(tmp_path / "before")
-    tensor, calls = Merge.tensor, []
+    tensor, calls = StreamingMerger.tensor, []
 
-    def stop(self: Merge, name: str) -> torch.Tensor:
+    def stop(self: StreamingMerger, name: str) -> torch.Tensor:
         calls.append(name)
         if len(calls) > after:
             raise Stopped
         return tensor(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Merge, "tensor", stop)
+        patch.setattr(StreamingMerger, "tensor", stop)
         with pytest.raises(Stopped):
             our_merge(base, adapter)
     there = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "merged").glob("*.safetensors")}
@@ -336,6 +336,6 @@ def test_sizes_and_shards() -> None:
     assert [parse_size(text) for text in ("2GB", "500 mb", "1GiB", "7")] == [2 * 10**9, 5 * 10**8, 2**30, 7]
     with pytest.raises(SettingsError, match="--max_shard_size takes a size such as 2GB or 500MB, not 'big'"):
         parse_size("big")
-    entries = [Entry(name, (10,), torch.float32) for name in "abc"] + [Entry("d", (50,), torch.float16)]
+    entries = [TensorSpec(name, (10,), torch.float32) for name in "abc"] + [TensorSpec("d", (50,), torch.float16)]
     assert [[e.name for e in shard] for shard in plan_shards(entries, 80).values()] == [["a", "b"], ["c"], ["d"]]
     assert list(plan_shards(entries, 10**6)) == ["model.safetensors"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.models.chat import apply_chat_format, check_chat, encode, render
+from helpers.models.chat import render, set_chat_template, tokenize_with_labels, validate_chat_template
 from tests.test_formats import bot, user
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -32,7 +32,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 32_000
-    assert apply_chat_format(tokenizer, "auto") == ("mistral", [])
+    assert set_chat_template(tokenizer, "auto") == ("mistral", [])
     return tokenizer
 
 
@@ -57,8 +57,8 @@ def test_prompts_are_mistral_s_own_token_for_token(
 
 def test_what_is_learned_with_the_real_tokenizer(mistral: PreTrainedTokenizerBase) -> None:
     talk = [user("Hello"), bot("Hi there"), user("How are you?"), bot("Fine.")]
-    row = encode(mistral, talk)
+    row = tokenize_with_labels(mistral, talk)
     assert row["input_ids"][:13] == [1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793, 15359, 736, 2, 733]
     learned = [label for label in row["labels"] if label != -100]
     assert mistral.convert_ids_to_tokens(learned) == ["▁Hi", "▁there", "</s>", "▁Fine", ".", "</s>"]
-    check_chat(mistral, [talk])
+    validate_chat_template(mistral, [talk])

@@ -53,7 +53,9 @@ def test_every_code_cell_compiles_alone_and_is_of_readable_size(notebook: Path) 
 def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
     cells = code_cells(notebook)
     settings = _settings_class(cells)
-    names = {f.name for f in dataclasses.fields(settings)} | trl_fields.names(settings.step) | trl_fields.OLDER
+    names = (
+        {f.name for f in dataclasses.fields(settings)} | trl_fields.field_names(settings.step) | trl_fields.LEGACY_NAMES
+    )
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
             bound = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
@@ -65,11 +67,11 @@ def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
 
 @each_notebook
 def test_every_variable_stands_in_the_example_env_file(notebook: Path) -> None:
-    from helpers.settings.load import variable
+    from helpers.settings.load import env_name
 
     settings = _settings_class(code_cells(notebook))
     example = (REPO / ".env.example").read_text().splitlines()
-    ours = {variable(settings.step, f.name) for f in dataclasses.fields(settings) if f.init}
+    ours = {env_name(settings.step, f.name) for f in dataclasses.fields(settings) if f.init}
     listed = {line[2:].partition("=")[0] for line in example if line.startswith(f"# {settings.step.upper()}_")}
     assert listed == ours
 

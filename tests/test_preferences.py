@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
-from helpers.data.conversations import Limits, trim_prompt
-from helpers.data.formats import ADAPTERS, NEEDED, Options
+from helpers.data.conversations import LengthLimits, truncate_prompt
+from helpers.data.formats import FORMAT_READERS, REQUIRED_COLUMNS, PairingConfig
 from helpers.data.prepare import prepare_preferences
-from helpers.models.chat import MISTRAL, apply_chat_format, render
+from helpers.models.chat import MISTRAL, render, set_chat_template
 from tests.test_formats import JUNK, ROWS, bot, user
 
-NO_LIMITS = Limits()
+NO_LIMITS = LengthLimits()
 
 
 def triplets(*rows: tuple[str, str, str]) -> Dataset:
@@ -50,7 +50,7 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
     }  # fmt: skip
     rows = Dataset.from_list([{"score_chosen": None, "score_rejected": None} | row for row in (*good, *bad.values())])
     assert len(rows) == 40
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(64, 128), options=Options(min_margin=0.5))
+    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(64, 128), options=PairingConfig(min_margin=0.5))
     assert dict(account.dropped) == dict.fromkeys(bad, 1)
     assert {reason: account.examples[reason] for reason in bad} == {r: [30 + i] for i, r in enumerate(bad)}
     assert (account.read, account.kept, len(pairs), account.format) == (40, 30, 30, "messages")
@@ -69,10 +69,10 @@ def test_the_same_pair_with_both_labels_is_dropped_both_times(tokenizer: PreTrai
 
 def test_a_row_that_gives_several_pairs_is_one_row(tokenizer: PreTrainedTokenizerBase) -> None:
     _, row, _ = ROWS["openbmb/UltraFeedback"]
-    pairs, account = prepare_preferences(Dataset.from_list([row]), tokenizer, NO_LIMITS, options=Options("all"))
+    pairs, account = prepare_preferences(Dataset.from_list([row]), tokenizer, NO_LIMITS, options=PairingConfig("all"))
     assert (len(pairs), account.read, account.kept) == (3, 1, 1)
     pairs, account = prepare_preferences(
-        Dataset.from_list([row]), tokenizer, NO_LIMITS, options=Options("all", min_margin=3.2)
+        Dataset.from_list([row]), tokenizer, NO_LIMITS, options=PairingConfig("all", min_margin=3.2)
     )
     assert (len(pairs), account.kept, account.dropped.total()) == (2, 1, 0)
 
@@ -112,7 +112,7 @@ def test_a_set_of_no_known_format_is_refused_with_its_columns(tokenizer: PreTrai
 
 def test_a_trimmed_prompt_keeps_its_end_and_the_answers_theirs(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = triplets(("start " * 100 + "What is 2 plus 3?", "It is 5.", "It is 6, and that is that."))
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(32, 64, "trim_prompt"))
+    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(32, 64, "trim_prompt"))
     assert dict(account.changed) == {"prompt trimmed from the left": 1}
     text = pairs[0]["prompt"][0]["content"]
     assert text.endswith("What is 2 plus 3?")
@@ -131,11 +131,11 @@ def test_whole_turns_are_trimmed_first_and_a_system_message_stays(tokenizer: Pre
         bot("four"),
         user("five?"),
     ]
-    short = trim_prompt(tokenizer, talk, 60)
+    short = truncate_prompt(tokenizer, talk, 60)
     assert short == [talk[0], *talk[3:]]
-    assert trim_prompt(tokenizer, talk, 30)[0] == talk[0]
-    assert trim_prompt(tokenizer, talk, 1) == []
-    assert trim_prompt(tokenizer, talk, 10_000) == talk
+    assert truncate_prompt(tokenizer, talk, 30)[0] == talk[0]
+    assert truncate_prompt(tokenizer, talk, 1) == []
+    assert truncate_prompt(tokenizer, talk, 10_000) == talk
 
 
 @pytest.mark.parametrize("overlong", ["drop", "trim_prompt"])
@@ -143,14 +143,14 @@ def test_a_pair_whose_answer_alone_is_too_long_is_dropped_not_cut(
     overlong: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = triplets(("a?", "x " * 100, "y"), ("b?", "x", "y"))
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(32, 64, overlong))
+    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(32, 64, overlong))
     assert account.examples == {"over-long": [0]}
     assert len(pairs) == 1
 
 
 def test_answers_are_cut_only_when_that_is_asked_for_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = triplets(("a?", "x " * 100, "y"), ("b? " * 100, "x", "y"))
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(0, 64, "cut_answer"))
+    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(0, 64, "cut_answer"))
     assert account.examples == {"an answer lost its end": [0], "over-long": [1]}
     assert len(pairs[0]["prompt_ids"]) + len(pairs[0]["chosen_ids"]) == 64
     assert pairs[0]["chosen_ids"][-1] != tokenizer.eos_token_id
@@ -159,7 +159,7 @@ def test_answers_are_cut_only_when_that_is_asked_for_and_counted(tokenizer: PreT
 
 def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"over-long: .* tokens of prompt"):
-        prepare_preferences(triplets(("a? " * 100, "x", "y")), tokenizer, Limits(32, 64, "error"))
+        prepare_preferences(triplets(("a? " * 100, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -172,7 +172,9 @@ def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedToken
 def test_no_kept_answer_ever_loses_its_end(
     prompt: str, answers: list[str], limit: int, overlong: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    pairs, account = prepare_preferences(triplets((prompt, *answers)), tokenizer, Limits(limit, 2 * limit, overlong))
+    pairs, account = prepare_preferences(
+        triplets((prompt, *answers)), tokenizer, LengthLimits(limit, 2 * limit, overlong)
+    )
     assert account.kept + account.dropped.total() == account.read == 1
     for pair in pairs:
         for side in ("chosen_ids", "rejected_ids"):
@@ -182,9 +184,9 @@ def test_no_kept_answer_ever_loses_its_end(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(sorted(ADAPTERS)), junk=st.lists(JUNK, min_size=1, max_size=4))
+@given(name=st.sampled_from(sorted(FORMAT_READERS)), junk=st.lists(JUNK, min_size=1, max_size=4))
 def test_the_account_of_junk_adds_up(name: str, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    columns = [one.split(" or ")[0] for one in NEEDED[name]]
+    columns = [one.split(" or ")[0] for one in REQUIRED_COLUMNS[name]]
     rows = Dataset.from_list(
         [dict.fromkeys(columns, str(j)) | {"prompt": json.dumps(j), "rejected": "x"} for j in junk]
     )
@@ -211,7 +213,7 @@ def trl_tokens(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 def test_tokens_are_those_of_stock_trl(chat_format: str, demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    apply_chat_format(tokenizer, chat_format)
+    set_chat_template(tokenizer, chat_format)
     long = [user("Hi"), bot("Hello."), user("Why is it so?\n\nTell me:  ")]
     rows = Dataset.from_list(
         [
@@ -254,7 +256,7 @@ def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedT
     from helpers.data.row_report import Split, split_by_prompt
 
     rows = [(f"{'word ' * 60}What is {i}?", "x " * (1 + j), "y") for i in range(30) for j in (0, 5, 20)]
-    pairs, account = prepare_preferences(triplets(*rows), tokenizer, Limits(0, 60, "trim_prompt"))
+    pairs, account = prepare_preferences(triplets(*rows), tokenizer, LengthLimits(0, 60, "trim_prompt"))
     assert (account.changed["prompt trimmed from the left"], account.noted["duplicate prompt"]) == (90, 60)
     train, held_out = split_by_prompt(pairs, Split(0, 20, 0.2, seed=1))
     numbers = [{p[-1]["content"].split()[-1] for p in side["prompt"]} for side in (train, held_out)]
@@ -268,14 +270,14 @@ def test_all_that_was_changed_in_a_row_is_counted(demo_folder: Path) -> None:
     tokenizer.chat_template = MISTRAL.replace("messages[0]['content'] + '\\n\\n'", "raise_exception('no system')")
     row = {"system": "Be kind.", "question": "What? " * 60 + "Why?", "chosen": "x " * 9, "rejected": "y"}
     rows = Dataset.from_list([row])
-    pairs, account = prepare_preferences(rows, tokenizer, Limits(40, 60, "trim_prompt"))
+    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(40, 60, "trim_prompt"))
     folded = "system message folded into the first user turn"
     assert (dict(account.changed), account.changed_rows) == ({folded: 1, "prompt trimmed from the left": 1}, 1)
     text = pairs[0]["prompt"][0]["content"]
     assert text.startswith("Be kind.\n\nWhat?")
     assert text.endswith("Why?")
     short = Dataset.from_list([row | {"question": "Why?", "chosen": "x " * 60}])
-    _, account = prepare_preferences(short, tokenizer, Limits(40, 60, "cut_answer"))
+    _, account = prepare_preferences(short, tokenizer, LengthLimits(40, 60, "cut_answer"))
     assert dict(account.changed) == {folded: 1, "an answer lost its end": 1}
 
 
@@ -283,7 +285,9 @@ def test_pairs_lost_from_rows_that_are_kept_are_counted(tokenizer: PreTrainedTok
     _, row, _ = ROWS["openbmb/UltraFeedback"]
     long = json.loads(json.dumps(row))
     long["completions"][0]["response"] = "No, " * 60
-    pairs, account = prepare_preferences(Dataset.from_list([long]), tokenizer, Limits(0, 60), options=Options("all"))
+    pairs, account = prepare_preferences(
+        Dataset.from_list([long]), tokenizer, LengthLimits(0, 60), options=PairingConfig("all")
+    )
     assert (len(pairs), account.kept, dict(account.lost_pairs)) == (1, 1, {"a pair of a kept row: over-long": 2})
     with pytest.raises(UserError, match="a pair of a kept row: over-long: 2"):
         account.check(strict=True)
@@ -293,7 +297,7 @@ def test_pairs_lost_from_rows_that_are_kept_are_counted(tokenizer: PreTrainedTok
 def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = triplets(("a? " * 40, "x", "y"), ("b?", "x", "y"), ("c? " * 90, "x", "y"))
     for overlong in ("drop", "cut_answer"):
-        _, account = prepare_preferences(rows, tokenizer, Limits(40, 150, overlong))
+        _, account = prepare_preferences(rows, tokenizer, LengthLimits(40, 150, overlong))
         assert account.examples == {"prompt over-long": [0], "over-long": [2]}
         assert (len(account.long_prompts), len(account.over_long)) == (1, 1)
         assert 40 < account.long_prompts[0] < 150 < account.over_long[0]
@@ -303,9 +307,11 @@ def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedToke
     with pytest.raises(UserError, match="--data_format 'triplets' is not one of auto, messages, triplet"):
         prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, "triplets")
     with pytest.raises(UserError, match="--recommended: this set says of no row"):
-        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, options=Options(recommended=True))
+        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, options=PairingConfig(recommended=True))
     with pytest.raises(UserError, match="row 1: over-long: "):
-        prepare_preferences(triplets(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, Limits(32, 64, "error"))
+        prepare_preferences(
+            triplets(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, LengthLimits(32, 64, "error")
+        )
 
 
 def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -341,5 +347,5 @@ def test_a_second_preparation_comes_from_the_cache(
     assert again.to_list() == first.to_list()
     assert account_again.as_dict() == account.as_dict()
     monkeypatch.undo()
-    other, _ = prepare_preferences(rows, tokenizer, Limits(4, 8, "cut_answer"))
+    other, _ = prepare_preferences(rows, tokenizer, LengthLimits(4, 8, "cut_answer"))
     assert len(other) < len(first)

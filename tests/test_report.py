@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from helpers.core import REPO, Interrupted, SettingsError, UserError, write_whole
+from helpers.core import REPO, Interrupted, SettingsError, UserError, atomic_write
 from helpers.runs import report
 from helpers.runs.report import say, tidy, typed
 from helpers.runs.run import Run, parent_of
@@ -349,7 +349,7 @@ def test_what_a_full_disk_cuts_short_is_not_left_there(tmp_path: Path, monkeypat
     (tmp_path / "report.html").write_text("old")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "report.html", b"new")
+        atomic_write(tmp_path / "report.html", b"new")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 

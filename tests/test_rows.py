@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.core import UserError, read_lines
-from helpers.data.conversations import Limits
+from helpers.core import UserError, read_jsonl
+from helpers.data.conversations import LengthLimits
 from helpers.data.prepare import prepare_instructions, prepare_preferences
 from helpers.data.row_report import Split, split_by_prompt
 from helpers.models.chat import MISTRAL, render
@@ -34,7 +34,7 @@ def test_instructions_become_tokens_and_labels(tokenizer: PreTrainedTokenizerBas
         {"prompt": "x", "prompt_id": "2", "messages": ASK},
         {"prompt": "x", "prompt_id": "3", "messages": [user("Why? " * 100), bot("5.")]},
     ]
-    good, account = prepare_instructions(Dataset.from_list(rows), tokenizer, Limits(total=64))
+    good, account = prepare_instructions(Dataset.from_list(rows), tokenizer, LengthLimits(total=64))
     assert good.column_names == ["tokens", "prompt_key", "messages", "input_ids", "labels"]
     assert good[0]["messages"] == [*ASK, bot("5.")]
     assert good[0]["tokens"] == len(good[0]["input_ids"]) == len(good[0]["labels"])
@@ -52,11 +52,11 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
     odd = [user("an odd question")]
     rows = [{"prompt": p, "chosen": [bot("5.")], "rejected": [bot("6.")]} for p in (ASK, odd, ASK)]
     rows[2]["chosen"] = [bot("7.")]
-    pairs, account = prepare_preferences(Dataset.from_list(rows), strict, Limits())
+    pairs, account = prepare_preferences(Dataset.from_list(rows), strict, LengthLimits())
     assert len(pairs) == 2
     assert account.examples["the chat template refuses a conversation: no odd talk"] == [1]
     rows = [{"messages": [*p, bot("5.")]} for p in (ASK, odd)]
-    assert prepare_instructions(Dataset.from_list(rows), strict, Limits())[1].dropped == account.dropped
+    assert prepare_instructions(Dataset.from_list(rows), strict, LengthLimits())[1].dropped == account.dropped
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
 def test_instruction_formats_and_the_chosen_side_of_pairs(
     row: dict[str, Any], name: str, learned: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    made, account = prepare_instructions(Dataset.from_list([row]), tokenizer, Limits())
+    made, account = prepare_instructions(Dataset.from_list([row]), tokenizer, LengthLimits())
     assert (account.format, account.kept) == (name, 1)
     assert tokenizer.decode([i for i in made[0]["labels"] if i != -100]) == learned
 
@@ -89,14 +89,14 @@ def test_a_system_message_is_folded_where_the_template_has_no_place(
     plain = AutoTokenizer.from_pretrained(tmp_path)
     plain.chat_template = "{% for m in messages %}[{{ m['content'] if m['role'] != 'system' }}]{% endfor %}"
     talk = [{"role": "system", "content": "Be kind."}, *ASK, bot("5.")]
-    made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, Limits())
+    made, account = prepare_instructions(Dataset.from_list([{"messages": talk}]), plain, LengthLimits())
     assert dict(account.changed) == {"system message folded into the first user turn": 1}
     assert tokenizer.decode(made[0]["input_ids"]).startswith("[Be kind.\n\nWhat is 2 plus 3?]")
 
 
 def test_columns_that_cannot_be_used_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="has columns question; an instruction set needs messages"):
-        prepare_instructions(Dataset.from_list([{"question": "x"}]), tokenizer, Limits())
+        prepare_instructions(Dataset.from_list([{"question": "x"}]), tokenizer, LengthLimits())
 
 
 def test_no_prompt_is_on_both_sides_and_the_split_is_the_seed_s() -> None:
@@ -136,7 +136,7 @@ def test_a_conversation_that_is_too_long_is_dropped_trimmed_or_cut_as_told(token
     rows = Dataset.from_list([{"messages": talk}, {"messages": [user("What is 1?"), bot("6.")]}])
 
     def made(overlong: Any, total: int) -> tuple[Any, Any]:
-        return prepare_instructions(rows, tokenizer, Limits(total=total, overlong=overlong))
+        return prepare_instructions(rows, tokenizer, LengthLimits(total=total, overlong=overlong))
 
     kept, account = made("drop", 60)
     assert (len(kept), account.examples) == (1, {"over-long": [0]})
@@ -153,7 +153,7 @@ def test_a_conversation_that_is_too_long_is_dropped_trimmed_or_cut_as_told(token
 
 def test_a_conversation_that_stands_there_twice_is_kept_once(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = Dataset.from_list([{"messages": [*ASK, bot(answer)]} for answer in ("5.", "5.", "Five.")])
-    kept, account = prepare_instructions(rows, tokenizer, Limits())
+    kept, account = prepare_instructions(rows, tokenizer, LengthLimits())
     assert account.examples == {"duplicate conversation": [1], "duplicate prompt": [2]}
     assert (len(kept), account.dropped.total()) == (2, 1)
 
@@ -161,4 +161,4 @@ def test_a_conversation_that_stands_there_twice_is_kept_once(tokenizer: PreTrain
 def test_a_broken_line_of_jsonl_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"a": 1}) + "\n\n{broken\n")
     with pytest.raises(UserError, match=r"x\.jsonl, line 3, is not JSON: Expecting property name .*, column 2$"):
-        read_lines(tmp_path / "x.jsonl")
+        read_jsonl(tmp_path / "x.jsonl")

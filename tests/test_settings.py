@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from helpers.core import REPO, SettingsError, UserError, in_kernel
+from helpers.core import REPO, SettingsError, UserError, is_notebook
 from helpers.settings import trl_fields
-from helpers.settings.load import RunSettings, TrainSettings, load_settings, one_of, quieten
+from helpers.settings.load import RunSettings, TrainSettings, load_settings, one_of, silence_warnings
 from tests.conftest import Project
 
 
@@ -239,7 +239,7 @@ def test_a_python_without_the_requirements_is_one_line(project: Project) -> None
 def test_deepspeed_is_silent_about_gpus_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quieten()
+    silence_warnings()
     logger = logging.getLogger("DeepSpeed")
     monkeypatch.setattr(logger, "propagate", False)  # as deepspeed has it
     logger.addHandler(caplog.handler)
@@ -254,10 +254,10 @@ def test_deepspeed_is_silent_about_gpus_unless_it_is_asked_for(
 
 
 def test_publishing_settings_never_reach_a_trl_config() -> None:
-    names = trl_fields.names("dpo") | trl_fields.names("sft")
+    names = trl_fields.field_names("dpo") | trl_fields.field_names("sft")
     assert {"learning_rate", "loss_type", "packing", "gradient_checkpointing"} <= names
     assert not any(name == "push_to_hub" or name.startswith("hub_") for name in names)
-    assert trl_fields.names("merge") == frozenset()
+    assert trl_fields.field_names("merge") == frozenset()
 
 
 def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
@@ -266,14 +266,14 @@ def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
     for step, config in (("dpo", DPOConfig), ("sft", SFTConfig)):
         fields = {f.name for f in dataclasses.fields(config)}
         ours = {n for n in fields if n != "push_to_hub" and not n.startswith("hub_")}
-        assert trl_fields.names(step) == ours
+        assert trl_fields.field_names(step) == ours
 
 
 def test_every_renamed_setting_leads_to_one_that_exists() -> None:
-    known = trl_fields.names("dpo") | trl_fields.names("sft")
+    known = trl_fields.field_names("dpo") | trl_fields.field_names("sft")
     for notebook in ("01_sft", "02_dpo", "03_merge_push", "04_vibes", "05_judge"):
         known |= set((REPO / "notebooks" / f"{notebook}.py").read_text().replace(":", " ").split())
-    assert set(trl_fields.RENAMED.values()) <= known
+    assert set(trl_fields.ALIASES.values()) <= known
 
 
 def test_the_older_names_of_a_base_and_an_adapter_are_two_models_today(capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +396,7 @@ def test_of_two_ways_to_say_one_thing_the_higher_layer_wins(tmp_path: Path, monk
 
 
 def test_this_is_no_kernel_and_a_user_error_shows_one_line_in_one() -> None:
-    assert not in_kernel()
+    assert not is_notebook()
     assert UserError("do this")._render_traceback_() == ["UserError: do this"]
 
 

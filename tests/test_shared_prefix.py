@@ -28,9 +28,9 @@ from trl import DPOConfig
 from trl.trainer import utils
 
 from helpers.core import SettingsError, UserError
-from helpers.models.plan import compute_4bit_alike, train_adapter_in_float32
+from helpers.models.plan import disable_cpu_4bit_repacking, upcast_adapter
 from helpers.training import trainer as shared_prefix
-from helpers.training.prefix_sharing import Plan, Varlen, by_varlen, pack, with_plan
+from helpers.training.prefix_sharing import PackingPlan, VarlenLayout, flash_packed, pack_pairs, packed_attention
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 VOCABULARY = 300
@@ -91,7 +91,7 @@ def train_with(
         processing_class=tokenizer, peft_config=peft, shared_prefix=mode,
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
-        train_adapter_in_float32(trainer.model)
+        upcast_adapter(trainer.model)
     else:
         trainer.model.to(model.dtype)
     return trainer
@@ -163,26 +163,26 @@ def test_a_batch_is_what_stock_computes(
         compare(*found, exact=dtype == torch.float64)
 
 
-def rejected_sees_chosen(self: Plan) -> Iterator[tuple[int, int]]:
+def rejected_sees_chosen(self: PackingPlan) -> Iterator[tuple[int, int]]:
     for row, _ in TAILS(self):
         yield row, self.sizes[row]
 
 
-def a_prompt_token_is_dropped(self: Plan) -> Iterator[tuple[int, int]]:
+def a_prompt_token_is_dropped(self: PackingPlan) -> Iterator[tuple[int, int]]:
     for row, seen in TAILS(self):
         yield row, seen - 1
 
 
 def positions_go_on(*words: Any) -> Any:
-    batch = pack(*words)
+    batch = pack_pairs(*words)
     return dataclasses.replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
 
 
-TAILS = Plan.tails
+TAILS = PackingPlan.tails
 WRONG: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "rejected attends to chosen": (Plan, "tails", rejected_sees_chosen),
+    "rejected attends to chosen": (PackingPlan, "tails", rejected_sees_chosen),
     "positions are not restarted": (shared_prefix, "pack", positions_go_on),
-    "one prompt token is dropped": (Plan, "tails", a_prompt_token_is_dropped),
+    "one prompt token is dropped": (PackingPlan, "tails", a_prompt_token_is_dropped),
 }
 
 
@@ -230,7 +230,7 @@ def test_on_weights_in_4_bits(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "base", quantization_config=bits, dtype=torch.float32, device_map={"": "cpu"}
         )
-        compute_4bit_alike(model)
+        disable_cpu_4bit_repacking(model)
         torch.manual_seed(0)
         found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter())))
     compare(*found)
@@ -275,10 +275,10 @@ def test_every_loss_is_what_stock_computes(
 
 
 def test_every_loss_that_trl_has_is_among_them() -> None:
-    from helpers.settings.trl_fields import losses
+    from helpers.settings.trl_fields import loss_names
 
     named = [given.get("loss_type", "sigmoid") for given in LOSSES]
-    assert {name for names in named for name in ([names] if isinstance(names, str) else names)} == losses()
+    assert {name for names in named for name in ([names] if isinstance(names, str) else names)} == loss_names()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -341,7 +341,7 @@ def test_a_packed_row_holds_each_prompt_once() -> None:
     ids = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 12]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     answers = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 1]])
-    batch = pack(ids, mask, ids.masked_fill(answers == 0, -100))
+    batch = pack_pairs(ids, mask, ids.masked_fill(answers == 0, -100))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 6, 10, 11, 12]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]]
     assert batch.plan.lengths == [(3, 2, 1), (2, 1, 3)]
@@ -364,8 +364,8 @@ def dense(lengths: list[tuple[int, int, int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("lengths", [[(3, 2, 1), (2, 1, 3)], [(5, 0, 4)], [(4, 2, 0), (1, 1, 1)], [(4, 2, 0)]])
 def test_the_borders_for_flash_attention_say_what_a_dense_mask_says(lengths: list[tuple[int, int, int]]) -> None:
-    plan = Plan(lengths, torch.empty(0))
-    where = Varlen.of(plan, torch.device("cpu"))
+    plan = PackingPlan(lengths, torch.empty(0))
+    where = VarlenLayout.of(plan, torch.device("cpu"))
     seen = torch.zeros_like(dense(lengths))
     for start, end in zip(where.chosen[:-1].tolist(), where.chosen[1:].tolist(), strict=True):
         seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
@@ -418,9 +418,9 @@ def test_the_varlen_path_is_what_stock_computes(
 
     kernels = (None, varlen_by_hand, None, None, None), (flash._lazy_define_process_function(varlen_by_hand), dict)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *words, **more: kernels)
-    packed = with_plan(flash_attention_forward, by_varlen)
+    packed = packed_attention(flash_attention_forward, flash_packed)
 
-    def attend(*words: Any, plan: Plan | None = None, **more: Any) -> Any:
+    def attend(*words: Any, plan: PackingPlan | None = None, **more: Any) -> Any:
         if plan is None:  # there is no padding without the package's own code
             return sdpa_attention_forward(*words, **more)
         return packed(*words, plan=plan, **more)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from helpers.core import read_lines
+from helpers.core import read_jsonl
 from tests.conftest import Project
 
 pytestmark = pytest.mark.long
@@ -27,7 +27,7 @@ def test_the_demo_is_the_same_with_prompts_shared_and_without(project: Project) 
         vibes = project.root / "outputs" / f"vibes-{mode}"
         project.run("05_judge.py", *demo, "--answers_dir", f"outputs/vibes-{mode}", "--run_name", f"judge-{mode}")
         verdicts[mode] = project.record(f"judge-{mode}")["metrics"]
-        rows = read_lines(vibes / "model_answer" / f"walk-{mode}.jsonl")
+        rows = read_jsonl(vibes / "model_answer" / f"walk-{mode}.jsonl")
         answers[mode] = [row["choices"][0]["turns"] for row in sorted(rows, key=lambda row: row["question_id"])]
     assert len(histories["on"]) == len(histories["off"]) > 30
     compared = 0

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.core import UserError
 from helpers.evaluation.judgments import read_votes
-from helpers.evaluation.results import Counts, WinTable
+from helpers.evaluation.results import Counts, PairwiseResults
 from helpers.evaluation.vote_page import write_page
 from tests.browser import give_up
 
@@ -147,7 +147,7 @@ def test_votes_by_keyboard_become_the_export_and_that_the_table_of_05(open_page:
     )
     (tmp_path / name).write_text(json.dumps(votes))
     rows = read_votes((str(tmp_path / name),), QUESTIONS, ANSWERS, page_id)
-    (pair,) = WinTable.of("human", rows, QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}).pairs
+    (pair,) = PairwiseResults.of("human", rows, QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}).pairs
     assert (pair.before, pair.after, pair.counts) == ("sft-run", "dpo-run", Counts(win=3, loss=0, tie=1))
     assert "1 of 4 votes were cast with the names in sight." in pair.notes()
 

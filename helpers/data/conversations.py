@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from helpers.core import UserError, one_at_a_time
+from helpers.core import UserError, process_lock
 from helpers.data.formats import Pair
-from helpers.models.chat import encode_prompt, folded, render_all, special_text, tokenize
+from helpers.models.chat import encode_prompt, fold_system_message, render_all, special_token_pattern, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ def content_fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase, work:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def map_rows(
+def tokenize_dataset(
     rows: Dataset,
     read: Callable[..., Any],
     work: dict[str, Any],
@@ -59,7 +59,7 @@ def map_rows(
     if count:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process of many, each with threads of its own, is slower
     try:
-        with one_at_a_time(fingerprint):
+        with process_lock(fingerprint):
             return rows.map(
                 read,
                 batched=True,
@@ -104,12 +104,12 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def conversation(value: Any) -> list[Message]:
+def role_and_content(value: Any) -> list[Message]:
     """Just role and content of each message: further keys would reach the chat template."""
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def transcript(text: Any) -> list[Message]:
+def parse_hh(text: Any) -> list[Message]:
     """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] where it is none."""
     if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
         return []
@@ -118,14 +118,14 @@ def transcript(text: Any) -> list[Message]:
     return [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
 
 
-def with_system(messages: list[Message], system_prompt: str) -> list[Message]:
+def add_system_prompt(messages: list[Message], system_prompt: str) -> list[Message]:
     """The conversation behind a system message: its own, or `system_prompt`, if there is one."""
     if not system_prompt or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def fault_of(messages: list[Message]) -> str:
+def validation_error(messages: list[Message]) -> str:
     """Why a conversation cannot be learned from, or "": it is system?, then user and assistant in turns."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[-1]["role"] != "assistant":
@@ -137,14 +137,16 @@ def fault_of(messages: list[Message]) -> str:
     return ""
 
 
-def key_of(messages: list[Message]) -> str:
+def conversation_key(messages: list[Message]) -> str:
     """A conversation as one string that another has only if it is the same."""
     return "\x1f".join(f"{m['role']}\x1e{m['content'].strip()}" for m in messages)
 
 
-def short_key(messages: list[Message]) -> str:
+def conversation_hash(messages: list[Message]) -> str:
     """`key_of` in 20 hex digits; "" for no messages."""
-    return hashlib.sha1(key_of(messages).encode("utf-8", "surrogatepass")).hexdigest()[:20] if messages else ""
+    return (
+        hashlib.sha1(conversation_key(messages).encode("utf-8", "surrogatepass")).hexdigest()[:20] if messages else ""
+    )
 
 
 Overlong = Literal["drop", "trim_prompt", "cut_answer", "error"]
@@ -152,7 +154,7 @@ Tokens = tuple[list[int], list[int], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """Tokens of a prompt, and of a prompt with its answer (0: no limit), and what becomes of a pair beyond them."""
 
     prompt: int = 0
@@ -160,7 +162,7 @@ class Limits:
     overlong: Overlong = "drop"
 
 
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], system: bool = True) -> list[Tokens | str]:
+def tokenize_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], system: bool = True) -> list[Tokens | str]:
     """Tokens of prompt, chosen and rejected answers, or why a pair cannot be used.
 
     They are those of TRL 1.16's DPOTrainer (dpo_trainer.py, _prepare_dataset), which lets a completion begin where the
@@ -168,8 +170,8 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], system: 
     be trained after another prompt than it is asked with: that is a fault here. `system` is whether the template has a
     place for a system message.
     """
-    special = special_text(tokenizer)
-    heads = [folded(pair.prompt, system) for pair in pairs]
+    special = special_token_pattern(tokenizer)
+    heads = [fold_system_message(pair.prompt, system) for pair in pairs]
     prompts = render_all(tokenizer, heads, prompt=True)
     chosen = render_all(tokenizer, [[*h, *p.chosen] for h, p in zip(heads, pairs, strict=True)])
     rejected = render_all(tokenizer, [[*h, *p.rejected] for h, p in zip(heads, pairs, strict=True)])
@@ -186,8 +188,8 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], system: 
     return found
 
 
-def within(
-    tokenizer: PreTrainedTokenizerBase, pair: Pair, tokens: Tokens, limits: Limits, system: bool = True
+def apply_limits(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, tokens: Tokens, limits: LengthLimits, system: bool = True
 ) -> tuple[Pair, Tokens, str, str]:
     """The pair and its tokens inside the limits; a fault where it is dropped, and what was changed where it was."""
     prompt, chosen, rejected = tokens
@@ -199,10 +201,10 @@ def within(
         said = f"{len(prompt)} tokens of prompt and {longest} of answer"
         raise UserError(f"over-long: {said}, above {limits.prompt} or {limits.total}: see --overlong")
     if limits.overlong == "trim_prompt" and most > 0:
-        short = trim_prompt(tokenizer, pair.prompt, most, system)
+        short = truncate_prompt(tokenizer, pair.prompt, most, system)
         if short:
             pair = dataclasses.replace(pair, prompt=short)
-            shorter = encode_pairs(tokenizer, [pair], system)[0]
+            shorter = tokenize_pairs(tokenizer, [pair], system)[0]
             if not isinstance(shorter, str):
                 return pair, shorter, "", "prompt trimmed from the left"
     fits = len(prompt) <= (limits.prompt or sys.maxsize)
@@ -213,14 +215,14 @@ def within(
     return pair, tokens, "over-long" if too_long else "prompt over-long", ""
 
 
-def trim_prompt(
+def truncate_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], most: int, system: bool = True
 ) -> list[Message]:
     """The end of a prompt that fits into `most` tokens: whole turns go first, from the left, then the beginning of the
     last user turn; a system message stays. [] where nothing of the last turn would be left."""
 
     def length(messages: list[Message]) -> int:
-        return len(encode_prompt(tokenizer, folded(messages, system)))
+        return len(encode_prompt(tokenizer, fold_system_message(messages, system)))
 
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]

@@ -11,7 +11,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from helpers.core import UserError
-from helpers.data.conversations import Message, conversation, fault_of, is_conversation, key_of, transcript
+from helpers.data.conversations import (
+    Message,
+    conversation_key,
+    is_conversation,
+    parse_hh,
+    role_and_content,
+    validation_error,
+)
 
 Row = dict[str, Any]
 SCORES = ("overall_score", "score", "rating")
@@ -29,7 +36,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PairingConfig:
     """`pairing` of ranked and scored rows: best against worst, against a random other (seeded), or all pairs;
     `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends; pairs rated closer than
     `min_margin` are dropped, ties always; `system_prompt` goes before pairs without a system message of their own."""
@@ -41,10 +48,10 @@ class Options:
     seed: int = 0
 
 
-Adapter = Callable[[Row, Options], list[Pair] | str]
+FormatReader = Callable[[Row, PairingConfig], list[Pair] | str]
 
 
-def read_messages(row: Row, options: Options) -> list[Pair] | str:
+def read_messages(row: Row, options: PairingConfig) -> list[Pair] | str:
     """Conversations under chosen and rejected, holding the prompt or beside one: UltraFeedback and its kin."""
     sides = []
     for name in ("chosen", "rejected"):
@@ -53,7 +60,7 @@ def read_messages(row: Row, options: Options) -> list[Pair] | str:
             return messages
         sides.append(messages)
     chosen, rejected = sides
-    if key_of(chosen[:-1]) != key_of(rejected[:-1]):
+    if conversation_key(chosen[:-1]) != conversation_key(rejected[:-1]):
         return "prompts differ"
     scores = [_number(row.get(n)) for n in ("score_chosen", "score_rejected")]
     if None in scores:
@@ -61,12 +68,12 @@ def read_messages(row: Row, options: Options) -> list[Pair] | str:
     return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], *scores)
 
 
-def read_triplet(row: Row, options: Options) -> list[Pair] | str:
+def read_pairs(row: Row, options: PairingConfig) -> list[Pair] | str:
     """Three texts: prompt, chosen, rejected; a text under system, where there is one, goes before them."""
     return _texts(row.get("prompt"), row.get("chosen"), row.get("rejected"), row.get("system"))
 
 
-def read_orca(row: Row, options: Options) -> list[Pair] | str:
+def read_orca(row: Row, options: PairingConfig) -> list[Pair] | str:
     """Intel/orca_dpo_pairs (question) and argilla/distilabel-intel-orca-dpo-pairs (input, rating, chosen_score)."""
     if options.recommended and "status" in row:
         score = _number(row.get("chosen_score"))
@@ -80,7 +87,7 @@ def read_orca(row: Row, options: Options) -> list[Pair] | str:
     return _texts(prompt, row.get("chosen"), row.get("rejected"), row.get("system"), *scores)
 
 
-def read_ranked(row: Row, options: Options) -> list[Pair] | str:
+def read_ranked(row: Row, options: PairingConfig) -> list[Pair] | str:
     """berkeley-nest/Nectar: seven answers with ranks, 1 the best, to one transcript."""
     prompt = _transcript_or_user(row.get("prompt"))
     answers = row.get("answers")
@@ -95,20 +102,20 @@ def read_ranked(row: Row, options: Options) -> list[Pair] | str:
     return _pairings(prompt, rated, options, margins=False)
 
 
-def read_transcript(row: Row, options: Options) -> list[Pair] | str:
+def read_hh(row: Row, options: PairingConfig) -> list[Pair] | str:
     """Anthropic/hh-rlhf: two transcripts; the prompt is the shared turns up to the last "Assistant:"."""
-    chosen, rejected = transcript(row.get("chosen")), transcript(row.get("rejected"))
+    chosen, rejected = parse_hh(row.get("chosen")), parse_hh(row.get("rejected"))
     if not chosen or not rejected:
         return not_text(chosen=row.get("chosen"), rejected=row.get("rejected"))
     for messages in (chosen, rejected):
-        if fault := fault_of(messages):
+        if fault := validation_error(messages):
             return fault
-    if key_of(chosen[:-1]) != key_of(rejected[:-1]):
+    if conversation_key(chosen[:-1]) != conversation_key(rejected[:-1]):
         return "prompts differ"
     return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def read_alpaca_farm(row: Row, options: Options) -> list[Pair] | str:
+def read_alpaca_farm(row: Row, options: PairingConfig) -> list[Pair] | str:
     """tatsu-lab/alpaca_farm: instruction and input, two outputs, and which of them (1 or 2) is preferred."""
     text, more = row.get("instruction"), row.get("input")
     if isinstance(text, str) and isinstance(more, str) and more.strip():
@@ -120,10 +127,10 @@ def read_alpaca_farm(row: Row, options: Options) -> list[Pair] | str:
     return _texts(text, outputs[int(preferred) - 1], outputs[2 - int(preferred)])
 
 
-def read_scored(row: Row, options: Options) -> list[Pair] | str:
+def read_scored(row: Row, options: PairingConfig) -> list[Pair] | str:
     """A prompt with several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
     prompt = next((row[n] for n in ("prompt", "instruction", "question") if n in row), None)
-    messages = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+    messages = role_and_content(prompt) if is_conversation(prompt) else _user(prompt)
     answers, scores = row.get("completions", row.get("responses")), row.get("scores")
     if not messages or not isinstance(answers, list):
         return not_text(prompt=prompt, completions=answers)
@@ -141,12 +148,12 @@ def read_scored(row: Row, options: Options) -> list[Pair] | str:
     return _pairings(messages, rated, options, margins=True)
 
 
-ADAPTERS: dict[str, Adapter] = {
+FORMAT_READERS: dict[str, FormatReader] = {
     "messages": read_messages,
-    "triplet": read_triplet,
+    "triplet": read_pairs,
     "orca": read_orca,
     "ranked": read_ranked,
-    "transcript": read_transcript,
+    "transcript": read_hh,
     "alpaca_farm": read_alpaca_farm,
     "scored": read_scored,
 }
@@ -158,17 +165,17 @@ def _with_prompt(prompt: Any, side: str, answer: Any) -> list[Message] | str:
         answer = [{"role": "assistant", "content": answer}]
     if not is_conversation(answer):
         return not_text(**{side: answer})
-    messages = conversation(answer)
+    messages = role_and_content(answer)
     if all(m["role"] == "assistant" for m in messages):
-        before = conversation(prompt) if is_conversation(prompt) else _user(prompt)
+        before = role_and_content(prompt) if is_conversation(prompt) else _user(prompt)
         if not before:
             return not_text(prompt=prompt)
         messages = [*before, *messages]
-    return fault_of(messages) or messages
+    return validation_error(messages) or messages
 
 
 def _texts(prompt: Any, chosen: Any, rejected: Any, system: Any = None, *scores: float | None) -> list[Pair] | str:
-    messages = conversation(prompt) if is_conversation(prompt) else _transcript_or_user(prompt)
+    messages = role_and_content(prompt) if is_conversation(prompt) else _transcript_or_user(prompt)
     if not messages or not isinstance(chosen, str) or not isinstance(rejected, str):
         return not_text(prompt=prompt, chosen=chosen, rejected=rejected)
     if isinstance(system, str) and system.strip():
@@ -181,7 +188,7 @@ def _pair(
 ) -> list[Pair] | str:
     sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
     for side in sides:
-        if fault := fault_of([*prompt, *side]):
+        if fault := validation_error([*prompt, *side]):
             return fault
     if chosen.strip() == rejected.strip():
         return "chosen equals rejected"
@@ -190,7 +197,7 @@ def _pair(
 
 
 def _pairings(
-    prompt: list[Message], rated: list[tuple[str, float]], options: Options, margins: bool
+    prompt: list[Message], rated: list[tuple[str, float]], options: PairingConfig, margins: bool
 ) -> list[Pair] | str:
     """Pairs of rated answers; the higher score is chosen."""
     if len(rated) < 2:
@@ -218,7 +225,7 @@ def _pairings(
 
 def _transcript_or_user(prompt: Any) -> list[Message]:
     """A text as a user's turn; "Human: ... Assistant:" turns as these, but for the one that the answers fill."""
-    messages = transcript(prompt) or _user(prompt)
+    messages = parse_hh(prompt) or _user(prompt)
     return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
 
 
@@ -247,7 +254,7 @@ def _number(value: Any) -> float | None:
 
 
 # What each format of preference data reads, or of several names one.
-NEEDED = {
+REQUIRED_COLUMNS = {
     "messages": ("chosen", "rejected"),
     "triplet": ("prompt", "chosen", "rejected"),
     "orca": ("question or input", "chosen", "rejected"),
@@ -269,7 +276,7 @@ def list_columns(rows: Any) -> dict[str, bool]:
     return found
 
 
-def recognise(columns: dict[str, bool]) -> str:
+def detect_format(columns: dict[str, bool]) -> str:
     """The format of a dataset with these columns (True where a column holds lists), or "" where it is none of ours."""
     have = set(columns)
     if {"chosen", "rejected"} <= have:
@@ -287,16 +294,16 @@ def recognise(columns: dict[str, bool]) -> str:
     return ""
 
 
-def refuse_lacking(name: str, columns: Collection[str]) -> None:
+def check_columns(name: str, columns: Collection[str]) -> None:
     """Raise UserError where a set has not the columns of the format that it is said to have."""
-    if lacking := [one for one in NEEDED[name] if not set(one.split(" or ")) & set(columns)]:
+    if lacking := [one for one in REQUIRED_COLUMNS[name] if not set(one.split(" or ")) & set(columns)]:
         raise UserError(
             f"the dataset has columns {', '.join(columns)}, and no {', no '.join(lacking)}, which the format {name} "
             "needs: rename them, or name another with --data_format"
         )
 
 
-def message_column(conversations: list[list[Message]]) -> Any:
+def messages_to_arrow(conversations: list[list[Message]]) -> Any:
     """Lists of {role, content} as an Arrow array, made from its columns rather than from dicts one by one."""
     import pyarrow as pa
 
@@ -306,7 +313,7 @@ def message_column(conversations: list[list[Message]]) -> Any:
     return pa.ListArray.from_arrays(_offsets(conversations), struct)
 
 
-def token_column(lists: list[list[int]]) -> Any:
+def token_ids_to_arrow(lists: list[list[int]]) -> Any:
     """Lists of token ids as an Arrow array of int32."""
     import pyarrow as pa
 

@@ -11,17 +11,17 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import REPO, SettingsError, UserError, find_path, read_lines, reason
+from helpers.core import REPO, SettingsError, UserError, describe_error, find_path, read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DatasetSpec:
     """A dataset to read: a Hub id, a file or glob of files, or a folder; `fraction` is the share of its rows taken.
 
     `eval_split` is a split that is only evaluated on; `format` is one of `formats.ADAPTERS` or
@@ -40,7 +40,7 @@ class Source:
     @property
     def is_file_name(self) -> bool:
         """Whether the id can only mean files: it is a glob, or ends like a file of rows."""
-        return glob.has_magic(self.id) or Path(self.id).suffix in READERS
+        return glob.has_magic(self.id) or Path(self.id).suffix in FILE_READERS
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Source:
         return self.id.rstrip("/").rpartition("/")[2]
 
 
-def read_sources(settings: Any) -> list[Source]:
+def parse_dataset_specs(settings: Any) -> list[DatasetSpec]:
     """What `settings.dataset_id` names: each is an id, or an object (in a recipe, a mapping) with Source's fields.
 
     dataset_config, dataset_split, dataset_revision, data_format and eval_split hold where an object says nothing.
@@ -68,7 +68,7 @@ def read_sources(settings: Any) -> list[Source]:
             entry = json.loads(text) if text.startswith("{") else {"id": text}
         except json.JSONDecodeError as error:
             raise SettingsError(f"--dataset_id {text!r} is not JSON: {error}") from None
-        fields = [f.name for f in dataclasses.fields(Source) if f.name != "any_split"]
+        fields = [f.name for f in dataclasses.fields(DatasetSpec) if f.name != "any_split"]
         for key, value in entry.items():
             if key not in fields:
                 close = difflib.get_close_matches(key, fields, n=1)
@@ -76,7 +76,7 @@ def read_sources(settings: Any) -> list[Source]:
                 raise SettingsError(f"--dataset_id {text!r} has an unknown key {key!r}: {hint}")
             if not isinstance(value, (int, float) if key == "fraction" else str):
                 raise SettingsError(f"--dataset_id {text!r}: {key} is a {'number' if key == 'fraction' else 'text'}")
-        source = Source(**{"id": "", **common, **entry, "any_split": guessed and "split" not in entry})
+        source = DatasetSpec(**{"id": "", **common, **entry, "any_split": guessed and "split" not in entry})
         if source.eval_split and (source.eval_split == source.split or _files(source.id)):
             why = (
                 "is the split that is trained on"
@@ -92,7 +92,7 @@ def read_sources(settings: Any) -> list[Source]:
     return sources
 
 
-def load_rows(source: Source, split: str = "") -> Dataset:
+def load_rows(source: DatasetSpec, split: str = "") -> Dataset:
     """One split of a source, `source.split` unless told otherwise. Raises UserError."""
     from datasets.exceptions import DatasetsError
 
@@ -107,11 +107,11 @@ def load_rows(source: Source, split: str = "") -> Dataset:
             return load_rows(dataclasses.replace(source, split=other, any_split=False))
         for file in files:
             if file.suffix == ".jsonl":
-                read_lines(file)  # says which line it is
+                read_jsonl(file)  # says which line it is
         beside = _file_beside_script(source, split)
         if beside is None:
             no_rows = isinstance(error, StopIteration | IndexError)
-            why = "it has no rows" if no_rows else reason(error) if not files else _own_words(error)
+            why = "it has no rows" if no_rows else describe_error(error) if not files else _own_words(error)
             raise UserError(f"dataset {source.id!r}, split {split!r}, cannot be loaded: {why}") from None
         rows = beside
     if not len(rows):
@@ -123,12 +123,12 @@ def _own_words(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]
 
 
-def _load(source: Source, split: str) -> Dataset:
+def _load(source: DatasetSpec, split: str) -> Dataset:
     from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 
     files = _files(source.id)
     if files:
-        kinds = {READERS.get(Path(file).suffix) for file in files}
+        kinds = {FILE_READERS.get(Path(file).suffix) for file in files}
         if len(kinds) > 1 or None in kinds:
             raise UserError(f"dataset {source.id!r}: files are of one kind, one of {', '.join(READERS)}")
         kind = str(kinds.pop())
@@ -153,7 +153,7 @@ def _load(source: Source, split: str) -> Dataset:
     return load_dataset(str(path), source.config or None, split=split)
 
 
-def _other_split(source: Source) -> str:
+def _other_split(source: DatasetSpec) -> str:
     """The one split that there is, or the one that is named for training; "" where none stands out."""
     from datasets import DatasetDict, get_dataset_split_names, load_from_disk
 
@@ -178,7 +178,7 @@ def _files(name: str) -> list[str]:
     return sorted(glob.glob(name, recursive=True) or glob.glob(str(REPO / name), recursive=True))
 
 
-def _file_beside_script(source: Source, split: str) -> Dataset | None:
+def _file_beside_script(source: DatasetSpec, split: str) -> Dataset | None:
     """The data file of a repository that has a loader script, which datasets no longer runs: tatsu-lab/alpaca_farm has
     alpaca_human_preference.json for the configuration alpaca_human_preference. None where there is no such file."""
     from datasets import load_dataset
@@ -192,7 +192,7 @@ def _file_beside_script(source: Source, split: str) -> Dataset | None:
                 file = hf_hub_download(source.id, stem + suffix, repo_type="dataset", revision=source.revision or None)
             except (OSError, ValueError):  # no such file there, or a repository that cannot be read at all
                 continue
-            return load_dataset(READERS[suffix], data_files=file, split="train")
+            return load_dataset(FILE_READERS[suffix], data_files=file, split="train")
     return None
 
 
@@ -212,7 +212,7 @@ def _refuse_unreadable(files: list[Path]) -> None:
                         raise UserError(f"{file.name}, line {number}, is not a JSON object")
 
 
-def sample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:
+def subsample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:
     """A seeded share of `rows`, in their order, and the number that each has among all."""
     if fraction == 1:
         return rows, list(range(len(rows)))

@@ -20,7 +20,7 @@ SHOWN = 8  # bars of a panel
 WIDEST = 46  # characters of a label
 
 
-def draw_report(report: DataReport) -> Figure:
+def plot_data_report(report: DataReport) -> Figure:
     """Lengths, which answer is longer, openings of the two sides, and what became of the rows."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -9,33 +9,41 @@ from typing import TYPE_CHECKING, Any
 from helpers.core import SettingsError, UserError
 from helpers.data.conversations import (
     TOKENIZERS,
-    Limits,
+    LengthLimits,
     Message,
     Tokens,
-    conversation,
-    encode_pairs,
-    fault_of,
+    add_system_prompt,
+    apply_limits,
+    conversation_hash,
     is_conversation,
-    map_rows,
-    short_key,
-    trim_prompt,
-    with_system,
-    within,
+    role_and_content,
+    tokenize_dataset,
+    tokenize_pairs,
+    truncate_prompt,
+    validation_error,
 )
 from helpers.data.formats import (
-    ADAPTERS,
-    Options,
+    FORMAT_READERS,
     Pair,
+    PairingConfig,
+    check_columns,
+    detect_format,
     list_columns,
-    message_column,
+    messages_to_arrow,
     not_text,
-    recognise,
-    refuse_lacking,
-    token_column,
+    token_ids_to_arrow,
 )
-from helpers.data.loading import Source
-from helpers.data.row_report import Account, Part, Split, mix, settle
-from helpers.models.chat import CHECKED, check_chat, encode, encode_prompt, folded, special_text, takes_system
+from helpers.data.loading import DatasetSpec
+from helpers.data.row_report import PreparedSplit, RowReport, Split, deduplicate, load_and_split
+from helpers.models.chat import (
+    VALIDATED_ROWS,
+    encode_prompt,
+    fold_system_message,
+    special_token_pattern,
+    supports_system_role,
+    tokenize_with_labels,
+    validate_chat_template,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,14 +51,14 @@ if TYPE_CHECKING:
 
 
 def load_preferences(
-    sources: list[Source],
+    sources: list[DatasetSpec],
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    options: Options,
+    limits: LengthLimits,
+    options: PairingConfig,
     split: Split,
     strict: bool = False,
     num_proc: int = 0,
-) -> tuple[Dataset, Dataset, Account]:
+) -> tuple[Dataset, Dataset, RowReport]:
     """Pairs to train on, pairs held out, and the account of every row of every source; no prompt is on both sides.
 
     Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids, the tokens that
@@ -63,32 +71,37 @@ def load_preferences(
     def prepare(rows: Dataset, data_format: str) -> tuple[Dataset, str]:
         return _prepare_preferences(rows, tokenizer, limits, data_format, options, num_proc)
 
-    train, held_out, account = mix(sources, prepare, split, strict)
-    first = train.select(range(min(CHECKED, len(train))))
-    check_chat(tokenizer, [row["prompt"] + row[side] for row in first for side in ("chosen", "rejected")])
+    train, held_out, account = load_and_split(sources, prepare, split, strict)
+    first = train.select(range(min(VALIDATED_ROWS, len(train))))
+    validate_chat_template(tokenizer, [row["prompt"] + row[side] for row in first for side in ("chosen", "rejected")])
     return train, held_out, account
 
 
 def prepare_preferences(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: LengthLimits,
     data_format: str = "auto",
-    options: Options | None = None,
+    options: PairingConfig | None = None,
     num_proc: int = 0,
-) -> tuple[Dataset, Account]:
+) -> tuple[Dataset, RowReport]:
     """`load_preferences` of one set that is loaded already, and not split."""
-    made, name = _prepare_preferences(rows, tokenizer, limits, data_format, options or Options(), num_proc)
-    account, pairs, _ = settle([Part(made, list(range(len(rows))))])
+    made, name = _prepare_preferences(rows, tokenizer, limits, data_format, options or PairingConfig(), num_proc)
+    account, pairs, _ = deduplicate([PreparedSplit(made, list(range(len(rows))))])
     account.format = name
     return pairs, account
 
 
 def _prepare_preferences(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str, options: Options, num_proc: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: LengthLimits,
+    data_format: str,
+    options: PairingConfig,
+    num_proc: int,
 ) -> tuple[Dataset, str]:
-    name = data_format if data_format != "auto" else recognise(list_columns(rows))
-    if name and name not in ADAPTERS:
+    name = data_format if data_format != "auto" else detect_format(list_columns(rows))
+    if name and name not in FORMAT_READERS:
         raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join(ADAPTERS)}")
     if options.recommended and "status" not in rows.column_names:
         raise SettingsError("--recommended: this set says of no row whether it is (argilla/distilabel-intel-orca does)")
@@ -97,17 +110,17 @@ def _prepare_preferences(
             f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
             "a preference set needs prompt, chosen and rejected: rename them, or name one with --data_format"
         )
-    refuse_lacking(name, rows.column_names)
-    work = {"name": name, "options": options, "limits": limits, "system": takes_system(tokenizer)}
-    return map_rows(rows, _read_preference_batch, work, tokenizer, num_proc), name
+    check_columns(name, rows.column_names)
+    work = {"name": name, "options": options, "limits": limits, "system": supports_system_role(tokenizer)}
+    return tokenize_dataset(rows, _read_preference_batch, work, tokenizer, num_proc), name
 
 
 def _read_preference_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
     name: str,
-    options: Options,
-    limits: Limits,
+    options: PairingConfig,
+    limits: LengthLimits,
     system: bool,
     tokenizer: str,
 ) -> Any:
@@ -115,11 +128,11 @@ def _read_preference_batch(
     rows: list[int] = []
     found: list[Pair | str] = []
     for position, row in enumerate(indices):
-        made = ADAPTERS[name]({column: values[position] for column, values in batch.items()}, options)
+        made = FORMAT_READERS[name]({column: values[position] for column, values in batch.items()}, options)
         for pair in [made] if isinstance(made, str) else made:
             rows.append(row)
             if isinstance(pair, Pair):
-                head = with_system(pair.prompt, options.system_prompt)
+                head = add_system_prompt(pair.prompt, options.system_prompt)
                 pair = _fault_of_margin(pair.margin, options.min_margin) or dataclasses.replace(pair, prompt=head)
             found.append(pair)
     good = [i for i, pair in enumerate(found) if isinstance(pair, Pair)]
@@ -128,17 +141,17 @@ def _read_preference_batch(
     changes: list[list[str]] = [[] for _ in found]
     faults = [pair if isinstance(pair, str) else "" for pair in found]
     keys: list[Pair | None] = [pair if isinstance(pair, Pair) else None for pair in found]  # before anything is trimmed
-    for i, pair, ids in zip(good, pairs, encode_pairs(TOKENIZERS[tokenizer], pairs, system), strict=True):
+    for i, pair, ids in zip(good, pairs, tokenize_pairs(TOKENIZERS[tokenizer], pairs, system), strict=True):
         if isinstance(ids, str):
             faults[i] = ids
             continue
         if not system and pair.prompt[0]["role"] == "system":
             changes[i].append("system message folded into the first user turn")
         try:
-            pair, tokens[i], faults[i], change = within(TOKENIZERS[tokenizer], pair, ids, limits, system)
+            pair, tokens[i], faults[i], change = apply_limits(TOKENIZERS[tokenizer], pair, ids, limits, system)
         except UserError as error:
             raise UserError(f"row {rows[i]}: {error}") from None
-        found[i] = dataclasses.replace(pair, prompt=folded(pair.prompt, system))
+        found[i] = dataclasses.replace(pair, prompt=fold_system_message(pair.prompt, system))
         changes[i] += [change] if change else []
     return _table(rows, found, keys, tokens, faults, ["; ".join(c) for c in changes])
 
@@ -162,9 +175,11 @@ def _table(
         "tokens": pa.array([len(t[0]) + max(len(t[1]), len(t[2])) if t else 0 for t in tokens], pa.int32()),
     }
     for i, side in enumerate(("prompt", "chosen", "rejected")):
-        table[f"{side}_key"] = pa.array([short_key(getattr(pair, side)) if pair else "" for pair in keys], pa.string())
-        table[side] = message_column([getattr(pair, side) if pair else [] for pair in pairs])
-        table[f"{side}_ids"] = token_column([t[i] if t else [] for t in tokens])
+        table[f"{side}_key"] = pa.array(
+            [conversation_hash(getattr(pair, side)) if pair else "" for pair in keys], pa.string()
+        )
+        table[side] = messages_to_arrow([getattr(pair, side) if pair else [] for pair in pairs])
+        table[f"{side}_ids"] = token_ids_to_arrow([t[i] if t else [] for t in tokens])
     return pa.table(table)
 
 
@@ -188,7 +203,7 @@ Row = dict[str, Any]
 def read_conversation(row: Row) -> list[Message] | str:
     """HuggingFaceH4/ultrachat_200k, HuggingFaceH4/no_robots, allenai/tulu-v2-sft-mixture: conversations as they are."""
     messages = row.get("messages")
-    return conversation(messages) if is_conversation(messages) else not_text(messages=messages)
+    return role_and_content(messages) if is_conversation(messages) else not_text(messages=messages)
 
 
 def read_alpaca(row: Row) -> list[Message] | str:
@@ -205,7 +220,7 @@ def read_completion(row: Row) -> list[Message] | str:
     if row.get("label") is False:  # of a set for KTO: an answer that is not wanted
         return "labelled as not wanted"
     if is_conversation(prompt) and is_conversation(completion):
-        return conversation(prompt) + conversation(completion)
+        return role_and_content(prompt) + role_and_content(completion)
     return _turns(prompt=prompt, completion=completion)
 
 
@@ -225,19 +240,19 @@ INSTRUCTION_READERS: dict[str, tuple[frozenset[str], Callable[[Row], list[Messag
 
 def read_chosen(row: Row, name: str) -> list[Message] | str:
     """The better side of a preference row, so that SFT and DPO can run on the same data."""
-    pairs = ADAPTERS[name](row, Options())
+    pairs = FORMAT_READERS[name](row, PairingConfig())
     return pairs if isinstance(pairs, str) else pairs[0].prompt + pairs[0].chosen
 
 
 def load_instructions(
-    sources: list[Source],
+    sources: list[DatasetSpec],
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: LengthLimits,
     split: Split,
     strict: bool = False,
     num_proc: int = 0,
     system_prompt: str = "",
-) -> tuple[Dataset, Dataset, Account]:
+) -> tuple[Dataset, Dataset, RowReport]:
     """Conversations to train on, conversations held out, and the account of every row; no prompt is on both sides.
 
     Columns: messages; input_ids and labels, which SFTTrainer takes as they are: every assistant turn is learned, and
@@ -250,17 +265,21 @@ def load_instructions(
     def prepare(rows: Dataset, data_format: str) -> tuple[Dataset, str]:
         return _prepare_instructions(rows, tokenizer, limits, data_format, num_proc, system_prompt)
 
-    train, held_out, account = mix(sources, prepare, split, strict)
-    check_chat(tokenizer, train.select(range(min(CHECKED, len(train))))["messages"][:])
+    train, held_out, account = load_and_split(sources, prepare, split, strict)
+    validate_chat_template(tokenizer, train.select(range(min(VALIDATED_ROWS, len(train))))["messages"][:])
     return train, held_out, account
 
 
 def prepare_instructions(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, data_format: str = "auto", num_proc: int = 0
-) -> tuple[Dataset, Account]:
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: LengthLimits,
+    data_format: str = "auto",
+    num_proc: int = 0,
+) -> tuple[Dataset, RowReport]:
     """`load_instructions` of one set that is loaded already, and not split."""
     made, name = _prepare_instructions(rows, tokenizer, limits, data_format, num_proc)
-    account, kept, _ = settle([Part(made, list(range(len(rows))))])
+    account, kept, _ = deduplicate([PreparedSplit(made, list(range(len(rows))))])
     account.format = name
     return kept, account
 
@@ -268,7 +287,7 @@ def prepare_instructions(
 def _prepare_instructions(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: LengthLimits,
     data_format: str,
     num_proc: int,
     system_prompt: str = "",
@@ -279,11 +298,11 @@ def _prepare_instructions(
         if data_format != "auto"
         else next((n for n, (c, _) in INSTRUCTION_READERS.items() if c <= columns), "")
     )
-    name = name or recognise(list_columns(rows))
-    if name and name not in INSTRUCTION_READERS and name not in ADAPTERS:
+    name = name or detect_format(list_columns(rows))
+    if name and name not in INSTRUCTION_READERS and name not in FORMAT_READERS:
         raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join({**READERS, **ADAPTERS})}")
     if not name or (
-        name in INSTRUCTION_READERS and name not in ADAPTERS and not INSTRUCTION_READERS[name][0] <= columns
+        name in INSTRUCTION_READERS and name not in FORMAT_READERS and not INSTRUCTION_READERS[name][0] <= columns
     ):
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}; an instruction set needs messages, prompt and "
@@ -293,10 +312,10 @@ def _prepare_instructions(
         name not in INSTRUCTION_READERS or not INSTRUCTION_READERS[name][0] <= columns
     )  # "messages" is a name of both kinds
     if chosen:
-        refuse_lacking(name, rows.column_names)
-    work = {"name": name, "chosen": chosen, "limits": limits, "system": takes_system(tokenizer)}
+        check_columns(name, rows.column_names)
+    work = {"name": name, "chosen": chosen, "limits": limits, "system": supports_system_role(tokenizer)}
     work["system_prompt"] = system_prompt
-    made = map_rows(rows, _read_instruction_batch, work, tokenizer, num_proc)
+    made = tokenize_dataset(rows, _read_instruction_batch, work, tokenizer, num_proc)
     return made, f"{name}, the chosen side" if chosen else name
 
 
@@ -305,7 +324,7 @@ def _read_instruction_batch(
     indices: list[int],
     name: str,
     chosen: bool,
-    limits: Limits,
+    limits: LengthLimits,
     system: bool,
     system_prompt: str,
     tokenizer: str,
@@ -314,17 +333,17 @@ def _read_instruction_batch(
     import pyarrow as pa
 
     made: list[tuple[Any, ...]] = []
-    special = special_text(TOKENIZERS[tokenizer])
+    special = special_token_pattern(TOKENIZERS[tokenizer])
     for position, number in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
         messages = read_chosen(row, name) if chosen else INSTRUCTION_READERS[name][1](row)
-        key, fault = ([], messages) if isinstance(messages, str) else (messages, fault_of(messages))
+        key, fault = ([], messages) if isinstance(messages, str) else (messages, validation_error(messages))
         if any(special.search(m["content"]) for m in key):
             fault = fault or "a control token in its text"
         if fault:
             made.append(([], [], [], fault, "", []))
             continue
-        key = with_system(key, system_prompt)
+        key = add_system_prompt(key, system_prompt)
         try:
             done = _read_row(key, limits, system, TOKENIZERS[tokenizer])
         except UserError as error:
@@ -338,24 +357,24 @@ def _read_instruction_batch(
             "fault": pa.array(faults, pa.string()),
             "change": pa.array(changes, pa.string()),
             "tokens": pa.array(map(len, ids), pa.int32()),
-            "prompt_key": pa.array(map(short_key, prompts), pa.string()),
-            "chosen_key": pa.array(map(short_key, keys), pa.string()),
+            "prompt_key": pa.array(map(conversation_hash, prompts), pa.string()),
+            "chosen_key": pa.array(map(conversation_hash, keys), pa.string()),
             "rejected_key": pa.array([""] * len(made), pa.string()),
-            "messages": message_column(conversations),
-            "input_ids": token_column(ids),
-            "labels": token_column(labels),
+            "messages": messages_to_arrow(conversations),
+            "input_ids": token_ids_to_arrow(ids),
+            "labels": token_ids_to_arrow(labels),
         }
     )
 
 
 def _read_row(
-    messages: list[Message], limits: Limits, system: bool, tokenizer: PreTrainedTokenizerBase
+    messages: list[Message], limits: LengthLimits, system: bool, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Message], list[int], list[int], str, str]:
     """The conversation, its tokens and labels, why it cannot be used, and what was changed."""
-    whole = folded(messages, system)
+    whole = fold_system_message(messages, system)
     change = "system message folded into the first user turn" if whole is not messages else ""
     try:
-        encoded = encode(tokenizer, whole)
+        encoded = tokenize_with_labels(tokenizer, whole)
     except UserError as error:
         return [], [], [], str(error)[:80], ""
     ids, labels = encoded["input_ids"], encoded["labels"]
@@ -370,9 +389,9 @@ def _read_row(
     if limits.overlong == "trim_prompt":
         answer = len(ids) - len(encode_prompt(tokenizer, whole[:-1]))
         room = limits.total - answer
-        prompt = trim_prompt(tokenizer, messages[:-1], room, system) if room > 0 else []
-        short = folded([*prompt, messages[-1]], system)
-        encoded = encode(tokenizer, short) if prompt else encoded
+        prompt = truncate_prompt(tokenizer, messages[:-1], room, system) if room > 0 else []
+        short = fold_system_message([*prompt, messages[-1]], system)
+        encoded = tokenize_with_labels(tokenizer, short) if prompt else encoded
         if len(encoded["input_ids"]) <= limits.total:
             cut = "prompt trimmed from the left"
             return short, encoded["input_ids"], encoded["labels"], "", f"{change}; {cut}" if change else cut

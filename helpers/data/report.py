@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 
-from helpers.core import SettingsError, is_main_process, report_user_errors, short_path, until_read, write_json
-from helpers.data.row_report import Account, Split
+from helpers.core import SettingsError, ignore_broken_pipe, install_error_hook, is_main_process, short_path, write_json
+from helpers.data.row_report import RowReport, Split
 from helpers.settings import load as layers
-from helpers.settings.load import parse_words, quieten, run_prepare
+from helpers.settings.load import parse_value, run_setup_module, silence_warnings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,19 +38,19 @@ QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "longest": 
 class DataReport:
     """Lengths in tokens by what they are of, what was found, and the account that it stands on."""
 
-    account: Account
-    train: Answers
-    held_out: Answers
+    account: RowReport
+    train: AnswerTexts
+    held_out: AnswerTexts
     max_length: int
-    findings: list[Finding]
+    findings: list[DataFinding]
     prompts: list[Any] = dataclasses.field(default_factory=list)  # the first held-out ones, for what comes later
 
     @classmethod
-    def of(cls, train: Dataset, held_out: Dataset, account: Account, max_length: int = 0) -> DataReport:
+    def of(cls, train: Dataset, held_out: Dataset, account: RowReport, max_length: int = 0) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` gave, at the `max_length` they were given."""
         answers = read_answers(train), read_answers(held_out)
         prompts = held_out[:PROMPTS]["prompt"] if "prompt" in held_out.column_names else []
-        return cls(account, *answers, max_length, find_all(*answers, account, max_length), list(prompts))
+        return cls(account, *answers, max_length, find_data_issues(*answers, account, max_length), list(prompts))
 
     @property
     def lengths(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -87,9 +87,9 @@ class DataReport:
     @functools.cached_property
     def figure(self) -> Figure:
         """One page: lengths, which answer is longer, openings of the two sides, what became of the rows."""
-        from helpers.data.plots import draw_report
+        from helpers.data.plots import plot_data_report
 
-        return draw_report(self)
+        return plot_data_report(self)
 
     def save(self, folder: Path) -> None:
         """data_report.png and data_report.json in `folder`, and the held-out prompts that a merge is tried on."""
@@ -137,34 +137,34 @@ class ReportSettings:
 def main(argv: list[str] | None = None) -> None:
     """The command: see the module's docstring."""
     from helpers.core import show
-    from helpers.data.conversations import Limits
-    from helpers.data.formats import Options
-    from helpers.data.loading import read_sources
+    from helpers.data.conversations import LengthLimits
+    from helpers.data.formats import PairingConfig
+    from helpers.data.loading import parse_dataset_specs
     from helpers.data.prepare import load_instructions, load_preferences
-    from helpers.models.chat import apply_chat_format
-    from helpers.models.resolve import local_or_hub
+    from helpers.models.chat import set_chat_template
+    from helpers.models.resolve import resolve_model
 
-    report_user_errors()
-    quieten()
+    install_error_hook()
+    silence_warnings()
     given = _read_settings(sys.argv[1:] if argv is None else argv)
     from transformers import AutoTokenizer
 
-    model = local_or_hub(given.model_id, given.revision, "tokenizer_config.json")
+    model = resolve_model(given.model_id, given.revision, "tokenizer_config.json")
     tokenizer = AutoTokenizer.from_pretrained(
         model, revision=given.revision or "main", trust_remote_code=given.trust_remote_code
     )
-    apply_chat_format(tokenizer, given.chat_format)
+    set_chat_template(tokenizer, given.chat_format)
     split = Split(given.train_rows, given.eval_rows, given.eval_fraction, given.seed)
     more: dict[str, Any] = {"split": split, "strict": given.strict, "num_proc": given.dataset_num_proc}
-    sources = read_sources(given)
+    sources = parse_dataset_specs(given)
     if given.sft:
-        limits = Limits(total=given.max_length, overlong=given.overlong)
+        limits = LengthLimits(total=given.max_length, overlong=given.overlong)
         train, held_out, account = load_instructions(
             sources, tokenizer, limits, system_prompt=given.system_prompt, **more
         )
     else:
-        limits = Limits(given.max_prompt_length, given.max_length, given.overlong)
-        options = Options(given.pairing, given.recommended, given.min_margin, given.system_prompt, given.seed)
+        limits = LengthLimits(given.max_prompt_length, given.max_length, given.overlong)
+        options = PairingConfig(given.pairing, given.recommended, given.min_margin, given.system_prompt, given.seed)
         train, held_out, account = load_preferences(sources, tokenizer, limits, options, **more)
     report = DataReport.of(train, held_out, account, given.max_length)
     show(account, f"train {len(train):,}, held out {len(held_out):,}", report)
@@ -180,7 +180,7 @@ def _read_settings(argv: list[str]) -> ReportSettings:
     import tyro
 
     if {"-h", "--help"} & set(argv):
-        with until_read():
+        with ignore_broken_pipe():
             tyro.cli(ReportSettings, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     types = {field.name: get_type_hints(ReportSettings)[field.name] for field in dataclasses.fields(ReportSettings)}
     layers.read_dotenv()  # a token, or the address of a mirror
@@ -191,13 +191,13 @@ def _read_settings(argv: list[str]) -> ReportSettings:
     values: dict[str, list[str]] = {}
     if recipe := flags.get("recipe"):
         sft, dpo = (layers.from_recipe(step, recipe[0]) for step in ("sft", "dpo"))
-        pairs = "sft" not in flags or not parse_words(bool, "sft", flags["sft"], "flag")
+        pairs = "sft" not in flags or not parse_value(bool, "sft", flags["sft"], "flag")
         values = sft if not pairs else {"model_id": sft["model_id"]} | dpo if "model_id" in sft else dpo
         if "prepare" in values:
-            run_prepare(values["prepare"][0])
+            run_setup_module(values["prepare"][0])
     words = {name: (given, "recipe") for name, given in values.items() if name in types}
     words |= {name: (given, "flag") for name, given in flags.items()}
-    settings = ReportSettings(**{name: parse_words(types[name], name, *given) for name, given in words.items()})
+    settings = ReportSettings(**{name: parse_value(types[name], name, *given) for name, given in words.items()})
     source = words.get("dataset_split", ([], "default"))[1]
     settings.sources = {"dataset_split": source}  # type: ignore[misc]
     return settings
@@ -217,7 +217,7 @@ Numbers = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """`value` is a share of rows or pairs, unless the text says otherwise; `matters` where something should be done."""
 
     name: str
@@ -227,7 +227,7 @@ class Finding:
 
 
 @dataclasses.dataclass
-class Answers:
+class AnswerTexts:
     """What the report looks at: tokens by name, normalised prompts, and the answers of each pair (or conversation)."""
 
     lengths: dict[str, Numbers]
@@ -239,15 +239,15 @@ class Answers:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def joined(self, other: Answers) -> Answers:
+    def joined(self, other: AnswerTexts) -> AnswerTexts:
         """These rows, and then the other's."""
         lengths = {name: np.concatenate([n, other.lengths[name]]) for name, n in self.lengths.items()}
         margins = np.concatenate([self.margins, other.margins])
         texts = (self.prompts + other.prompts, self.chosen + other.chosen, self.rejected + other.rejected)
-        return Answers(lengths, *texts, margins)
+        return AnswerTexts(lengths, *texts, margins)
 
 
-def read_answers(rows: Dataset) -> Answers:
+def read_answers(rows: Dataset) -> AnswerTexts:
     """Rows of `load_preferences` or `load_instructions`."""
     import pyarrow.compute as pc
 
@@ -257,26 +257,28 @@ def read_answers(rows: Dataset) -> Answers:
         lengths = {"conversation": table["tokens"].to_numpy(), "learned": np.array(learned)}
         talks = table["messages"].to_pylist()
         first = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
-        return Answers(lengths, [_plain(p) for p in first], [t[-1]["content"] for t in talks], [], np.array([]))
+        return AnswerTexts(lengths, [_plain(p) for p in first], [t[-1]["content"] for t in talks], [], np.array([]))
     sides = ("prompt", "chosen", "rejected")
     lengths = {side: pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in sides}
     prompts = ["\n".join(m["content"] for m in talk) for talk in table["prompt"].to_pylist()]
     chosen, rejected = ([talk[-1]["content"] for talk in table[side].to_pylist()] for side in sides[1:])
     margins = np.array([m for m in table["margin"].to_pylist() if m is not None])
-    return Answers(lengths, [_plain(p) for p in prompts], chosen, rejected, margins)
+    return AnswerTexts(lengths, [_plain(p) for p in prompts], chosen, rejected, margins)
 
 
-def find_all(train: Answers, held_out: Answers, account: Account, max_length: int) -> list[Finding]:
+def find_data_issues(
+    train: AnswerTexts, held_out: AnswerTexts, account: RowReport, max_length: int
+) -> list[DataFinding]:
     """Every finding that these rows give, those that matter first."""
     found = [*_rows_lost(account, max_length)]
     if train.rejected:
         both = train.joined(held_out)
-        found += [longer_is_chosen(both), *near_ties(both), *openings(train)]
-    found += [*_repeated(train), *leaks(train, held_out)]
+        found += [longer_is_chosen(both), *near_ties(both), *prefix_shortcuts(train)]
+    found += [*_repeated(train), *train_eval_overlap(train, held_out)]
     return sorted(found, key=lambda finding: not finding.matters)
 
 
-def longer_is_chosen(rows: Answers) -> Finding:
+def longer_is_chosen(rows: AnswerTexts) -> DataFinding:
     """How often the chosen answer is the longer one, in tokens; ties count half, as a judge of length would score."""
     more = rows.lengths["chosen"] - rows.lengths["rejected"]
     longer, score = float((more > 0).mean()), float((more > 0).mean() + (more == 0).mean() / 2)
@@ -297,10 +299,10 @@ def longer_is_chosen(rows: Answers) -> Finding:
         )
     else:
         text = f"{said}, and {judge}: length says little about the label."
-    return Finding("longer is chosen", longer, text, not 1 - LONGER < score < LONGER)
+    return DataFinding("longer is chosen", longer, text, not 1 - LONGER < score < LONGER)
 
 
-def near_ties(rows: Answers) -> list[Finding]:
+def near_ties(rows: AnswerTexts) -> list[DataFinding]:
     """Pairs rated nearly alike, and pairs whose answers are nearly the same words."""
     found = []
     if len(rows.margins):
@@ -309,18 +311,18 @@ def near_ties(rows: Answers) -> list[Finding]:
         text = f"{share:.0%} of rated pairs are less than {close:.2g} apart (the widest {rows.margins.max():.3g})"
         more = f": who rated them was hardly sure. --min_margin {close:.2g} leaves them out."
         if share:
-            found.append(Finding("near ties", share, text + (more if share >= OFTEN else "."), share >= OFTEN))
+            found.append(DataFinding("near ties", share, text + (more if share >= OFTEN else "."), share >= OFTEN))
     alike = [_overlap(c, r) >= ALIKE for c, r in zip(rows.chosen, rows.rejected, strict=True)]
     share = sum(alike) / len(alike)
     if any(alike):
         text = f"{sum(alike):,} pairs ({share:.1%}) have answers of nearly the same words, "
         example = rows.chosen[alike.index(True)][:60]
         text += f"such as {example!r}: there is little to learn where they differ in a detail."
-        found.append(Finding("nearly the same answers", share, text, share >= OFTEN))
+        found.append(DataFinding("nearly the same answers", share, text, share >= OFTEN))
     return found
 
 
-def openings(rows: Answers) -> list[Finding]:
+def prefix_shortcuts(rows: AnswerTexts) -> list[DataFinding]:
     """Openings that stand on one side only, and how far openings alone give the label away (leaving each pair out)."""
     chosen, rejected = ([opening(text) for text in side] for side in (rows.chosen, rows.rejected))
     good, bad = Counter(chosen), Counter(rejected)
@@ -335,13 +337,13 @@ def openings(rows: Answers) -> list[Finding]:
     ][:3]
     said = f"Openings (the first {WORDS} words) alone would get {score:.0%} of the labels right"
     if not telling and score < LONGER:
-        return [Finding("openings", score, said + ": they give little away.")]
+        return [DataFinding("openings", score, said + ": they give little away.")]
     listed = "; ".join(f"{o!r} opens {g:,} chosen and {b:,} rejected answers" for o, g, b in telling)
     text = f"{said}{f': {listed}' if listed else ''}. The model can learn these words in place of what makes an answer "
-    return [Finding("openings", score, text + "good: look whether they are what you want.", True)]
+    return [DataFinding("openings", score, text + "good: look whether they are what you want.", True)]
 
 
-def leaks(train: Answers, held_out: Answers) -> list[Finding]:
+def train_eval_overlap(train: AnswerTexts, held_out: AnswerTexts) -> list[DataFinding]:
     """Held-out rows that training has seen: prompts that differ in case, spaces or punctuation only, and answers."""
     prompts = set(train.prompts)
     seen = sum(prompt in prompts for prompt in held_out.prompts)
@@ -354,11 +356,11 @@ def leaks(train: Answers, held_out: Answers) -> list[Finding]:
             text = f"{count:,} held-out {name} ({share:.1%}) stand in the training rows too"
             text += ", but for case, spaces or punctuation" if name == "prompts" else ""
             text += ": on these, held-out numbers measure memory. Take them out of one of the two."
-            found.append(Finding(f"leaked {name}", share, text, share >= 0.01))
-    return found or [Finding("leaked prompts", 0.0, "No held-out prompt or answer stands in the training rows.")]
+            found.append(DataFinding(f"leaked {name}", share, text, share >= 0.01))
+    return found or [DataFinding("leaked prompts", 0.0, "No held-out prompt or answer stands in the training rows.")]
 
 
-def _repeated(rows: Answers) -> list[Finding]:
+def _repeated(rows: AnswerTexts) -> list[DataFinding]:
     count = Counter(rows.prompts)
     share = sum(n for n in count.values() if n > 1) / len(rows)
     if share == 0:
@@ -367,16 +369,16 @@ def _repeated(rows: Answers) -> list[Finding]:
         f"{share:.0%} of training rows share their prompt with another (one stands there {max(count.values())} times)"
     )
     more = ": the model sees these prompts more often than the rest." if share >= OFTEN else "."
-    return [Finding("repeated prompts", share, text + more, share >= OFTEN)]
+    return [DataFinding("repeated prompts", share, text + more, share >= OFTEN)]
 
 
-def _rows_lost(account: Account, max_length: int) -> list[Finding]:
+def _rows_lost(account: RowReport, max_length: int) -> list[DataFinding]:
     found = []
     lost = account.dropped.total() / max(1, account.read)
     if account.dropped:
         reason, count = account.dropped.most_common(1)[0]
         text = f"{lost:.1%} of rows were dropped, {count:,} of them because of: {reason}."
-        found.append(Finding("dropped", lost, text, lost >= OFTEN))
+        found.append(DataFinding("dropped", lost, text, lost >= OFTEN))
     limits = {
         "over-long": (account.over_long, "max_length", f" {max_length:,}" if max_length else ""),
         "prompt over-long": (account.long_prompts, "max_prompt_length", ""),
@@ -389,11 +391,11 @@ def _rows_lost(account: Account, max_length: int) -> list[Finding]:
             enough = longest[math.ceil(0.9 * count) - 1]
             more = f": --{limit} {enough} would keep most of them, --overlong trim_prompt those with a long prompt."
             matters = share >= OFTEN / 2
-            found.append(Finding(reason, share, text + (more if matters else "."), matters))
+            found.append(DataFinding(reason, share, text + (more if matters else "."), matters))
     if cut := account.changed["an answer lost its end"]:
         text = f"{cut:,} rows have an answer that lost its end at max_length {max_length:,}: the model learns not to "
         text += "stop. A larger --max_length or --overlong drop mends that."
-        found.append(Finding("cut answers", cut / account.read, text, True))
+        found.append(DataFinding("cut answers", cut / account.read, text, True))
     return found
 
 

@@ -9,18 +9,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError
-from helpers.data.loading import Source, load_rows, sample
+from helpers.data.loading import DatasetSpec, load_rows, subsample
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 EXAMPLES = 3
-BOOKKEEPING = ("row", "fault", "change", "chosen_key", "rejected_key")
+INTERNAL_COLUMNS = ("row", "fault", "change", "chosen_key", "rejected_key")
 
 
 @dataclasses.dataclass
-class Account:
+class RowReport:
     """What became of every row: `kept + sum(dropped) == read`, each reason with a count and up to three row numbers.
 
     Rows are counted from 0; with several sets, the number stands behind its set's name. A row that gives several pairs
@@ -88,7 +88,7 @@ class Account:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PreparedSplit:
     """Prepared rows of one split of one set: a dataset with BOOKKEEPING and prompt_key, whose `row` is an index into
     `numbers`, the numbers of the rows that were read."""
 
@@ -104,7 +104,9 @@ class Part:
 Prepare = Callable[["Dataset", str], tuple["Dataset", str]]
 
 
-def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> tuple[Dataset, Dataset, Account]:
+def load_and_split(
+    sources: list[DatasetSpec], prepare: Prepare, split: Split, strict: bool
+) -> tuple[Dataset, Dataset, RowReport]:
     """Train and evaluation rows of all sources, no prompt in both, and the account of every row that was read.
 
     `prepare` takes rows and the name of their format, and gives prepared rows (see Part) and the format they had.
@@ -117,11 +119,11 @@ def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> 
         shown = source.name if names.count(source.name) == 1 else source.id
         for name in filter(None, (source.eval_split, source.split)):
             held_out = name == source.eval_split
-            rows, numbers = sample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
+            rows, numbers = subsample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
             made, found = prepare(rows, source.format)
-            parts.append(Part(made, numbers, f"{shown} {name} " if several else "", held_out))
+            parts.append(PreparedSplit(made, numbers, f"{shown} {name} " if several else "", held_out))
             formats.append(found)
-    account, train, held_out_rows = settle(parts)
+    account, train, held_out_rows = deduplicate(parts)
     account.format = ", ".join(dict.fromkeys(formats))
     account.check(strict)
     if held_out_rows is None:
@@ -134,7 +136,7 @@ def mix(sources: list[Source], prepare: Prepare, split: Split, strict: bool) -> 
     return train, held_out_rows, account
 
 
-def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
+def deduplicate(parts: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
     """The account, with what only shows between rows; the rows that are kept; and those held out, if a part is.
 
     A pair is kept once. One that stands there with both labels is dropped both times, and a prompt that is evaluated
@@ -143,7 +145,7 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
     from datasets import concatenate_datasets
 
     parts = sorted(parts, key=lambda part: not part.held_out)
-    account = Account(read=sum(len(part.numbers) for part in parts))
+    account = RowReport(read=sum(len(part.numbers) for part in parts))
     labels = {
         key for part in parts for fault, key in zip(part.made["fault"], _keys(part.made), strict=True) if not fault
     }
@@ -185,7 +187,7 @@ def settle(parts: list[Part]) -> tuple[Account, Dataset, Dataset | None]:
         if "prompt_ids" in part.made.column_names:
             long = _where(part.made, columns[1], "prompt over-long")
             account.long_prompts += map(len, long["prompt_ids"][:])
-        sets.append(part.made.select(good).remove_columns(list(BOOKKEEPING)))
+        sets.append(part.made.select(good).remove_columns(list(INTERNAL_COLUMNS)))
     count = sum(part.held_out for part in parts)
     held_out = concatenate_datasets(sets[:count]) if count else None
     return account, concatenate_datasets(sets[count:]), held_out

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.core import UserError, find_path
 from helpers.data.conversations import Message
-from helpers.data.formats import ADAPTERS, Options, list_columns, recognise, refuse_lacking
-from helpers.data.loading import Source, load_rows, read_sources
+from helpers.data.formats import FORMAT_READERS, PairingConfig, check_columns, detect_format, list_columns
+from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs
 from helpers.data.prepare import INSTRUCTION_READERS, read_chosen
 from helpers.settings.fields import TrainSettings
 
@@ -28,7 +28,7 @@ Count = Callable[[list[Message]], int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Workload:
     """Rows that are trained on, optimizer steps, and tokens that they hold; None for what is not known, and why."""
 
     rows: int | None
@@ -37,20 +37,20 @@ class Work:
     note: str = ""
 
 
-def read_work(settings: TrainSettings, model: str, accumulation: int) -> Work:
+def estimate_workload(settings: TrainSettings, model: str, accumulation: int) -> Workload:
     """What there is to do, from some rows of each set; `model` is a folder or Hub id. Raises UserError."""
     values = settings.values()
     count, by_characters = _counter(model, values["revision"])
     given = values.get("max_steps", -1)
     train, tokens, own_evaluation = 0.0, 0.0, False
-    for source in read_sources(settings):
+    for source in parse_dataset_specs(settings):
         try:
             with _offline():
                 rows = load_rows(source)
         except UserError:
             if source.is_file_name or find_path(source.id) is not None:  # nothing that could still be downloaded
                 raise
-            return Work(None, given if given > 0 else None, None, f"{source.id} has not been downloaded yet")
+            return Workload(None, given if given > 0 else None, None, f"{source.id} has not been downloaded yet")
         mean, kept = _look(rows, values, settings.step, source, count)
         train, tokens = train + kept, tokens + kept * mean
         own_evaluation = own_evaluation or bool(source.eval_split)
@@ -63,7 +63,7 @@ def read_work(settings: TrainSettings, model: str, accumulation: int) -> Work:
     per_step = values["per_device_train_batch_size"] * accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     epoch = max(1, math.ceil(round(units) / per_step))
     steps = given if given > 0 else math.ceil(values["num_train_epochs"] * epoch)
-    return Work(round(trained), steps, steps / epoch * trained * mean, by_characters)
+    return Workload(round(trained), steps, steps / epoch * trained * mean, by_characters)
 
 
 def _held_out(kept: float, values: dict[str, Any]) -> float:
@@ -72,23 +72,25 @@ def _held_out(kept: float, values: dict[str, Any]) -> float:
     return float(min(values["eval_rows"], max(share, kept // 4))) if values["eval_rows"] else share
 
 
-def _look(rows: Dataset, values: dict[str, Any], step: str, source: Source, count: Count) -> tuple[float, float]:
+def _look(rows: Dataset, values: dict[str, Any], step: str, source: DatasetSpec, count: Count) -> tuple[float, float]:
     """Mean tokens that are computed for a pair or conversation, and about how many there are."""
     name, columns = "" if source.format == "auto" else source.format, set(rows.column_names)
     if step == "sft":
         name = name or next((n for n, (needed, _) in INSTRUCTION_READERS.items() if needed <= columns), "")
-    name = name or recognise(list_columns(rows))
+    name = name or detect_format(list_columns(rows))
     talks = step == "sft" and name in INSTRUCTION_READERS and INSTRUCTION_READERS[name][0] <= columns
-    if not talks and name not in ADAPTERS:
+    if not talks and name not in FORMAT_READERS:
         raise UserError(
             f"the dataset has columns {', '.join(rows.column_names)}: none of the formats that --help names; rename "
             "them, or name one with --data_format"
         )
     if not talks:
-        refuse_lacking(name, rows.column_names)
+        check_columns(name, rows.column_names)
     looked_at = rows.select(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
     total, prompts = (values.get(name) or math.inf for name in ("max_length", "max_prompt_length"))
-    options = Options(values.get("pairing", "worst"), values.get("recommended", False), values.get("min_margin", 0.0))
+    options = PairingConfig(
+        values.get("pairing", "worst"), values.get("recommended", False), values.get("min_margin", 0.0)
+    )
     shortened = values["overlong"] in ("trim_prompt", "cut_answer")
     found: list[int] = []
     for row in looked_at:
@@ -98,7 +100,7 @@ def _look(rows: Dataset, values: dict[str, Any], step: str, source: Source, coun
             if tokens <= total or (shortened and tokens < math.inf):
                 found.append(int(min(tokens, total)))
             continue
-        made = ADAPTERS[name](row, options)
+        made = FORMAT_READERS[name](row, options)
         for pair in [] if isinstance(made, str) else made:
             if not isinstance(pair, str):
                 prompt, chosen, rejected = count(pair.prompt), count(pair.chosen), count(pair.rejected)

@@ -7,19 +7,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, file_name, find_path, read_lines
-from helpers.evaluation.judges import OUR_PROMPTS, Said
+from helpers.core import SettingsError, UserError, find_path, read_jsonl, safe_file_name
+from helpers.evaluation.judges import OUR_PROMPTS, ModelAnswers
 from helpers.evaluation.questions import Question, read_bench, turns_of
 from helpers.runs.run import find_run, read_run
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class AnswerSet:
     """Questions, what each model said to them, and the judge prompts that stood beside them."""
 
     folder: Path  # of the answers
     questions: list[Question]
-    said: Said
+    said: ModelAnswers
     prompts_file: Path
     page: str = ""  # of a run of 04: the page that votes on these answers come from
 
@@ -46,11 +46,11 @@ class Found:
         return Group(table, *map(Text, notes))
 
 
-def find_answers(settings: Any) -> Found:
+def find_answers(settings: Any) -> AnswerSet:
     """What the settings of 05_judge.py name: answers_dir, bench_dir, models, judge_prompts. Raises UserError."""
     bench = _folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
     if settings.judgments and not bench and not settings.given("answers_dir"):  # which has what there is to count
-        return Found(settings.output_dir, [], {}, OUR_PROMPTS)
+        return AnswerSet(settings.output_dir, [], {}, OUR_PROMPTS)
     if bench and not settings.given("answers_dir"):
         folder = bench
     elif settings.answers_dir == "latest":
@@ -70,19 +70,19 @@ def find_answers(settings: Any) -> Found:
     if unknown := [name for name in (*names, settings.baseline) if name and name not in files]:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
     said = {name: _answers_of(files[name], questions) for name in names}
-    return Found(folder, questions, said, _prompts_file(settings, bench), read_run(folder).get("page", ""))
+    return AnswerSet(folder, questions, said, _prompts_file(settings, bench), read_run(folder).get("page", ""))
 
 
 def _model_of(file: Path) -> str:
     """The model whose answers these are: not every name is a file's."""
-    for row in read_lines(file)[:1]:
+    for row in read_jsonl(file)[:1]:
         model = str(row.get("model_id") or "")
-        if file_name(model) == file.stem:
+        if safe_file_name(model) == file.stem:
             return model
     return file.stem
 
 
-def groups_of(said: Said, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
+def model_pairs(said: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
     """What is judged together: every pair of models, each with `baseline`, or each alone. Raises SettingsError."""
     if mode == "single":
         return [(name,) for name in said]
@@ -112,6 +112,6 @@ def _prompts_file(settings: Any, bench: Path | None) -> Path:
 
 
 def _answers_of(file: Path, questions: list[Question]) -> dict[Any, list[str]]:
-    rows = {str(row.get("question_id")): row for row in read_lines(file)}
+    rows = {str(row.get("question_id")): row for row in read_jsonl(file)}
     said = {q["question_id"]: turns_of(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}
     return {i: turns for i, turns in said.items() if turns}

@@ -14,9 +14,9 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Interrupted, UserError, file_name, read_lines, short_path
+from helpers.core import Interrupted, UserError, read_jsonl, short_path
 from helpers.data.conversations import Message
-from helpers.evaluation.generators import Speaker
+from helpers.evaluation.generators import Generator
 from helpers.evaluation.questions import Question, turns_of
 from helpers.runs.run import Run
 
@@ -25,18 +25,18 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
                 "stem": 0.1, "humanities": 0.1}  # fmt: skip
 
 
-class Answers:
+class AnswerStore:
     """What each model answered: FOLDER/model_answer/NAME.jsonl, FastChat's layout, beside FOLDER/question.jsonl."""
 
     def __init__(self, folder: Path, questions: list[Question]) -> None:
         self.folder, self.questions = folder, questions
-        self._files: dict[str, Ledger] = {}
+        self._files: dict[str, JsonlStore] = {}
 
-    def of(self, name: str) -> Ledger:
+    def of(self, name: str) -> JsonlStore:
         """The file of a model, by question_id."""
         if name not in self._files:
             file = self.folder / "model_answer" / f"{file_name(name)}.jsonl"
-            self._files[name] = Ledger(file, lambda row: row["question_id"])
+            self._files[name] = JsonlStore(file, lambda row: row["question_id"])
         return self._files[name]
 
     def missing(self, name: str) -> list[Question]:
@@ -59,7 +59,9 @@ class Answers:
         said = {name: self.turns(name).values() for name in names}
         return {name: sum(len("".join(turns)) for turns in each) / max(1, len(each)) for name, each in said.items()}
 
-    def play(self, name: str, speaker: Speaker, batch_size: int, seed: int, by_category: bool, **sampling: Any) -> None:
+    def play(
+        self, name: str, speaker: Generator, batch_size: int, seed: int, by_category: bool, **sampling: Any
+    ) -> None:
         """Ask a model what it has not answered yet, batch by batch, each conversation turn by turn.
 
         A batch is made of all questions, not of the missing ones, and has a seed of its own: a run that was stopped
@@ -107,7 +109,7 @@ def _batches(
 
 
 def _conversations(
-    batch: list[Question], speaker: Speaker, seed: int, sampling: dict[str, Any]
+    batch: list[Question], speaker: Generator, seed: int, sampling: dict[str, Any]
 ) -> list[list[str] | None]:
     """The answers to each question of a batch, turn by turn; all have as many turns. None where one was refused."""
     talks: list[list[Message]] = [
@@ -136,7 +138,7 @@ class SideBySide:
     answers: dict[str, list[str]]
 
     @classmethod
-    def of(cls, answers: Answers, names: list[str], rows: int) -> SideBySide:
+    def of(cls, answers: AnswerStore, names: list[str], rows: int) -> SideBySide:
         """`rows` of the questions, evenly spread; a conversation is one text."""
         step = max(1, len(answers.questions) // max(1, rows))
         picked = answers.questions[step // 2 :: step][:rows]
@@ -173,7 +175,7 @@ def _joined(turns: list[str]) -> str:
 Row = dict[str, Any]
 
 
-class Ledger:
+class JsonlStore:
     """A JSONL file of rows, each under a key: `rows[key]`. Of two rows with one key the later holds.
 
     A last line that was cut short, by a kill or a full disk, is taken off when the file is next written to. Raises
@@ -191,7 +193,7 @@ class Ledger:
                 content[self._end :]
             ):  # written by hand, without its newline
                 self._end = len(content)
-            for row in read_lines(file, end=self._end):
+            for row in read_jsonl(file, end=self._end):
                 try:
                     self.rows[key(row)] = row
                 except (LookupError, TypeError, AttributeError) as error:
@@ -231,7 +233,7 @@ def _is_object(line: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def going_on(run: Run) -> Iterator[None]:
+def resumable(run: Run) -> Iterator[None]:
     """Work that the same command goes on with, should it be stopped: what was added to a ledger by then is kept."""
     finished = run.finished
     try:

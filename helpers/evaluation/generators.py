@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from helpers.core import SettingsError, UserError
 from helpers.data.conversations import Message
-from helpers.models.chat import end_tokens, fold_system, folded, render, takes_system
+from helpers.models.chat import eos_token_ids, fold_system_message, prepend_system, render, supports_system_role
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SAMPLED = ("temperature", "top_p", "top_k")  # have a meaning when sampling only
 PASSED_ON = ("top_k", "repetition_penalty")  # not OpenAI's: vLLM and others read them from the body
 
 
-class Speaker(Protocol):
+class Generator(Protocol):
     """What answers: a model here, or one behind an endpoint."""
 
     def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Sequence[str | None]:
@@ -39,7 +39,7 @@ class Speaker(Protocol):
         """One answer, printed as it comes."""
 
 
-def sampling_of(settings: RunSettings) -> dict[str, Any]:
+def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     """The arguments of `model.generate` among the settings; those of sampling only when it samples.
 
     A temperature, top_p or top_k that was given means that it is to sample, a temperature of 0 that it is not. Raises
@@ -87,9 +87,9 @@ def generate_answers(
     """
     import torch
 
-    sampling = {"eos_token_id": end_tokens(tokenizer, model.generation_config)} | sampling
-    system = takes_system(tokenizer)
-    texts = [render(tokenizer, folded(messages, system), prompt=True) for messages in conversations]
+    sampling = {"eos_token_id": eos_token_ids(tokenizer, model.generation_config)} | sampling
+    system = supports_system_role(tokenizer)
+    texts = [render(tokenizer, fold_system_message(messages, system), prompt=True) for messages in conversations]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     answers = [""] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -107,7 +107,7 @@ def generate_answers(
     return answers
 
 
-class LocalSpeaker:
+class HFGenerator:
     """A model here, with or without an adapter."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,7 +131,7 @@ class LocalSpeaker:
         return answer
 
 
-class RemoteSpeaker:
+class OpenAIGenerator:
     """A model behind an OpenAI-compatible endpoint; the conversations of a batch are asked at the same time."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -148,7 +148,7 @@ class RemoteSpeaker:
                 return None
 
         jobs = range(len(conversations))
-        answers = dict(in_parallel(jobs, ask, len(jobs)))
+        answers = dict(run_parallel(jobs, ask, len(jobs)))
         return [answers[i] for i in jobs]
 
     def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
@@ -173,7 +173,7 @@ def _for_endpoint(sampling: dict[str, Any]) -> dict[str, Any]:
     return words | ({"extra_body": body} if body else {})
 
 
-def talk_with(speaker: Speaker, seed: int, lines: Iterable[str] | None = None, **sampling: Any) -> None:
+def chat_loop(speaker: Generator, seed: int, lines: Iterable[str] | None = None, **sampling: Any) -> None:
     """Talk with a model until /quit or the end of the input; /new begins anew, Ctrl-C ends an answer."""
     talk: list[Message] = []
     print("/new begins anew, /quit ends.")
@@ -205,7 +205,7 @@ def _typed() -> Iterator[str]:
 Job = TypeVar("Job")
 Done = TypeVar("Done")
 # Names that newer models of OpenAI's want in place of older ones; None: to be left out.
-RESPELLED: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+ARGUMENT_ALIASES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
 LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
 
@@ -286,25 +286,30 @@ class Endpoint:
         from openai import APIConnectionError, APIStatusError
 
         create: Any = self.client.chat.completions.create
-        folded, waited = False, 0
+        fold_system_message, waited = False, 0
         while True:
             names = {name: self.respelled.get(name, name) for name in arguments}
             given = {new: arguments[name] for name, new in names.items() if new}
             system = messages[0]["role"] == "system" and self.takes_system is not False
-            folded = folded or (messages[0]["role"] == "system" and not system)
-            sent = fold_system(messages) if folded else messages
+            fold_system_message = fold_system_message or (messages[0]["role"] == "system" and not system)
+            sent = prepend_system(messages) if fold_system_message else messages
             try:
                 answer = create(model=self.model, messages=sent, **given)
             except APIConnectionError as error:  # a time-out is one
                 raise UserError(f"no answer from {self.where}: {_line(error)} Is the server up?") from None
             except APIStatusError as error:
-                refused = [n for n in RESPELLED if n in given and _is_unknown(error, n)]
+                refused = [n for n in ARGUMENT_ALIASES if n in given and _is_unknown(error, n)]
                 wait = _told_to_wait(error)
                 if error.status_code == 400 and refused:
-                    self.respelled |= {name: RESPELLED[name] for name in refused}
+                    self.respelled |= {name: ARGUMENT_ALIASES[name] for name in refused}
                     print(f"note: {self.model} takes no {', '.join(refused)}: {_line(error)}")
-                elif error.status_code in (400, 422, 500) and system and self.takes_system is None and not folded:
-                    folded = True  # the templates of Mistral, Gemma and others have no place for one
+                elif (
+                    error.status_code in (400, 422, 500)
+                    and system
+                    and self.takes_system is None
+                    and not fold_system_message
+                ):
+                    fold_system_message = True  # the templates of Mistral, Gemma and others have no place for one
                 elif wait and waited < self.tries:
                     waited += 1
                     print(f"{self.where} asks to wait {wait:.0f} s.", flush=True)
@@ -312,9 +317,9 @@ class Endpoint:
                 else:
                     raise self._explain(error) from None
             else:
-                if folded and self.takes_system is None:
+                if fold_system_message and self.takes_system is None:
                     print(f"note: {self.model} has no place for a system message: it opens the user's.")
-                self.takes_system = False if folded else self.takes_system or system or None
+                self.takes_system = False if fold_system_message else self.takes_system or system or None
                 return answer
 
     def _explain(self, error: Any) -> UserError:
@@ -337,7 +342,7 @@ class Endpoint:
         return f"it has {', '.join(names[:8])}" if names else ""
 
 
-def in_parallel(jobs: Iterable[Job], work: Callable[[Job], Done], concurrency: int) -> Iterator[tuple[Job, Done]]:
+def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Done], concurrency: int) -> Iterator[tuple[Job, Done]]:
     """(job, work(job)) of each as it is done, `concurrency` at a time; only as many are begun as are taken.
 
     An exception of `work` is raised here, after what the others had begun by then is done. The threads are daemons:

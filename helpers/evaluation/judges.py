@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.core import UserError, fingerprint, read_lines
+from helpers.core import UserError, fingerprint, read_jsonl
 from helpers.data.conversations import Message
-from helpers.evaluation.answers import Ledger
-from helpers.evaluation.generators import Endpoint, Refused, Reply, in_parallel
+from helpers.evaluation.answers import JsonlStore
+from helpers.evaluation.generators import Endpoint, Refused, Reply, run_parallel
 from helpers.evaluation.questions import Question, shown_turns
 
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
@@ -27,7 +27,7 @@ class JudgePrompts:
     """The prompts of a file, ours where none is named; FastChat's are known by their names."""
 
     def __init__(self, file: Path = OUR_PROMPTS) -> None:
-        self.rows = {str(row.get("name")): row for row in read_lines(file)}
+        self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
         self.fastchat = "pair-v2" in self.rows
         self.file = file
 
@@ -83,7 +83,7 @@ def _talk(asked: list[str], said: list[str], turn: int) -> str:
     return "\n\n".join(f"## User\n\n{question}\n\n## Assistant\n\n{answer}" for question, answer in pairs)
 
 
-def stated(judgment: str) -> str:
+def strip_reasoning(judgment: str) -> str:
     """What a judge said without what it thought: what stands in <think> tags; all before a </think> without its
     opening tag, which many templates put into the prompt; all of a reply that opens with one and never closes it."""
     flags = re.DOTALL | re.IGNORECASE
@@ -92,29 +92,29 @@ def stated(judgment: str) -> str:
     return re.sub(r"^\s*<think(ing)?>.*", "", rest, flags=flags)
 
 
-def verdict_of(judgment: str) -> str:
+def parse_verdict(judgment: str) -> str:
     """The last verdict stated: "A", "B" or "tie" ([[C]]); "error" where there is none.
 
     FastChat takes the first of A, B and C that stands anywhere, so that a quoted [[A]] wins.
     """
-    found = re.findall(r"\[\[([ABC])\]\]", stated(judgment))
+    found = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(judgment))
     return {"C": "tie"}.get(found[-1], found[-1]) if found else "error"
 
 
-def rating_of(judgment: str) -> float:
+def parse_rating(judgment: str) -> float:
     """The last rating stated, from 1 to 10; -1, as FastChat has it, where there is none."""
-    found = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", stated(judgment)) or re.findall(
-        r"\[(\d+(?:\.\d+)?)\]", stated(judgment)
+    found = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", strip_reasoning(judgment)) or re.findall(
+        r"\[(\d+(?:\.\d+)?)\]", strip_reasoning(judgment)
     )
     return value if found and 1 <= (value := float(found[-1])) <= 10 else -1
 
 
-Said = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one a turn
+ModelAnswers = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one a turn
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Game:
+class Match:
     """One call of the judge: a turn (from 1) of two models' answers in the order they are shown, or of one model's."""
 
     question: Question
@@ -126,15 +126,15 @@ class Game:
     def key(self) -> tuple[Any, ...]:
         return self.question["question_id"], self.turn, self.models, self.prompt
 
-    def messages(self, prompts: JudgePrompts, said: Said) -> list[Message]:
+    def messages(self, prompts: JudgePrompts, said: ModelAnswers) -> list[Message]:
         """What the judge is asked."""
         answers = [said[model][self.question["question_id"]] for model in self.models]
         return prompts.messages(self.prompt, self.question, self.turn, answers)
 
 
-def games_of(
-    questions: list[Question], said: Said, groups: list[tuple[str, ...]], mode: str, prompts: JudgePrompts
-) -> list[Game]:
+def make_matches(
+    questions: list[Question], said: ModelAnswers, groups: list[tuple[str, ...]], mode: str, prompts: JudgePrompts
+) -> list[Match]:
     """Every call there is to make: for each question, turn and pair of models both orders; or each model alone.
 
     A turn that one of them has not answered is not judged. Raises UserError where nothing is left.
@@ -146,25 +146,25 @@ def games_of(
             for group in groups:
                 if all(len(said[model].get(question["question_id"], ())) >= turn for model in group):
                     orders = [group, group[::-1]] if mode == "pairwise" else [group]
-                    games += [Game(question, turn, order, name) for order in orders]
+                    games += [Match(question, turn, order, name) for order in orders]
     if not games:
         raise UserError(f"nothing to judge: no question has been answered by {' and '.join(groups[0])}")
     return games
 
 
-def name_of(judge: str, messages: list[Message], temperature: float | None) -> str:
+def request_hash(judge: str, messages: list[Message], temperature: float | None) -> str:
     """What was asked of whom, in 16 hex digits: the same in another run."""
     return fingerprint(judge, messages, temperature)
 
 
-def not_judged(asked: list[list[Message]], judge: str, temperature: float, ledgers: Iterable[Path]) -> list[Any]:
+def uncached(asked: list[list[Message]], judge: str, temperature: float, ledgers: Iterable[Path]) -> list[Any]:
     """Those of `asked` to which none of the ledgers has a verdict that could be read."""
     before = {row.get("asked") for file in ledgers for row in _whole_rows(file) if row.get("winner") != "error"}
-    return [messages for messages in asked if name_of(judge, messages, temperature) not in before]
+    return [messages for messages in asked if request_hash(judge, messages, temperature) not in before]
 
 
 def _whole_rows(file: Path) -> list[Row]:
-    return read_lines(file, end=file.read_bytes().rfind(b"\n") + 1)  # the last may be half written
+    return read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)  # the last may be half written
 
 
 class Budget:
@@ -202,11 +202,15 @@ class Budget:
 class Judge:
     """A model that judges games. What it said is kept in `ledger` as it comes, and asked for only once."""
 
-    def __init__(self, endpoint: Endpoint, prompts: JudgePrompts, said: Said, file: Path, **arguments: Any) -> None:
+    def __init__(
+        self, endpoint: Endpoint, prompts: JudgePrompts, said: ModelAnswers, file: Path, **arguments: Any
+    ) -> None:
         self.endpoint, self.prompts, self.said, self.arguments = endpoint, prompts, said, arguments
-        self.ledger = Ledger(file, lambda row: (row["question_id"], row["turn"], tuple(row["models"]), row["prompt"]))
+        self.ledger = JsonlStore(
+            file, lambda row: (row["question_id"], row["turn"], tuple(row["models"]), row["prompt"])
+        )
 
-    def missing(self, games: list[Game], retry_errors: bool = False) -> list[Game]:
+    def missing(self, games: list[Match], retry_errors: bool = False) -> list[Match]:
         """Those that have no result, or with `retry_errors` none that could be read."""
         rows = self.ledger.rows
         return [
@@ -214,12 +218,12 @@ class Judge:
             if game.key not in self.ledger or (retry_errors and rows[game.key]["winner"] == "error")
         ]  # fmt: skip
 
-    def name_of(self, messages: list[Message]) -> str:
-        return name_of(self.endpoint.model, messages, self.arguments.get("temperature"))
+    def request_hash(self, messages: list[Message]) -> str:
+        return request_hash(self.endpoint.model, messages, self.arguments.get("temperature"))
 
-    def take_over(self, games: list[Game], others: Iterable[Path]) -> int:
+    def take_over(self, games: list[Match], others: Iterable[Path]) -> int:
         """Judgments of the same prompts by the same judge in ledgers of other runs are not asked for again."""
-        wanted: dict[str, list[Game]] = {}
+        wanted: dict[str, list[Match]] = {}
         for game in self.missing(games):
             wanted.setdefault(self.name_of(game.messages(self.prompts, self.said)), []).append(game)
         count = 0
@@ -232,22 +236,22 @@ class Judge:
                     count += 1
         return count
 
-    def ask(self, games: list[Game], concurrency: int, budget: Budget) -> None:
+    def ask(self, games: list[Match], concurrency: int, budget: Budget) -> None:
         """Ask about each of `games`, `concurrency` at a time and while the budget lasts, and keep what is said."""
         from tqdm.auto import tqdm
 
-        def within_budget() -> Iterator[Game]:
+        def within_budget() -> Iterator[Match]:
             for game in games:
                 if not budget.left:
                     return
                 yield game
 
-        done = in_parallel(within_budget(), lambda game: self._judge(game, budget), concurrency)
+        done = run_parallel(within_budget(), lambda game: self._judge(game, budget), concurrency)
         for _, row in tqdm(done, total=len(games), desc=self.endpoint.model, unit="call"):
             if row:
                 self.ledger.add(row)
 
-    def _judge(self, game: Game, budget: Budget) -> Row | None:
+    def _judge(self, game: Match, budget: Budget) -> Row | None:
         """The row of a game. A reply that was cut off before its verdict, or has none, is asked for once more."""
         messages, reply, winner, refused = game.messages(self.prompts, self.said), None, "error", ""
         for _ in range(2):
@@ -280,14 +284,14 @@ class Judge:
             "tstamp": time.time(),
         }
 
-    def _result(self, game: Game, text: str) -> Any:
+    def _result(self, game: Match, text: str) -> Any:
         """The name of the model that won, "tie" or "error"; of one model alone its rating or "error"."""
         if len(game.models) == 1:
-            return rating if (rating := rating_of(text)) > 0 else "error"
-        verdict = verdict_of(text)
+            return rating if (rating := parse_rating(text)) > 0 else "error"
+        verdict = parse_verdict(text)
         return game.models["AB".index(verdict)] if verdict in ("A", "B") else verdict
 
-    def rows(self, games: list[Game]) -> list[Row]:
+    def rows(self, games: list[Match]) -> list[Row]:
         """FastChat's rows, of what has been judged: a pair once both its orders have been; in the order of `games`."""
         done, judge = self.ledger.rows, self.endpoint.model
         if games and len(games[0].models) == 1:

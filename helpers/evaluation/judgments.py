@@ -10,19 +10,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, file_name, find_path, read_lines, write_json
-from helpers.evaluation.judges import Row, Said, pair_row
+from helpers.core import SettingsError, UserError, find_path, read_jsonl, write_json
+from helpers.evaluation.judges import ModelAnswers, Row, pair_row
 from helpers.evaluation.questions import Question
 from helpers.runs.run import Run
 
-SOURCES = ("judge_model", "votes", "rules", "judgments")
+JUDGE_FLAGS = ("judge_model", "votes", "rules", "judgments")
 FORMAT = "votes-1"  # see vote_page.py
 WINNERS = ("model_1", "model_2", "tie", "error")
 
 
-def name_of_judge(settings: Any) -> str:
+def judge_name(settings: Any) -> str:
     """Who judges, in a word. Raises SettingsError where nobody does, or somebody who cannot rate."""
-    given = next((name for name in SOURCES if getattr(settings, name)), None)
+    given = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
     if given is None:
         raise SettingsError(
             "who judges? --judge_model NAME (with --base_url, for your own server), --votes FILE or --rules MODULE"
@@ -34,7 +34,7 @@ def name_of_judge(settings: Any) -> str:
     return f"rules {settings.rules}" if given == "rules" else str(getattr(settings, given))
 
 
-def timeless(rows: list[Row]) -> list[Row]:
+def without_timestamps(rows: list[Row]) -> list[Row]:
     """Rows without when they were made: of the same verdicts these are the same."""
     return [{name: value for name, value in row.items() if name != "tstamp"} for row in rows]
 
@@ -44,7 +44,7 @@ def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complet
 
     `complete`: nothing is left to be judged.
     """
-    who = name_of_judge(settings)
+    who = judge_name(settings)
     if not settings.judgments:
         file = (
             run.folder
@@ -63,7 +63,7 @@ def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complet
         run.update(status="failed" if complete else "interrupted", metrics=metrics)
 
 
-def refuse_unfinished(rows: list[Row], left: int, calls: int) -> None:
+def raise_if_incomplete(rows: list[Row], left: int, calls: int) -> None:
     """Raises UserError where something is left to be judged, or of all that was judged nothing could be read."""
     if left:
         raise UserError(f"{left:,} of {calls:,} calls are left: the same command makes them (see --max_calls)")
@@ -80,7 +80,7 @@ def _nothing_read(rows: list[Row]) -> bool:
     return bool(rows) and all("error" in (r.get("g1_winner"), r.get("g2_winner")) or r.get("score") == -1 for r in rows)
 
 
-def read_votes(files: tuple[str, ...], questions: list[Question], said: Said, page: str = "") -> list[Row]:
+def read_votes(files: tuple[str, ...], questions: list[Question], said: ModelAnswers, page: str = "") -> list[Row]:
     """The votes of the page that 04 makes, as judgments; a vote for the best of several beats each of the others.
 
     A person sees all answers at once, so there is one order only, and both games of a row are that vote. Two answers
@@ -142,7 +142,7 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> list[R
     path = find_path(name)
     if path is None or not path.is_file():
         raise UserError(f"--judgments {name!r} is not a file")
-    rows = read_lines(path)
+    rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if not (_is_single(row) if mode == "single" else _is_pair(row)):
             raise UserError(f"--judgments {name!r}, line {number}, is no row of a model_judgment file of --mode {mode}")
@@ -170,7 +170,9 @@ def _is_pair(row: Row) -> bool:
     return named and "question_id" in row and all(row.get(game) in WINNERS for game in ("g1_winner", "g2_winner"))
 
 
-def judge_by_rules(module: str, questions: list[Question], said: Said, pairs: list[tuple[str, ...]]) -> list[Row]:
+def judge_by_rules(
+    module: str, questions: list[Question], said: ModelAnswers, pairs: list[tuple[str, ...]]
+) -> list[Row]:
     """Judge by `module`: compare(before, after, question) is "win", "tie" or "loss" for `after`, in both orders.
 
     Raises SettingsError where there is no such module, or it needs what the questions have not.
@@ -197,7 +199,7 @@ def judge_by_rules(module: str, questions: list[Question], said: Said, pairs: li
     return rows
 
 
-def score_by_rules(module: str, questions: list[Question], said: Said) -> dict[str, dict[str, float]]:
+def score_by_rules(module: str, questions: list[Question], said: ModelAnswers) -> dict[str, dict[str, float]]:
     """model → the share of its answers that each field of score(answer, question) holds for, as "correct"."""
     _, score = _load_rules(module)
     shares = {}

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import UserError, find_path, read_lines
+from helpers.core import UserError, find_path, read_jsonl
 from helpers.data.conversations import is_conversation
-from helpers.data.loading import Source, load_rows
+from helpers.data.loading import DatasetSpec, load_rows
 
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
@@ -30,10 +30,10 @@ def read_questions(
     if file:
         asked += _of_file(file)
     elif dataset_id:
-        dataset = load_rows(Source(dataset_id, split=split or "train", any_split=not split))
+        dataset = load_rows(DatasetSpec(dataset_id, split=split or "train", any_split=not split))
         asked += [dict(row) for row in (dataset.select(range(min(rows, len(dataset)))) if rows else dataset)]
     elif not prompts:
-        asked = list(read_lines(OUR_QUESTIONS))
+        asked = list(read_jsonl(OUR_QUESTIONS))
     where = f"--prompts_file {file!r}" if file else f"--dataset_id {dataset_id!r}" if dataset_id else "--prompts"
     questions = [_question(row, i, where) for i, row in enumerate(asked[:rows] if rows else asked, 1)]
     twice = [name for name, count in Counter(str(q["question_id"]) for q in questions).items() if count > 1]
@@ -47,9 +47,9 @@ def _of_file(name: str) -> list[Question]:
     if path is None or not path.is_file():
         raise UserError(f"--prompts_file {name!r} is not a file")
     if path.suffix == ".jsonl":
-        return read_lines(path)
+        return read_jsonl(path)
     if path.suffix in (".json", ".csv", ".parquet", ".arrow"):
-        return [dict(row) for row in load_rows(Source(str(path)))]
+        return [dict(row) for row in load_rows(DatasetSpec(str(path)))]
     try:
         return [{"turns": [line]} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def read_bench(folder: Path) -> list[Question]:
     questions = read_questions(file=str(file))
     references: dict[str, list[str]] = {}
     for answers in sorted((folder / "reference_answer").glob("*.jsonl")):
-        references |= {str(row["question_id"]): turns_of(row) for row in read_lines(answers)}
+        references |= {str(row["question_id"]): turns_of(row) for row in read_jsonl(answers)}
     return [q | ({"reference": references[i]} if (i := str(q["question_id"])) in references else {}) for q in questions]
 
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers.evaluation.judges import Row, Said
+from helpers.evaluation.judges import ModelAnswers, Row
 from helpers.evaluation.questions import Question
 from helpers.evaluation.statistics import (
     length_controlled,
     length_controlled_interval,
     mean_interval,
-    most_unseen,
     sign_test,
 )
 
@@ -29,7 +28,7 @@ FEW = 10  # decided comparisons below which no share of them is worth a sentence
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
+class Comparison:
     """One turn of one question: who won over both orders, seen from the pair's second model."""
 
     question_id: str
@@ -75,12 +74,14 @@ class Counts:
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def of(cls, matches: list[Match]) -> Counts:
+    def of(cls, matches: list[Comparison]) -> Counts:
         outcomes = [m.outcome for m in matches]
         return cls(outcomes.count(1.0), outcomes.count(0.0), outcomes.count(0.5))
 
 
-def matches_of(rows: list[Row], questions: list[Question], said: Said) -> dict[tuple[str, str], list[Match]]:
+def comparisons_by_pair(
+    rows: list[Row], questions: list[Question], said: ModelAnswers
+) -> dict[tuple[str, str], list[Comparison]]:
     """Judgments by pair of models, each pair in the order of `said`, else in that of the rows.
 
     Two games that disagree are a tie; an error in either is none (FastChat, llm_judge/show_result.py).
@@ -88,7 +89,7 @@ def matches_of(rows: list[Row], questions: list[Question], said: Said) -> dict[t
     known = {str(q["question_id"]): q for q in questions}
     texts = {model: {str(i): turns for i, turns in answers.items()} for model, answers in said.items()}
     names = list(dict.fromkeys([*said, *(row[m] for row in rows for m in ("model_1", "model_2"))]))
-    found: dict[tuple[str, str], list[Match]] = {pair: [] for pair in combinations(names, 2)}
+    found: dict[tuple[str, str], list[Comparison]] = {pair: [] for pair in combinations(names, 2)}
     for row in rows:
         pair = (row["model_1"], row["model_2"])
         turned = names.index(pair[0]) > names.index(pair[1])
@@ -99,7 +100,7 @@ def matches_of(rows: list[Row], questions: list[Question], said: Said) -> dict[t
         i = str(row["question_id"])
         pair = pair[::-1] if turned else pair
         found[pair].append(
-            Match(
+            Comparison(
                 question_id=i,
                 category=known.get(i, {}).get("category", "general"),
                 outcome=OUTCOME.get(winner),
@@ -117,7 +118,7 @@ def _judge(row: Row) -> str:
     return str(row.get("judge", [""])[0])
 
 
-def _longer(row: Row, pair: tuple[str, str], texts: Said) -> int | None:
+def _longer(row: Row, pair: tuple[str, str], texts: ModelAnswers) -> int | None:
     try:
         one, two = (texts[model][str(row["question_id"])] for model in pair)
         turns = range(len(one)) if _judge(row) == "human" else [int(row.get("turn", 1)) - 1]
@@ -127,7 +128,7 @@ def _longer(row: Row, pair: tuple[str, str], texts: Said) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairVerdict:
+class PairResult:
     """A pair's second model ("after") against its first ("before")."""
 
     before: str
@@ -148,7 +149,7 @@ class PairVerdict:
     alike: int = 0  # questions, where all their outcomes are the same
 
     @classmethod
-    def of(cls, before: str, after: str, matches: list[Match], seed: int = 0) -> PairVerdict:
+    def of(cls, before: str, after: str, matches: list[Comparison], seed: int = 0) -> PairResult:
         judged = [m for m in matches if m.outcome is not None]
         outcomes = np.array([m.outcome for m in judged], dtype=float)
         groups: list[object] = [m.question_id for m in judged]
@@ -239,17 +240,19 @@ equal lengths: a logistic regression of the outcome on tanh(difference of length
 
 
 @dataclasses.dataclass
-class WinTable:
+class PairwiseResults:
     """Every pair of models that was judged, and each model over all its pairs."""
 
     judge: str
-    pairs: list[PairVerdict]
+    pairs: list[PairResult]
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by rule: model → share by name
 
     @classmethod
-    def of(cls, judge: str, rows: list[Row], questions: list[Question], said: Said, seed: int = 0) -> WinTable:
-        matches = matches_of(rows, questions, said)
-        return cls(judge, [PairVerdict.of(*pair, found, seed) for pair, found in matches.items()])
+    def of(
+        cls, judge: str, rows: list[Row], questions: list[Question], said: ModelAnswers, seed: int = 0
+    ) -> PairwiseResults:
+        matches = comparisons_by_pair(rows, questions, said)
+        return cls(judge, [PairResult.of(*pair, found, seed) for pair, found in matches.items()])
 
     @property
     def models(self) -> dict[str, Counts]:
@@ -324,7 +327,7 @@ class WinTable:
 
 
 @dataclasses.dataclass
-class RatingTable:
+class RatingResults:
     """The ratings of `--mode single`, averaged as FastChat does: by turn, and over all of them."""
 
     judge: str
@@ -333,7 +336,9 @@ class RatingTable:
     seed: int = 0
 
     @classmethod
-    def of(cls, judge: str, rows: list[Row], questions: list[Question], said: Said, seed: int = 0) -> RatingTable:
+    def of(
+        cls, judge: str, rows: list[Row], questions: list[Question], said: ModelAnswers, seed: int = 0
+    ) -> RatingResults:
         return cls(judge, rows, {str(q["question_id"]): q["category"] for q in questions}, seed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -418,7 +423,7 @@ def _table(head: list[str], rows: list[tuple[Any, ...]]) -> Any:
     return table
 
 
-def _pair(p: PairVerdict) -> Any:
+def _pair(p: PairResult) -> Any:
     """What is known of one pair, a line each."""
     from rich.table import Table
 

@@ -43,12 +43,12 @@ def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[fl
     """`bootstrap_interval` of the mean outcome; where all are alike, what `most_unseen` leaves open to either side."""
     sums, counts = _by_group(outcomes, groups)
     if len(set(outcomes.tolist())) == 1:
-        open_, value = most_unseen(len(sums), 0.025), float(outcomes[0])
+        open_, value = zero_event_upper_bound(len(sums), 0.025), float(outcomes[0])
         return value * (1 - open_), value + (1 - value) * open_
     return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
 
 
-def most_unseen(questions: int, tail: float = 0.05) -> float:
+def zero_event_upper_bound(questions: int, tail: float = 0.05) -> float:
     """How large a share, at 95 %, the outcomes may have that not one of so many questions showed."""
     return float(1 - tail ** (1 / questions)) if questions else 1.0
 

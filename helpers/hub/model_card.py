@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RELATION = {"adapter": "adapter", "merged": "merge", "full": "finetune"}
 # Settings that say where a run was kept, not how it was trained.
-LEFT_OUT = {
+OMITTED_SETTINGS = {
     "recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare", "model_id",
     "sft_run", "dataset_id", "dataset_revision", "dataset_split", "revision", "run", "adapter", "base_model_id",
     "merge_adaptors", "push_to_hub", "hub_repo_id", "system_prompt",
@@ -124,7 +124,9 @@ def _use(folder: Path, repo_id: str, kind: str, data: ModelCardData) -> str:
 
 def _training(run: dict[str, Any]) -> str:
     settings, sources, account = run["settings"], run.get("sources", {}), run.get("data", {})
-    changed = {n: v for n, v in settings.items() if sources.get(n, "default") != "default" and n not in LEFT_OUT}
+    changed = {
+        n: v for n, v in settings.items() if sources.get(n, "default") != "default" and n not in OMITTED_SETTINGS
+    }
     revision = settings.get("dataset_revision")
     sets = ", ".join(dataset_names(run)) + (f" at revision `{revision}`" if revision else "")
     title = {"sft": "## Instruction tuning", "dpo": "## Alignment"}[run["step"]]

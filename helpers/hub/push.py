@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import REPO, UserError, find_path, is_main_process, reason
+from helpers.core import REPO, UserError, find_path, is_main_process
 from helpers.hub.model_card import base_of, write_card
 from helpers.runs.run import lineage, read_run
 from helpers.settings.credentials import hf_token
@@ -78,20 +78,20 @@ def push_folder(folder: Path, repo_id: str, private: bool, licence: str = "", re
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))
     files, card = prepare_push(folder, repo_id, licence)
     try:
-        repo_id = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        is_private = bool(patiently(lambda: api.model_info(repo_id)).private)
+        repo_id = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        is_private = bool(with_retries(lambda: api.model_info(repo_id)).private)
         if private and not is_private:
             raise UserError(f"{repo_id} exists and is public: push with --no_private, or name another --hub_repo_id")
         print(f"Pushing {len(files) + 1} files to {repo_id} ({'private' if is_private else 'public'}).")
         if revision:
-            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         adds = [CommitOperationAdd(file.name, file) for file in files]
         adds.append(CommitOperationAdd("README.md", card.encode()))
         message = f"Upload {folder.name}"
-        done = patiently(lambda: api.create_commit(repo_id, adds, commit_message=message, revision=revision or None))
+        done = with_retries(lambda: api.create_commit(repo_id, adds, commit_message=message, revision=revision or None))
         if tag:
-            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=True))
-        is_private = bool(patiently(lambda: api.model_info(repo_id)).private)
+            with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=True))
+        is_private = bool(with_retries(lambda: api.model_info(repo_id)).private)
     except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"pushing to {repo_id} failed: {reason(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
@@ -142,10 +142,10 @@ def is_merge_of(place: Path, folder: Path) -> bool:
 
 
 T = TypeVar("T")
-PATIENCE = 300.0  # seconds that are waited for a Hub that asks for it
+LONGEST_RETRY_WAIT = 300.0  # seconds that are waited for a Hub that asks for it
 
 
-def patiently(call: Callable[[], T], tries: int = 5) -> T:
+def with_retries(call: Callable[[], T], tries: int = 5) -> T:
     """`call`, again where the Hub asks to slow down, fails, or hangs up; waits as long as it is told to.
 
     What was uploaded before is not sent again: the Hub knows it by its content.
@@ -163,30 +163,32 @@ def patiently(call: Callable[[], T], tries: int = 5) -> T:
             wait = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else 2.0**attempt
             passing = isinstance(cause, httpx.TransportError)
             passing |= answer is not None and (answer.status_code == 429 or answer.status_code >= 500)
-            if not passing or attempt == tries - 1 or wait > PATIENCE:
+            if not passing or attempt == tries - 1 or wait > LONGEST_RETRY_WAIT:
                 raise
             print(f"The Hub {'is busy' if answer is not None else 'hung up'}: trying again in {wait:.0f} s.")
             time.sleep(wait)
     raise AssertionError("not reached")
 
 
-SHAPES = {
+PATTERNS = {
     "a Hub token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b"),
     "an OpenAI key": re.compile(rb"\bsk-[A-Za-z0-9_-]{32,}"),
     "a GitHub token": re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})"),
     "an AWS key": re.compile(rb"\bAKIA[0-9A-Z]{16}\b"),
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-NAMED = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
+SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 HEAD = 2**24  # bytes of a file of weights that are read: its header
 RECORDS = ("run.json", "*.jsonl", "*.log")  # of a run: what stands in one of them is near to what is published
 
 
-def secrets_here() -> dict[bytes, str]:
+def env_secrets() -> dict[bytes, str]:
     """Values of this process's secrets, and what each is called."""
     from huggingface_hub import get_token
 
-    known = {v: n for n, v in os.environ.items() if NAMED.search(n.upper()) and len(v) >= 16 and not os.path.exists(v)}
+    known = {
+        v: n for n, v in os.environ.items() if SECRET_NAMES.search(n.upper()) and len(v) >= 16 and not os.path.exists(v)
+    }
     if token := get_token():
         known[token] = "HF_TOKEN"
     return {value.encode(): name for value, name in known.items()}
@@ -198,10 +200,10 @@ def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:
     for file in files:
         with file.open("rb") as opened:
             contents.append((file.name, opened.read(HEAD if file.suffix == ".safetensors" else -1)))
-    known, found = secrets_here(), []
+    known, found = env_secrets(), []
     for name, content in contents:
         found += [f"{called} in {name}" for value, called in known.items() if value in content]
-        found += [f"{kind} in {name}" for kind, shape in SHAPES.items() if shape.search(content)]
+        found += [f"{kind} in {name}" for kind, shape in PATTERNS.items() if shape.search(content)]
     return list(dict.fromkeys(found))
 
 

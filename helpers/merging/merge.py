@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from helpers.core import UserError
-from helpers.merging.weights import Entry, WeightFiles
-from helpers.models.resolve import INITIALIZED
+from helpers.merging.weights import TensorSpec, WeightFiles
+from helpers.models.resolve import BASE_KEEPING_INITS
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-Change = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
+Transform = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
 
 
-class Unknown(Exception):
+class UnsupportedAdapter(Exception):
     """A kind of adapter or checkpoint that is not merged tensor by tensor; says which."""
 
 
-class Merge:
+class StreamingMerger:
     """The tensors of `base` with `adapter` added, one at a time.
 
     `base` and `adapter` are folders. A base with fewer than `vocabulary` rows in its embeddings is given the rows that
@@ -56,11 +56,11 @@ class Merge:
         _refuse_rows_beyond(peft_config, self.vocabulary)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
-        self.change: Change = change(model) if change else lambda name, weight: weight
+        self.change: Transform = change(model) if change else lambda name, weight: weight
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))  # a name, and what it is tied to
         names = set(model.state_dict())
         if unknown := [name for name in self.base if name not in names]:
-            raise Unknown(f"a checkpoint whose names are not the model's ({unknown[0]})")
+            raise UnsupportedAdapter(f"a checkpoint whose names are not the model's ({unknown[0]})")
         layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
         self._embeddings = {f"{n}.weight" for n, module in model.named_modules() if any(module is x for x in layers)}
         peft_config.init_lora_weights = False  # nothing is initialized: all of it comes from the files
@@ -73,7 +73,9 @@ class Merge:
         try:
             set_peft_model_state_dict(self.model, dict(keys), low_cpu_mem_usage=True)
         except (RuntimeError, KeyError) as error:
-            raise Unknown(f"an adapter that does not fit its base ({' '.join(str(error).split())[:120]})") from None
+            raise UnsupportedAdapter(
+                f"an adapter that does not fit its base ({' '.join(str(error).split())[:120]})"
+            ) from None
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
         self._buffers = [torch.empty(0)] * 3
@@ -86,7 +88,7 @@ class Merge:
             adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
             if adapted and not any(name.startswith(f"{outer}.") for outer in found):
                 if any(True for _ in getattr(module, "original_module", torch.nn.Identity()).children()):
-                    raise Unknown(f"an adapter that brings {name} whole")
+                    raise UnsupportedAdapter(f"an adapter that brings {name} whole")
                 found[name] = module
         return found
 
@@ -101,15 +103,15 @@ class Merge:
             plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
             own = plain != name or not any(name.startswith(f"{owner}.") for owner in self._wrapped)
             if key is None and not own:
-                raise Unknown(f"an adapter without {name}")
+                raise UnsupportedAdapter(f"an adapter without {name}")
             if key is not None and own:
                 found[plain] = key
             used.add(key)
         if left := sorted(set(self.added) - used):
-            raise Unknown(f"an adapter whose {left[0]} has no place in the model")
+            raise UnsupportedAdapter(f"an adapter whose {left[0]} has no place in the model")
         return found
 
-    def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
+    def entries(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
         """What a merged checkpoint holds, in the order of the base's; floating-point tensors in `dtype`, if given.
 
         Weights that are tied and no longer equal are written both, and the configuration says that they are not tied.
@@ -123,10 +125,10 @@ class Merge:
                 found += [self._entry(each, dtype) for each in (name, to) if each not in have]
         return found
 
-    def _entry(self, name: str, dtype: torch.dtype | None) -> Entry:
+    def _entry(self, name: str, dtype: torch.dtype | None) -> TensorSpec:
         stored = self.base.entry(self._stored(name))
         shape = (self.vocabulary, *stored.shape[1:]) if self._has_a_row_a_token(name) else stored.shape
-        return Entry(name, shape, dtype if dtype and stored.dtype.is_floating_point else stored.dtype)
+        return TensorSpec(name, shape, dtype if dtype and stored.dtype.is_floating_point else stored.dtype)
 
     def _stored(self, name: str) -> str:
         """A weight's name in the base's files, where tied ones stand once."""
@@ -134,7 +136,7 @@ class Merge:
             return name
         other = {**self.tied, **{to: name for name, to in self.tied.items()}}.get(name, name)
         if other not in self.base:
-            raise Unknown(f"a base without {name}")
+            raise UnsupportedAdapter(f"a base without {name}")
         return other
 
     def _has_a_row_a_token(self, name: str) -> bool:
@@ -211,25 +213,25 @@ class Merge:
 def _refuse_unknown(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     if kind != "LORA":
-        raise Unknown(f"an adapter of kind {kind}")
+        raise UnsupportedAdapter(f"an adapter of kind {kind}")
     for name, usual in {"bias": "none", "lora_bias": False}.items():
         if getattr(peft_config, name, usual) != usual:
-            raise Unknown(f"an adapter with {name}={getattr(peft_config, name)!r}")
+            raise UnsupportedAdapter(f"an adapter with {name}={getattr(peft_config, name)!r}")
     for name in ("target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens"):
         if getattr(peft_config, name, None):
-            raise Unknown(f"an adapter with {name}")
+            raise UnsupportedAdapter(f"an adapter with {name}")
     if getattr(config, "quantization_config", None):
         raise UserError(
             "the adapter's base is quantized itself, and merging into it would round the adapter away: name the "
             "weights that it was made from with --base_model_id"
         )
     if not any(base.glob("*.safetensors")):
-        raise Unknown("a base that is not in safetensors")
+        raise UnsupportedAdapter("a base that is not in safetensors")
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise Unknown("an adapter that is not in safetensors")
-    if not isinstance(peft_config.init_lora_weights, bool) and peft_config.init_lora_weights not in INITIALIZED:
+        raise UnsupportedAdapter("an adapter that is not in safetensors")
+    if not isinstance(peft_config.init_lora_weights, bool) and peft_config.init_lora_weights not in BASE_KEEPING_INITS:
         # such an adapter takes a part of the base into itself when it is loaded
-        raise Unknown(f"an adapter that was initialized by {peft_config.init_lora_weights}")
+        raise UnsupportedAdapter(f"an adapter that was initialized by {peft_config.init_lora_weights}")
 
 
 def _refuse_rows_beyond(peft_config: Any, vocabulary: int) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.merging.merge import Merge
+    from helpers.merging.merge import StreamingMerger
     from helpers.merging.weights import WeightFiles
     from helpers.runs.run import Run
 
@@ -34,14 +34,14 @@ QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class LoadPrecision:
     """How a run's policy was computed: what its base was loaded in, and quantized to."""
 
     dtype: Any = "auto"
     quantization: BitsAndBytesConfig | None = None
 
     @classmethod
-    def by(cls, run: Run | None, merge_base: str = "auto") -> Trained:
+    def by(cls, run: Run | None, merge_base: str = "auto") -> LoadPrecision:
         """From run.json. An adapter from elsewhere (None) says nothing of it: with `merge_base` dequantized it is
         taken to be QLoRA's usual NF4 with double quantization, computed in bfloat16."""
         import torch
@@ -144,7 +144,7 @@ def comparison_table(rows: dict[str, dict[str, float]]) -> Any:
     return table
 
 
-def compare_layers(trained: Merge, folder: Path) -> dict[str, float]:
+def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
     """For a model that is too large to load: outputs of some adapted layers, as trained and as they were written.
 
     `trained` has the base as training computed with it. `relative` is the largest root mean square difference of a
@@ -175,7 +175,7 @@ def compare_layers(trained: Merge, folder: Path) -> dict[str, float]:
     return {"layers": len(names), "relative": worst}
 
 
-def refuse(proof: dict[str, float], max_kl: float, draft: Path) -> None:
+def check_kl(proof: dict[str, float], max_kl: float, draft: Path) -> None:
     """Raise UserError where a merge is not the policy that was trained, and remove it."""
     said = ""
     if not proof.get("kl", 0.0) <= max_kl:  # which what is not a number is not either
@@ -187,7 +187,7 @@ def refuse(proof: dict[str, float], max_kl: float, draft: Path) -> None:
         raise UserError(f"{said}: nothing is kept")
 
 
-def make_room() -> None:
+def free_memory() -> None:
     """Give memory of what is no longer named back."""
     import torch
 
@@ -198,7 +198,7 @@ def make_room() -> None:
 
 def compare_merges(
     load_policy: Callable[[], Any],
-    ways: dict[str, Merge],
+    ways: dict[str, StreamingMerger],
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[Message]],
     scratch: Path,
@@ -209,20 +209,20 @@ def compare_merges(
     """
     from transformers import AutoModelForCausalLM
 
-    from helpers.merging.weights import merge_into
+    from helpers.merging.weights import write_merged
 
     policy = load_policy()
     device = policy.device
     trained = last_logits(policy, tokenizer, conversations)
     found = {}
     for name, merge in ways.items():
-        merge_into(scratch, merge, {"merge_base": name}, 2 * 10**9, None)
+        write_merged(scratch, merge, {"merge_base": name}, 2 * 10**9, None)
         merge.config.save_pretrained(scratch)
         merged = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto", device_map={"": device}).eval()
         found[f"merged into {name}"] = compare_logits(trained, last_logits(merged, tokenizer, conversations))
         del merged
         shutil.rmtree(scratch)
-        make_room()
+        free_memory()
     merged = policy.merge_and_unload()
     found["PEFT, into 4 bits"] = compare_logits(trained, last_logits(merged, tokenizer, conversations))
     return found

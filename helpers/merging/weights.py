@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from helpers.core import SettingsError, UserError, find_path, reason
-from helpers.models.chat import end_tokens
+from helpers.core import SettingsError, UserError, find_path
+from helpers.models.chat import eos_token_ids
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.merging.merge import Merge
+    from helpers.merging.merge import StreamingMerger
     from helpers.runs.run import Run
 
 
@@ -39,7 +39,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """A tensor that is to be written."""
 
     name: str
@@ -84,9 +84,9 @@ class WeightFiles:
         found: torch.Tensor = self._in(self._where[name]).get_tensor(name)
         return found
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorSpec:
         part = self._in(self._where[name]).get_slice(name)
-        return Entry(name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+        return TensorSpec(name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
 
     def stamp(self) -> list[list[Any]]:
         """What tells these files from others: names, sizes and times."""
@@ -102,9 +102,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def plan_shards(entries: list[Entry], largest: int) -> dict[str, list[Entry]]:
+def plan_shards(entries: list[TensorSpec], largest: int) -> dict[str, list[TensorSpec]]:
     """File names, and what each holds, in order; a file is above `largest` bytes where a single tensor is."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > largest:
             shards.append([])
@@ -114,7 +114,7 @@ def plan_shards(entries: list[Entry], largest: int) -> dict[str, list[Entry]]:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _header(entries: list[Entry]) -> bytes:
+def _header(entries: list[TensorSpec]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -125,13 +125,13 @@ def _header(entries: list[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def is_whole(file: Path, entries: list[Entry]) -> bool:
+def is_complete(file: Path, entries: list[TensorSpec]) -> bool:
     """Whether a file that should hold `entries` is there with all of its bytes."""
     size = len(_header(entries)) + sum(entry.size for entry in entries)
     return file.is_file() and file.stat().st_size == size
 
 
-def write_shard(file: Path, entries: list[Entry], tensor: Callable[[str], torch.Tensor], told: Any = None) -> None:
+def write_shard(file: Path, entries: list[TensorSpec], tensor: Callable[[str], torch.Tensor], told: Any = None) -> None:
     """Write a file beside its name, one tensor at a time, and give it its name when it is whole.
 
     One tensor is made while the one before it is written. `told` is called with the bytes of each that is.
@@ -158,7 +158,7 @@ def _write(out: Any, content: memoryview, told: Any = None) -> None:
         told(whole)
 
 
-def write_index(folder: Path, shards: dict[str, list[Entry]]) -> None:
+def write_index(folder: Path, shards: dict[str, list[TensorSpec]]) -> None:
     """The index that a model in several files has."""
     if len(shards) > 1:
         total = sum(entry.size for entries in shards.values() for entry in entries)
@@ -198,12 +198,14 @@ def adapter_as_run(folder: Path) -> Run:
     return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
 
 
-def draft_of(run: Run) -> Path:
+def staging_dir(run: Run) -> Path:
     """Where a run's merged weights are written until they are whole, beside its folder and hidden."""
     return run.folder.with_name(f".{run.folder.name}.part")
 
 
-def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: int, dtype: torch.dtype | None) -> None:
+def write_merged(
+    folder: Path, merge: StreamingMerger, identity: dict[str, Any], largest: int, dtype: torch.dtype | None
+) -> None:
     """Write the merged weights into `folder`, which need not exist; one that a stopped merge left is gone on with.
 
     Each file is written beside its name and renamed when it is whole, so what stands there is not written again.
@@ -224,7 +226,7 @@ def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: in
     for draft in folder.glob("*.part"):
         draft.unlink()
     sizes = {file: sum(entry.size for entry in entries) for file, entries in shards.items()}
-    missing = {file: size for file, size in sizes.items() if not is_whole(folder / file, shards[file])}
+    missing = {file: size for file, size in sizes.items() if not is_complete(folder / file, shards[file])}
     if (free := shutil.disk_usage(folder).free) < (need := sum(missing.values()) + 2**20):
         raise UserError(f"the merged weights need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
@@ -238,7 +240,7 @@ def merge_into(folder: Path, merge: Merge, identity: dict[str, Any], largest: in
     write_index(folder, shards)
 
 
-def merge_by_peft(
+def merge_with_peft(
     folder: Path,
     base: Path,
     adapter: Path,
@@ -251,13 +253,13 @@ def merge_by_peft(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from helpers.models.plan import fit_embeddings
+    from helpers.models.plan import resize_embeddings
 
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base, dtype="auto", trust_remote_code=trust_remote_code
         )
-        fit_embeddings(model, tokenizer)
+        resize_embeddings(model, tokenizer)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         shutil.rmtree(folder, ignore_errors=True)
         (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
@@ -266,7 +268,9 @@ def merge_by_peft(
         raise UserError(f"PEFT does not merge this adapter: {' '.join(str(error).split())[:300]}") from None
 
 
-def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any) -> None:
+def save_config(
+    draft: Path, merge: StreamingMerger, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any
+) -> None:
     """All that stands beside the weights: configuration, tokenizer with its template, code of the base's own."""
     from transformers import GenerationConfig
 
@@ -282,11 +286,11 @@ def complete(draft: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase, base
     known = GenerationConfig.from_pretrained(draft) if file.is_file() else GenerationConfig.from_model_config(config)
     ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
     if tokenizer.eos_token_id not in ends:  # a chat format may end its answers with another token than the base
-        known.eos_token_id = end_tokens(tokenizer, known)
+        known.eos_token_id = eos_token_ids(tokenizer, known)
         known.save_pretrained(draft)
 
 
-def move_in(run: Run, draft: Path, **fields: Any) -> None:
+def finalize(run: Run, draft: Path, **fields: Any) -> None:
     """Finish the run in its draft, `fields` going into run.json, and give that the run's name in one step.
 
     An older merge of that name is whole until then.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-CHECKED = 16  # rows whose text and tokens `check_chat` looks at before training
+VALIDATED_ROWS = 16  # rows whose text and tokens `check_chat` looks at before training
 PROBE = [
     {"role": "user", "content": "Apples?"},
     {"role": "assistant", "content": "Two."},
@@ -22,7 +22,7 @@ PROBE = [
 ]
 
 
-def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> tuple[str, list[str]]:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> tuple[str, list[str]]:
     """Give the tokenizer a template: "auto" keeps its own, and takes mistral where it has none; else one of
     `chat_formats.FORMATS`, or a file of Jinja.
 
@@ -36,17 +36,17 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> t
         if tokenizer.chat_template:
             return "the tokenizer's own", []
         chat_format = "mistral"
-    if chat_format not in FORMATS:
+    if chat_format not in CHAT_TEMPLATES:
         file = find_path(chat_format)
         if file is None or not file.is_file():
             raise UserError(f"--chat_format {chat_format!r} is not one of {', '.join(FORMATS)}, nor a file")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
         return file.name, []
-    new = [token for token in TOKENS.get(chat_format, ()) if token not in tokenizer.get_vocab()]
+    new = [token for token in TEMPLATE_TOKENS.get(chat_format, ()) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-    tokenizer.chat_template = FORMATS[chat_format]
-    if chat_format in ENDS:
-        tokenizer.eos_token = ENDS[chat_format]
+    tokenizer.chat_template = CHAT_TEMPLATES[chat_format]
+    if chat_format in TEMPLATE_EOS:
+        tokenizer.eos_token = TEMPLATE_EOS[chat_format]
     return chat_format, new
 
 
@@ -68,7 +68,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """Tokens of a conversation, and labels that are -100 except on every assistant turn and its end.
 
     An assistant turn is what its rendering adds to the rendering of the prompt before it, so any template works whose
@@ -94,7 +94,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learned, strict=True)]}
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
     """Every token that ends an answer: those of the model's generation config, which may be its base's, and the
     tokenizer's, which a chat format may have changed."""
     ends = (config.eos_token_id if config is not None else None) or []
@@ -117,7 +117,7 @@ def show_labels(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -
     return text
 
 
-def render_or_fault(
+def try_render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False
 ) -> tuple[str, str]:
     """The text and "", or "" and why the template refuses the conversation."""
@@ -134,11 +134,11 @@ def render_all(
     try:
         texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
     except Exception:  # find out which
-        return [render_or_fault(tokenizer, messages, prompt) for messages in conversations]
+        return [try_render(tokenizer, messages, prompt) for messages in conversations]
     return [(str(text), "") for text in texts]
 
 
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+def supports_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template has a place for a system message: its text appears, and nothing is raised."""
     messages = [{"role": "system", "content": "Xyzzy."}, {"role": "user", "content": "Hello."}]
     try:
@@ -147,24 +147,24 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def prepend_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """A leading system message as the opening of the first user turn."""
     system, first, *rest = messages
     return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def folded(messages: list[dict[str, str]], system: bool) -> list[dict[str, str]]:
+def fold_system_message(messages: list[dict[str, str]], system: bool) -> list[dict[str, str]]:
     """The conversation as a template takes it that has a place for a system message (`system`) or has none."""
-    return messages if system or messages[0]["role"] != "system" else fold_system(messages)
+    return messages if system or messages[0]["role"] != "system" else prepend_system(messages)
 
 
-def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """What finds, in a message, text that would be read as one of the tokenizer's control tokens."""
     tokens = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def check_chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
     """Check on real conversations that this template is safe to train on. Raises UserError with the text and the ids.
 
     Text of every turn is there, in longer conversations too; one beginning-of-sequence token, where the tokenizer puts
@@ -198,8 +198,8 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict
 
 
 # What a format adds to a tokenizer that lacks it: new tokens, and the one that ends an answer.
-TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
-ENDS = {"chatml": "<|im_end|>"}
+TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+TEMPLATE_EOS = {"chatml": "<|im_end|>"}
 
 _ALTERNATE = (
     "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
@@ -274,4 +274,4 @@ HH = (
     "{%- endfor -%}"
 )
 
-FORMATS = {"mistral": MISTRAL, "chatml": CHATML, "tulu": TULU, "alpaca": ALPACA, "vicuna": VICUNA, "hh": HH}
+CHAT_TEMPLATES = {"mistral": MISTRAL, "chatml": CHATML, "tulu": TULU, "alpaca": ALPACA, "vicuna": VICUNA, "hh": HH}

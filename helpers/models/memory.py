@@ -11,21 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import SettingsError, find_path
-from helpers.data.workload import Work, read_work
+from helpers.data.workload import Workload, estimate_workload
 from helpers.models.decoder import Decoder, Linear, read_decoder
-from helpers.models.resolve import local_or_hub, missing_weights
+from helpers.models.resolve import missing_weights, resolve_model
 from helpers.runs.run import Run, read_run
 from helpers.settings.fields import TrainSettings
 
 GB = 10**9
 # States that an optimizer keeps of each weight: a prefix of its name, and how many (adafactor's are rows and columns).
-STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adamw": 2, "adam": 2, "ademamix": 3}
+OPTIMIZER_STATES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "lion": 1,
+    "rmsprop": 1,
+    "adagrad": 1,
+    "adamw": 2,
+    "adam": 2,
+    "ademamix": 3,
+}
 SMALL = 4096  # parameters of a weight below which bitsandbytes keeps its state in float32
 TILE = (4096, 32768)  # rows and columns of the logits that TRL has at a time (trl 1.16, kernels/chunked_logprob.py)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingSpec:
     """What decides on the memory of a run; `bits` are those of the frozen base's linear layers."""
 
     step: str
@@ -52,12 +61,14 @@ class Job:
         return self.tuning == "full"
 
 
-def read_job(values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False) -> Job:
+def training_spec(
+    values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False
+) -> TrainingSpec:
     """What the settings (`RunSettings.values()`) come to on a GPU with bfloat16, or with use_cpu on a CPU."""
     on_gpu = not values.get("use_cpu", False)
     bits = {"4bit": 4, "8bit": 8, "none": 16, "auto": 4 if values["tuning"] == "qlora" else 16}[values["quantization"]]
     engine = next((e for e in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"), "")
-    return Job(
+    return TrainingSpec(
         step=step,
         tuning=values["tuning"],
         bits=bits,
@@ -93,7 +104,7 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def estimate(decoder: Decoder, job: Job) -> dict[str, float]:
+def estimate_memory(decoder: Decoder, job: TrainingSpec) -> dict[str, float]:
     """Bytes on one device by part, with `peak` their sum.
 
     Weights, adapters, gradients and optimizer states are counted. Activations follow what autograd keeps of a layer of
@@ -119,7 +130,7 @@ def estimate(decoder: Decoder, job: Job) -> dict[str, float]:
     return part | {"peak": sum(part.values())}
 
 
-def weight_bytes(decoder: Decoder, job: Job) -> float:
+def weight_bytes(decoder: Decoder, job: TrainingSpec) -> float:
     """The base as it is loaded: float32 where it is trained; bitsandbytes leaves embeddings, head and norms alone."""
     if job.full:
         return (2.0 if job.stage and job.compute == 2 else 4.0) * decoder.parameters
@@ -139,7 +150,7 @@ def quantized_bytes(linear: Linear, bits: int) -> float:
     return linear.weights / 2 + blocks + 4 * math.ceil(blocks / 256) + tables
 
 
-def trained_sizes(decoder: Decoder, job: Job) -> list[int]:
+def trained_sizes(decoder: Decoder, job: TrainingSpec) -> list[int]:
     """The number of parameters of each weight that is trained, but for the input embeddings."""
     if job.full:
         biases = [linear.outputs for linear in decoder.linears if linear.bias]
@@ -151,24 +162,24 @@ def trained_sizes(decoder: Decoder, job: Job) -> list[int]:
     return sizes + [decoder.vocabulary * decoder.hidden for name in job.whole if "embed" not in name]
 
 
-def trained_embeddings(decoder: Decoder, job: Job) -> int:
+def trained_embeddings(decoder: Decoder, job: TrainingSpec) -> int:
     """Parameters of the input embeddings, where they are trained."""
     return decoder.vocabulary * decoder.hidden if job.full or any("embed" in name for name in job.whole) else 0
 
 
-def state_bytes(size: int, job: Job, embedding: bool = False) -> float:
+def state_bytes(size: int, job: TrainingSpec, embedding: bool = False) -> float:
     """What the optimizer keeps of a weight with so many parameters; one that is not in STATES counts as AdamW.
 
     8-bit states have a constant to each block of 256; small weights and embeddings (transformers 5.23, trainer.py,
     create_optimizer) have float32 ones nevertheless.
     """
     name = job.optimizer.removeprefix("paged_")
-    states = next((n for kind, n in STATES.items() if name.startswith(kind)), 2)
+    states = next((n for kind, n in OPTIMIZER_STATES.items() if name.startswith(kind)), 2)
     in_8bit = "8bit" in name and size >= SMALL and not embedding
     return states * size * ((1 + 4 / 256) if in_8bit else 4.0)
 
 
-def activation_bytes(decoder: Decoder, job: Job) -> float:
+def activation_bytes(decoder: Decoder, job: TrainingSpec) -> float:
     """The larger of two moments: the forward's end, with adapters cast for autocast; and the first layer's backward."""
     tokens = (2 if job.step == "dpo" else 1) * job.batch * job.length
     targets = decoder.targets(job.targets) if not job.full else []
@@ -189,7 +200,7 @@ def activation_bytes(decoder: Decoder, job: Job) -> float:
     return tokens * (decoder.layers * layer + ends + work) + casts
 
 
-def logit_bytes(decoder: Decoder, job: Job) -> float:
+def logit_bytes(decoder: Decoder, job: TrainingSpec) -> float:
     """TRL scores answers in tiles and never has all logits; a CPU has a tile several times over."""
     tokens = (2 if job.step == "dpo" else 1) * job.batch * job.length
     rows = min(tokens, TILE[0])
@@ -199,7 +210,7 @@ def logit_bytes(decoder: Decoder, job: Job) -> float:
     return tile + 6.0 * tokens * decoder.hidden + (4.0 * decoder.vocabulary * decoder.hidden if job.full else 0)
 
 
-def fitting(decoder: Decoder, job: Job, accumulation: int, limit: float) -> list[tuple[str, float]]:
+def suggest_changes(decoder: Decoder, job: TrainingSpec, accumulation: int, limit: float) -> list[tuple[str, float]]:
     """Flags that bring the peak under `limit` bytes, each with its peak: those that do it alone, or else one upon
     another, those first that leave the result as it is. Where nothing does, all together, whose peak is above it.
 
@@ -222,11 +233,11 @@ def fitting(decoder: Decoder, job: Job, accumulation: int, limit: float) -> list
     return [(" ".join(words), _peak(decoder, upon))]
 
 
-def _peak(decoder: Decoder, job: Job) -> float:
-    return estimate(decoder, job)["peak"]
+def _peak(decoder: Decoder, job: TrainingSpec) -> float:
+    return estimate_memory(decoder, job)["peak"]
 
 
-def _changes(job: Job, accumulation: int) -> list[list[tuple[str, dict[str, Any]]]]:
+def _changes(job: TrainingSpec, accumulation: int) -> list[list[tuple[str, dict[str, Any]]]]:
     """What may be changed, each from the mildest to the strongest."""
     kinds: list[list[tuple[str, dict[str, Any]]]] = []
     if not job.checkpointing:
@@ -261,9 +272,9 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     values, whole = settings.values(), parent is not None and not parent.is_adapter
     folder = parent.folder if parent and whole else find_path(values["model_id"])
     has_config = folder is not None and (folder / "config.json").is_file()  # nothing more is read of it
-    root = str(folder) if has_config else local_or_hub(values["model_id"], values["revision"])
+    root = str(folder) if has_config else resolve_model(values["model_id"], values["revision"])
     accumulation = settings.accumulation()
-    work = _work_lines(read_work(settings, root, accumulation), settings)
+    work = _work_lines(estimate_workload(settings, root, accumulation), settings)
     if has_config and (lacking := missing_weights(Path(root))):
         work.append(f"The weights are not here yet: {Path(root).name} {lacking}.")
     try:
@@ -271,13 +282,13 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         return [f"Memory: unknown, because its config.json is of a kind that is not known here: {reason}", *work]
-    job = read_job(values, settings.step, decoder, parent is not None and parent.is_adapter)
+    job = training_spec(values, settings.step, decoder, parent is not None and parent.is_adapter)
     if not job.full and not decoder.targets(job.targets):
         raise SettingsError(f"--lora_targets {job.targets!r} is the name of no linear layer of {values['model_id']}")
-    parts, limit = estimate(decoder, job), values["memory_gb"] * GB
+    parts, limit = estimate_memory(decoder, job), values["memory_gb"] * GB
     lines = []
     if parts["peak"] > limit:
-        found = fitting(decoder, job, 0 if values["global_batch_size"] else accumulation, limit)
+        found = suggest_changes(decoder, job, 0 if values["global_batch_size"] else accumulation, limit)
         lines = [f"  {words}  ({_size(peak)})" for words, peak in found]
         fits = found[0][1] <= limit
         lines = [
@@ -287,11 +298,11 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     return [_table(parts, job, limit), *lines, *work]
 
 
-def _table(parts: dict[str, float], job: Job, limit: float) -> Any:
+def _table(parts: dict[str, float], job: TrainingSpec, limit: float) -> Any:
     from rich.table import Table
 
     plain = "float32" if job.compute == 4 or (job.full and not job.stage) else "bfloat16"
-    known = any(job.optimizer.removeprefix("paged_").startswith(kind) for kind in STATES)
+    known = any(job.optimizer.removeprefix("paged_").startswith(kind) for kind in OPTIMIZER_STATES)
     pages = ", which may page to the CPU" if "paged" in job.optimizer else ""
     shape = f"batch {job.batch}, {job.length:,} tokens"
     said = {
@@ -309,7 +320,7 @@ def _table(parts: dict[str, float], job: Job, limit: float) -> Any:
     return table
 
 
-def _work_lines(work: Work, settings: TrainSettings) -> list[str]:
+def _work_lines(work: Workload, settings: TrainSettings) -> list[str]:
     if work.steps is None:
         return [f"Steps, tokens and time: unknown, because {work.note}."]
     if work.tokens is None:

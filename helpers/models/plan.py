@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, in_kernel, is_main_process
+from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook
 from helpers.models import chat as chat_formats
 from helpers.runs.run import read_run
 from helpers.settings.fields import RunSettings
@@ -28,13 +28,13 @@ DEMO = "--recipe recipes/demo.yaml"
 LARGEST_ON_CPU = 3.0  # billions of parameters; above it one step takes minutes
 
 
-def sharded() -> bool:
+def is_sharded() -> bool:
     """Whether accelerate was launched with DeepSpeed or FSDP."""
     return any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("DEEPSPEED", "FSDP"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """How a model is loaded and computed with here."""
 
     device: str
@@ -49,12 +49,12 @@ class Plan:
         """What TrainingArguments is told of a CPU. DeepSpeed finds it by itself, and is told how to talk."""
         if self.device != "cpu":
             return {}
-        return {"ddp_backend": "gloo"} if sharded() else {"use_cpu": True}
+        return {"ddp_backend": "gloo"} if is_sharded() else {"use_cpu": True}
 
     @property
     def optimizer(self) -> str:
         """AdamW with 8-bit state that pages to the CPU's memory on a GPU, PyTorch's own elsewhere and when sharded."""
-        return "paged_adamw_8bit" if self.device == "cuda" and not sharded() else "adamw_torch"
+        return "paged_adamw_8bit" if self.device == "cuda" and not is_sharded() else "adamw_torch"
 
     @property
     def device_map(self) -> dict[str, Any] | None:
@@ -62,7 +62,7 @@ class Plan:
 
         None where DeepSpeed or FSDP decides what goes where.
         """
-        if sharded():
+        if is_sharded():
             return None
         return {"": int(os.environ.get("LOCAL_RANK", "0")) if self.device == "cuda" else self.device}
 
@@ -93,7 +93,7 @@ def plan_model(
     quantization: str = "auto",
     attention: str = "auto",
     given: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> LoadPlan:
     """Decide, from what this machine has, how `model_id` is loaded for `tuning` (that of 02_dpo.py, or "none").
 
     Weights that are themselves trained stay in float32, with bfloat16 autocast where the hardware has it; others are
@@ -131,7 +131,7 @@ def plan_model(
         flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
         attention = "flash_attention_2" if flash else "sdpa"
     dtype = torch.float32 if tuning == "full" else compute
-    return Plan(device, dtype, config, attention, bf16, fp16)
+    return LoadPlan(device, dtype, config, attention, bf16, fp16)
 
 
 def _refuse_large_model_on_cpu(model_id: str, device: str) -> None:
@@ -151,14 +151,14 @@ def _refuse_several_gpus() -> None:
     import torch
 
     if "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
-        words = "notebooks/..." if in_kernel() else shlex.join(sys.argv)
+        words = "notebooks/..." if is_notebook() else shlex.join(sys.argv)
         raise UserError(
             f"{n} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES=0 to use one of them, or use all with: "
             f"accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes {n} {words}"
         )
 
 
-def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
+def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     """adapter_config.json of an adapter that is trained further; its rank, scale and targets replace the settings'.
 
     Raises SettingsError where one given by hand differs (a recipe's are for the adapters that it makes itself), or
@@ -168,7 +168,7 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     if settings.values()["tuning"] == "full":
         raise SettingsError(f"--tuning full, but {folder.name} is an adapter: it can only be trained further as one")
     name = str(settings.values().get("chat_format"))
-    new = chat_formats.TOKENS.get(name, ())
+    new = chat_formats.TEMPLATE_TOKENS.get(name, ())
     known = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json"))
     if any(token not in known for token in new):
         raise SettingsError(
@@ -192,7 +192,7 @@ def adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     return config
 
 
-def modules_named(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
+def check_modules_to_save(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
     """LoraConfig's modules_to_save. Raises SettingsError for a name of no module, which PEFT takes without a word."""
     have = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in names:
@@ -203,7 +203,7 @@ def modules_named(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] |
     return list(names) or None
 
 
-def train_adapter_in_float32(model: torch.nn.Module) -> None:
+def upcast_adapter(model: torch.nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
 
     Where TRL keeps a frozen copy under "ref", the values are taken from there: the cast had rounded them.
@@ -215,7 +215,7 @@ def train_adapter_in_float32(model: torch.nn.Module) -> None:
             weight.data = exact.data.float().clone()
 
 
-def compute_4bit_alike(model: torch.nn.Module) -> None:
+def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
     """On a CPU, compute 4-bit layers in evaluation as in training.
 
     bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation, and
@@ -228,7 +228,7 @@ def compute_4bit_alike(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def save_policy(trainer: Any, folder: Path) -> None:
+def save_model(trainer: Any, folder: Path) -> None:
     """Save the tokenizer, and the model or the trained adapter: TRL's save_model adds the frozen "ref" copy to that.
 
     Every process of a launch takes part: under ZeRO-3 and FSDP each holds a piece of the weights.
@@ -248,7 +248,7 @@ def save_policy(trainer: Any, folder: Path) -> None:
         trainer.processing_class.save_pretrained(folder)
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give tokens beyond the model's vocabulary a row each in embeddings and LM head: the mean of all others.
 
     The same base and tokenizer always give the same rows, so an adapter that replaces them (`token_rows`) finds the
@@ -265,12 +265,12 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
-            with _whole(layer.weight) as weight:
+            with _gathered(layer.weight) as weight:
                 weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
 @contextlib.contextmanager
-def _whole(weight: Any) -> Iterator[torch.Tensor]:
+def _gathered(weight: Any) -> Iterator[torch.Tensor]:
     """The data of a weight; under ZeRO-3, where each process holds a piece, put together and shared out again."""
     if hasattr(weight, "ds_id"):
         import deepspeed
@@ -281,7 +281,7 @@ def _whole(weight: Any) -> Iterator[torch.Tensor]:
         yield weight.data
 
 
-def token_rows(
+def trainable_token_indices(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]
 ) -> dict[str, list[int]] | None:
     """`trainable_token_indices` for PEFT: the rows of `tokens` in the embeddings and, where it is not tied to them, in

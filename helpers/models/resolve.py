@@ -7,19 +7,19 @@ import json
 import os
 from pathlib import Path
 
-from helpers.core import UserError, find_path, fingerprint, reason
+from helpers.core import UserError, find_path, fingerprint
 from helpers.runs.run import find_run, read_run
 from helpers.settings.credentials import hf_token
 
-INITIALIZED = ("gaussian", "orthogonal", "eva")  # ways to begin an adapter that leave its base as it is
+BASE_KEEPING_INITS = ("gaussian", "orthogonal", "eva")  # ways to begin an adapter that leave its base as it is
 # What must stand beside a configuration, for a folder to be a model or an adapter.
-WEIGHTS = {
+WEIGHT_PATTERNS = {
     "config.json": ("*.safetensors", "pytorch_model*.bin"),
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
 
-def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -> str:
+def resolve_model(model_id: str, revision: str = "", file: str = "config.json") -> str:
     """The path of a local folder as one can open it from here, or the Hub id as it is.
 
     Raises UserError where neither has `file`, before anything large is fetched. A gated model asks for a token.
@@ -55,7 +55,7 @@ def local_or_hub(model_id: str, revision: str = "", file: str = "config.json") -
 
 def missing_weights(folder: Path, file: str = "config.json") -> str:
     """What of the weights beside `file` is not there, as "has ... and no weights"; "" where nothing is missing."""
-    weights = WEIGHTS.get(file, ("*",))
+    weights = WEIGHT_PATTERNS.get(file, ("*",))
     if not any(True for pattern in weights for _ in folder.glob(pattern)):
         return f"has a {file} and no weights ({' or '.join(weights)})"
     for index in folder.glob("*.index.json"):
@@ -81,7 +81,7 @@ def _ask_for_the_hub() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class ModelRef:
     """A model that answers: a whole one, an adapter on its base, or the model `base` behind an endpoint.
 
     `revision` is the base's; "" means main. `changes_base`: the adapter takes a part of the base into itself when it is
@@ -114,7 +114,7 @@ class Candidate:
         return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
 
 
-def find_adapter(name: str, base_model_id: str | None = None) -> Candidate:
+def find_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
     """An adapter, in a folder or on the Hub, and the base that it names. Raises UserError where it is none.
 
     `base_model_id` is the setting that names another base, which may be ""; None where there is no such setting.
@@ -122,31 +122,33 @@ def find_adapter(name: str, base_model_id: str | None = None) -> Candidate:
     from peft import PeftConfig
 
     try:
-        adapter = local_or_hub(name, file="adapter_config.json")
+        adapter = resolve_model(name, file="adapter_config.json")
     except UserError as error:
         raise UserError(f"there is no adapter to merge: {error}") from None
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
     start = getattr(config, "init_lora_weights", True)
     try:
-        base = local_or_hub(base_model_id or str(config.base_model_name_or_path), revision)
+        base = resolve_model(base_model_id or str(config.base_model_name_or_path), revision)
     except UserError as error:
         mend = "bring it back, or make that run again" if base_model_id is None else "--base_model_id names another"
         raise UserError(f"the base of the adapter in {name!r}: {error}; {mend}") from None
-    return Candidate(Path(name).name, base, adapter, revision, not isinstance(start, bool) and start not in INITIALIZED)
+    return ModelRef(
+        Path(name).name, base, adapter, revision, not isinstance(start, bool) and start not in BASE_KEEPING_INITS
+    )
 
 
-def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[Candidate]:
+def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
     """What each of `names` means: a run, an adapter, a model, "latest"; what it started from stands before it.
 
     NAME@http://... is the model NAME behind that endpoint; with `base_url` every name is one behind it.
     """
-    found: list[Candidate] = []
+    found: list[ModelRef] = []
     for name in names:
         model, at, url = (name, "@", base_url) if base_url else name.partition("@http")
         if at:
             url = base_url or f"http{url}"
-            found.append(Candidate(Path(model).name, model, base_url=url))
+            found.append(ModelRef(Path(model).name, model, base_url=url))
             continue
         folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
         folder = folder or find_path(str(output_dir / name))
@@ -155,7 +157,7 @@ def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = ""
                 me = find_adapter(name)
                 found += [dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False), me]
             else:
-                found.append(Candidate(Path(name).name, name))
+                found.append(ModelRef(Path(name).name, name))
             continue
         parent = Path(read_run(folder).get("parent_folder") or "")
         if (folder / "adapter_config.json").is_file():
@@ -166,9 +168,9 @@ def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = ""
                 found.append(dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False))
             found.append(me)
         elif parent.name and (parent / "config.json").is_file():
-            found += [Candidate(parent.name, str(parent)), Candidate(folder.name, str(folder))]
+            found += [ModelRef(parent.name, str(parent)), ModelRef(folder.name, str(folder))]
         else:
-            found.append(Candidate(folder.name, str(folder)))
+            found.append(ModelRef(folder.name, str(folder)))
     found = _once(found)
     names_so_far = [c.name for c in found]
     if "tie" in names_so_far:
@@ -181,9 +183,9 @@ def find_candidates(names: tuple[str, ...], output_dir: Path, base_url: str = ""
     ]
 
 
-def _once(found: list[Candidate]) -> list[Candidate]:
+def _once(found: list[ModelRef]) -> list[ModelRef]:
     """Each model once, under the first name that it has."""
-    seen: dict[tuple[str, str | None, str, str], Candidate] = {}
+    seen: dict[tuple[str, str | None, str, str], ModelRef] = {}
     for candidate in found:
         seen.setdefault((candidate.base, candidate.adapter, candidate.revision, candidate.base_url), candidate)
     return list(seen.values())

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, answer_help, find_path, report_user_errors, short_path
+from helpers.core import SettingsError, UserError, find_path, install_error_hook, print_help_if_asked, short_path
 from helpers.runs.run import read_run
 from helpers.settings import load as layers
-from helpers.training.diagnostics import examine
+from helpers.training.diagnostics import diagnose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 History = list[dict[str, float]]  # what the Trainer logged, one dictionary a log
-SAMPLES = "samples.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 WINDOW = 5  # logs of training that are looked at together
 
 
@@ -39,7 +39,7 @@ def read_history(file: Path) -> History:
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Each answer sampled in a run: its step, prompt, answer and number of tokens; [] where there is none."""
-    return _read_rows(folder / SAMPLES)
+    return _read_rows(folder / SAMPLES_FILE)
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
@@ -58,11 +58,11 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def is_dpo(history: History) -> bool:
+def is_dpo_history(history: History) -> bool:
     return any("rewards/margins" in log for log in history)
 
 
-def ends(history: History, name: str, of: Callable[..., float]) -> list[float]:
+def first_and_last(history: History, name: str, of: Callable[..., float]) -> list[float]:
     """Where a value began and where it is now: the first evaluation and `of` (min or max) the last two of the others,
     which are of the same rows. Without those, or where the first came after logs of training, medians of the first and
     last window of training. [] before that."""
@@ -117,7 +117,7 @@ class Curves:
 
     name: str
     history: History
-    findings: list[Finding]
+    findings: list[Diagnostic]
     samples: list[dict[str, Any]]
 
     @classmethod
@@ -129,11 +129,11 @@ class Curves:
         unknown = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
         length = record.get("max_steps") or unknown  # a run that was stopped has gone a part of its length
         losses = tuple((record.get("settings") or {}).get("loss_type") or ())
-        return cls(folder.resolve().name, history, examine(history, length, losses), read_samples(folder))
+        return cls(folder.resolve().name, history, diagnose(history, length, losses), read_samples(folder))
 
     @property
     def figure(self) -> Figure:
-        return draw(self.history, self.name, self.findings)
+        return plot_run(self.history, self.name, self.findings)
 
     def as_png(self) -> bytes:
         self.figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
@@ -154,7 +154,7 @@ class Curves:
         return Group(words, table) if steps else words
 
 
-def draw(history: History, title: str = "", findings: Sequence[Finding] = ()) -> Figure:
+def plot_run(history: History, title: str = "", findings: Sequence[Diagnostic] = ()) -> Figure:
     """A run: a panel for each thing that was logged, over the same steps, and under them what is wrong.
 
     Lines are training, dots are evaluations.
@@ -162,7 +162,7 @@ def draw(history: History, title: str = "", findings: Sequence[Finding] = ()) ->
     return _draw({"": history}, title, findings)
 
 
-def draw_over(histories: Mapping[str, History], title: str = "") -> Figure:
+def plot_runs(histories: Mapping[str, History], title: str = "") -> Figure:
     """Several runs over one another, a colour each, by the names that they have in `histories`."""
     return _draw(histories, title)
 
@@ -176,7 +176,7 @@ def _colours(count: int) -> list[Any]:
     return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Finding] = ()) -> Figure:
+def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Diagnostic] = ()) -> Figure:
     import textwrap
 
     from matplotlib.figure import Figure
@@ -244,8 +244,8 @@ def _held_out(trainer: Trainer) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Draw the runs whose folders are named, and say of each what is wrong with it."""
-    report_user_errors()
-    answer_help(argv, __doc__)
+    install_error_hook()
+    print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     flags = dict(layers.split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
@@ -253,9 +253,9 @@ def main(argv: Sequence[str]) -> None:
     out = Path(flags.get("out", ["curves.png"])[0])
     _refuse_out(out)
     runs = {folder: Curves.read(folder) for folder in ((find_path(name) or Path(name)).resolve() for name in argv[:at])}
-    labelled = dict(zip(names_apart(list(runs)), runs.values(), strict=True))
+    labelled = dict(zip(shortest_names(list(runs)), runs.values(), strict=True))
     several = {label: run.history for label, run in labelled.items()}
-    figure = draw_over(several) if len(several) > 1 else next(iter(runs.values())).figure
+    figure = plot_runs(several) if len(several) > 1 else next(iter(runs.values())).figure
     figure.savefig(out, dpi=120)
     for label, run in labelled.items():
         for finding in run.findings:
@@ -263,11 +263,11 @@ def main(argv: Sequence[str]) -> None:
     print(f"Drawn: {short_path(out)}")
 
 
-def names_apart(folders: Sequence[Path]) -> list[str]:
+def shortest_names(folders: Sequence[Path]) -> list[str]:
     """For each of these folders the shortest end of its path that no other one has."""
-    ends = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
-    shared = Counter(end for of_one in ends for end in of_one)
-    return [next((end for end in of_one if shared[end] == 1), of_one[-1]) for of_one in ends]
+    first_and_last = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
+    shared = Counter(end for of_one in first_and_last for end in of_one)
+    return [next((end for end in of_one if shared[end] == 1), of_one[-1]) for of_one in first_and_last]
 
 
 def _refuse_out(out: Path) -> None:
@@ -312,7 +312,7 @@ def log_to_wandb(run: Run) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """Its function's name, what was seen (with numbers), why it matters, and which settings to try."""
 
     name: str

@@ -26,12 +26,12 @@ from helpers.core import (
     REPO,
     SettingsError,
     UserError,
-    answer_help,
+    atomic_write,
     find_path,
+    install_error_hook,
     is_main_process,
-    report_user_errors,
+    print_help_if_asked,
     short_path,
-    write_whole,
 )
 from helpers.runs.curves import PANELS, Curves, History, read_history, read_samples, series
 from helpers.runs.run import STEPS, Run, dataset_names, lineage, parent_of, read_run
@@ -82,7 +82,7 @@ def write_report(folder: Path) -> Path:
         )
     )
     file = folder / FILE
-    write_whole(file, page.encode("utf-8", errors="xmlcharrefreplace"))  # half a surrogate pair becomes U+FFFD there
+    atomic_write(file, page.encode("utf-8", errors="xmlcharrefreplace"))  # half a surrogate pair becomes U+FFFD there
     return file
 
 
@@ -101,7 +101,7 @@ def show_report(*folders: Path) -> None:
         print(f"Report: {short_path(files[-1])}")
 
 
-def leave_report(folder: Path) -> None:
+def save_partial_report(folder: Path) -> None:
     """curves.png and report.html of a run that is ended early, where it has logged anything.
 
     What ended it is about to be raised, so nothing is here: not what goes wrong, nor a second Ctrl-C. SIGTERM, which a
@@ -112,7 +112,7 @@ def leave_report(folder: Path) -> None:
     with contextlib.suppress(Exception, KeyboardInterrupt):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        write_whole(folder / "curves.png", Curves.read(folder).as_png())
+        atomic_write(folder / "curves.png", Curves.read(folder).as_png())
         print(f"Report: {short_path(write_report(folder))}", flush=True)
 
 
@@ -149,8 +149,8 @@ def _policy(template: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Make the report of the run whose folder is named anew."""
-    report_user_errors()
-    answer_help(argv, __doc__)
+    install_error_hook()
+    print_help_if_asked(argv, __doc__)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers.report outputs/<run>")
     folder = find_path(argv[0])

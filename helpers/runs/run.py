@@ -21,28 +21,28 @@ from typing import Any
 
 from helpers.core import (
     REPO,
+    CleanExit,
     Interrupted,
     SettingsError,
-    Stop,
     UserError,
     find_path,
-    in_kernel,
     is_main_process,
+    is_notebook,
     short_path,
-    wait_for_all,
+    wait_for_everyone,
     write_json,
 )
 from helpers.hub.push import merge_and_push
 from helpers.runs.checkpoints import (
-    explain,
-    named_checkpoint,
-    newest_marked,
-    refuse_other_processes,
-    refuse_other_settings,
-    refuse_unwritable,
-    remove_broken,
-    set_broken_aside,
-    set_later_aside,
+    check_process_count,
+    check_same_settings,
+    check_writable,
+    explain_failure,
+    last_complete_checkpoint,
+    quarantine_incomplete,
+    quarantine_later,
+    remove_quarantined,
+    resolve_checkpoint,
 )
 from helpers.settings.fields import RunSettings
 
@@ -105,26 +105,26 @@ class Run:
             # before anything else: a run that this one replaces goes, and its checkpoints with it
             self.update(status="running", resumed_from=str(named) if named else before)
             if is_main_process():
-                set_later_aside(self.folder, named) if named else set_broken_aside(self.folder)
-            wait_for_all()
-            checkpoint = named or newest_marked(self.folder)
+                quarantine_later(self.folder, named) if named else quarantine_incomplete(self.folder)
+            wait_for_everyone()
+            checkpoint = named or last_complete_checkpoint(self.folder)
             if checkpoint:
                 print(f"Going on from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            explained = None if stopped else explain(error, self.folder)
+            explained = None if stopped else explain_failure(error, self.folder)
             told = explained or (error if isinstance(error, Interrupted) else None)
-            if told and self.anew and newest_marked(self.folder):
+            if told and self.anew and last_complete_checkpoint(self.folder):
                 told.args = (f"{told} (leave out --resume never, which would begin anew)",)
             with contextlib.suppress(OSError):  # a full disk has no room for this either
                 if stopped:
                     self.update(status="interrupted")
                 else:
                     self.update(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
-            from helpers.runs.report import leave_report
+            from helpers.runs.report import save_partial_report
 
-            leave_report(self.folder)
+            save_partial_report(self.folder)
             if explained:
                 raise explained from None
             raise
@@ -140,7 +140,7 @@ class Run:
                 weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
         if is_main_process():
-            remove_broken(self.folder)
+            remove_quarantined(self.folder)
         self.update(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
@@ -164,22 +164,22 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
     its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
     Raises SettingsError where a name given by hand belongs to a run with other settings.
     """
-    refuse_unwritable(settings.output_dir)
+    check_writable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     origin = parent.record.get("fingerprint", "") if parent else origin
     digest = settings.digest(origin)
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
     run = Run(folder, read_run(folder))
     if settings.resume not in ("auto", "never"):
-        run.resume_from = named_checkpoint(settings.resume)
+        run.resume_from = resolve_checkpoint(settings.resume)
     start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
         begin = f" would start from {start}" if settings.step in NEXT else ""  # the others make nothing of a model
-        raise Stop(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
+        raise CleanExit(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
     if run.record and settings.resume == "never":
         run = Run(folder, {}, replaces=True)
     elif run.record:
-        refuse_other_settings(folder, run.record, settings.identity(), origin)
+        check_same_settings(folder, run.record, settings.identity(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
     if run.finished:
@@ -187,18 +187,18 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         push = getattr(settings, "push_to_hub", False)
         if settings.step == "merge" and push:
             return run
-        if not in_kernel() and settings.step in NEXT:  # of others there are tables to look at
+        if not is_notebook() and settings.step in NEXT:  # of others there are tables to look at
             if settings.step == "dpo" and (push or getattr(settings, "merge_adaptors", False)):
                 merge_and_push(run, settings)
                 message = f"{short_path(folder)} was finished before; it was not trained again."
-            raise Stop(f"{message}\nNext: {run.next_command(settings.recipe)}")
+            raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
         print(message)
         return run
     run.anew = settings.resume == "never"
     run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows = settings.rows_a_step()
-    refuse_other_processes(folder, run.record.get("processes"), processes, rows == run.record.get("rows_a_step"))
+    check_process_count(folder, run.record.get("processes"), processes, rows == run.record.get("rows_a_step"))
     run.record |= dict(
         settings=settings.values(),
         identity=settings.identity(),
@@ -209,8 +209,8 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         origin=origin,
         processes=processes,
         rows_a_step=rows,
-        versions=versions(),
-        commit=commit(),
+        versions=package_versions(),
+        commit=git_commit(),
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
@@ -251,7 +251,7 @@ def _now() -> str:
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Python's version and those of the packages that decide on a run's numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -262,7 +262,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
+def git_commit() -> str:
     """The repository's commit, with "+" behind it when files differ from it."""
     try:
         text = subprocess.run(

@@ -35,14 +35,14 @@ from helpers.core import (
     Interrupted,
     SettingsError,
     UserError,
-    answer_help,
     find_path,
-    report_user_errors,
+    install_error_hook,
+    print_help_if_asked,
     short_path,
     show,
     write_json,
 )
-from helpers.runs.curves import Curves, draw_over
+from helpers.runs.curves import Curves, plot_runs
 from helpers.runs.run import read_run
 from helpers.settings import load as layers
 from helpers.settings import trl_fields
@@ -79,8 +79,8 @@ class Point:
 
 def main(argv: Sequence[str]) -> None:
     """Run the grid. Raises UserError where a run failed, after all the others, and SettingsError before any."""
-    report_user_errors()
-    answer_help(argv, __doc__)
+    install_error_hook()
+    print_help_if_asked(argv, __doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":
         raise SettingsError("usage: python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
 def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
     """The points of the grid, each checked as the notebook would, and the folder that its runs go to."""
     cls = settings_of(notebook)
-    kinds = trl_fields.kinds(cls.step) | {name: str(hint) for name, hint in get_type_hints(cls).items()}
+    kinds = trl_fields.field_types(cls.step) | {name: str(hint) for name, hint in get_type_hints(cls).items()}
     lists = {name for name, kind in kinds.items() if "list[" in kind or "dict" in kind or "tuple" in kind}
     given: dict[str, list[list[str]]] = {}
     for name, words in layers.split_flags(list(argv)):
@@ -222,7 +222,7 @@ def summarise(folder: Path, points: Sequence[Point]) -> None:
         table.add_row(
             *point.values.values(), *values, found or "-", name if status == "finished" else f"{name} {status}"
         )
-    show(draw_over({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
+    show(plot_runs({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
     show(table, f"Drawn: {short_path(folder / 'curves.png')}")
 
 

@@ -6,7 +6,7 @@ import getpass
 import os
 import sys
 
-from helpers.core import SettingsError, UserError, in_kernel
+from helpers.core import SettingsError, UserError, is_notebook
 
 
 def hf_token(needed_for: str) -> str:
@@ -16,7 +16,7 @@ def hf_token(needed_for: str) -> str:
     """
     from huggingface_hub import get_token
 
-    token = get_token() or _ask("HF_TOKEN")
+    token = get_token() or _prompt_for("HF_TOKEN")
     if not token:
         raise UserError(
             f"{needed_for} needs a Hub token: set HF_TOKEN in the environment or in .env, or `hf auth login`"
@@ -44,7 +44,7 @@ def prepare_tracker(report_to: str, project: str) -> None:
         os.environ["WANDB_PROJECT"] = project
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or _has_wandb_key():
         return
-    if key := _ask("WANDB_API_KEY"):
+    if key := _prompt_for("WANDB_API_KEY"):
         os.environ["WANDB_API_KEY"] = key
         return
     os.environ["WANDB_MODE"] = "offline"
@@ -70,9 +70,9 @@ def _has_wandb_key() -> bool:
     return False
 
 
-def _ask(name: str) -> str:
+def _prompt_for(name: str) -> str:
     """The token typed by a person, or "" where there is nobody: no terminal, or a kernel without stdin."""
-    if not in_kernel() and not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not is_notebook() and not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return ""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return ""

@@ -11,29 +11,29 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers.core import SettingsError, in_kernel
+from helpers.core import SettingsError, is_notebook
 from helpers.settings import trl_fields
 from helpers.training import diagnostics as health
 
-RANKS = ("default", "recipe", ".env", "environment", "notebook", "flag")
-LEAST: dict[str, float] = dict.fromkeys(
+SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
+MINIMUMS: dict[str, float] = dict.fromkeys(
     ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "sample_steps", "rows",
      "show_rows", "max_calls", "max_tokens", "temperature", "top_k"), 0,
 )  # fmt: skip
-LEAST |= dict.fromkeys(
+MINIMUMS |= dict.fromkeys(
     ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "sample_tokens", "batch_size",
      "max_new_tokens", "max_concurrency", "num_beams", "timeout"), 1,
 )  # fmt: skip
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
-NOT_IDENTITY = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
-NOT_IDENTITY |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
-NOT_IDENTITY |= {"show_rows", "chat", "batch_size", "max_concurrency", "max_calls", "max_tokens", "timeout"}
-NOT_IDENTITY |= {"retry_errors", "price_in", "price_out"}
-NOT_IDENTITY |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
-NOT_IDENTITY |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
-NOT_IDENTITY |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
-NOT_IDENTITY |= {"precompute_ref_log_probs"}  # says when the reference's are computed, not what they are
-NOT_IDENTITY_OF = {"judge": {"seed", "base_url", "max_new_tokens"}, "vibes": {"base_url"}}
+HASH_EXCLUDED = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
+HASH_EXCLUDED |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
+HASH_EXCLUDED |= {"show_rows", "chat", "batch_size", "max_concurrency", "max_calls", "max_tokens", "timeout"}
+HASH_EXCLUDED |= {"retry_errors", "price_in", "price_out"}
+HASH_EXCLUDED |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
+HASH_EXCLUDED |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
+HASH_EXCLUDED |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
+HASH_EXCLUDED |= {"precompute_ref_log_probs"}  # says when the reference's are computed, not what they are
+HASH_EXCLUDED_BY_STEP = {"judge": {"seed", "base_url", "max_new_tokens"}, "vibes": {"base_url"}}
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is."""
-        left_out = NOT_IDENTITY | NOT_IDENTITY_OF.get(self.step, set())
+        left_out = HASH_EXCLUDED | HASH_EXCLUDED_BY_STEP.get(self.step, set())
         return {name: v for name, v in self.values().items() if name not in left_out}
 
     def digest(self, *more: str) -> str:
@@ -82,7 +82,7 @@ class RunSettings:
 
     def check(self) -> None:
         """Refuse settings that cannot work. Raises SettingsError."""
-        for name, least in LEAST.items():
+        for name, least in MINIMUMS.items():
             if (value := getattr(self, name, least)) < least:
                 raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
 
@@ -145,7 +145,7 @@ class TrainSettings(RunSettings):
         own: Any = self  # the notebooks' own fields
         per_device, processes = own.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
         rank = {
-            name: RANKS.index(self.sources.get(name, "default").split()[0])
+            name: SOURCE_ORDER.index(self.sources.get(name, "default").split()[0])
             for name in ("global_batch_size", "gradient_accumulation_steps")
         }
         if not self.global_batch_size or rank["gradient_accumulation_steps"] > rank["global_batch_size"]:
@@ -171,9 +171,9 @@ class TrainSettings(RunSettings):
         if self.global_batch_size:
             self.accumulation()  # says where it does not divide
         tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
-        unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.losses()) if self.step == "dpo" else []
-        strange = [name for name in self.stop_on if name not in health.NAMES]
-        respawned = multiprocessing.get_start_method() != "fork" and not in_kernel()
+        unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.loss_names()) if self.step == "dpo" else []
+        strange = [name for name in self.stop_on if name not in health.DIAGNOSTIC_NAMES]
+        respawned = multiprocessing.get_start_method() != "fork" and not is_notebook()
         wrong = [
             (
                 self.streaming,
@@ -190,11 +190,11 @@ class TrainSettings(RunSettings):
             ),
             (
                 bool(strange),
-                f"--stop_on {' '.join(strange)} is none of the findings: {', '.join(health.NAMES)}",
+                f"--stop_on {' '.join(strange)} is none of the findings: {', '.join(health.DIAGNOSTIC_NAMES)}",
             ),
             (
                 bool(unknown),
-                f"--loss_type {' '.join(unknown)} is none of TRL's losses: {', '.join(sorted(trl_fields.losses()))}",
+                f"--loss_type {' '.join(unknown)} is none of TRL's losses: {', '.join(sorted(trl_fields.loss_names()))}",
             ),
             (
                 adapter and self.trl.get("sync_ref_model", False),

@@ -25,17 +25,17 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from helpers.core import (
     REPO,
     SettingsError,
-    be_quiet_unless_main,
     find_path,
-    in_kernel,
+    ignore_broken_pipe,
+    install_error_hook,
     is_main_process,
-    one_at_a_time,
-    report_user_errors,
-    stray_words,
-    until_read,
+    is_notebook,
+    process_lock,
+    silence_other_processes,
+    unexpected_words,
 )
 from helpers.settings import trl_fields
-from helpers.settings.fields import RANKS, RunSettings, TrainSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
 
 __all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
 
@@ -49,37 +49,37 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     kernel, it is never read. Fields of the step's TRL config that were given arrive in `.trl`, ready for the config.
     Raises SettingsError; a command prints it as one line and exits with status 2.
     """
-    report_user_errors()
-    quieten()
-    if in_kernel():
-        prepare_kernel()
+    install_error_hook()
+    silence_warnings()
+    if is_notebook():
+        configure_kernel()
     else:
-        be_quiet_unless_main()
+        silence_other_processes()
     if argv is None:
-        argv = [] if in_kernel() else sys.argv[1:]
+        argv = [] if is_notebook() else sys.argv[1:]
     if {"-h", "--help"} & set(argv):
-        with until_read():
+        with ignore_broken_pipe():
             _print_help(cls)
         raise SystemExit(0)
     if {"--help_trl", "--help-trl"} & set(argv):
-        with until_read():
-            print(trl_fields.help_text(cls.step, hide=_types(cls)))
+        with ignore_broken_pipe():
+            print(trl_fields.trl_help(cls.step, hide=_field_types(cls)))
         raise SystemExit(0)
 
-    step, types = cls.step, _types(cls)
-    flags = _known(cls, dict(split_flags(argv)), "flag")
-    bound = _known(cls, from_namespace(step, types, namespace), "notebook")
+    step, types = cls.step, _field_types(cls)
+    flags = _current_names(cls, dict(split_flags(argv)), "flag")
+    bound = _current_names(cls, from_namespace(step, types, namespace), "notebook")
     strange: list[str] = []  # variables of the environment: they may be another program's
-    environment = _known(cls, from_variables(step, types, os.environ, strange.append), "environment")
-    dotenv = _known(cls, from_variables(step, types, read_dotenv(), _refuse), ".env")
+    environment = _current_names(cls, from_variables(step, types, os.environ, strange.append), "environment")
+    dotenv = _current_names(cls, from_variables(step, types, read_dotenv(), _refuse), ".env")
     named = [layer["recipe"] for layer in (flags, bound, environment, dotenv) if "recipe" in layer][:1]
-    recipe = _known(cls, from_recipe(step, parse_words(str, "recipe", *named[0])), "recipe") if named else {}
+    recipe = _current_names(cls, from_recipe(step, parse_value(str, "recipe", *named[0])), "recipe") if named else {}
 
     words = recipe | dotenv | environment | bound | flags
-    settings = cls(**{name: parse_words(types[name], name, *w) for name, w in words.items() if name in types})
+    settings = cls(**{name: parse_value(types[name], name, *w) for name, w in words.items() if name in types})
     settings.sources = dict.fromkeys(types, "default") | {name: source for name, (_, source) in words.items()}
     if given := {name: w for name, w in words.items() if name not in types}:
-        parse = trl_fields.parse_plainly if settings.dry_run else trl_fields.parse
+        parse = trl_fields.parse_fields_fast if settings.dry_run else trl_fields.parse_fields
         settings.trl = parse(step, given, SettingsError)
     for name, hint in types.items():
         if hint is Path:  # by hand: from where it was typed; in a default or a file: from the repository
@@ -90,11 +90,11 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    _show(settings)
+    _print_settings(settings)
     for message in strange if is_main_process() else ():  # here, where it is seen
         print(f"warning: {message}", file=sys.stderr)
     if settings.prepare:
-        run_prepare(settings.prepare)
+        run_setup_module(settings.prepare)
     return settings
 
 
@@ -104,7 +104,11 @@ def one_of(settings: RunSettings, *names: str) -> None:
     The others go back to nothing. Raises SettingsError where one layer gave more than one.
     """
     layer = {name: settings.sources[name].split()[0] for name in names}
-    given = {name: RANKS.index(layer[name]) for name in names if getattr(settings, name) and RANKS.index(layer[name])}
+    given = {
+        name: SOURCE_ORDER.index(layer[name])
+        for name in names
+        if getattr(settings, name) and SOURCE_ORDER.index(layer[name])
+    }
     highest = [name for name in given if given[name] == max(given.values())]
     if len(highest) > 1:
         said = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
@@ -113,26 +117,26 @@ def one_of(settings: RunSettings, *names: str) -> None:
         settings.adopt(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
 
 
-def quieten() -> None:
+def silence_warnings() -> None:
     """Silence what is said at every start and helps nobody; a progress bar is for someone who watches."""
-    if not in_kernel() and not sys.stderr.isatty():
+    if not is_notebook() and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    logging.getLogger("DeepSpeed").addFilter(_is_relevant)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     """Not that there is no GPU, as deepspeed 0.19 says wherever it is installed, where nothing is asked of it."""
     wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     return wanted or not record.getMessage().startswith("Setting accelerator to CPU")
 
 
-def prepare_kernel() -> None:
+def configure_kernel() -> None:
     """Let the next cell use a helper as it was edited (`%autoreload 0` ends it), and tables fit beside JupyterLab's
     file browser. Here, as VS Code takes jupyter.runStartupCommands from a user's own settings only."""
     from IPython import get_ipython
@@ -143,11 +147,11 @@ def prepare_kernel() -> None:
     os.environ.setdefault("JUPYTER_COLUMNS", "100")  # rich's own is 115
 
 
-def run_prepare(module: str) -> None:
+def run_setup_module(module: str) -> None:
     """python -m MODULE, in this process, without our own command line."""
     words, sys.argv = sys.argv, sys.argv[:1]
     try:
-        with one_at_a_time(f"prepare {module}"):
+        with process_lock(f"prepare {module}"):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ImportError as error:
         raise SettingsError(f"--prepare {module}: {error}") from None
@@ -155,14 +159,16 @@ def run_prepare(module: str) -> None:
         sys.argv = words
 
 
-def _types(cls: type[RunSettings]) -> dict[str, Any]:
+def _field_types(cls: type[RunSettings]) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _known(cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str) -> dict[str, tuple[list[str], str]]:
+def _current_names(
+    cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str
+) -> dict[str, tuple[list[str], str]]:
     """Names as this version has them, each with its words and its source; an unknown name is refused."""
-    types = _types(cls)
+    types = _field_types(cls)
     known: dict[str, tuple[list[str], str]] = {}
     for name, words in raw.items():
         source = f"{layer} {variable(cls.step, name)}" if layer in ("environment", ".env") else layer
@@ -173,8 +179,8 @@ def _known(cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str) -> 
             continue
         if new not in types and new.startswith("no_") and not words:
             new, words = new.removeprefix("no_"), ["False"]
-        if new not in types and new not in trl_fields.names(cls.step):
-            close = difflib.get_close_matches(new, [*types, *trl_fields.names(cls.step)], n=1)
+        if new not in types and new not in trl_fields.field_names(cls.step):
+            close = difflib.get_close_matches(new, [*types, *trl_fields.field_names(cls.step)], n=1)
             where = f"--{name}" if layer == "flag" else f"{name} ({source})"
             more = " and --help_trl" if cls.step in trl_fields.CONFIGS else ""
             hint = f"did you mean --{close[0]}?" if close else f"see --help{more}"
@@ -189,12 +195,12 @@ def _refuse(message: str) -> None:
     raise SettingsError(f"{message} (in .env)")
 
 
-def parse_words(hint: Any, name: str, words: list[str], source: str) -> Any:
+def parse_value(hint: Any, name: str, words: list[str], source: str) -> Any:
     """One field through tyro. A switch may stand alone; None for a text means that there is none."""
     import tyro
 
     if hint is bool:
-        words = [str(trl_fields.SWITCH.get(word.lower(), word)) for word in words] or ["True"]
+        words = [str(trl_fields.BOOLEANS.get(word.lower(), word)) for word in words] or ["True"]
     elif hint is str and words == ["None"]:
         return ""
     try:
@@ -202,7 +208,7 @@ def parse_words(hint: Any, name: str, words: list[str], source: str) -> Any:
             return tyro.cli(hint, args=words)
     except SystemExit:
         if source == "flag" and len(words) > 1 and get_origin(hint) is not tuple:
-            raise stray_words(name, words) from None
+            raise unexpected_words(name, words) from None
         kind = " or ".join(map(str, get_args(hint))) if get_args(hint) else getattr(hint, "__name__", str(hint))
         got = " ".join(words) or "nothing"
         raise SettingsError(f"--{name} takes {kind}, not {got!r} (from {source})") from None
@@ -214,7 +220,7 @@ def _print_help(cls: type[RunSettings]) -> None:
 
     for base in cls.__mro__:
         for name, hint in list(vars(base).get("__annotations__", {}).items()):
-            if name in _types(cls):
+            if name in _field_types(cls):
                 hint_of = lambda default, name=name: f"(default: {default}; {variable(cls.step, name)})"  # noqa: E731
                 base.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=hint_of)]
     more = (
@@ -225,7 +231,7 @@ def _print_help(cls: type[RunSettings]) -> None:
     tyro.cli(cls, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,), description=more)
 
 
-def _show(settings: RunSettings) -> None:
+def _print_settings(settings: RunSettings) -> None:
     from rich.console import Console
 
     if is_main_process():
@@ -257,11 +263,11 @@ def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 def from_namespace(step: str, own: Collection[str], namespace: Mapping[str, Any]) -> dict[str, list[str]]:
     """Values bound by a line in a cell or by papermill, under a setting's name, a TRL field's or an older one."""
     plain = {n: v for n, v in namespace.items() if isinstance(v, PLAIN) and not n.startswith("_")}
-    names = {*own, *trl_fields.names(step), *trl_fields.OLDER} if set(plain) - set(own) else set(own)
+    names = {*own, *trl_fields.field_names(step), *trl_fields.LEGACY_NAMES} if set(plain) - set(own) else set(own)
     for name in set(plain) - names:
         if close := difflib.get_close_matches(name, names, n=1, cutoff=0.88):
             print(f"warning: {name} is no setting; did you mean {close[0]}?", file=sys.stderr)
-    return {n: as_words(v) for n, v in plain.items() if n in names}
+    return {n: to_cli_tokens(v) for n, v in plain.items() if n in names}
 
 
 def read_dotenv() -> dict[str, str]:
@@ -276,7 +282,7 @@ def read_dotenv() -> dict[str, str]:
     return values
 
 
-def variable(step: str, name: str) -> str:
+def env_name(step: str, name: str) -> str:
     """The environment variable of a setting: the step's prefix, written once."""
     return name.upper() if name.startswith(f"{step}_") else f"{step}_{name}".upper()
 
@@ -285,11 +291,13 @@ def from_variables(
     step: str, types: Mapping[str, Any], variables: Mapping[str, str], unknown: Callable[[str], None]
 ) -> dict[str, list[str]]:
     """Variables behind the step's prefix, by the setting's name; `unknown` is told of each that is none's."""
-    known = {variable(step, name): name for name in types}
+    known = {env_name(step, name): name for name in types}
     found = {}
     for key in sorted(k for k in variables if k.startswith(f"{step.upper()}_")):
         if key not in known:
-            known |= {variable(step, n): n for n in trl_fields.names(step) | trl_fields.OLDER if n not in types}
+            known |= {
+                env_name(step, n): n for n in trl_fields.field_names(step) | trl_fields.LEGACY_NAMES if n not in types
+            }
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             unknown(f"{key} is no variable of this notebook" + (f": did you mean {close[0]}?" if close else ""))
@@ -301,7 +309,7 @@ def from_variables(
             listed = None
         # a text may hold spaces; the values of TRL's lists, and of ours but for prompts and datasets, hold none
         one = name in ("prompts", "dataset_id") or (name in types and "tuple" not in str(types[name]))
-        found[name] = as_words(listed) if listed else [text] if one or text.startswith("{") else text.split()
+        found[name] = to_cli_tokens(listed) if listed else [text] if one or text.startswith("{") else text.split()
     return found
 
 
@@ -322,11 +330,11 @@ def from_recipe(step: str, name: str) -> dict[str, list[str]]:
             f"recipe {name!r}: names with values are needed, and sections {', '.join(SECTIONS)} of such"
         )
     values = {k: v for k, v in content.items() if k not in SECTIONS} | (content.get(step) or {})
-    return {str(key).replace("-", "_"): as_words(value) for key, value in values.items()}
+    return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 
 
-def as_words(value: Any) -> list[str]:
+def to_cli_tokens(value: Any) -> list[str]:
     """A value of a recipe or a notebook, as it would be typed after its flag."""
     if isinstance(value, list | tuple):
-        return [word for item in value for word in as_words(item)]
+        return [word for item in value for word in to_cli_tokens(item)]
     return [json.dumps(value) if isinstance(value, dict) else str(value)]

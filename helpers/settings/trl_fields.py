@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.core import stray_words
+from helpers.core import unexpected_words
 
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
-SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
+FIELD_SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 
 # Older name → today's name, or the reason why there is none.
-RENAMED = {
+ALIASES = {
     "beta": "dpo_beta",
     "dataset_name": "dataset_id",
     "dataset_path": "dataset_id",
@@ -35,7 +35,7 @@ RENAMED = {
     "peft_model_id": "models",
     "warmup_ratio": "warmup_steps",
 }
-GONE = {
+REMOVED = {
     "generate_during_eval": "notebooks/04_vibes.py writes answers side by side",
     "hub_strategy": "notebooks/03_merge_push.py publishes, after training",
     "hub_token": "the token is read from HF_TOKEN, in the environment or .env",
@@ -56,19 +56,19 @@ GONE = {
     "torch_dtype": "the hardware decides: see helpers/models.py",
 }
 # Name and word → name and words, where a value changed its meaning with its name.
-RESPELLED: dict[tuple[str, str], tuple[str | None, list[str]]] = {
+VALUE_ALIASES: dict[tuple[str, str], tuple[str | None, list[str]]] = {
     ("adam_8bit", "true"): ("optim", ["paged_adamw_8bit"]),
     ("group_by_length", "true"): ("train_sampling_strategy", ["group_by_length"]),
     ("load_in_4bit", "true"): ("quantization", ["4bit"]),
     ("load_in_8bit", "true"): ("quantization", ["8bit"]),
     ("report_to", "none"): ("report_to", ["none"]),
 }
-SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-OLDER = frozenset(RENAMED) | frozenset(GONE) | {name for name, _ in RESPELLED}
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+LEGACY_NAMES = frozenset(ALIASES) | frozenset(REMOVED) | {name for name, _ in VALUE_ALIASES}
 
 
 @functools.cache
-def kinds(step: str) -> dict[str, str]:
+def field_types(step: str) -> dict[str, str]:
     """Fields of the step's config and their annotations, read from the installed sources: importing TRL takes seconds.
 
     Publishing is ours, so push_to_hub and hub_* are not among them.
@@ -76,7 +76,7 @@ def kinds(step: str) -> dict[str, str]:
     if step not in CONFIGS:
         return {}
     found: dict[str, str] = {}
-    for source in (*SOURCES, f"trl/trainer/{step}_config.py"):
+    for source in (*FIELD_SOURCES, f"trl/trainer/{step}_config.py"):
         package, _, rest = source.partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -90,7 +90,7 @@ def kinds(step: str) -> dict[str, str]:
 
 
 @functools.cache
-def losses() -> frozenset[str]:
+def loss_names() -> frozenset[str]:
     """The losses that DPOTrainer knows: what its code compares `loss_type` with."""
     spec = importlib.util.find_spec("trl")
     if spec is None or spec.origin is None:
@@ -100,9 +100,9 @@ def losses() -> frozenset[str]:
     return frozenset(str(c.value) for n in compared for c in n.comparators if isinstance(c, ast.Constant))
 
 
-def names(step: str) -> frozenset[str]:
+def field_names(step: str) -> frozenset[str]:
     """Field names of the step's config."""
-    return frozenset(kinds(step))
+    return frozenset(field_types(step))
 
 
 def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
@@ -113,16 +113,16 @@ def current_name(step: str, name: str, words: list[str], own: Collection[str]) -
     plain = name.removeprefix("training_args.")
     note = "" if plain == name else f"--{name} is now --{plain}"
     word = words[0].lower() if words else "true"
-    if (plain, word) in RESPELLED:
-        new, words_now = RESPELLED[plain, word]
+    if (plain, word) in VALUE_ALIASES:
+        new, words_now = VALUE_ALIASES[plain, word]
         told = words and (new, words_now) == (plain, words)
         return new, words_now, note if told else f"--{name} {word} is now {_spell(new, words_now)}"
     if plain in own:
         return plain, words, note
-    new = RENAMED.get(plain)
-    if new in own or new in (names(step) if new else ()):
+    new = ALIASES.get(plain)
+    if new in own or new in (field_names(step) if new else ()):
         return new, words, "" if plain == "beta" else f"--{name} is now --{new}"
-    if plain in GONE and plain not in names(step):
+    if plain in REMOVED and plain not in field_names(step):
         return None, words, f"--{name} has no effect: {GONE[plain]}"
     return plain, words, note
 
@@ -131,7 +131,7 @@ def _spell(name: str | None, words: list[str]) -> str:
     return f"--{name} {' '.join(words)}" if name else "how it always is"
 
 
-def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
+def parse_fields(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
     """Values of TRL fields, through TRL's own argument parser; `given` maps a name to its words and their source."""
     parser = _parser(step)
     actions = {action.dest: action for action in parser._actions}
@@ -140,17 +140,17 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
         action = actions.get(name)
         if action is None:
             raise error(f"--{name} cannot be set from outside (from {source}): write it into the notebook's config")
-        if words == ["None"] and "None" in kinds(step)[name]:
+        if words == ["None"] and "None" in field_types(step)[name]:
             values[name] = None  # argparse has no word for None
             continue
         if not words:
-            if "bool" not in kinds(step)[name]:
+            if "bool" not in field_types(step)[name]:
                 raise error(f"--{name} needs a value (from {source})")
             words = ["True"]  # a switch: HfArgumentParser refuses some without a word
 
         def fail(message: str, name: str = name, words: list[str] = words, source: str = source) -> None:
             if source == "flag" and message.startswith("unrecognized arguments"):
-                raise stray_words(name, words)
+                raise unexpected_words(name, words)
             raise error(f"{message.replace('argument ', '')} (from {source})")
 
         parser.error = fail
@@ -159,7 +159,7 @@ def parse(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exc
 
 
 @functools.cache
-def choices(kind: str) -> list[str]:
+def enum_values(kind: str) -> list[str]:
     """The values of an annotation that is one of transformers' enums, from its sources; [] for any other."""
     spec = importlib.util.find_spec("transformers")
     for file in ("trainer_utils.py", "training_args.py") if spec and spec.origin else ():
@@ -170,38 +170,38 @@ def choices(kind: str) -> list[str]:
     return []
 
 
-def parse_plainly(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
+def parse_fields_fast(step: str, given: Mapping[str, tuple[list[str], str]], error: type[Exception]) -> dict[str, Any]:
     """`parse` by the annotations alone, for a dry run, which has no time for importing TRL."""
     values: dict[str, Any] = {}
     for name, (words, source) in given.items():
-        kind = kinds(step)[name]
+        kind = field_types(step)[name]
         plain = {"float": float, "int": int}.get(kind.removesuffix(" | None"), str)
         word = words[0] if words else "True" if "bool" in kind else ""
         if source == "flag" and len(words) > 1 and "list[" not in kind:
-            raise stray_words(name, words)
+            raise unexpected_words(name, words)
         try:
             if words == ["None"] and "None" in kind:
                 values[name] = None
             elif "bool" in kind:
-                values[name] = SWITCH[word.lower()]
-            elif word not in (choices(kind) or [word]):
+                values[name] = BOOLEANS[word.lower()]
+            elif word not in (enum_values(kind) or [word]):
                 raise ValueError
             elif kind.startswith("list["):
                 values[name] = [float(w) if "float" in kind else w for w in words]
             else:
                 values[name] = plain(word) if word else int(word)
         except (KeyError, ValueError):
-            one = " or ".join(choices(kind)) or kind
+            one = " or ".join(enum_values(kind)) or kind
             raise error(f"--{name} takes {one}, not {' '.join(words) or 'nothing'!r} (from {source})") from None
     return values
 
 
-def help_text(step: str, hide: Collection[str]) -> str:
+def trl_help(step: str, hide: Collection[str]) -> str:
     """argparse's help of every field that the Settings cell does not name."""
     if step not in CONFIGS:
         return "This notebook trains nothing: it has no TRL settings."
     parser = _parser(step)
-    shown = names(step) - set(hide)
+    shown = field_names(step) - set(hide)
     groups = (*parser._action_groups, parser)
     for group in groups:
         group._group_actions = [a for a in group._group_actions if a.dest in shown] if group is not parser else []

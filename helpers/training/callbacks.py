@@ -26,32 +26,42 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from helpers.core import Interrupted, UserError, as_picture, in_kernel, is_main_process, short_path, wait_for_all
-from helpers.models.chat import end_tokens
-from helpers.runs.checkpoints import compare_by_steps, mark_whole, newest_marked
-from helpers.runs.curves import SAMPLES, draw, read_samples
+from helpers.core import (
+    Interrupted,
+    UserError,
+    figure_to_image,
+    is_main_process,
+    is_notebook,
+    short_path,
+    wait_for_everyone,
+)
+from helpers.models.chat import eos_token_ids
+from helpers.runs.checkpoints import last_complete_checkpoint, patch_step_comparison, write_manifest
+from helpers.runs.curves import SAMPLES_FILE, plot_run, read_samples
 from helpers.runs.run import Run
 from helpers.settings.fields import TrainSettings
-from helpers.training.diagnostics import NAMES, examine
+from helpers.training.diagnostics import DIAGNOSTIC_NAMES, diagnose
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOUND = 128  # and a finding's number: above every signal's
 
 
-def keep_watch(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: Any) -> None:
+def add_callbacks(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: Any) -> None:
     """Log to metrics.jsonl, show curves and findings, sample answers to the first rows of `eval_set`, mark checkpoints,
     and stop cleanly on SIGTERM, SIGINT, a loss of NaN, the findings of --stop_on and --early_stopping_patience.
     """
-    compare_by_steps()
-    show_live(trainer, run)
+    patch_step_comparison()
+    add_log_callbacks(trainer, run)
     if settings.sample_steps:
-        trainer.add_callback(Sampler(trainer, run.folder, eval_set, settings.sample_steps, settings.sample_tokens))
+        trainer.add_callback(
+            CompletionsCallback(trainer, run.folder, eval_set, settings.sample_steps, settings.sample_tokens)
+        )
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-    trainer.add_callback(Guard(trainer, run.folder, settings.stop_on))
+    trainer.add_callback(CheckpointCallback(trainer, run.folder, settings.stop_on))
 
 
-class Guard(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Reads what transformers 5.23 calls while it trains (trainer.py); saves through the Trainer itself."""
 
     def __init__(self, trainer: Any, folder: Path, stop_on: Sequence[str] = ()) -> None:
@@ -79,13 +89,13 @@ class Guard(TrainerCallback):
 
     def _told_to_stop(self) -> bool:
         """Whether any process has a signal or a finding to stop on; asked by all of them at the same step."""
-        told = FOUND + NAMES.index(self.found) if self.found else self.received or 0
+        told = FOUND + DIAGNOSTIC_NAMES.index(self.found) if self.found else self.received or 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = torch.tensor(told, device=self.trainer.args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             told = int(flag)
         if told >= FOUND:
-            self.found = NAMES[told - FOUND]
+            self.found = DIAGNOSTIC_NAMES[told - FOUND]
         elif told:
             self.received = told
         return told > 0
@@ -113,7 +123,7 @@ class Guard(TrainerCallback):
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise self._nan(state, "the loss is not a number")
         if self.stop_on and not self.found:
-            names = [finding.name for finding in examine(state.log_history, state.max_steps, loss_types(args))]
+            names = [finding.name for finding in diagnose(state.log_history, state.max_steps, loss_types(args))]
             self.found = next((name for name in names if name in self.stop_on), "")
 
     def _refuse_nan(self, state: TrainerState) -> None:
@@ -124,7 +134,7 @@ class Guard(TrainerCallback):
 
     def _nan(self, state: TrainerState, what: str) -> UserError:
         self.give_signals_back()
-        last = newest_marked(self.folder)
+        last = last_complete_checkpoint(self.folder)
         kept = f"{last.name} is whole" if last else "no checkpoint had been saved"
         return UserError(
             f"{what} (found at step {state.global_step}; {kept}): lower --learning_rate or --max_grad_norm, or raise "
@@ -132,16 +142,16 @@ class Guard(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        wait_for_all()  # each process writes files of its own
+        wait_for_everyone()  # each process writes files of its own
         if is_main_process():
-            mark_whole(self.folder / f"checkpoint-{state.global_step}")
+            write_manifest(self.folder / f"checkpoint-{state.global_step}")
             rotate_checkpoints(
                 str(self.folder),
                 save_total_limit=self.limit,
                 best_model_checkpoint=state.best_model_checkpoint,
                 use_mtime=False,
             )
-        wait_for_all()
+        wait_for_everyone()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,11 +162,11 @@ class Guard(TrainerCallback):
 
     def _stop(self, state: TrainerState) -> None:
         self.give_signals_back()
-        last = newest_marked(self.folder)
+        last = last_complete_checkpoint(self.folder)
         goes_on = f"the same command goes on from {short_path(last)}" if last else "no checkpoint had been saved"
         at = f"at step {state.global_step} of {state.max_steps}"
         if self.found:
-            found = [f for f in examine(state.log_history, state.max_steps) if f.name == self.found]
+            found = [f for f in diagnose(state.log_history, state.max_steps) if f.name == self.found]
             said = f"{found[0].seen}; try {found[0].try_}" if found else "found by another process"
             # a launcher ends all when one has failed: the others do not, so that the main process can say this first
             status = 3 if is_main_process() else 0
@@ -181,7 +191,7 @@ LINE = {
 }
 
 
-class LogToFile(TrainerCallback):
+class JsonlLogCallback(TrainerCallback):
     """metrics.jsonl: one line a log, rewritten from the checkpoint's own history when a run goes on."""
 
     def __init__(self, file: Path) -> None:
@@ -199,7 +209,7 @@ class LogToFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
-class LogLine(ProgressCallback):
+class ConsoleLogCallback(ProgressCallback):
     """Progress bars as ever, but one short line a log, where the Trainer prints everything there is."""
 
     def on_log(
@@ -209,7 +219,7 @@ class LogLine(ProgressCallback):
             tqdm.write(f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
 
 
-class LiveCurves(TrainerCallback):
+class LiveCurvesCallback(TrainerCallback):
     """In a notebook: the curves so far, in one output that is drawn anew, for a tenth of the time at most."""
 
     def __init__(self, name: str) -> None:
@@ -228,8 +238,8 @@ class LiveCurves(TrainerCallback):
         from IPython.display import display
 
         begun = time.monotonic()
-        findings = examine(state.log_history, state.max_steps, loss_types)
-        picture = as_picture(draw(state.log_history, f"{self.name}, step {state.global_step}", findings))
+        findings = diagnose(state.log_history, state.max_steps, loss_types)
+        picture = figure_to_image(plot_run(state.log_history, f"{self.name}, step {state.global_step}", findings))
         if self.shown is None:
             self.shown = display(picture, display_id=True)
         else:
@@ -237,7 +247,7 @@ class LiveCurves(TrainerCallback):
         self.due = time.monotonic() + max(1.0, 10 * (time.monotonic() - begun))
 
 
-class HealthWatch(TrainerCallback):
+class DiagnosticsCallback(TrainerCallback):
     """Says each finding when it first appears, and keeps those there are for run.json."""
 
     def __init__(self, run: Run) -> None:
@@ -249,7 +259,7 @@ class HealthWatch(TrainerCallback):
         self.run.update(findings=[], max_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        findings = examine(state.log_history, state.max_steps, loss_types(args))
+        findings = diagnose(state.log_history, state.max_steps, loss_types(args))
         before = [finding["name"] for finding in self.run.record["findings"]]
         self.run.describe(findings=[dataclasses.asdict(finding) for finding in findings])
         if before != [finding.name for finding in findings]:
@@ -273,21 +283,21 @@ def log_line(log: dict[str, float]) -> str:
     return held_out + "  ".join(shown) if prefix + "loss" in log else ""
 
 
-def show_live(trainer: Trainer, run: Run) -> None:
+def add_log_callbacks(trainer: Trainer, run: Run) -> None:
     """Write every log to metrics.jsonl; show a line of each in a script, and in a notebook the curves so far beside the
     Trainer's own table; say what is wrong when it first is."""
-    trainer.add_callback(LogToFile(run.folder / "metrics.jsonl"))
+    trainer.add_callback(JsonlLogCallback(run.folder / "metrics.jsonl"))
     if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(LogLine())
-    if in_kernel() and is_main_process():
-        trainer.add_callback(LiveCurves(run.name))
-    trainer.add_callback(HealthWatch(run))
+        trainer.add_callback(ConsoleLogCallback())
+    if is_notebook() and is_main_process():
+        trainer.add_callback(LiveCurvesCallback(run.name))
+    trainer.add_callback(DiagnosticsCallback(run))
 
 
 SAMPLE_PROMPTS = 8
 
 
-class Sampler(TrainerCallback):
+class CompletionsCallback(TrainerCallback):
     """Answers the first held-out prompts before the first step and every `every` steps (below 1: that share of all).
 
     Each answer is a line of samples.jsonl; their mean length (tokens) and the share that was cut off are a log of their
@@ -297,9 +307,9 @@ class Sampler(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, folder: Path, rows: Any, every: float, max_new_tokens: int) -> None:
-        self.trainer, self.file, self.every, self.max_new_tokens = trainer, folder / SAMPLES, every, max_new_tokens
+        self.trainer, self.file, self.every, self.max_new_tokens = trainer, folder / SAMPLES_FILE, every, max_new_tokens
         few = rows.select(range(min(10 * SAMPLE_PROMPTS, len(rows))))  # pairs of one prompt stand together
-        self.prompts = [p for p in dict.fromkeys(tuple(prompt_of(row)) for row in few) if p][:SAMPLE_PROMPTS]
+        self.prompts = [p for p in dict.fromkeys(tuple(prompt_ids_of(row)) for row in few) if p][:SAMPLE_PROMPTS]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -325,7 +335,7 @@ class Sampler(TrainerCallback):
         tokenizer, accelerator = self.trainer.processing_class, self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         with accelerator.autocast():  # which the Trainer's own forward has, and `generate` has not
-            answers = answer_greedily(model, tokenizer, self.prompts, self.max_new_tokens)
+            answers = generate_greedily(model, tokenizer, self.prompts, self.max_new_tokens)
         with self.file.open("a", encoding="utf-8") as file:
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 texts = {
@@ -334,7 +344,7 @@ class Sampler(TrainerCallback):
                 }
                 file.write(json.dumps({"step": state.global_step, **texts, "tokens": len(answer)}, ensure_ascii=False))
                 file.write("\n")
-        mean, ends = sum(map(len, answers)) / len(answers), end_tokens(tokenizer, model.generation_config)
+        mean, ends = sum(map(len, answers)) / len(answers), eos_token_ids(tokenizer, model.generation_config)
         cut = sum(len(ids) == self.max_new_tokens and ids[-1] not in ends for ids in answers) / len(answers)
         tqdm.write(f"step {state.global_step}: sampled answers have {mean:.3g} tokens; {_shorten(texts)}")
         # not Trainer.log: TRL's (dpo_trainer.py, log) adds what it has gathered since its last log, and forgets it
@@ -343,7 +353,7 @@ class Sampler(TrainerCallback):
         self.trainer.callback_handler.call_event("on_log", args, state, control, logs=row)
 
 
-def prompt_of(row: dict[str, Any]) -> list[int]:
+def prompt_ids_of(row: dict[str, Any]) -> list[int]:
     """The prompt's tokens: a column of their own in pairs; in a conversation, all before the first that is learned."""
     if "prompt_ids" in row:
         return list(row["prompt_ids"])
@@ -351,11 +361,11 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
     return list(row["input_ids"][:first])
 
 
-def answer_greedily(
+def generate_greedily(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """The tokens of one answer a prompt, its end included; the model is left as it was found."""
-    ends = end_tokens(tokenizer, model.generation_config)
+    ends = eos_token_ids(tokenizer, model.generation_config)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

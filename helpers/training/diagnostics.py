@@ -14,20 +14,20 @@ import math
 from collections.abc import Collection
 from statistics import median
 
-from helpers.runs.curves import WINDOW, Finding, History, ends, is_dpo, series
+from helpers.runs.curves import WINDOW, Diagnostic, History, first_and_last, is_dpo_history, series
 
 NAN = "nan"  # ends every run, asked for or not: see guard.py
 Words = tuple[str, str, str]  # what was seen, why it matters, which settings to try
 
 
-def examine(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Finding]:
+def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Diagnostic]:
     """Every finding of a history. `max_steps` is the length that the run is to have; 0 where the history is whole.
 
     IPO (of `loss_types`) asks for a margin of its own, of 1 / 2β nats a token: that is not running away.
     """
     end = max_steps or max((log["step"] for log in history), default=0)
-    asked = [find for find in FINDINGS.values() if find is not margin or "ipo" not in loss_types]
-    return [Finding(find.__name__, *words) for find in asked if (words := find(history, end))]
+    asked = [find for find in DIAGNOSTICS.values() if find is not runaway_margin or "ipo" not in loss_types]
+    return [Diagnostic(find.__name__, *words) for find in asked if (words := find(history, end))]
 
 
 def displacement(history: History, end: float) -> Words | None:
@@ -38,7 +38,7 @@ def displacement(history: History, end: float) -> Words | None:
     log-probability of chosen answers (nats an answer) is a twentieth, and half a nat, below where it began, and their
     reward is negative: they are less likely than by the reference, on the same rows.
     """
-    values, rewards = ends(history, "logps/chosen", max), ends(history, "rewards/chosen", max)
+    values, rewards = first_and_last(history, "logps/chosen", max), first_and_last(history, "rewards/chosen", max)
     if not values or not rewards or rewards[1] >= 0 or values[0] - values[1] < max(0.5, 0.05 * abs(values[0])):
         return None
     return (
@@ -49,7 +49,7 @@ def displacement(history: History, end: float) -> Words | None:
     )
 
 
-def margin(history: History, end: float) -> Words | None:
+def runaway_margin(history: History, end: float) -> Words | None:
     """The policy runs away from its reference.
 
     Far from the reference policies get worse while the loss still falls (Rafailov et al., 2024, arXiv:2406.02900).
@@ -58,7 +58,7 @@ def margin(history: History, end: float) -> Words | None:
     rejected answers moved apart by 100 nats, by as many as an answer has, and by three times what they were apart.
     """
     _, margins = series(history, "rewards/margins")
-    chosen, rejected = ends(history, "logps/chosen", max), ends(history, "logps/rejected", max)
+    chosen, rejected = first_and_last(history, "logps/chosen", max), first_and_last(history, "logps/rejected", max)
     apart = [c - r for c, r in zip(chosen, rejected, strict=False)] or [0.0, 0.0]
     moved, last = apart[1] - apart[0], median(margins[-WINDOW:]) if len(margins) >= WINDOW else 0.0
     if last <= 10 and moved <= max(100, *map(abs, chosen[:1]), 3 * abs(apart[0])):
@@ -119,7 +119,7 @@ def overfitting(history: History, end: float) -> Words | None:
 
 def diverged(history: History, end: float) -> Words | None:
     """The loss is above where it began, by a tenth or more in the last two evaluations: the model got worse."""
-    loss = ends(history, "loss", min)
+    loss = first_and_last(history, "loss", min)
     if not loss or loss[1] <= 1.1 * loss[0]:
         return None
     return (
@@ -135,18 +135,18 @@ def entropy(history: History, end: float) -> Words | None:
     Speaks when it is below a quarter, or above two and a half times, what it was at first: answers become one answer,
     or noise. For SFT only the latter, as certainty about a form is what it is to learn.
     """
-    low, high = ends(history, "entropy", max), ends(history, "entropy", min)
-    collapsed = bool(low) and low[1] < low[0] / 4 and is_dpo(history)
+    low, high = first_and_last(history, "entropy", max), first_and_last(history, "entropy", min)
+    collapsed = bool(low) and low[1] < low[0] / 4 and is_dpo_history(history)
     if not collapsed and not (high and high[1] > 2.5 * high[0]):
         return None
     return (
         f"the entropy went from {low[0]:.3g} to {(low if collapsed else high)[1]:.3g} nats a token",
         "Every prompt gets much the same answer." if collapsed else "The model no longer knows how answers go on.",
-        "a lower --learning_rate" + (", or a higher --dpo_beta" if is_dpo(history) else ""),
+        "a lower --learning_rate" + (", or a higher --dpo_beta" if is_dpo_history(history) else ""),
     )
 
 
-def spikes(history: History, end: float) -> Words | None:
+def grad_norm_spikes(history: History, end: float) -> Words | None:
     """The gradient's norm, before it is clipped, jumps.
 
     Speaks when two logs are more than 10 times, or one is more than 100 times, the median of all logs before. Batches
@@ -168,7 +168,7 @@ def spikes(history: History, end: float) -> Words | None:
     )
 
 
-def cold(history: History, end: float) -> Words | None:
+def lr_never_warm(history: History, end: float) -> Words | None:
     """The learning rate never gets warm: half of the run is over and every log had a higher one, or all had none."""
     steps, rates = series(history, "learning_rate")
     rising = len(rates) >= WINDOW and all(a < b for a, b in itertools.pairwise(rates))
@@ -181,7 +181,7 @@ def cold(history: History, end: float) -> Words | None:
     )
 
 
-def length(history: History, end: float) -> Words | None:
+def length_drift(history: History, end: float) -> Words | None:
     """Sampled answers get longer, or much shorter, than before training.
 
     DPO takes length for quality where longer answers are the chosen ones (Park et al., 2024, arXiv:2403.19159). Speaks
@@ -190,7 +190,7 @@ def length(history: History, end: float) -> Words | None:
     """
     steps, lengths = series(history, "samples/mean_length")
     cut = series(history, "samples/cut")[1] or [0.0]
-    if len(lengths) < 3 or not is_dpo(history):
+    if len(lengths) < 3 or not is_dpo_history(history):
         return None
     more_cut = min(cut[-2:]) - cut[0]
     if lengths[0] / 3 <= max(lengths[-2:]) and min(lengths[-2:]) <= 1.5 * lengths[0] and more_cut < 0.5:
@@ -211,11 +211,14 @@ def no_learning(history: History, end: float) -> Words | None:
     reference are one, margins are 0 and the accuracy with them: that is never looked at.
     """
     last = max((log["step"] for log in history if "loss" in log), default=0)
-    accuracy, margins = ends(history, "rewards/accuracies", max), ends(history, "rewards/margins", max)
-    loss, at = ends(history, "loss", min), f"at step {last:.0f} of {end:.0f}"
-    if last < end / 2 or not loss or diverged(history, end) or (is_dpo(history) and not (accuracy and margins)):
+    accuracy, margins = (
+        first_and_last(history, "rewards/accuracies", max),
+        first_and_last(history, "rewards/margins", max),
+    )
+    loss, at = first_and_last(history, "loss", min), f"at step {last:.0f} of {end:.0f}"
+    if last < end / 2 or not loss or diverged(history, end) or (is_dpo_history(history) and not (accuracy and margins)):
         return None
-    if is_dpo(history):
+    if is_dpo_history(history):
         learned = accuracy[1] >= 0.55 and margins[1] >= 0.01
         seen = f"{at} the reward margin is only {margins[1]:.2g}, and {accuracy[1]:.0%} of pairs are told apart"
     else:
@@ -229,6 +232,17 @@ def no_learning(history: History, end: float) -> Words | None:
     )
 
 
-ALL = (displacement, margin, saturated, overfitting, diverged, entropy, spikes, cold, length, no_learning)
-FINDINGS = {find.__name__: find for find in ALL}
-NAMES = (*FINDINGS, NAN)
+ALL = (
+    displacement,
+    runaway_margin,
+    saturated,
+    overfitting,
+    diverged,
+    entropy,
+    grad_norm_spikes,
+    lr_never_warm,
+    length_drift,
+    no_learning,
+)
+DIAGNOSTICS = {find.__name__: find for find in ALL}
+DIAGNOSTIC_NAMES = (*DIAGNOSTICS, NAN)

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-class Plan:
+class PackingPlan:
     """Where everything is in a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
 
     `lengths` has (prefix, chosen, rejected) of each pair, in tokens; `gather` the position to score each label from.
@@ -23,7 +23,7 @@ class Plan:
     def __init__(self, lengths: list[tuple[int, int, int]], gather: torch.Tensor) -> None:
         self.lengths, self.gather = lengths, gather
         self.masks: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.varlen: Varlen | None = None
+        self.varlen: VarlenLayout | None = None
 
     @property
     def first(self) -> int:
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Varlen:
+class VarlenLayout:
     """What two varlen calls need: borders (cu_seqlens, int32) and longest lengths, for [prefix, chosen] and for the
     rejected tails, whose keys are `keys` of the packed row: their own prefix, and then themselves."""
 
@@ -68,7 +68,7 @@ class Varlen:
     keys: torch.Tensor
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> Varlen:
+    def of(cls, plan: PackingPlan, device: torch.device) -> VarlenLayout:
         """Pairs without a rejected tail have no sequence in the second call: an empty one has no row to compute."""
         pairs = len(plan.lengths)
         starts, tails = _borders(plan.sizes[:pairs]), _borders(plan.sizes[pairs:])
@@ -89,7 +89,7 @@ class Varlen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """A packed batch: ids and positions (1, N); `labels` (1, S) of the S scored positions; where these stand in the
     padded batch, `scored` (2B, L - 1); and the plan."""
 
@@ -97,10 +97,10 @@ class Packed:
     position_ids: torch.Tensor
     labels: torch.Tensor
     scored: torch.Tensor
-    plan: Plan
+    plan: PackingPlan
 
 
-def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
+def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
     """Pack a batch of TRL's collator: (2B, L), chosen rows and then rejected ones, padded on the right.
 
     What a pair's two rows share is their longest common prefix, which may reach into the answers. Positions of a
@@ -119,12 +119,12 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
     tails = real.sum(1) - prefix.repeat(2)
     lengths = torch.stack([prefix, tails[:pairs], tails[pairs:]], 1).tolist()  # waits for the device
     scored = labels[:, 1:] != -100
-    return Packed(
+    return PackedBatch(
         input_ids=input_ids[kept][None],
         position_ids=position.expand(rows, length)[kept][None],
         labels=labels[:, 1:][scored][None],
         scored=scored,
-        plan=Plan([(p, c, r) for p, c, r in lengths], place[:, :-1][scored]),
+        plan=PackingPlan([(p, c, r) for p, c, r in lengths], place[:, :-1][scored]),
     )
 
 
@@ -140,16 +140,16 @@ NO_PATH = ("s_aux", "position_bias", "cache")  # of attention, which a packed ro
 Attention = Callable[..., tuple[torch.Tensor, None]]
 
 
-def take_over(name: str) -> None:
+def register_attention(name: str) -> None:
     """From here on attention of this name computes packed rows too; without a plan it is what it was."""
     attention: Any = ALL_ATTENTION_FUNCTIONS[name]
     if not hasattr(attention, "computes_plans"):
-        attend: Any = with_plan(attention, by_branches if name == "sdpa" else by_varlen)
+        attend: Any = packed_attention(attention, sdpa_packed if name == "sdpa" else flash_packed)
         attend.computes_plans = True
         AttentionInterface.register(name, attend)
 
 
-def with_plan(attention: Attention, packed: Callable[..., torch.Tensor]) -> Attention:
+def packed_attention(attention: Attention, packed: Callable[..., torch.Tensor]) -> Attention:
     """`attention`, and `packed` in its place where a plan comes with query, key and value, (1, heads, N, size)."""
 
     @functools.wraps(attention)
@@ -169,7 +169,7 @@ def with_plan(attention: Attention, packed: Callable[..., torch.Tensor]) -> Atte
     return attend
 
 
-def by_branches(one: Callable[..., torch.Tensor], plan: Plan, q: Any, k: Any, v: Any, more: Any) -> torch.Tensor:
+def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, more: Any) -> torch.Tensor:
     """Two calls a pair: [prefix, chosen], and the rejected tail over its prefix and itself.
 
     (split, for its backward writes each gradient once; a slice's would fill a whole row with zeros first.)
@@ -193,11 +193,13 @@ def by_branches(one: Callable[..., torch.Tensor], plan: Plan, q: Any, k: Any, v:
     return torch.cat(parts, 1)
 
 
-def by_varlen(one: Callable[..., torch.Tensor], plan: Plan, q: Any, k: Any, v: Any, more: Any) -> torch.Tensor:
+def flash_packed(
+    one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, more: Any
+) -> torch.Tensor:
     """Two calls for the whole batch. Flash-attention's causal mask is aligned at the lower right, so a tail's first
     query sees all of its prefix."""
     more.pop("position_ids", None)  # the borders of sequences are given
-    plan.varlen = where = plan.varlen or Varlen.of(plan, q.device)
+    plan.varlen = where = plan.varlen or VarlenLayout.of(plan, q.device)
     chosen, tails = q.split([plan.first, q.shape[2] - plan.first], 2)
     borders: dict[str, Any] = {"cu_seq_lens_q": where.chosen, "cu_seq_lens_k": where.chosen}
     borders |= {"max_length_q": where.longest_chosen, "max_length_k": where.longest_chosen}

@@ -14,9 +14,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.core import SettingsError, UserError
-from helpers.training.prefix_sharing import Packed, pack, take_over
+from helpers.training.prefix_sharing import PackedBatch, pack_pairs, register_attention
 
-TOKENS = {"prompt_ids", "chosen_ids", "rejected_ids"}
+TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -39,12 +39,12 @@ class TokenizedDPOTrainer(DPOTrainer):
             weights[name.removesuffix("default") + "ref"].data.copy_(weight)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if set(dataset.column_names or ()) >= TOKENS:
+        if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
             return dataset
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
 
-READ_IN = {"trl": "1.16.0", "transformers": "5.23.0"}
+TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
 # How far a row's log-probabilities may be from stock's, root mean square, where stock's own rounding is not larger.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
 NOISE = 10  # times as far as stock is from itself, with its rows in another order and one more column of padding
@@ -54,17 +54,17 @@ HEAD_TOKENS = 512
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
-class Sharing:
+class PrefixSharing:
     """What the policy and its reference share: whether it is on, and the batch that was packed last."""
 
     def __init__(self) -> None:
         self.on = True
-        self.packed: tuple[Any, Any, Packed] | None = None
+        self.packed: tuple[Any, Any, PackedBatch] | None = None
 
-    def pack(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Packed:
+    def pack_pairs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
         """`prefix_packing.pack`, once for the policy's forward and its reference's."""
         if self.packed is None or self.packed[0] is not input_ids or self.packed[1] is not labels:
-            self.packed = input_ids, labels, pack(input_ids, attention_mask, labels)
+            self.packed = input_ids, labels, pack_pairs(input_ids, attention_mask, labels)
         return self.packed[2]
 
     def wrap(self, model: Any) -> None:
@@ -72,7 +72,7 @@ class Sharing:
         fused, backbone = model.forward, model.base_model
         add_fused_lm_head(model)  # a second one, without what is only logged of a policy
         reference = model.forward
-        take_over(model.config._attn_implementation)
+        register_attention(model.config._attn_implementation)
         if model.device.type == "cpu":
             chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
 
@@ -121,7 +121,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         if shared_prefix not in ("auto", "on", "off"):
             raise SettingsError(f"--shared_prefix takes auto, on or off, not {shared_prefix!r}")
         self.shared_prefix, self._compared = shared_prefix, False
-        self.sharing: Sharing | None = None
+        self.sharing: PrefixSharing | None = None
         super().__init__(*args, **kwargs)
         self._share()
 
@@ -136,7 +136,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         if reason := next(filter(None, map(self._why_not, models)), ""):
             self._give_up(reason)
             return
-        self.sharing = Sharing()
+        self.sharing = PrefixSharing()
         for model in models:
             self.sharing.wrap(model.get_base_model() if isinstance(model, PeftModel) else model)
 
@@ -222,7 +222,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
                 f"{tolerance:.1g}); {packed:,} tokens are computed for {labels.numel():,}"
             )
             return
-        have = ", ".join(f"{name} {metadata.version(name)} (read in {READ_IN[name]})" for name in READ_IN)
+        have = ", ".join(f"{name} {metadata.version(name)} (read in {READ_IN[name]})" for name in TESTED_VERSIONS)
         said = f"the first batch's log-probabilities {far}, where {tolerance:.1g} would be rounding"
         self._give_up(f"{said}, with {have}")
 
