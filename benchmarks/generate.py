@@ -28,9 +28,10 @@ KINDS = {"3M": ("batch 1", "batch 16"), "480M": ("two models", "one, adapter")}
 
 def make(folder: Path, hidden: int, layers: int) -> None:
     """A random base, an adapter, and the two merged, with the demo's tokenizer."""
-    from helpers.demo import write_demo
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from recipes.demo import write_demo
 
     write_demo(folder / "demo")
     tokenizer = AutoTokenizer.from_pretrained(folder / "demo" / "tiny-mistral")

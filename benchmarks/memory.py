@@ -68,11 +68,11 @@ def write_inputs(folder: Path, kind: str, sizes: dict[str, int]) -> None:
 
 
 def flags(case: dict[str, Any], folder: Path) -> list[str]:
-    """02_dpo.py's, for a case; --overlong trim_prompt makes every pair as long as may be."""
+    """02_dpo.py's, for a case; --overlong truncate_prompt makes every pair as long as may be."""
     given = {
         "model_id": folder / case["kind"], "dataset_id": folder / "pairs.jsonl", "output_dir": folder / "out",
         "run_name": "measured", "resume": "never", "max_prompt_length": 0, "max_length": case["length"],
-        "overlong": "trim_prompt", "train_rows": 0, "eval_rows": 2, "max_steps": STEPS, "save_strategy": "no",
+        "overlong": "truncate_prompt", "train_rows": 0, "eval_rows": 2, "max_steps": STEPS, "save_strategy": "no",
         "eval_strategy": "no", "eval_on_start": False, "tuning": case.get("tuning", "qlora"),
         "per_device_train_batch_size": case["batch"], "gradient_accumulation_steps": 2, "logging_steps": 1,
         "gradient_checkpointing": case.get("gradient_checkpointing", True), "shared_prefix": "off",

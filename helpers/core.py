@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 # How PEFT 0.21 and transformers 5.23 begin to say that a setting names nothing.
-REFUSED_BY_LIBRARIES = {"Target modules": "--lora_targets", "Specified `attn_implementation": "--attention"}
+REFUSED_BY_LIBRARIES = {
+    "Target modules": "--lora_target_modules",
+    "Specified `attn_implementation": "--attn_implementation",
+}
 
 
 class UserError(Exception):
@@ -52,7 +56,7 @@ class CleanExit(UserError):
 
 class Interrupted(UserError):
     """A run was told to stop and has saved what it had. The status is the one that shells give after a signal, and 3
-    where --stop_on has ended it."""
+    where --stop_on_diagnostic has ended it."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -289,3 +293,18 @@ def fingerprint(*things: Any) -> str:
 def safe_file_name(model: str) -> str:
     """A model's name as a file's: what no file system takes is replaced."""
     return "".join("-" if c in '/\\:*?"<>|' else c for c in model)
+
+
+def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
+    """`__all__` and `__getattr__` of a room's `__init__`: a name is imported from its module when it is first used.
+
+    `modules` maps a module of the room to the names that others may use.
+    """
+    where = {name: f"{room}.{module}" for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(where[name]), name)
+
+    return sorted(where), get

@@ -77,17 +77,18 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import show
+from helpers.data.workload import estimate_work
 from helpers.models.memory import estimate_fit
 from helpers.models.plan import plan_model
 from helpers.runs.run import start_run
 from helpers.settings.credentials import prepare_tracker
 
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings))
+    show(*estimate_fit(settings), *estimate_work(settings))
 run = start_run(settings, base_model=settings.model_id)
 prepare_tracker(settings.report_to, settings.wandb_project)
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
-run.describe(plan=plan.as_dict())
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
+run.set(plan=plan.as_dict())
 show(plan)
 
 # %%
@@ -124,7 +125,7 @@ from helpers.training.callbacks import add_callbacks
 model_path = resolve_model(settings.model_id, settings.revision)
 hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
-template, new_tokens = set_chat_template(tokenizer, settings.chat_format)
+template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
 print("chat format:", template, *new_tokens)
 
 # %%
@@ -137,7 +138,7 @@ train_set, eval_set, account = load_instructions(
     settings.dataset_num_proc,
     settings.system_prompt,
 )
-run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
 # %% [markdown]
@@ -168,7 +169,7 @@ config = dict(
     warmup_steps=0.05,  # below 1: a share of all steps
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_eval_batch_size,
-    gradient_accumulation_steps=settings.accumulation(),
+    gradient_accumulation_steps=settings.accumulation_steps(),
     max_length=settings.max_length or None,  # what packing fills; no row is longer
     optim=plan.optimizer,
     bf16=plan.bf16,
@@ -199,7 +200,7 @@ model = AutoModelForCausalLM.from_pretrained(
     **hub,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
-    attn_implementation=plan.attention,
+    attn_implementation=plan.attn_implementation,
     device_map=plan.device_map,
 )
 disable_cpu_4bit_repacking(model)  # evaluation and training see the same weights, on a CPU too
@@ -211,8 +212,8 @@ if settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
-        target_modules=settings.lora_targets,
-        modules_to_save=check_modules_to_save(model, settings.modules_to_save),
+        target_modules=settings.lora_target_modules,
+        modules_to_save=check_modules_to_save(model, settings.lora_modules_to_save),
         task_type="CAUSAL_LM",
         trainable_token_indices=trainable_token_indices(
             model, tokenizer, new_tokens

@@ -54,7 +54,9 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     eval_rows: int = 2_750  # pairs held out; 0 takes eval_fraction of them
     eval_fraction: float = 0.2  # share held out where eval_rows is 0
     data_format: str = "auto"  # by the columns; or messages, triplet, orca, ranked, transcript, alpaca_farm, scored
-    pairing: Literal["worst", "random", "all"] = "worst"  # of several ranked answers: the best against which others
+    pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = (
+        "best_vs_worst"  # of several ranked answers: the best against which others
+    )
     recommended: bool = False  # keep only the rows that the dataset's card recommends (distilabel-intel-orca)
     min_margin: float = 0.0  # pairs rated closer than this are dropped; ties always are
     max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
@@ -85,6 +87,8 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import show
+from helpers.data.workload import estimate_work
+from helpers.hub.push import merge_and_push
 from helpers.models.memory import estimate_fit
 from helpers.models.plan import adopt_adapter_settings, plan_model
 from helpers.runs.run import find_run, start_run
@@ -93,16 +97,16 @@ from helpers.settings.credentials import hf_token, prepare_tracker
 one_of(settings, "model_id", "sft_run")
 parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
 if parent:
-    settings.adopt("parent", model_id=parent.base_model)
+    settings.override("parent", model_id=parent.base_model)
 if settings.push_to_hub:
     hf_token("--push_to_hub")  # now, and not after hours of training
 from_adapter = adopt_adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings, parent))
-run = start_run(settings, base_model=settings.model_id, parent=parent)
+    show(*estimate_fit(settings, parent), *estimate_work(settings, parent))
+run = start_run(settings, base_model=settings.model_id, parent=parent, when_finished=merge_and_push)
 prepare_tracker(settings.report_to, settings.wandb_project)
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attention, settings.trl)
-run.describe(plan=plan.as_dict())
+plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
+run.set(plan=plan.as_dict())
 show(plan)
 
 # %%
@@ -136,7 +140,7 @@ from helpers.training.trainer import SharedPrefixDPOTrainer
 # ## Data
 #
 # Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
-# nothing, and pairs that are too long would lose the end of their answers (`--overlong trim_prompt` shortens their
+# nothing, and pairs that are too long would lose the end of their answers (`--overlong truncate_prompt` shortens their
 # prompts instead). A prompt is on one side of the split only. A report says what the pairs will teach beside that.
 
 # %%
@@ -148,7 +152,7 @@ elif parent:
 model_path = resolve_model(start, start_revision)
 hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
 tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
-template, new_tokens = set_chat_template(tokenizer, settings.chat_format)
+template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
 print("chat format:", template, *new_tokens)
 
 # %%
@@ -161,7 +165,7 @@ train_set, eval_set, account = load_preferences(
     settings.strict,
     settings.dataset_num_proc,
 )
-run.describe(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
+run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
 show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
 
 # %%
@@ -189,7 +193,7 @@ config = dict(
     max_grad_norm=0.3,
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_train_batch_size,
-    gradient_accumulation_steps=settings.accumulation(),
+    gradient_accumulation_steps=settings.accumulation_steps(),
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
@@ -218,7 +222,7 @@ loading = dict(
     **hub,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
-    attn_implementation=plan.attention,
+    attn_implementation=plan.attn_implementation,
     device_map=plan.device_map,
 )
 model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
@@ -233,8 +237,8 @@ elif settings.tuning != "full":
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
-        target_modules=settings.lora_targets,
-        modules_to_save=check_modules_to_save(model, settings.modules_to_save),
+        target_modules=settings.lora_target_modules,
+        modules_to_save=check_modules_to_save(model, settings.lora_modules_to_save),
         task_type="CAUSAL_LM",
         trainable_token_indices=trainable_token_indices(
             model, tokenizer, new_tokens
@@ -279,7 +283,7 @@ if not run.finished:
 # ## Curves
 #
 # The margin should rise, on the held-out dots as on the line, and the chosen answers stay as likely as they were. What
-# went wrong stands under the figure with what to try (`--stop_on displacement` ends such a run), then what was sampled.
+# went wrong stands under the figure with what to try (`--stop_on_diagnostic displacement` ends such a run), then what was sampled.
 
 # %%
 show((curves := Curves.read(run.folder)).figure, curves, save_as=run.folder / "curves.png")

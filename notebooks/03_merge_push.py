@@ -57,7 +57,7 @@ class Settings(RunSettings):
     hub_repo_id: str = ""  # where to: name/model
     hub_revision: str = ""  # branch to push to; main where none is named
     hub_tag: str = ""  # name for what was pushed
-    what: Literal["merged", "adapter", "both"] = "merged"  # published; the adapter of both goes to name/model-adapter
+    push: Literal["merged", "adapter", "both"] = "merged"  # published; the adapter of both goes to name/model-adapter
     private: bool = True  # visible to its owner only; --no_private for everybody
     license: str = ""  # of what is published, as "apache-2.0"; the base's where none is given
 
@@ -84,11 +84,11 @@ source = None if settings.adapter else find_run(settings.output_dir, settings.ru
 to_push = source.folder if source else local_folder(settings.adapter)
 publishing = dict(licence=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
 if settings.push_to_hub and settings.dry_run:
-    preview_push(to_push, settings.output_dir, settings.what, settings.hub_repo_id, settings.license)
-elif settings.push_to_hub and settings.what == "adapter":
+    preview_push(to_push, settings.output_dir, settings.push, settings.hub_repo_id, settings.license)
+elif settings.push_to_hub and settings.push == "adapter":
     push_folder(to_push, settings.hub_repo_id, settings.private, **publishing)  # an adapter, or a model tuned in full
     raise CleanExit("Nothing was merged for that.")
-elif settings.push_to_hub and settings.what == "both":
+elif settings.push_to_hub and settings.push == "both":
     prepare_push(to_push, settings.hub_repo_id, settings.license)  # what cannot go stops here, before the merged model
 
 # %%
@@ -228,7 +228,7 @@ if settings.compare_merges and trained.quantization and device and merging:
 # %%
 if settings.push_to_hub:
     push_folder(merge_run.folder, settings.hub_repo_id, settings.private, **publishing)
-if settings.push_to_hub and settings.what == "both":
+if settings.push_to_hub and settings.push == "both":
     beside = f"{settings.hub_repo_id or merge_run.name}-adapter"
     push_folder(to_push, beside, settings.private, **publishing)
 

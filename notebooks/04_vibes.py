@@ -65,7 +65,7 @@ class Settings(RunSettings):
     top_k: int = 50  # sample from this many most likely tokens; with do_sample
     num_beams: int = 1  # beams of a beam search
     repetition_penalty: float = 1.0  # above 1, tokens that were used are less likely
-    generate: tuple[str, ...] = ()  # any other argument of model.generate, as min_p=0.1
+    generation_kwargs: tuple[str, ...] = ()  # any other argument of model.generate, as min_p=0.1
     temperature_by_category: bool = False  # sample at FastChat's temperatures for MT-Bench, by category
 
 
@@ -111,7 +111,7 @@ if settings.dry_run or not settings.chat:
     asked = fingerprint(questions, [c.fingerprint for c in candidates])
     vibes_run = start_run(settings, base_model=candidates[0].base, origin=asked)
     if not vibes_run.finished:
-        vibes_run.update(models=[c.name for c in candidates], prompts=len(questions))
+        vibes_run.save(models=[c.name for c in candidates], prompts=len(questions))
     answers = AnswerStore(vibes_run.folder, questions)
 
 # %% [markdown]
@@ -134,7 +134,7 @@ if local:
     loading = dict(
         dtype=plan.dtype,
         quantization_config=plan.quantization,
-        attn_implementation=plan.attention,
+        attn_implementation=plan.attn_implementation,
         device_map=plan.device_map,
         trust_remote_code=settings.trust_remote_code,
     )

@@ -53,7 +53,7 @@ class Settings(RunSettings):
     judge_model: str = ""  # the model that judges
     base_url: str = ""  # its OpenAI-compatible endpoint; OpenAI's own, or OPENAI_BASE_URL, where none is given
     votes: tuple[str, ...] = ()  # votes of people instead, exported from the page of 04_vibes.py
-    rules: str = ""  # module that judges by rules instead, as helpers.demo_questions
+    judge_module: str = ""  # module that judges by rules instead, as recipes.demo.questions
     judgments: str = ""  # a file of FastChat's model_judgment instead: only count it
     judge_prompts: str = ""  # prompts in the layout of FastChat's judge_prompts.jsonl; ours where none are given
 
@@ -63,8 +63,8 @@ class Settings(RunSettings):
     timeout: float = 120.0  # seconds that the server may be silent; a call that fails is repeated, six times in all
     max_calls: int = 0  # stop after so many calls, each with its repetitions; 0 for no limit
     max_tokens: int = 0  # begin no call after so many tokens, read and written; 0 for no limit
-    price_in: float = 0.0  # of a million tokens that the judge reads, for the cost line
-    price_out: float = 0.0  # of a million that it writes
+    input_price: float = 0.0  # of a million tokens that the judge reads, for the cost line
+    output_price: float = 0.0  # of a million that it writes
     retry_errors: bool = False  # ask again where no verdict could be read
 
 
@@ -99,7 +99,7 @@ from helpers.runs.run import start_run
 from helpers.settings.load import one_of
 
 # %%
-one_of(settings, "judge_model", "votes", "rules", "judgments")
+one_of(settings, "judge_model", "votes", "judge_module", "judgments")
 who = judge_name(settings)
 found = find_answers(settings)
 groups = model_pairs(found.said, settings.mode, settings.baseline)
@@ -109,8 +109,8 @@ show(found)
 
 # %%
 made, left = [], []
-if settings.rules:
-    made = judge_by_rules(settings.rules, found.questions, found.said, groups)
+if settings.judge_module:
+    made = judge_by_rules(settings.judge_module, found.questions, found.said, groups)
 elif settings.votes:
     made = read_votes(settings.votes, found.questions, found.said, found.page)
 elif settings.judgments:
@@ -124,7 +124,7 @@ judged = fingerprint(found.questions, found.said, prompts.rows, *without_timesta
 judge_run = start_run(settings, base_model=who, origin=judged)
 endpoint = Endpoint(settings.judge_model, settings.base_url, settings.timeout) if settings.judge_model else None
 if not judge_run.finished:
-    judge_run.update(answers_dir=short_path(found.folder))
+    judge_run.save(answers_dir=short_path(found.folder))
 
 # %% [markdown]
 # ## Judge
@@ -146,7 +146,7 @@ if endpoint:
     judge.take_over(games, ledgers)
     with resumable(judge_run):
         judge.ask(judge.missing(games, settings.retry_errors), settings.max_concurrency, budget)
-    show(budget.cost(settings.price_in, settings.price_out))
+    show(budget.cost(settings.input_price, settings.output_price))
     made, left = judge.rows(games), judge.missing(games)
 
 # %% [markdown]
@@ -158,8 +158,8 @@ if endpoint:
 # %%
 Table = RatingResults if settings.mode == "single" else PairwiseResults
 table = Table.of(who, made, found.questions, found.said, settings.seed)
-if settings.rules:
-    table.scores = score_by_rules(settings.rules, found.questions, found.said)
+if settings.judge_module:
+    table.scores = score_by_rules(settings.judge_module, found.questions, found.said)
 show(table, METHOD if settings.mode == "pairwise" else "")
 show(table.figure(), save_as=judge_run.folder / "verdicts.png")
 save_judgments(judge_run, settings, made, table, complete=not left)

@@ -53,7 +53,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model and data, written once; no test changes it."""
-    from helpers.demo import write_demo
+    from recipes.demo import write_demo
 
     folder = tmp_path_factory.mktemp("demo") / "made" / "demo"
     assert write_demo(folder)

@@ -41,4 +41,4 @@ with run.training():
     (settings.output_dir / "pid").write_text(str(os.getpid()))
     while settings.wait_for and settings.dpo_beta == 0.3 and not Path(settings.wait_for).exists():
         time.sleep(0.02)
-run.finish(metrics={"eval_loss": settings.dpo_beta / 2, "step": 10.0}, findings=[])
+run.finish(metrics={"eval_loss": settings.dpo_beta / 2, "step": 10.0}, diagnostics=[])

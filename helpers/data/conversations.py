@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import UserError, process_lock
-from helpers.data.formats import Pair
 from helpers.models.chat import encode_prompt, fold_system_message, render_all, special_token_pattern, tokenize
 
 if TYPE_CHECKING:
@@ -25,12 +24,26 @@ TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the pro
 TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {}  # forked workers inherit them; sending one takes half a second
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers, as conversations; `margin` is how much better the chosen one was rated, if it was."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    margin: float | None = None
+
+
 def content_fingerprint(rows: Dataset, tokenizer: PreTrainedTokenizerBase, work: dict[str, Any]) -> str:
     """A name for what becomes of `rows` under this tokenizer, these arguments and this code.
 
     datasets makes such names by pickling, which for tokenizers changes from one process to the next.
     """
-    code = "".join(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py")))
+    here = Path(__file__).parent
+    sources = [here / f"{name}.py" for name in ("conversations", "formats", "prepare")] + [
+        here.parent / "models/chat.py"
+    ]
+    code = "".join(file.read_text() for file in sources)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # what it was last asked to truncate or pad to is no difference
         tokenizer.backend_tokenizer.no_padding()
@@ -149,7 +162,7 @@ def conversation_hash(messages: list[Message]) -> str:
     )
 
 
-Overlong = Literal["drop", "trim_prompt", "cut_answer", "error"]
+Overlong = Literal["drop", "truncate_prompt", "truncate_completion", "error"]
 Tokens = tuple[list[int], list[int], list[int]]
 
 
@@ -200,7 +213,7 @@ def apply_limits(
     if limits.overlong == "error":
         said = f"{len(prompt)} tokens of prompt and {longest} of answer"
         raise UserError(f"over-long: {said}, above {limits.prompt} or {limits.total}: see --overlong")
-    if limits.overlong == "trim_prompt" and most > 0:
+    if limits.overlong == "truncate_prompt" and most > 0:
         short = truncate_prompt(tokenizer, pair.prompt, most, system)
         if short:
             pair = dataclasses.replace(pair, prompt=short)
@@ -208,7 +221,7 @@ def apply_limits(
             if not isinstance(shorter, str):
                 return pair, shorter, "", "prompt trimmed from the left"
     fits = len(prompt) <= (limits.prompt or sys.maxsize)
-    if limits.overlong == "cut_answer" and fits and len(prompt) < limits.total:
+    if limits.overlong == "truncate_completion" and fits and len(prompt) < limits.total:
         room = limits.total - len(prompt)
         return pair, (prompt, chosen[:room], rejected[:room]), "", "an answer lost its end"
     too_long = len(prompt) + longest > (limits.total or sys.maxsize)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from helpers.core import UserError
 from helpers.data.conversations import (
     Message,
+    Pair,
     conversation_key,
     is_conversation,
     parse_hh,
@@ -26,22 +27,12 @@ ANSWERS = ("response", "text", "answer", "content")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A prompt and two answers, as conversations; `margin` is how much better the chosen one was rated, if it was."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    margin: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class PairingConfig:
     """`pairing` of ranked and scored rows: best against worst, against a random other (seeded), or all pairs;
     `recommended` keeps only the rows that argilla/distilabel-intel-orca-dpo-pairs recommends; pairs rated closer than
     `min_margin` are dropped, ties always; `system_prompt` goes before pairs without a system message of their own."""
 
-    pairing: Literal["worst", "random", "all"] = "worst"
+    pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"
     recommended: bool = False
     min_margin: float = 0.0
     system_prompt: str = ""
@@ -203,12 +194,12 @@ def _pairings(
     if len(rated) < 2:
         return "fewer than two answers"
     order = sorted(rated, key=lambda answer: -answer[1])
-    if options.pairing == "all":
+    if options.pairing == "all_pairs":
         pairs = [(a, b) for a, b in itertools.combinations(order, 2) if a[1] > b[1]]
     else:
         others = [answer for answer in order[1:] if answer[1] < order[0][1]]
-        seed = f"{options.seed} {key_of(prompt)}"
-        other = random.Random(seed).choice(others) if options.pairing == "random" and others else order[-1]
+        seed = f"{options.seed} {conversation_key(prompt)}"
+        other = random.Random(seed).choice(others) if options.pairing == "best_vs_random" and others else order[-1]
         pairs = [(order[0], other)]
     if not pairs or pairs[0][0][1] == pairs[0][1][1]:
         return "tie"

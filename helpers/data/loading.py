@@ -130,7 +130,7 @@ def _load(source: DatasetSpec, split: str) -> Dataset:
     if files:
         kinds = {FILE_READERS.get(Path(file).suffix) for file in files}
         if len(kinds) > 1 or None in kinds:
-            raise UserError(f"dataset {source.id!r}: files are of one kind, one of {', '.join(READERS)}")
+            raise UserError(f"dataset {source.id!r}: files are of one kind, one of {', '.join(FILE_READERS)}")
         kind = str(kinds.pop())
         as_text: dict[str, Any] = {}
         if kind == "csv":  # every cell is text: an answer may be "None", or a number

@@ -11,6 +11,7 @@ from helpers.data.conversations import (
     TOKENIZERS,
     LengthLimits,
     Message,
+    Pair,
     Tokens,
     add_system_prompt,
     apply_limits,
@@ -24,7 +25,6 @@ from helpers.data.conversations import (
 )
 from helpers.data.formats import (
     FORMAT_READERS,
-    Pair,
     PairingConfig,
     check_columns,
     detect_format,
@@ -102,12 +102,12 @@ def _prepare_preferences(
 ) -> tuple[Dataset, str]:
     name = data_format if data_format != "auto" else detect_format(list_columns(rows))
     if name and name not in FORMAT_READERS:
-        raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join(ADAPTERS)}")
+        raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join(FORMAT_READERS)}")
     if options.recommended and "status" not in rows.column_names:
         raise SettingsError("--recommended: this set says of no row whether it is (argilla/distilabel-intel-orca does)")
     if not name:
         raise UserError(
-            f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(ADAPTERS)}; "
+            f"the dataset has columns {', '.join(rows.column_names)}: not one of the formats {', '.join(FORMAT_READERS)}; "
             "a preference set needs prompt, chosen and rejected: rename them, or name one with --data_format"
         )
     check_columns(name, rows.column_names)
@@ -300,7 +300,9 @@ def _prepare_instructions(
     )
     name = name or detect_format(list_columns(rows))
     if name and name not in INSTRUCTION_READERS and name not in FORMAT_READERS:
-        raise SettingsError(f"--data_format {name!r} is not one of auto, {', '.join({**READERS, **ADAPTERS})}")
+        raise SettingsError(
+            f"--data_format {name!r} is not one of auto, {', '.join({**INSTRUCTION_READERS, **FORMAT_READERS})}"
+        )
     if not name or (
         name in INSTRUCTION_READERS and name not in FORMAT_READERS and not INSTRUCTION_READERS[name][0] <= columns
     ):
@@ -382,11 +384,11 @@ def _read_row(
         return whole, ids, labels, "", change
     if limits.overlong == "error":
         raise UserError(f"over-long: {len(ids)} tokens, above --max_length {limits.total}: see --overlong")
-    if limits.overlong == "cut_answer" and any(label != -100 for label in labels[: limits.total]):
+    if limits.overlong == "truncate_completion" and any(label != -100 for label in labels[: limits.total]):
         inside = labels[limits.total] != -100  # else the cut is in a turn that is only read
         cut = "an answer lost its end" if inside else "turns after the last whole answer cut"
         return whole, ids[: limits.total], labels[: limits.total], "", f"{change}; {cut}" if change else cut
-    if limits.overlong == "trim_prompt":
+    if limits.overlong == "truncate_prompt":
         answer = len(ids) - len(encode_prompt(tokenizer, whole[:-1]))
         room = limits.total - answer
         prompt = truncate_prompt(tokenizer, messages[:-1], room, system) if room > 0 else []

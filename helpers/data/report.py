@@ -1,6 +1,6 @@
 """What a dataset will teach, before it is trained on: lengths, bias, duplicates, leaks, and openings that tell.
 
-    python -m helpers.data_report --dataset_id my_pairs.jsonl --model_id mistralai/Mistral-7B-Instruct-v0.2
+    python -m helpers data --dataset_id my_pairs.jsonl --model_id mistralai/Mistral-7B-Instruct-v0.2
 
 has the names of 02_dpo.py's settings (with --sft, 01_sft.py's), reads .env for the Hub, needs a tokenizer and no model.
 """
@@ -121,14 +121,18 @@ class ReportSettings:
     eval_rows: int = 2_750  # rows held out; 0 takes eval_fraction of them
     eval_fraction: float = 0.2  # share held out where eval_rows is 0
     data_format: str = "auto"  # by the columns; or a format by name
-    pairing: Literal["worst", "random", "all"] = "worst"  # of several ranked answers: the best against which others
+    pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = (
+        "best_vs_worst"  # of several ranked answers: the best against which others
+    )
     recommended: bool = False  # keep only the rows that the dataset's card recommends
     min_margin: float = 0.0  # pairs rated closer than this are dropped; ties always are
     max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
     max_length: int = 1512  # tokens of a prompt and its answer, likewise
-    overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond them
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = (
+        "drop"  # what becomes of rows beyond them
+    )
     strict: bool = False  # stop when any row has to be dropped
-    chat_format: str = "auto"  # the tokenizer's own, else mistral; or a format by name, or a file
+    chat_template: str = "auto"  # the tokenizer's own, else mistral; or a format by name, or a file
     system_prompt: str = ""  # put before every conversation that has no system message of its own
     seed: int = 42  # seed of the split
     out: str = ""  # folder for data_report.png and data_report.json; none are written when empty
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model, revision=given.revision or "main", trust_remote_code=given.trust_remote_code
     )
-    set_chat_template(tokenizer, given.chat_format)
+    set_chat_template(tokenizer, given.chat_template)
     split = Split(given.train_rows, given.eval_rows, given.eval_fraction, given.seed)
     more: dict[str, Any] = {"split": split, "strict": given.strict, "num_proc": given.dataset_num_proc}
     sources = parse_dataset_specs(given)
@@ -193,18 +197,14 @@ def _read_settings(argv: list[str]) -> ReportSettings:
         sft, dpo = (layers.from_recipe(step, recipe[0]) for step in ("sft", "dpo"))
         pairs = "sft" not in flags or not parse_value(bool, "sft", flags["sft"], "flag")
         values = sft if not pairs else {"model_id": sft["model_id"]} | dpo if "model_id" in sft else dpo
-        if "prepare" in values:
-            run_setup_module(values["prepare"][0])
+        if "setup_module" in values:
+            run_setup_module(values["setup_module"][0])
     words = {name: (given, "recipe") for name, given in values.items() if name in types}
     words |= {name: (given, "flag") for name, given in flags.items()}
     settings = ReportSettings(**{name: parse_value(types[name], name, *given) for name, given in words.items()})
     source = words.get("dataset_split", ([], "default"))[1]
     settings.sources = {"dataset_split": source}  # type: ignore[misc]
     return settings
-
-
-if __name__ == "__main__":
-    main()
 
 
 WORDS = 3  # of an answer's opening
@@ -389,7 +389,7 @@ def _rows_lost(account: RowReport, max_length: int) -> list[DataFinding]:
             what = "prompts are" if limit == "max_prompt_length" else "conversations or pairs are"
             text = f"{count:,} {what} over {limit}{value} ({longest[0]:,} to {longest[-1]:,} tokens) and were dropped"
             enough = longest[math.ceil(0.9 * count) - 1]
-            more = f": --{limit} {enough} would keep most of them, --overlong trim_prompt those with a long prompt."
+            more = f": --{limit} {enough} would keep most of them, --overlong truncate_prompt those with a long prompt."
             matters = share >= OFTEN / 2
             found.append(DataFinding(reason, share, text + (more if matters else "."), matters))
     if cut := account.changed["an answer lost its end"]:

@@ -15,6 +15,7 @@ from helpers.data.conversations import Message
 from helpers.data.formats import FORMAT_READERS, PairingConfig, check_columns, detect_format, list_columns
 from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs
 from helpers.data.prepare import INSTRUCTION_READERS, read_chosen
+from helpers.runs.run import Run, read_run
 from helpers.settings.fields import TrainSettings
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ class Workload:
     note: str = ""
 
 
+def estimate_work(settings: TrainSettings, parent: Run | None = None) -> list[str]:
+    """Lines on rows, steps, tokens and time. Raises UserError where a set that is here cannot be used."""
+    folder = parent.folder if parent and not parent.is_adapter else find_path(settings.values()["model_id"])
+    model = str(folder or settings.values()["model_id"])
+    return _work_lines(estimate_workload(settings, model, settings.accumulation_steps()), settings)
+
+
 def estimate_workload(settings: TrainSettings, model: str, accumulation: int) -> Workload:
     """What there is to do, from some rows of each set; `model` is a folder or Hub id. Raises UserError."""
     values = settings.values()
@@ -57,7 +65,7 @@ def estimate_workload(settings: TrainSettings, model: str, accumulation: int) ->
     mean = tokens / max(1.0, train)
     train -= 0.0 if own_evaluation else _held_out(train, values)
     if train < 1:
-        raise UserError("none of the rows looked at can be used: python -m helpers.data_report says why")
+        raise UserError("none of the rows looked at can be used: python -m helpers data says why")
     trained = min(values["train_rows"] or math.inf, train)
     units = trained * mean / values["max_length"] if values.get("packing") else trained
     per_step = values["per_device_train_batch_size"] * accumulation * int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,9 +97,9 @@ def _look(rows: Dataset, values: dict[str, Any], step: str, source: DatasetSpec,
     looked_at = rows.select(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
     total, prompts = (values.get(name) or math.inf for name in ("max_length", "max_prompt_length"))
     options = PairingConfig(
-        values.get("pairing", "worst"), values.get("recommended", False), values.get("min_margin", 0.0)
+        values.get("pairing", "best_vs_worst"), values.get("recommended", False), values.get("min_margin", 0.0)
     )
-    shortened = values["overlong"] in ("trim_prompt", "cut_answer")
+    shortened = values["overlong"] in ("truncate_prompt", "truncate_completion")
     found: list[int] = []
     for row in looked_at:
         if step == "sft":
@@ -140,3 +148,36 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _work_lines(work: Workload, settings: TrainSettings) -> list[str]:
+    if work.steps is None:
+        return [f"Steps, tokens and time: unknown, because {work.note}."]
+    if work.tokens is None:
+        return [f"{work.steps:,} steps; tokens and time unknown, because {work.note}."]
+    note = f" ({work.note})" if work.note else ""
+    lines = [f"About {work.rows:,} rows to train on, {work.steps:,} steps, {work.tokens:,.0f} tokens{note}."]
+    if found := _speed_so_far(settings):
+        speed, run = found
+        lines.append(f"About {_duration(work.tokens / speed)}, at {speed:,.0f} tokens a second as in {run}.")
+    return lines
+
+
+def _speed_so_far(settings: TrainSettings) -> tuple[float, str] | None:
+    """Tokens a second of the newest finished run of this step, model and tuning, and its name."""
+    found = []
+    for file in settings.output_dir.glob("*/run.json"):
+        record = read_run(file.parent)
+        before, now = record.get("settings", {}), settings.values()
+        alike = all(before.get(name) == now[name] for name in ("model_id", "tuning", "quantization"))
+        speed = record.get("metrics", {}).get("tokens_per_second")
+        if speed and alike and record.get("step") == settings.step and record.get("status") == "finished":
+            found.append((str(record["finished"]), float(speed), file.parent.name))
+    return max(found)[1:] if found else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -49,9 +49,9 @@ class AnswerSet:
 def find_answers(settings: Any) -> AnswerSet:
     """What the settings of 05_judge.py name: answers_dir, bench_dir, models, judge_prompts. Raises UserError."""
     bench = _folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
-    if settings.judgments and not bench and not settings.given("answers_dir"):  # which has what there is to count
+    if settings.judgments and not bench and not settings.is_set("answers_dir"):  # which has what there is to count
         return AnswerSet(settings.output_dir, [], {}, OUR_PROMPTS)
-    if bench and not settings.given("answers_dir"):
+    if bench and not settings.is_set("answers_dir"):
         folder = bench
     elif settings.answers_dir == "latest":
         folder = find_run(settings.output_dir, "latest", "vibes").folder

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Interrupted, UserError, read_jsonl, short_path
+from helpers.core import Interrupted, UserError, read_jsonl, safe_file_name, short_path
 from helpers.data.conversations import Message
 from helpers.evaluation.generators import Generator
 from helpers.evaluation.questions import Question, turns_of
@@ -35,7 +35,7 @@ class AnswerStore:
     def of(self, name: str) -> JsonlStore:
         """The file of a model, by question_id."""
         if name not in self._files:
-            file = self.folder / "model_answer" / f"{file_name(name)}.jsonl"
+            file = self.folder / "model_answer" / f"{safe_file_name(name)}.jsonl"
             self._files[name] = JsonlStore(file, lambda row: row["question_id"])
         return self._files[name]
 
@@ -238,13 +238,13 @@ def resumable(run: Run) -> Iterator[None]:
     finished = run.finished
     try:
         if not finished:
-            run.update(status="running")
+            run.save(status="running")
         yield
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         with contextlib.suppress(OSError):  # a full disk has no room for this either
             if not finished:
-                run.update(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+                run.save(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
         if isinstance(error, KeyboardInterrupt):
             kept = f"what was done by then is kept in {short_path(run.folder)}, and the same command goes on with it"
             raise Interrupted(f"stopped by SIGINT: {kept}", signal.SIGINT) from None

@@ -43,28 +43,30 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     """The arguments of `model.generate` among the settings; those of sampling only when it samples.
 
     A temperature, top_p or top_k that was given means that it is to sample, a temperature of 0 that it is not. Raises
-    SettingsError for a word of --generate that is not one of its arguments, and for values that it refuses.
+    SettingsError for a word of --generation_kwargs that is not one of its arguments, and for values that it refuses.
     """
     from transformers import GenerationConfig
 
     own: Any = settings
-    if not settings.given("do_sample") and any(settings.given(name) for name in SAMPLED):
-        settings.adopt("sampling was asked for", do_sample=own.temperature > 0)
+    if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLED):
+        settings.override("sampling was asked for", do_sample=own.temperature > 0)
     if own.do_sample and not (own.temperature > 0 and 0 < own.top_p <= 1):
         raise SettingsError("--do_sample needs a --temperature above 0, and a --top_p above 0 and at most 1")
     names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty")
     values, known = settings.values(), GenerationConfig().to_dict()
     more = {}
-    for word in values["generate"]:
+    for word in values["generation_kwargs"]:
         name, equals, value = word.partition("=")
         if not equals or name not in known or name in UNSUPPORTED:
             close = difflib.get_close_matches(name, set(known) - UNSUPPORTED, n=1)
-            raise SettingsError(f"--generate {word}: {f'did you mean {close[0]}=...?' if close else 'give NAME=VALUE'}")
+            raise SettingsError(
+                f"--generation_kwargs {word}: {f'did you mean {close[0]}=...?' if close else 'give NAME=VALUE'}"
+            )
         try:
             more[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
             if name not in TEXTS:
-                raise SettingsError(f"--generate {word}: a number, a list, true or false is needed") from None
+                raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
             more[name] = value
     chosen = {name: values[name] for name in names + (SAMPLED if values["do_sample"] else ())} | more
     try:

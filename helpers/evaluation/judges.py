@@ -187,10 +187,10 @@ class Budget:
             self.calls += left
             return left
 
-    def cost(self, price_in: float, price_out: float) -> str:
+    def cost(self, input_price: float, output_price: float) -> str:
         """What was spent, in words; prices are of a million tokens."""
         told = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
-        price = (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
+        price = (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
         return f"{told}: {price:,.2f} at the prices given" if price else told
 
     def spend(self, prompt_tokens: int, completion_tokens: int) -> None:
@@ -225,7 +225,7 @@ class Judge:
         """Judgments of the same prompts by the same judge in ledgers of other runs are not asked for again."""
         wanted: dict[str, list[Match]] = {}
         for game in self.missing(games):
-            wanted.setdefault(self.name_of(game.messages(self.prompts, self.said)), []).append(game)
+            wanted.setdefault(self.request_hash(game.messages(self.prompts, self.said)), []).append(game)
         count = 0
         for file in others if wanted else ():
             for row in _whole_rows(file):
@@ -276,7 +276,7 @@ class Judge:
             "winner": winner,
             "finished": reply.finished,
             **({"refused": refused} if refused else {}),
-            "asked": self.name_of(messages),
+            "asked": self.request_hash(messages),
             "user_prompt": messages[-1]["content"],
             "judgment": reply.text,
             "prompt_tokens": reply.prompt_tokens,

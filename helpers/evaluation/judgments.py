@@ -10,12 +10,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, read_jsonl, write_json
+from helpers.core import SettingsError, UserError, find_path, read_jsonl, safe_file_name, write_json
 from helpers.evaluation.judges import ModelAnswers, Row, pair_row
 from helpers.evaluation.questions import Question
 from helpers.runs.run import Run
 
-JUDGE_FLAGS = ("judge_model", "votes", "rules", "judgments")
+JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
 FORMAT = "votes-1"  # see vote_page.py
 WINNERS = ("model_1", "model_2", "tie", "error")
 
@@ -25,13 +25,13 @@ def judge_name(settings: Any) -> str:
     given = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
     if given is None:
         raise SettingsError(
-            "who judges? --judge_model NAME (with --base_url, for your own server), --votes FILE or --rules MODULE"
+            "who judges? --judge_model NAME (with --base_url, for your own server), --votes FILE or --judge_module MODULE"
         )
-    if settings.mode == "single" and given in ("votes", "rules"):
+    if settings.mode == "single" and given in ("votes", "judge_module"):
         raise SettingsError(f"--mode single rates answers, and --{given} compares them: leave one of them out")
     if given == "votes":
         return "human"
-    return f"rules {settings.rules}" if given == "rules" else str(getattr(settings, given))
+    return f"rules {settings.judge_module}" if given == "judge_module" else str(getattr(settings, given))
 
 
 def without_timestamps(rows: list[Row]) -> list[Row]:
@@ -49,7 +49,7 @@ def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complet
         file = (
             run.folder
             / "model_judgment"
-            / f"{file_name(who)}_{'single' if settings.mode == 'single' else 'pair'}.jsonl"
+            / f"{safe_file_name(who)}_{'single' if settings.mode == 'single' else 'pair'}.jsonl"
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}")
@@ -60,7 +60,7 @@ def save_judgments(run: Run, settings: Any, rows: list[Row], table: Any, complet
     if complete and not _nothing_read(rows):
         run.finish(metrics=metrics)
     else:
-        run.update(status="failed" if complete else "interrupted", metrics=metrics)
+        run.save(status="failed" if complete else "interrupted", metrics=metrics)
 
 
 def raise_if_incomplete(rows: list[Row], left: int, calls: int) -> None:
@@ -191,7 +191,7 @@ def judge_by_rules(
                     rows.append(pair_row(question, 1, (one, two), ["rules", module], winners))
     except KeyError as error:
         raise SettingsError(
-            f"--rules {module} needs a field {error} in every question: without it, judge with --votes FILE or "
+            f"--judge_module {module} needs a field {error} in every question: without it, judge with --votes FILE or "
             "--judge_model NAME"
         ) from None
     if not rows:
@@ -217,4 +217,4 @@ def _load_rules(module: str) -> tuple[Any, Any]:
         rules = importlib.import_module(module)
         return rules.compare, rules.score
     except (ImportError, AttributeError):
-        raise SettingsError(f"--rules {module}: a module with score() and compare() is needed") from None
+        raise SettingsError(f"--judge_module {module}: a module with score() and compare() is needed") from None

@@ -15,6 +15,7 @@ from helpers.evaluation.statistics import (
     length_controlled_interval,
     mean_interval,
     sign_test,
+    zero_event_upper_bound,
 )
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class PairResult:
         if self.seen:
             said.append(f"{self.seen} of {self.counts.total} votes were cast with the names in sight.")
         if self.alike:
-            share = f"{most_unseen(self.alike):.1%}"
+            share = f"{zero_event_upper_bound(self.alike):.1%}"
             said.append(f"All outcomes are alike; at 95% up to {share} of other questions may still go another way.")
         if self.consistency is not None and self.consistency < 0.7:
             torn, first = f"{1 - self.consistency:.0%}", f"{self.first_favoured or 0.0:.0%}"

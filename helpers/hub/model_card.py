@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RELATION = {"adapter": "adapter", "merged": "merge", "full": "finetune"}
 # Settings that say where a run was kept, not how it was trained.
 OMITTED_SETTINGS = {
-    "recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare", "model_id",
+    "recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "setup_module", "model_id",
     "sft_run", "dataset_id", "dataset_revision", "dataset_split", "revision", "run", "adapter", "base_model_id",
     "merge_adaptors", "push_to_hub", "hub_repo_id", "system_prompt",
 }  # fmt: skip

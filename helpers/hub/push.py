@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import REPO, UserError, find_path, is_main_process
+from helpers.core import REPO, UserError, describe_error, find_path, is_main_process
 from helpers.hub.model_card import base_of, write_card
 from helpers.runs.run import lineage, read_run
 from helpers.settings.credentials import hf_token
@@ -47,7 +47,7 @@ def prepare_push(folder: Path, repo_id: str, licence: str = "") -> tuple[list[Pa
     adapter, files = folder / "adapter_config.json", files_to_push(folder)
     if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
         raise UserError(
-            f"the base of {folder.name} is a folder here, which nobody else has: push it merged (--what merged)"
+            f"the base of {folder.name} is a folder here, which nobody else has: push it merged (--push merged)"
         )
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"{folder.name} has no weights to push")
@@ -93,7 +93,7 @@ def push_folder(folder: Path, repo_id: str, private: bool, licence: str = "", re
             with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=True))
         is_private = bool(with_retries(lambda: api.model_info(repo_id)).private)
     except (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"pushing to {repo_id} failed: {reason(error)}") from None
+        raise UserError(f"pushing to {repo_id} failed: {describe_error(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
     if is_private and not private:
         print("It was private before, and stays so: its page on the Hub can change that.")
@@ -234,12 +234,12 @@ def merge_and_push(run: Run, settings: Any) -> None:
     flags = {
         "run": run.folder,
         "output_dir": settings.output_dir,
-        "what": "merged" if settings.merge_adaptors and run.is_adapter else "adapter",
+        "push": "merged" if settings.merge_adaptors and run.is_adapter else "adapter",
         "push_to_hub": settings.push_to_hub,
         "hub_repo_id": settings.hub_repo_id,
         "trust_remote_code": settings.trust_remote_code,
     }
-    if flags["what"] == "adapter" and not settings.push_to_hub:
+    if flags["push"] == "adapter" and not settings.push_to_hub:
         return
     words = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

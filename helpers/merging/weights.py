@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from helpers.core import SettingsError, UserError, find_path
+from helpers.core import SettingsError, UserError, describe_error, find_path
 from helpers.models.chat import eos_token_ids
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def local_folder(model: str, revision: str = "") -> Path:
             found = Path(snapshot_download(model, allow_patterns=[*ALL_OF_A_MODEL, "*.bin"], **where))
         return found
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{model!r} cannot be fetched: {reason(error)}") from None
+        raise UserError(f"{model!r} cannot be fetched: {describe_error(error)}") from None
 
 
 def adapter_as_run(folder: Path) -> Run:
@@ -295,7 +295,7 @@ def finalize(run: Run, draft: Path, **fields: Any) -> None:
 
     An older merge of that name is whole until then.
     """
-    folder, run.folder, run.replaces = run.folder, draft, False
+    folder, run.folder, run.overwrite = run.folder, draft, False
     curves = Path(run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the card
     if curves.is_file():
         shutil.copyfile(curves, draft / "curves.png")

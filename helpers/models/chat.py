@@ -22,7 +22,7 @@ PROBE = [
 ]
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> tuple[str, list[str]]:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str, list[str]]:
     """Give the tokenizer a template: "auto" keeps its own, and takes mistral where it has none; else one of
     `chat_formats.FORMATS`, or a file of Jinja.
 
@@ -32,22 +32,22 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> t
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if chat_format == "auto":
+    if chat_template == "auto":
         if tokenizer.chat_template:
             return "the tokenizer's own", []
-        chat_format = "mistral"
-    if chat_format not in CHAT_TEMPLATES:
-        file = find_path(chat_format)
+        chat_template = "mistral"
+    if chat_template not in CHAT_TEMPLATES:
+        file = find_path(chat_template)
         if file is None or not file.is_file():
-            raise UserError(f"--chat_format {chat_format!r} is not one of {', '.join(FORMATS)}, nor a file")
+            raise UserError(f"--chat_template {chat_template!r} is not one of {', '.join(CHAT_TEMPLATES)}, nor a file")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
         return file.name, []
-    new = [token for token in TEMPLATE_TOKENS.get(chat_format, ()) if token not in tokenizer.get_vocab()]
+    new = [token for token in TEMPLATE_TOKENS.get(chat_template, ()) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-    tokenizer.chat_template = CHAT_TEMPLATES[chat_format]
-    if chat_format in TEMPLATE_EOS:
-        tokenizer.eos_token = TEMPLATE_EOS[chat_format]
-    return chat_format, new
+    tokenizer.chat_template = CHAT_TEMPLATES[chat_template]
+    if chat_template in TEMPLATE_EOS:
+        tokenizer.eos_token = TEMPLATE_EOS[chat_template]
+    return chat_template, new
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False) -> str:
@@ -192,7 +192,7 @@ def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: li
         )
         if fault:
             raise UserError(
-                f"the chat template is not safe to train on: {fault}. Give another --chat_format, or a file of Jinja. "
+                f"the chat template is not safe to train on: {fault}. Give another --chat_template, or a file of Jinja. "
                 f"Text {text!r}, ids {ids}"
             )
 

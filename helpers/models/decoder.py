@@ -56,11 +56,11 @@ class Decoder:
         biases = sum(linear.outputs for linear in self.linears if linear.bias)
         return self.embeddings + self.norms + biases + sum(linear.weights for linear in self.linears)
 
-    def targets(self, lora_targets: str) -> list[Linear]:
+    def targets(self, lora_target_modules: str) -> list[Linear]:
         """The layers that PEFT gives an adapter: all of them, or those whose whole name a regular expression is."""
-        if lora_targets == "all-linear":
+        if lora_target_modules == "all-linear":
             return list(self.linears)
-        return [linear for linear in self.linears if re.fullmatch(lora_targets, linear.name)]
+        return [linear for linear in self.linears if re.fullmatch(lora_target_modules, linear.name)]
 
 
 def read_decoder(config: Mapping[str, Any]) -> Decoder:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import SettingsError, find_path
-from helpers.data.workload import Workload, estimate_workload
 from helpers.models.decoder import Decoder, Linear, read_decoder
 from helpers.models.resolve import missing_weights, resolve_model
-from helpers.runs.run import Run, read_run
+from helpers.runs.run import Run
 from helpers.settings.fields import TrainSettings
 
 GB = 10**9
@@ -74,7 +73,7 @@ def training_spec(
         bits=bits,
         compute=2 if on_gpu and values.get("bf16", True) is not False else 4,
         rank=values["lora_r"],
-        targets=values["lora_targets"],
+        targets=values["lora_target_modules"],
         adapter=2 if values["adapter_dtype"] == "bf16" and bits == 4 else 4,
         batch=values["per_device_train_batch_size"],
         length=values["max_length"] or decoder.positions,
@@ -82,9 +81,9 @@ def training_spec(
         optimizer=values.get("optim", "paged_adamw_8bit" if on_gpu and not engine else "adamw_torch"),
         frozen_copy=trained_further and step == "dpo",
         precomputed=values.get("precompute_ref_log_probs", False),
-        flash="flash" in values["attention"],
+        flash="flash" in values["attn_implementation"],
         on_gpu=on_gpu,
-        whole=tuple(values["modules_to_save"]),
+        whole=tuple(values["lora_modules_to_save"]),
         stage=_stage(values, engine) if engine else 0,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
@@ -273,29 +272,31 @@ def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any
     folder = parent.folder if parent and whole else find_path(values["model_id"])
     has_config = folder is not None and (folder / "config.json").is_file()  # nothing more is read of it
     root = str(folder) if has_config else resolve_model(values["model_id"], values["revision"])
-    accumulation = settings.accumulation()
-    work = _work_lines(estimate_workload(settings, root, accumulation), settings)
+    accumulation = settings.accumulation_steps()
+    notes = []
     if has_config and (lacking := missing_weights(Path(root))):
-        work.append(f"The weights are not here yet: {Path(root).name} {lacking}.")
+        notes.append(f"The weights are not here yet: {Path(root).name} {lacking}.")
     try:
         decoder = read_decoder(json.loads(_config_file(root, values["revision"]).read_text()))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        return [f"Memory: unknown, because its config.json is of a kind that is not known here: {reason}", *work]
+        return [f"Memory: unknown, because its config.json is of a kind that is not known here: {reason}", *notes]
     job = training_spec(values, settings.step, decoder, parent is not None and parent.is_adapter)
     if not job.full and not decoder.targets(job.targets):
-        raise SettingsError(f"--lora_targets {job.targets!r} is the name of no linear layer of {values['model_id']}")
+        raise SettingsError(
+            f"--lora_target_modules {job.targets!r} is the name of no linear layer of {values['model_id']}"
+        )
     parts, limit = estimate_memory(decoder, job), values["memory_gb"] * GB
     lines = []
     if parts["peak"] > limit:
         found = suggest_changes(decoder, job, 0 if values["global_batch_size"] else accumulation, limit)
-        lines = [f"  {words}  ({_size(peak)})" for words, peak in found]
+        lines = [f"  {words}  ({_format_bytes(peak)})" for words, peak in found]
         fits = found[0][1] <= limit
         lines = [
             "What would make it fit:" if fits else "Nothing makes it fit. It needs least with:",
             *lines,
         ]
-    return [_table(parts, job, limit), *lines, *work]
+    return [_table(parts, job, limit), *lines, *notes]
 
 
 def _table(parts: dict[str, float], job: TrainingSpec, limit: float) -> Any:
@@ -320,19 +321,6 @@ def _table(parts: dict[str, float], job: TrainingSpec, limit: float) -> Any:
     return table
 
 
-def _work_lines(work: Workload, settings: TrainSettings) -> list[str]:
-    if work.steps is None:
-        return [f"Steps, tokens and time: unknown, because {work.note}."]
-    if work.tokens is None:
-        return [f"{work.steps:,} steps; tokens and time unknown, because {work.note}."]
-    note = f" ({work.note})" if work.note else ""
-    lines = [f"About {work.rows:,} rows to train on, {work.steps:,} steps, {work.tokens:,.0f} tokens{note}."]
-    if found := _speed_so_far(settings):
-        speed, run = found
-        lines.append(f"About {_duration(work.tokens / speed)}, at {speed:,.0f} tokens a second as in {run}.")
-    return lines
-
-
 def _config_file(root: str, revision: str) -> Path:
     """config.json of a folder, or of a Hub id where `local_or_hub` has fetched it."""
     from huggingface_hub import hf_hub_download
@@ -341,25 +329,5 @@ def _config_file(root: str, revision: str) -> Path:
     return file if file.is_file() else Path(hf_hub_download(root, "config.json", revision=revision or None))
 
 
-def _speed_so_far(settings: TrainSettings) -> tuple[float, str] | None:
-    """Tokens a second of the newest finished run of this step, model and tuning, and its name."""
-    found = []
-    for file in settings.output_dir.glob("*/run.json"):
-        record = read_run(file.parent)
-        before, now = record.get("settings", {}), settings.values()
-        alike = all(before.get(name) == now[name] for name in ("model_id", "tuning", "quantization"))
-        speed = record.get("metrics", {}).get("tokens_per_second")
-        if speed and alike and record.get("step") == settings.step and record.get("status") == "finished":
-            found.append((str(record["finished"]), float(speed), file.parent.name))
-    return max(found)[1:] if found else None
-
-
 def _format_bytes(count: float) -> str:
     return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / 10**6:.2f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

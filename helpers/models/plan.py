@@ -40,7 +40,7 @@ class LoadPlan:
     device: str
     dtype: torch.dtype
     quantization: BitsAndBytesConfig | None
-    attention: str
+    attn_implementation: str
     bf16: bool
     fp16: bool
 
@@ -76,7 +76,7 @@ class LoadPlan:
             "weights": str(self.dtype).removeprefix("torch."),
             "computed in": "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32",
             "quantization": bits,
-            "attention": self.attention,
+            "attention": self.attn_implementation,
         }
 
     def __rich__(self) -> Any:
@@ -91,7 +91,7 @@ def plan_model(
     model_id: str,
     tuning: str = "lora",
     quantization: str = "auto",
-    attention: str = "auto",
+    attn_implementation: str = "auto",
     given: Mapping[str, Any] | None = None,
 ) -> LoadPlan:
     """Decide, from what this machine has, how `model_id` is loaded for `tuning` (that of 02_dpo.py, or "none").
@@ -127,11 +127,11 @@ def plan_model(
         )
     elif quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
-    if attention == "auto":
+    if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
-        attention = "flash_attention_2" if flash else "sdpa"
+        attn_implementation = "flash_attention_2" if flash else "sdpa"
     dtype = torch.float32 if tuning == "full" else compute
-    return LoadPlan(device, dtype, config, attention, bf16, fp16)
+    return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
 
 
 def _refuse_large_model_on_cpu(model_id: str, device: str) -> None:
@@ -167,19 +167,19 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     if settings.values()["tuning"] == "full":
         raise SettingsError(f"--tuning full, but {folder.name} is an adapter: it can only be trained further as one")
-    name = str(settings.values().get("chat_format"))
+    name = str(settings.values().get("chat_template"))
     new = chat_formats.TEMPLATE_TOKENS.get(name, ())
     known = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json"))
     if any(token not in known for token in new):
         raise SettingsError(
-            f"--chat_format {name} needs {', '.join(new)}, which the adapter in {folder.name} was trained without: "
+            f"--chat_template {name} needs {', '.join(new)}, which the adapter in {folder.name} was trained without: "
             "give it to 01_sft.py"
         )
     before = read_run(folder).get("settings", {})
     theirs = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
-    theirs["lora_targets"] = before.get("lora_targets", config["target_modules"])
+    theirs["lora_target_modules"] = before.get("lora_target_modules", config["target_modules"])
     theirs["use_rslora"] = config.get("use_rslora", False)
-    theirs["modules_to_save"] = tuple(config.get("modules_to_save") or ())
+    theirs["lora_modules_to_save"] = tuple(config.get("modules_to_save") or ())
     tuning, dora = settings.values()["tuning"], config.get("use_dora", False)
     if (tuning == "dora") != dora and tuning != "qlora":  # on 4-bit weights either is qlora
         theirs["tuning"] = "dora" if dora else "lora"
@@ -188,7 +188,7 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
         # a DoRA adapter may be trained further by --tuning lora: what that says is that the base is not quantized
         if by_hand and (given := getattr(settings, name)) != value and not (name == "tuning" and dora):
             raise SettingsError(f"--{name} {given}, but the adapter in {folder.name} has {value}: leave it out")
-    settings.adopt("parent", **theirs)
+    settings.override("parent", **theirs)
     return config
 
 
@@ -198,7 +198,7 @@ def check_modules_to_save(model: torch.nn.Module, names: tuple[str, ...]) -> lis
     for name in names:
         if name not in have:
             raise SettingsError(
-                f"--modules_to_save {name} is the name of no module; there are {', '.join(sorted(have))}"
+                f"--lora_modules_to_save {name} is the name of no module; there are {', '.join(sorted(have))}"
             )
     return list(names) or None
 

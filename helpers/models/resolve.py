@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from helpers.core import UserError, find_path, fingerprint
+from helpers.core import UserError, describe_error, find_path, fingerprint
 from helpers.runs.run import find_run, read_run
 from helpers.settings.credentials import hf_token
 
@@ -49,7 +49,7 @@ def resolve_model(model_id: str, revision: str = "", file: str = "config.json") 
     except GatedRepoError:
         raise UserError(f"{model_id} is gated, and your token may not read it: accept its terms on its page") from None
     except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{model_id!r} cannot be loaded: {reason(error)}") from None
+        raise UserError(f"{model_id!r} cannot be loaded: {describe_error(error)}") from None
     return model_id
 
 

@@ -1,0 +1,12 @@
+"""Run folders: settings, data account, checkpoints, curves and reports of each run."""
+
+from helpers.core import lazy_door
+
+__all__, __getattr__ = lazy_door(
+    __name__,
+    {
+        "run": ["Run", "find_run", "read_run", "start_run"],
+        "curves": ["Curves", "final_metrics", "log_to_wandb", "plot_runs"],
+        "report": ["show_report"],
+    },
+)

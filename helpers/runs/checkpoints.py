@@ -15,7 +15,7 @@ from typing import Any
 
 from helpers.core import SettingsError, UserError, find_path, short_path
 
-MANIFEST = "whole.json"
+MANIFEST = "checkpoint_manifest.json"
 DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
 
 
@@ -26,7 +26,7 @@ def write_manifest(checkpoint: Path) -> None:
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    draft = checkpoint / f".{MARKER}"
+    draft = checkpoint / f".{MANIFEST}"
     draft.write_text(json.dumps(files, indent=1) + "\n")
     draft.replace(checkpoint / MANIFEST)
 
@@ -162,7 +162,7 @@ def _explain(error: BaseException, folder: Path) -> UserError | None:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         remove_quarantined(folder)
         where = short_path(str(getattr(error, "filename", None) or folder))
-        return UserError(f"the disk is full: free some space for {where}, then {_again(folder)}")
+        return UserError(f"the disk is full: free some space for {where}, then {_resume_hint(folder)}")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         what = getattr(error, "filename", None) or folder
         return UserError(
@@ -176,7 +176,7 @@ def _explain(error: BaseException, folder: Path) -> UserError | None:
     ):
         return UserError(
             "out of memory: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to match) or "
-            f"--max_length, or give --gradient_checkpointing True or --tuning qlora; {_again(folder, changed=True)}"
+            f"--max_length, or give --gradient_checkpointing True or --tuning qlora; {_resume_hint(folder, changed=True)}"
         )
     return None
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, find_path, install_error_hook, print_help_if_asked, short_path
 from helpers.runs.run import read_run
-from helpers.settings import load as layers
-from helpers.training.diagnostics import diagnose
+from helpers.settings.load import split_flags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,13 +110,26 @@ PANELS = {
 DPO_ONLY = "rewards/margins"
 
 
+@dataclasses.dataclass(frozen=True)
+class Diagnostic:
+    """A training problem: its name, what was observed (with numbers), why it matters, and which settings to try."""
+
+    name: str
+    observation: str
+    reason: str
+    suggestion: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.observation}. {self.reason} Try {self.suggestion}."
+
+
 @dataclasses.dataclass
 class Curves:
     """A run's logs, what is wrong with them, and the answers sampled on the way."""
 
     name: str
     history: History
-    findings: list[Diagnostic]
+    diagnostics: list[Diagnostic]
     samples: list[dict[str, Any]]
 
     @classmethod
@@ -126,21 +138,19 @@ class Curves:
         history, record = read_history(folder / "metrics.jsonl"), read_run(folder)
         if not history:
             raise UserError(f"{short_path(folder)} is not the folder of a run that has begun: it has no metrics.jsonl")
-        unknown = 0 if record.get("status") == "finished" else math.inf  # of what is not over, no half is over
-        length = record.get("max_steps") or unknown  # a run that was stopped has gone a part of its length
-        losses = tuple((record.get("settings") or {}).get("loss_type") or ())
-        return cls(folder.resolve().name, history, diagnose(history, length, losses), read_samples(folder))
+        known = [Diagnostic(**each) for each in record.get("diagnostics") or ()]
+        return cls(folder.resolve().name, history, known, read_samples(folder))
 
     @property
     def figure(self) -> Figure:
-        return plot_run(self.history, self.name, self.findings)
+        return plot_run(self.history, self.name, self.diagnostics)
 
     def as_png(self) -> bytes:
         self.figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
         return picture.getvalue()
 
     def __rich__(self) -> Any:
-        """The findings in words, and what was sampled first and last."""
+        """The diagnostics in words, and what was sampled first and last."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -150,16 +160,16 @@ class Curves:
         for prompt in dict.fromkeys(row["prompt"] for row in self.samples):
             answers = [row["answer"] for row in self.samples if row["prompt"] == prompt]
             table.add_row(*map(Text, [prompt, *answers[:1], *answers[1:][-1:]]))
-        words = Text("\n".join(map(str, self.findings)) or "Health: nothing is wrong with these curves.")
+        words = Text("\n".join(map(str, self.diagnostics)) or "Health: nothing is wrong with these curves.")
         return Group(words, table) if steps else words
 
 
-def plot_run(history: History, title: str = "", findings: Sequence[Diagnostic] = ()) -> Figure:
+def plot_run(history: History, title: str = "", diagnostics: Sequence[Diagnostic] = ()) -> Figure:
     """A run: a panel for each thing that was logged, over the same steps, and under them what is wrong.
 
     Lines are training, dots are evaluations.
     """
-    return _draw({"": history}, title, findings)
+    return _draw({"": history}, title, diagnostics)
 
 
 def plot_runs(histories: Mapping[str, History], title: str = "") -> Figure:
@@ -176,7 +186,7 @@ def _colours(count: int) -> list[Any]:
     return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
 
 
-def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Diagnostic] = ()) -> Figure:
+def _draw(histories: Mapping[str, History], title: str, diagnostics: Sequence[Diagnostic] = ()) -> Figure:
     import textwrap
 
     from matplotlib.figure import Figure
@@ -188,7 +198,7 @@ def _draw(histories: Mapping[str, History], title: str, findings: Sequence[Diagn
     panels = {panel: names for panel, names in PANELS.items() if logged & set(names) and panel not in hidden}
     columns = 3 if len(panels) <= 9 else 4
     rows, colours = max(1, math.ceil(len(panels) / columns)), _colours(len(runs))
-    words = [line for f in findings for line in textwrap.wrap(f"{f.name}: {f.seen}", 45 * columns)]
+    words = [line for f in diagnostics for line in textwrap.wrap(f"{f.name}: {f.observation}", 45 * columns)]
     figure = Figure(figsize=(3.8 * columns, 2.3 * rows + 0.2 * len(words)), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
@@ -247,9 +257,9 @@ def main(argv: Sequence[str]) -> None:
     install_error_hook()
     print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    flags = dict(layers.split_flags(list(argv[at:])))
+    flags = dict(split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
-        raise SettingsError("usage: python -m helpers.curves outputs/a [outputs/b ...] [--out curves.png]")
+        raise SettingsError("usage: python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
     _refuse_out(out)
     runs = {folder: Curves.read(folder) for folder in ((find_path(name) or Path(name)).resolve() for name in argv[:at])}
@@ -258,8 +268,8 @@ def main(argv: Sequence[str]) -> None:
     figure = plot_runs(several) if len(several) > 1 else next(iter(runs.values())).figure
     figure.savefig(out, dpi=120)
     for label, run in labelled.items():
-        for finding in run.findings:
-            print(f"{label}: {finding}")
+        for diagnostic in run.diagnostics:
+            print(f"{label}: {diagnostic}")
     print(f"Drawn: {short_path(out)}")
 
 
@@ -281,15 +291,11 @@ def _refuse_out(out: Path) -> None:
         raise SettingsError(f"--out {out}: there is no folder {out.parent}, or none that can be written")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
 def log_to_wandb(run: Run) -> None:
     """Add to the open wandb run, if there is one (--report_to wandb, main process), what makes it readable on its own.
 
     `settings` of its config, tables `settings`, `rows` (the account) and `samples`, the picture `curves`, and in its
-    summary the names of the findings.
+    summary the names of the diagnostics.
     """
     wandb = sys.modules.get("wandb")  # imported by the Trainer's callback, or not at all
     if wandb is None or wandb.run is None:
@@ -307,18 +313,5 @@ def log_to_wandb(run: Run) -> None:
     if samples:
         given["samples"] = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
     wandb.run.config.update({"settings": record["settings"]}, allow_val_change=True)
-    wandb.run.summary["findings"] = [finding["name"] for finding in record.get("findings", [])]
+    wandb.run.summary["diagnostics"] = [diagnostic["name"] for diagnostic in record.get("diagnostics", [])]
     wandb.log(given)
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagnostic:
-    """Its function's name, what was seen (with numbers), why it matters, and which settings to try."""
-
-    name: str
-    seen: str
-    why: str
-    try_: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.seen}. {self.why} Try {self.try_}."

@@ -1,6 +1,6 @@
 """One HTML page a run: what was asked, what was seen, what came out, and what was made of it.
 
-python -m helpers.report outputs/<run>
+python -m helpers report outputs/<run>
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,19 +38,6 @@ from helpers.runs.run import STEPS, Run, dataset_names, lineage, parent_of, read
 TEMPLATE = Path(__file__).with_name("report.html")
 FILE = "report.html"
 TRAINED = {"sft": "instruction tuning", "dpo": "alignment with DPO"}
-SECTIONS: dict[str, tuple[str, Callable[[Subject], Iterator[Part]]]] = {
-    "findings": ("Findings", findings),
-    "curves": ("Curves", curves),
-    "metrics": ("Metrics", metrics),
-    "settings": ("Settings", settings),
-    "data": ("Data", data),
-    "samples": ("Samples while it trained", samples),
-    "merge": ("Merge", merge),
-    "verdicts": ("Side by side", verdicts),
-    "lineage": ("Lineage", origin),
-    "made-with": ("Made with", made_with),
-    "next": ("Next", next_step),
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -152,16 +138,12 @@ def main(argv: Sequence[str]) -> None:
     install_error_hook()
     print_help_if_asked(argv, __doc__)
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise SettingsError("usage: python -m helpers.report outputs/<run>")
+        raise SettingsError("usage: python -m helpers report outputs/<run>")
     folder = find_path(argv[0])
     if folder is None or not read_run(folder):
         raise UserError(f"{argv[0]!r} is not the folder of a run: it has no run.json")
     trained = _trained(folder)
     print(f"Report: {short_path(write_report(Path(trained[0]['folder']) if trained else folder))}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
 
 
 Part = dict[str, Any]  # its kind, and what the template's macro of that kind shows
@@ -468,11 +450,11 @@ def next_section(subject: Subject) -> Iterator[Part]:
         kept = {n: v for n, v in given.items() if n not in ("resume", "dry_run")
                 and not str(sources.get(n, "default")).startswith(("default", "recipe", "parent"))}  # fmt: skip
         without = ""
-        if set(given.get("stop_on") or ()) & {each["name"] for each in record.get("findings") or ()}:
-            without = " without --stop_on, which would end it again at once,"
-            kept.pop("stop_on", None)
-            if sources.get("stop_on") not in ("flag", "notebook"):
-                kept["stop_on"] = []  # none, instead of a recipe's or the environment's
+        if set(given.get("stop_on_diagnostic") or ()) & {each["name"] for each in record.get("diagnostics") or ()}:
+            without = " without --stop_on_diagnostic, which would end it again at once,"
+            kept.pop("stop_on_diagnostic", None)
+            if sources.get("stop_on_diagnostic") not in ("flag", "notebook"):
+                kept["stop_on_diagnostic"] = []  # none, instead of a recipe's or the environment's
         values = {n: v if isinstance(v, list) else [v] for n, v in kept.items()}
         flags = [word for n, given_here in values.items() for word in (f"--{n}", *(typed(str(v)) for v in given_here))]
         yield words(f"It is not finished. The same command{without} goes on from its newest checkpoint:")
@@ -492,11 +474,11 @@ COLUMNS = 6  # steps of samples side by side
 
 def findings_section(subject: Subject) -> Iterator[Part]:
     if (subject.folder / "metrics.jsonl").is_file():
-        found = [dataclasses.asdict(finding) for finding in Curves.read(subject.folder).findings]
+        found = [dataclasses.asdict(each) for each in Curves.read(subject.folder).diagnostics]
     else:
-        found = subject.record.get("findings") or []
+        found = subject.record.get("diagnostics") or []
     for each in found:
-        facts = [("seen", each["seen"]), ("why it matters", each["why"]), ("to try", each["try_"])]
+        facts = [("observed", each["observation"]), ("why it matters", each["reason"]), ("to try", each["suggestion"])]
         yield card(each["name"], facts, "warn")
     if not found and (subject.folder / "metrics.jsonl").is_file():
         yield words("None: nothing is wrong with these curves.", "good")
@@ -591,7 +573,7 @@ def data_section(subject: Subject) -> Iterator[Part]:
 def samples_section(subject: Subject) -> Iterator[Part]:
     rows = read_samples(subject.folder)
     if not rows:
-        yield words("None: --sample_steps says when held-out prompts are answered.", "quiet")
+        yield words("None: --completion_steps says when held-out prompts are answered.", "quiet")
         return
     steps = list(dict.fromkeys(row["step"] for row in rows))
     every = (len(steps) - 1) / (COLUMNS - 1)
@@ -614,3 +596,18 @@ def versions_section(subject: Subject) -> Iterator[Part]:
     if plan:
         tables.append(table("machine", ["machine", ""], [*plan.items(), ("processes", record.get("processes"))]))
     yield beside(*tables) if tables else words("Versions were not kept.", "quiet")
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Subject], Iterator[Part]]]] = {
+    "findings": ("Findings", findings_section),
+    "curves": ("Curves", curves_section),
+    "metrics": ("Metrics", metrics_section),
+    "settings": ("Settings", settings_section),
+    "data": ("Data", data_section),
+    "samples": ("Samples while it trained", samples_section),
+    "merge": ("Merge", merge_section),
+    "verdicts": ("Side by side", verdicts_section),
+    "lineage": ("Lineage", lineage_section),
+    "made-with": ("Made with", versions_section),
+    "next": ("Next", next_section),
+}

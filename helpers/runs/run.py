@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from helpers.core import (
     wait_for_everyone,
     write_json,
 )
-from helpers.hub.push import merge_and_push
 from helpers.runs.checkpoints import (
     check_process_count,
     check_same_settings,
@@ -56,9 +55,9 @@ class Run:
 
     folder: Path
     record: dict[str, Any]
-    replaces: bool = False  # the folder holds an older run, which goes when this one has something to write
+    overwrite: bool = False  # the folder holds an older run, which goes when this one has something to write
     resume_from: Path | None = None  # a checkpoint that was named by hand
-    anew: bool = False  # --resume never: the same command would not go on
+    restart: bool = False  # --resume never: the same command would not go on
 
     @property
     def name(self) -> str:
@@ -77,19 +76,19 @@ class Run:
     def is_adapter(self) -> bool:
         return (self.folder / "adapter_config.json").is_file()
 
-    def describe(self, **fields: Any) -> None:
+    def set(self, **fields: Any) -> None:
         """Add `fields` to the record; they are written with the next `update`."""
         self.record |= fields
 
-    def update(self, **fields: Any) -> None:
+    def save(self, **fields: Any) -> None:
         """Add `fields` to run.json, which is never seen half written."""
-        self.describe(**fields)
+        self.set(**fields)
         if is_main_process():
-            if self.replaces:
+            if self.overwrite:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
-        self.replaces = False
+        self.overwrite = False
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
@@ -102,8 +101,8 @@ class Run:
         try:
             before = self.record.get("resumed_from")
             named = self.resume_from if str(self.resume_from) != before else None  # it holds for its first start only
-            # before anything else: a run that this one replaces goes, and its checkpoints with it
-            self.update(status="running", resumed_from=str(named) if named else before)
+            # before anything else: a run that this one overwrite goes, and its checkpoints with it
+            self.save(status="running", resumed_from=str(named) if named else before)
             if is_main_process():
                 quarantine_later(self.folder, named) if named else quarantine_incomplete(self.folder)
             wait_for_everyone()
@@ -115,13 +114,13 @@ class Run:
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             explained = None if stopped else explain_failure(error, self.folder)
             told = explained or (error if isinstance(error, Interrupted) else None)
-            if told and self.anew and last_complete_checkpoint(self.folder):
-                told.args = (f"{told} (leave out --resume never, which would begin anew)",)
+            if told and self.restart and last_complete_checkpoint(self.folder):
+                told.args = (f"{told} (leave out --resume never, which would begin restart)",)
             with contextlib.suppress(OSError):  # a full disk has no room for this either
                 if stopped:
-                    self.update(status="interrupted")
+                    self.save(status="interrupted")
                 else:
-                    self.update(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
+                    self.save(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
             from helpers.runs.report import save_partial_report
 
             save_partial_report(self.folder)
@@ -141,7 +140,7 @@ class Run:
         self.record.pop("error", None)
         if is_main_process():
             remove_quarantined(self.folder)
-        self.update(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
+        self.save(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
         """The command of the step that follows, ready to paste; `place` is how to name this run's folder in it."""
@@ -154,10 +153,16 @@ class Run:
         return words + (f" --recipe {recipe}" if recipe else "")
 
 
-def start_run(settings: RunSettings, base_model: str, parent: Run | None = None, origin: str = "") -> Run:
+def start_run(
+    settings: RunSettings,
+    base_model: str,
+    parent: Run | None = None,
+    origin: str = "",
+    when_finished: Callable[[Run, Any], None] | None = None,
+) -> Run:
     """The run that these settings name: a new one, or the one that stopped or finished under the same settings.
 
-    Nothing is written, and nothing replaced, before the first `run.update`: a model or dataset that cannot be loaded
+    Nothing is written, and nothing replaced, before the first `run.save`: a model or dataset that cannot be loaded
     leaves things as they were. `base_model` is the root of the lineage; `parent` the run this one starts from; else
     `origin` tells apart what the same settings may start from.
     A finished run raises Stop, after merging or pushing it where that is asked for. It is returned in a kernel, where
@@ -177,9 +182,9 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         begin = f" would start from {start}" if settings.step in NEXT else ""  # the others make nothing of a model
         raise CleanExit(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
     if run.record and settings.resume == "never":
-        run = Run(folder, {}, replaces=True)
+        run = Run(folder, {}, overwrite=True)
     elif run.record:
-        check_same_settings(folder, run.record, settings.identity(), origin)
+        check_same_settings(folder, run.record, settings.hashed_settings(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
     if run.finished:
@@ -188,27 +193,27 @@ def start_run(settings: RunSettings, base_model: str, parent: Run | None = None,
         if settings.step == "merge" and push:
             return run
         if not is_notebook() and settings.step in NEXT:  # of others there are tables to look at
-            if settings.step == "dpo" and (push or getattr(settings, "merge_adaptors", False)):
-                merge_and_push(run, settings)
+            if when_finished and (push or getattr(settings, "merge_adaptors", False)):
+                when_finished(run, settings)
                 message = f"{short_path(folder)} was finished before; it was not trained again."
             raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
         print(message)
         return run
-    run.anew = settings.resume == "never"
+    run.restart = settings.resume == "never"
     run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = settings.rows_a_step()
-    check_process_count(folder, run.record.get("processes"), processes, rows == run.record.get("rows_a_step"))
+    rows = settings.rows_per_step()
+    check_process_count(folder, run.record.get("processes"), processes, rows == run.record.get("rows_per_step"))
     run.record |= dict(
         settings=settings.values(),
-        identity=settings.identity(),
+        identity=settings.hashed_settings(),
         sources=settings.sources,
         base_model=base_model,
         parent=parent.name if parent else None,
         parent_folder=str(parent.folder) if parent else None,
         origin=origin,
         processes=processes,
-        rows_a_step=rows,
+        rows_per_step=rows,
         versions=package_versions(),
         commit=git_commit(),
     )

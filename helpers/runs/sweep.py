@@ -1,6 +1,6 @@
 """One notebook over a grid of settings, one run after another, then their curves over one another and a table.
 
-    python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 --recipe recipes/demo.yaml
+    python -m helpers sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 --recipe recipes/demo.yaml
 
 A flag with several values is an axis of the grid. One that takes several values itself (--loss_type sigmoid sft) is an
 axis where it is given several times, an alternative each: --loss_type sigmoid --loss_type sigmoid sft. Given again, the
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     print_help_if_asked(argv, __doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":
-        raise SettingsError("usage: python -m helpers.sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
+        raise SettingsError("usage: python -m helpers sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
     points, output_dir = plan(notebook, argv[1:])
     digest = hashlib.sha256(json.dumps([notebook.stem, *sorted(p.digest for p in points)]).encode()).hexdigest()[:6]
     folder = output_dir / f"sweep-{digest}"
@@ -198,9 +198,9 @@ def _write(folder: Path, points: Sequence[Point]) -> None:
 
 
 def _result(point: Point) -> dict[str, Any]:
-    """Status, metrics and findings of a point's run, as run.json has them."""
+    """Status, metrics and diagnostics of a point's run, as run.json has them."""
     record = read_run(Path(point.run)) if point.run else {}
-    return {name: record.get(name) for name in ("status", "metrics", "findings")}
+    return {name: record.get(name) for name in ("status", "metrics", "diagnostics")}
 
 
 def summarise(folder: Path, points: Sequence[Point]) -> None:
@@ -213,18 +213,14 @@ def summarise(folder: Path, points: Sequence[Point]) -> None:
             histories[point.label] = Curves.read(Path(point.run)).history if point.run else []
     results = [_result(point) for point in points]
     metrics = {name: head for name, head in METRICS.items() if any(name in (r["metrics"] or {}) for r in results)}
-    table = Table(*points[0].values, *metrics.values(), "findings", Column("run", overflow="fold"))
+    table = Table(*points[0].values, *metrics.values(), "diagnostics", Column("run", overflow="fold"))
     table.title = "held out, at the end"
     for point, result in zip(points, results, strict=True):
         values = [f"{(result['metrics'] or {}).get(name, math.nan):.4g}" for name in metrics]
-        found = ", ".join(finding["name"] for finding in result["findings"] or [])
+        found = ", ".join(diagnostic["name"] for diagnostic in result["diagnostics"] or [])
         name, status = Path(point.run).name, result["status"] or "failed"
         table.add_row(
             *point.values.values(), *values, found or "-", name if status == "finished" else f"{name} {status}"
         )
     show(plot_runs({name: h for name, h in histories.items() if h}, folder.name), save_as=folder / "curves.png")
     show(table, f"Drawn: {short_path(folder / 'curves.png')}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

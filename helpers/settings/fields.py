@@ -13,25 +13,29 @@ from typing import Any, ClassVar, Literal
 
 from helpers.core import SettingsError, is_notebook
 from helpers.settings import trl_fields
-from helpers.training import diagnostics as health
 
 SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
+# What helpers.training.diagnose reports, in its order; "nan" ends every run.
+DIAGNOSTIC_NAMES = (
+    "displacement", "runaway_margin", "saturated", "overfitting", "diverged", "entropy", "grad_norm_spikes",
+    "lr_never_warm", "length_drift", "no_learning", "nan",
+)  # fmt: skip
 MINIMUMS: dict[str, float] = dict.fromkeys(
-    ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "sample_steps", "rows",
+    ("train_rows", "eval_rows", "max_length", "max_prompt_length", "global_batch_size", "completion_steps", "rows",
      "show_rows", "max_calls", "max_tokens", "temperature", "top_k"), 0,
 )  # fmt: skip
 MINIMUMS |= dict.fromkeys(
-    ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "sample_tokens", "batch_size",
+    ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "completion_tokens", "batch_size",
      "max_new_tokens", "max_concurrency", "num_beams", "timeout"), 1,
 )  # fmt: skip
 # What may differ between two starts of one run: where it is kept, what is reported, and whether it goes on.
-HASH_EXCLUDED = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "prepare"}
+HASH_EXCLUDED = {"recipe", "output_dir", "run_name", "resume", "dry_run", "report_to", "wandb_project", "setup_module"}
 HASH_EXCLUDED |= {"push_to_hub", "merge_adaptors", "hub_repo_id", "private", "logging_steps", "disable_tqdm"}
 HASH_EXCLUDED |= {"show_rows", "chat", "batch_size", "max_concurrency", "max_calls", "max_tokens", "timeout"}
-HASH_EXCLUDED |= {"retry_errors", "price_in", "price_out"}
-HASH_EXCLUDED |= {"run", "adapter", "what", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
+HASH_EXCLUDED |= {"retry_errors", "input_price", "output_price"}
+HASH_EXCLUDED |= {"run", "adapter", "push", "license", "hub_revision", "hub_tag", "max_kl", "compare_merges"}
 HASH_EXCLUDED |= {"dataset_num_proc", "streaming", "strict", "memory_gb", "local_rank"}
-HASH_EXCLUDED |= {"stop_on", "sample_steps", "sample_tokens"}  # seeing changes nothing
+HASH_EXCLUDED |= {"stop_on_diagnostic", "completion_steps", "completion_tokens"}  # seeing changes nothing
 HASH_EXCLUDED |= {"precompute_ref_log_probs"}  # says when the reference's are computed, not what they are
 HASH_EXCLUDED_BY_STEP = {"judge": {"seed", "base_url", "max_new_tokens"}, "vibes": {"base_url"}}
 
@@ -50,7 +54,7 @@ class RunSettings:
     dry_run: bool = False  # say what would be done, and stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; naming one turns wandb on
-    prepare: str = ""  # module run first (python -m), to make what a recipe names
+    setup_module: str = ""  # module run first (python -m), to make what a recipe names
 
     sources: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
     trl: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -60,21 +64,21 @@ class RunSettings:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {name: str(v) if isinstance(v, Path) else v for name, v in (own | self.trl).items()}
 
-    def identity(self) -> dict[str, Any]:
+    def hashed_settings(self) -> dict[str, Any]:
         """The settings that make a run what it is."""
         left_out = HASH_EXCLUDED | HASH_EXCLUDED_BY_STEP.get(self.step, set())
         return {name: v for name, v in self.values().items() if name not in left_out}
 
     def digest(self, *more: str) -> str:
         """Six hex digits of `identity()` and of `more` (what the run starts from)."""
-        text = json.dumps([self.identity(), *more], sort_keys=True, default=str)
+        text = json.dumps([self.hashed_settings(), *more], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:6]
 
-    def given(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Whether `name` was set at all, rather than left at the cell's default."""
         return self.sources[name] != "default"
 
-    def adopt(self, source: str, **values: Any) -> None:
+    def override(self, source: str, **values: Any) -> None:
         """Take over `values` that something else decides, and say what."""
         for name, value in values.items():
             setattr(self, name, value)
@@ -86,7 +90,7 @@ class RunSettings:
             if (value := getattr(self, name, least)) < least:
                 raise SettingsError(f"--{name} {value} cannot be: {least} is the least")
 
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Rows to one step, of all processes; 0 where nothing is trained."""
         return 0
 
@@ -96,7 +100,7 @@ class RunSettings:
         from rich.text import Text
 
         table = Table("setting", "value", "from", box=None, pad_edge=False)
-        given = {name: value for name, value in self.values().items() if self.given(name)}
+        given = {name: value for name, value in self.values().items() if self.is_set(name)}
         for name, value in given.items():
             table.add_row(name, Text(str(value)), self.sources[name])  # brackets are no markup
         rest = Text(f"{len(self.values()) - len(given)} settings are at their defaults: see --help", style="dim")
@@ -117,18 +121,26 @@ class TrainSettings(RunSettings):
     system_prompt: str = ""  # put before every conversation that has no system message of its own
     global_batch_size: int = 0  # rows to one step, of all processes; sets gradient_accumulation_steps
     early_stopping_patience: int = 0  # stop after so many evaluations without a lower eval_loss; keep the best
-    stop_on: tuple[str, ...] = ()  # findings that end a run early, with a checkpoint: displacement, margin ...
-    sample_steps: float = 0.2  # answer a few held-out prompts every so many steps; below 1 a share of all; 0 never
-    sample_tokens: int = 512  # tokens of such an answer, at most
-    overlong: Literal["drop", "trim_prompt", "cut_answer", "error"] = "drop"  # what becomes of rows beyond max_length
+    stop_on_diagnostic: tuple[
+        str, ...
+    ] = ()  # findings that end a run early, with a checkpoint: displacement, margin ...
+    completion_steps: float = 0.2  # answer a few held-out prompts every so many steps; below 1 a share of all; 0 never
+    completion_tokens: int = 512  # tokens of such an answer, at most
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = (
+        "drop"  # what becomes of rows beyond max_length
+    )
     strict: bool = False  # stop when any row has to be dropped
-    chat_format: str = "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
+    chat_template: str = (
+        "auto"  # the tokenizer's own, else mistral; or mistral, chatml, tulu, alpaca, vicuna, hh, a file
+    )
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
-    attention: str = "auto"  # flash_attention_2 where it or kernels is installed, else sdpa; or a Hub kernel's name
-    lora_targets: str = "all-linear"  # layers that get an adapter: all-linear, or a regular expression
+    attn_implementation: str = (
+        "auto"  # flash_attention_2 where it or kernels is installed, else sdpa; or a Hub kernel's name
+    )
+    lora_target_modules: str = "all-linear"  # layers that get an adapter: all-linear, or a regular expression
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # what the adapter's weights are kept in
     use_rslora: bool = False  # scale the adapter by alpha / sqrt(r) instead of alpha / r, for high ranks
-    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the adapter, such as embed_tokens
+    lora_modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the adapter, such as embed_tokens
     memory_gb: float = 24.0  # memory of the GPU that --dry_run looks whether it fits into
 
     def early_stopping(self) -> dict[str, Any]:
@@ -140,7 +152,7 @@ class TrainSettings(RunSettings):
         steps = self.trl.get("eval_steps", self.trl.get("save_steps"))  # what is best has to be saved when it is found
         return best | ({} if steps is None else {"eval_steps": steps, "save_steps": steps})
 
-    def accumulation(self) -> int:
+    def accumulation_steps(self) -> int:
         """Batches to one step: as given, or what makes --global_batch_size of these processes. Raises SettingsError."""
         own: Any = self  # the notebooks' own fields
         per_device, processes = own.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
@@ -159,20 +171,20 @@ class TrainSettings(RunSettings):
             )
         return self.global_batch_size // int(per_device * processes)
 
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Rows to one step, of all processes."""
         own: Any = self
-        return int(own.per_device_train_batch_size) * self.accumulation() * int(os.environ.get("WORLD_SIZE", "1"))
+        return int(own.per_device_train_batch_size) * self.accumulation_steps() * int(os.environ.get("WORLD_SIZE", "1"))
 
     def check(self) -> None:
         """Refuse, before anything is fetched, what cannot work. Raises SettingsError."""
         super().check()
-        self.stop_on = tuple(name for word in self.stop_on for name in word.split(",") if name)
+        self.stop_on_diagnostic = tuple(name for word in self.stop_on_diagnostic for name in word.split(",") if name)
         if self.global_batch_size:
-            self.accumulation()  # says where it does not divide
+            self.accumulation_steps()  # says where it does not divide
         tuning, adapter = getattr(self, "tuning", ""), getattr(self, "tuning", "") != "full"
         unknown = sorted(set(getattr(self, "loss_type", ())) - trl_fields.loss_names()) if self.step == "dpo" else []
-        strange = [name for name in self.stop_on if name not in health.DIAGNOSTIC_NAMES]
+        strange = [name for name in self.stop_on_diagnostic if name not in DIAGNOSTIC_NAMES]
         respawned = multiprocessing.get_start_method() != "fork" and not is_notebook()
         wrong = [
             (
@@ -190,7 +202,7 @@ class TrainSettings(RunSettings):
             ),
             (
                 bool(strange),
-                f"--stop_on {' '.join(strange)} is none of the findings: {', '.join(health.DIAGNOSTIC_NAMES)}",
+                f"--stop_on_diagnostic {' '.join(strange)} is none of the findings: {', '.join(DIAGNOSTIC_NAMES)}",
             ),
             (
                 bool(unknown),
@@ -202,9 +214,9 @@ class TrainSettings(RunSettings):
                 "use --tuning full, or leave it out",
             ),
             (
-                adapter and _matches(self.lora_targets, "lm_head", "embed_out"),
-                f"--lora_targets {self.lora_targets!r} takes in the LM head, whose weight TRL's loss reads without an "
-                "adapter: leave it out (--modules_to_save lm_head trains it whole)",
+                adapter and _matches(self.lora_target_modules, "lm_head", "embed_out"),
+                f"--lora_target_modules {self.lora_target_modules!r} takes in the LM head, whose weight TRL's loss reads without an "
+                "adapter: leave it out (--lora_modules_to_save lm_head trains it whole)",
             ),
             (
                 self.trl.get("packing", False) and self.trl.get("packing_strategy") == "wrapped",
@@ -229,4 +241,4 @@ def _matches(targets: str, *names: str) -> bool:
     try:
         return any(re.fullmatch(targets, name) for name in names)
     except re.error as error:
-        raise SettingsError(f"--lora_targets {targets!r} is not a regular expression: {error}") from None
+        raise SettingsError(f"--lora_target_modules {targets!r} is not a regular expression: {error}") from None

@@ -85,7 +85,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         if hint is Path:  # by hand: from where it was typed; in a default or a file: from the repository
             start = Path.cwd() if settings.sources[name].startswith(("flag", "environment")) else REPO
             setattr(settings, name, start / getattr(settings, name))
-    if settings.wandb_project and not settings.given("report_to"):
+    if settings.wandb_project and not settings.is_set("report_to"):
         settings.report_to = "wandb"
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
@@ -93,8 +93,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     _print_settings(settings)
     for message in strange if is_main_process() else ():  # here, where it is seen
         print(f"warning: {message}", file=sys.stderr)
-    if settings.prepare:
-        run_setup_module(settings.prepare)
+    if settings.setup_module:
+        run_setup_module(settings.setup_module)
     return settings
 
 
@@ -114,7 +114,7 @@ def one_of(settings: RunSettings, *names: str) -> None:
         said = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
         raise SettingsError(f"{said} contradict each other: give one of them")
     for name in set(names) - set(highest) if highest else ():
-        settings.adopt(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
+        settings.override(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
 
 
 def silence_warnings() -> None:
@@ -154,7 +154,7 @@ def run_setup_module(module: str) -> None:
         with process_lock(f"prepare {module}"):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ImportError as error:
-        raise SettingsError(f"--prepare {module}: {error}") from None
+        raise SettingsError(f"--setup_module {module}: {error}") from None
     finally:
         sys.argv = words
 
@@ -171,7 +171,7 @@ def _current_names(
     types = _field_types(cls)
     known: dict[str, tuple[list[str], str]] = {}
     for name, words in raw.items():
-        source = f"{layer} {variable(cls.step, name)}" if layer in ("environment", ".env") else layer
+        source = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
         new, words, note = trl_fields.current_name(cls.step, name, words, own=set(types))
         if note:
             print(f"note: {note}", file=sys.stderr)
@@ -221,7 +221,7 @@ def _print_help(cls: type[RunSettings]) -> None:
     for base in cls.__mro__:
         for name, hint in list(vars(base).get("__annotations__", {}).items()):
             if name in _field_types(cls):
-                hint_of = lambda default, name=name: f"(default: {default}; {variable(cls.step, name)})"  # noqa: E731
+                hint_of = lambda default, name=name: f"(default: {default}; {env_name(cls.step, name)})"  # noqa: E731
                 base.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=hint_of)]
     more = (
         f"Any field of trl.{trl_fields.CONFIGS[cls.step]} is a flag too: --help_trl."

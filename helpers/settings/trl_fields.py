@@ -123,7 +123,7 @@ def current_name(step: str, name: str, words: list[str], own: Collection[str]) -
     if new in own or new in (field_names(step) if new else ()):
         return new, words, "" if plain == "beta" else f"--{name} is now --{new}"
     if plain in REMOVED and plain not in field_names(step):
-        return None, words, f"--{name} has no effect: {GONE[plain]}"
+        return None, words, f"--{name} has no effect: {REMOVED[plain]}"
     return plain, words, note
 
 

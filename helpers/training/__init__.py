@@ -1,0 +1,11 @@
+"""Training: DPO with shared prefixes, callbacks and diagnostics."""
+
+from helpers.core import lazy_door
+
+__all__, __getattr__ = lazy_door(
+    __name__,
+    {
+        "trainer": ["SharedPrefixDPOTrainer"],
+        "callbacks": ["add_callbacks"],
+    },
+)

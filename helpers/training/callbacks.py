@@ -39,35 +39,35 @@ from helpers.models.chat import eos_token_ids
 from helpers.runs.checkpoints import last_complete_checkpoint, patch_step_comparison, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, plot_run, read_samples
 from helpers.runs.run import Run
-from helpers.settings.fields import TrainSettings
-from helpers.training.diagnostics import DIAGNOSTIC_NAMES, diagnose
+from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
+from helpers.training.diagnostics import diagnose
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-FOUND = 128  # and a finding's number: above every signal's
+FOUND = 128  # and a diagnostic's number: above every signal's
 
 
 def add_callbacks(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: Any) -> None:
-    """Log to metrics.jsonl, show curves and findings, sample answers to the first rows of `eval_set`, mark checkpoints,
-    and stop cleanly on SIGTERM, SIGINT, a loss of NaN, the findings of --stop_on and --early_stopping_patience.
+    """Log to metrics.jsonl, show curves and diagnostics, sample answers to the first rows of `eval_set`, mark checkpoints,
+    and stop cleanly on SIGTERM, SIGINT, a loss of NaN, the diagnostics of --stop_on_diagnostic and --early_stopping_patience.
     """
     patch_step_comparison()
     add_log_callbacks(trainer, run)
-    if settings.sample_steps:
+    if settings.completion_steps:
         trainer.add_callback(
-            CompletionsCallback(trainer, run.folder, eval_set, settings.sample_steps, settings.sample_tokens)
+            CompletionsCallback(trainer, run.folder, eval_set, settings.completion_steps, settings.completion_tokens)
         )
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
-    trainer.add_callback(CheckpointCallback(trainer, run.folder, settings.stop_on))
+    trainer.add_callback(CheckpointCallback(trainer, run.folder, settings.stop_on_diagnostic))
 
 
 class CheckpointCallback(TrainerCallback):
     """Reads what transformers 5.23 calls while it trains (trainer.py); saves through the Trainer itself."""
 
-    def __init__(self, trainer: Any, folder: Path, stop_on: Sequence[str] = ()) -> None:
-        self.trainer, self.folder, self.stop_on = trainer, folder, stop_on
+    def __init__(self, trainer: Any, folder: Path, stop_on_diagnostic: Sequence[str] = ()) -> None:
+        self.trainer, self.folder, self.stop_on_diagnostic = trainer, folder, stop_on_diagnostic
         self.received: int | None = None  # a signal
-        self.found = ""  # a finding of `stop_on`
+        self.found = ""  # a diagnostic of `stop_on_diagnostic`
         self.before: dict[int, Any] = {}
         self.limit: int | None = None  # checkpoints that are kept
 
@@ -88,7 +88,7 @@ class CheckpointCallback(TrainerCallback):
             print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping.", flush=True)
 
     def _told_to_stop(self) -> bool:
-        """Whether any process has a signal or a finding to stop on; asked by all of them at the same step."""
+        """Whether any process has a signal or a diagnostic to stop on; asked by all of them at the same step."""
         told = FOUND + DIAGNOSTIC_NAMES.index(self.found) if self.found else self.received or 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = torch.tensor(told, device=self.trainer.args.device)
@@ -122,9 +122,9 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise self._nan(state, "the loss is not a number")
-        if self.stop_on and not self.found:
-            names = [finding.name for finding in diagnose(state.log_history, state.max_steps, loss_types(args))]
-            self.found = next((name for name in names if name in self.stop_on), "")
+        if self.stop_on_diagnostic and not self.found:
+            names = [diagnostic.name for diagnostic in diagnose(state.log_history, state.max_steps, loss_types(args))]
+            self.found = next((name for name in names if name in self.stop_on_diagnostic), "")
 
     def _refuse_nan(self, state: TrainerState) -> None:
         """No checkpoint is made of weights that are lost."""
@@ -167,10 +167,12 @@ class CheckpointCallback(TrainerCallback):
         at = f"at step {state.global_step} of {state.max_steps}"
         if self.found:
             found = [f for f in diagnose(state.log_history, state.max_steps) if f.name == self.found]
-            said = f"{found[0].seen}; try {found[0].try_}" if found else "found by another process"
+            said = f"{found[0].observation}; try {found[0].suggestion}" if found else "found by another process"
             # a launcher ends all when one has failed: the others do not, so that the main process can say this first
             status = 3 if is_main_process() else 0
-            raise Interrupted(f"stopped {at} by --stop_on {self.found}: {said}; without it {goes_on}", status)
+            raise Interrupted(
+                f"stopped {at} by --stop_on_diagnostic {self.found}: {said}; without it {goes_on}", status
+            )
         number = self.received or 0
         raise Interrupted(f"stopped by {signal.Signals(number).name} {at}: {goes_on}", 128 + number)
 
@@ -238,8 +240,8 @@ class LiveCurvesCallback(TrainerCallback):
         from IPython.display import display
 
         begun = time.monotonic()
-        findings = diagnose(state.log_history, state.max_steps, loss_types)
-        picture = figure_to_image(plot_run(state.log_history, f"{self.name}, step {state.global_step}", findings))
+        diagnostics = diagnose(state.log_history, state.max_steps, loss_types)
+        picture = figure_to_image(plot_run(state.log_history, f"{self.name}, step {state.global_step}", diagnostics))
         if self.shown is None:
             self.shown = display(picture, display_id=True)
         else:
@@ -248,7 +250,7 @@ class LiveCurvesCallback(TrainerCallback):
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Says each finding when it first appears, and keeps those there are for run.json."""
+    """Says each diagnostic when it first appears, and keeps those there are for run.json."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.said = run, set[str]()
@@ -256,18 +258,18 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.run.update(findings=[], max_steps=state.max_steps)
+        self.run.save(diagnostics=[], max_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        findings = diagnose(state.log_history, state.max_steps, loss_types(args))
-        before = [finding["name"] for finding in self.run.record["findings"]]
-        self.run.describe(findings=[dataclasses.asdict(finding) for finding in findings])
-        if before != [finding.name for finding in findings]:
-            self.run.update()  # now, for a run that is killed later
-        for finding in findings:
-            if finding.name not in self.said and is_main_process():
-                tqdm.write(f"step {state.global_step}: {finding}")
-            self.said.add(finding.name)
+        diagnostics = diagnose(state.log_history, state.max_steps, loss_types(args))
+        before = [diagnostic["name"] for diagnostic in self.run.record["diagnostics"]]
+        self.run.set(diagnostics=[dataclasses.asdict(diagnostic) for diagnostic in diagnostics])
+        if before != [diagnostic.name for diagnostic in diagnostics]:
+            self.run.save()  # now, for a run that is killed later
+        for diagnostic in diagnostics:
+            if diagnostic.name not in self.said and is_main_process():
+                tqdm.write(f"step {state.global_step}: {diagnostic}")
+            self.said.add(diagnostic.name)
 
 
 def loss_types(args: TrainingArguments) -> Collection[str]:

@@ -1,4 +1,4 @@
-"""What a run's log history says is wrong with it: named findings, each with its numbers and what to try.
+"""What a run's log history says is wrong with it: named diagnostics, each with its numbers and what to try.
 
 A threshold is a change of the run against its own beginning, on the same held-out rows or over a window of logs, so
 that one noisy log says nothing. Where no paper is named it is our own: set on runs of the demo (at its defaults none
@@ -16,12 +16,11 @@ from statistics import median
 
 from helpers.runs.curves import WINDOW, Diagnostic, History, first_and_last, is_dpo_history, series
 
-NAN = "nan"  # ends every run, asked for or not: see guard.py
 Words = tuple[str, str, str]  # what was seen, why it matters, which settings to try
 
 
 def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Diagnostic]:
-    """Every finding of a history. `max_steps` is the length that the run is to have; 0 where the history is whole.
+    """Every diagnostic of a history. `max_steps` is the length that the run is to have; 0 where the history is whole.
 
     IPO (of `loss_types`) asks for a margin of its own, of 1 / 2β nats a token: that is not running away.
     """
@@ -88,7 +87,7 @@ def saturated(history: History, end: float) -> Words | None:
     return (
         f"from step {steps[since]:.0f} of {end:.0f} on {sum(high) / len(high):.1%} of pairs are told apart",
         "What is left of the run teaches little; it may be length or an opening that gives the chosen answer away.",
-        "a look at the data report, harder pairs (--pairing random), or fewer --num_train_epochs",
+        "a look at the data report, harder pairs (--pairing best_vs_random), or fewer --num_train_epochs",
     )
 
 
@@ -186,7 +185,7 @@ def length_drift(history: History, end: float) -> Words | None:
 
     DPO takes length for quality where longer answers are the chosen ones (Park et al., 2024, arXiv:2403.19159). Speaks
     of DPO when the mean length (tokens) in the last two samplings is above 1.5 times the first, or below a third of it,
-    or half of the answers more than at first are cut off (--sample_tokens). What SFT starts from knows no end yet.
+    or half of the answers more than at first are cut off (--completion_tokens). What SFT starts from knows no end yet.
     """
     steps, lengths = series(history, "samples/mean_length")
     cut = series(history, "samples/cut")[1] or [0.0]
@@ -228,21 +227,14 @@ def no_learning(history: History, end: float) -> Words | None:
     return (
         seen,
         "Either the steps are too small, or there is nothing in the data to be learned.",
-        f"a higher --learning_rate, {'a higher --dpo_beta, ' * is_dpo(history)}more steps, or a look at the labels",
+        f"a higher --learning_rate, {'a higher --dpo_beta, ' * is_dpo_history(history)}more steps, or a look at the labels",
     )
 
 
-ALL = (
-    displacement,
-    runaway_margin,
-    saturated,
-    overfitting,
-    diverged,
-    entropy,
-    grad_norm_spikes,
-    lr_never_warm,
-    length_drift,
-    no_learning,
-)
-DIAGNOSTICS = {find.__name__: find for find in ALL}
-DIAGNOSTIC_NAMES = (*DIAGNOSTICS, NAN)
+DIAGNOSTICS = {
+    find.__name__: find
+    for find in (
+        displacement, runaway_margin, saturated, overfitting, diverged, entropy, grad_norm_spikes, lr_never_warm,
+        length_drift, no_learning,
+    )
+}  # fmt: skip

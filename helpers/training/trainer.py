@@ -61,7 +61,7 @@ class PrefixSharing:
         self.on = True
         self.packed: tuple[Any, Any, PackedBatch] | None = None
 
-    def pack_pairs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
+    def pack(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
         """`prefix_packing.pack`, once for the policy's forward and its reference's."""
         if self.packed is None or self.packed[0] is not input_ids or self.packed[1] is not labels:
             self.packed = input_ids, labels, pack_pairs(input_ids, attention_mask, labels)
@@ -222,7 +222,9 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
                 f"{tolerance:.1g}); {packed:,} tokens are computed for {labels.numel():,}"
             )
             return
-        have = ", ".join(f"{name} {metadata.version(name)} (read in {READ_IN[name]})" for name in TESTED_VERSIONS)
+        have = ", ".join(
+            f"{name} {metadata.version(name)} (read in {TESTED_VERSIONS[name]})" for name in TESTED_VERSIONS
+        )
         said = f"the first batch's log-probabilities {far}, where {tolerance:.1g} would be rounding"
         self._give_up(f"{said}, with {have}")
 

@@ -1,0 +1,278 @@
+"""Will it fit: shapes from a config.json, bytes as a real run has them, and a dry run that fetches nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.core import SettingsError
+from helpers.models import memory
+from helpers.models.decoder import read_decoder
+from helpers.models.memory import GB, TrainingSpec, estimate_memory, suggest_changes
+from helpers.settings import trl_fields
+from tests import fake_hub as local
+from tests.conftest import Project
+
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+}  # fmt: skip
+QLORA = TrainingSpec(
+    step="dpo", tuning="qlora", bits=4, compute=2, rank=256, targets="all-linear", adapter=4, batch=1, length=1512,
+    checkpointing=True, optimizer="paged_adamw_8bit", frozen_copy=False, precomputed=False, flash=False, on_gpu=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of these tests' own: what they train is not the "latest" of others."""
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "gpt2", "mixtral"])
+def test_a_config_alone_gives_every_parameter_and_linear_layer(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    decoder = read_decoder(json.loads(config.to_json_string()))
+    assert decoder.parameters == sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
+    assert {n.name: ({n.inputs, n.outputs}, n.bias) for n in decoder.linears} == {
+        name: (set(m.weight.shape), m.bias is not None) for name, m in linear.items()
+    }
+    assert len(decoder.targets(r".*\.0\..*")) == len([name for name in linear if ".0." in name])
+
+
+# Runs 02_dpo.py with the flags of each job, and prints what is allocated in the end: bytes by part.
+COUNTED = """
+import json, runpy, sys, torch
+def size(tensors): return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
+for flags in json.load(sys.stdin):
+    sys.argv = ["02_dpo.py", *flags]
+    done = runpy.run_path("notebooks/02_dpo.py", run_name="__main__")
+    trainer, weights = done["trainer"], dict(done["trainer"].model.named_parameters())
+    states = [w.quant_state for w in weights.values() if getattr(w, "quant_state", None)]
+    tables = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    full = done["settings"].tuning == "full"
+    adapter = [] if full else [w for n, w in weights.items() if w.requires_grad]
+    base = [w for n, w in weights.items() if full or not w.requires_grad] + tables
+    kept = [t for s in trainer.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    trained = [w for w in weights.values() if w.requires_grad]
+    sizes = {"weights": size(base), "adapter": size(adapter), "gradients": size(trained), "optimizer": size(kept)}
+    sizes["reference"] = size(trainer.ref_model.parameters()) if trainer.ref_model is not None else 0
+    print("COUNTED", json.dumps([sizes, done["settings"].values()]))
+"""
+
+
+def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Project, demo_folder: Path) -> None:
+    model = demo_folder / "tiny-mistral"
+    few = {"recipe": "recipes/demo.yaml", "setup_module": "", "sft_run": "", "model_id": model, "use_cpu": True}
+    few |= {"dataset_id": demo_folder / "preferences", "max_steps": 1, "train_rows": 16, "eval_rows": 4}
+    few |= {"per_device_train_batch_size": 2, "save_strategy": "no", "completion_steps": 0}
+    jobs = [
+        {"tuning": "qlora"},
+        {"tuning": "qlora", "optim": "adamw_8bit", "lora_r": 64},
+        {"tuning": "lora", "lora_target_modules": ".*(q_proj|down_proj)"},
+        {"tuning": "dora", "use_rslora": True},
+        {"tuning": "lora", "quantization": "8bit", "optim": "sgd"},
+        {"tuning": "full"},
+        {"tuning": "full", "precompute_ref_log_probs": True, "optim": "adamw_8bit"},
+        {"tuning": "lora", "optim": "adamw_8bit", "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"tuning": "full", "optim": "adafactor", "precompute_ref_log_probs": True},
+    ]
+    flags = []
+    for job in jobs:
+        values = {n: v if isinstance(v, list) else [v] for n, v in (few | job).items()}
+        flags.append([str(w) for n, v in values.items() for w in (f"--{n}", *v)])
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED], input=json.dumps(flags), cwd=project.root, env=project.env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    counted = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
+    assert len(counted) == len(jobs)
+    decoder = read_decoder(json.loads((model / "config.json").read_text()))
+    for job, (sizes, values) in zip(jobs, counted, strict=True):
+        expected = estimate_memory(decoder, memory.training_spec(values, "dpo", decoder))
+        for part, size in sizes.items():
+            rows_and_columns = 0.02 * sizes["weights"] if job.get("optim") == "adafactor" else 0
+            assert expected[part] == pytest.approx(size, rel=0.02, abs=rows_and_columns), (job, part)
+
+
+def test_eight_bit_states_are_counted_in_blocks_and_small_weights_in_float32() -> None:
+    job = dataclasses.replace(QLORA, optimizer="adamw_8bit")
+    assert memory.state_bytes(1 << 20, job) == (1 << 20) * 2 + 2 * 4 * (1 << 20) / 256
+    assert memory.state_bytes(4095, job) == 8 * 4095
+    assert memory.state_bytes(1 << 20, dataclasses.replace(job, optimizer="paged_lion_8bit")) == (1 << 20) * (
+        1 + 4 / 256
+    )
+    assert memory.state_bytes(1 << 20, dataclasses.replace(job, optimizer="adamw_torch_fused")) == 8 << 20
+
+
+def test_engines_share_out_what_their_stage_says() -> None:
+    decoder = read_decoder(MISTRAL_7B)
+    full = dataclasses.replace(QLORA, tuning="full", optimizer="adamw_torch", processes=8)
+    one, zero1, zero2, zero3 = (estimate_memory(decoder, dataclasses.replace(full, stage=stage)) for stage in range(4))
+    count = decoder.parameters
+    assert (one["weights"], one["gradients"], one["optimizer"]) == (4 * count, 4 * count, 8 * count)
+    assert (zero1["weights"], zero1["gradients"], zero1["optimizer"]) == (2 * count, 2 * count, 12 * count / 8)
+    assert zero2["gradients"] == zero3["gradients"] == 2 * count / 8
+    assert zero3["weights"] == zero3["reference"] == 2 * count / 8
+
+
+def test_advice_names_what_alone_makes_it_fit_and_else_several_together() -> None:
+    decoder = read_decoder(MISTRAL_7B)
+    large = dataclasses.replace(QLORA, batch=8)
+    alone = suggest_changes(decoder, large, 2, 24 * GB)
+    assert alone[0][0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
+    assert any(words.startswith("--max_length") for words, _ in alone)
+    assert all(peak <= 24 * GB for _, peak in alone)
+    ((together, peak),) = suggest_changes(decoder, dataclasses.replace(large, checkpointing=False), 2, 20 * GB)
+    assert together.startswith("--gradient_checkpointing True --per_device_train_batch_size")
+    assert peak <= 20 * GB < estimate_memory(decoder, large)["peak"]
+    ((least, peak),) = suggest_changes(decoder, QLORA, 16, 3 * GB)  # the weights alone are larger
+    assert least == "--lora_r 8 --max_length 256"
+    assert peak > 3 * GB
+    kept = suggest_changes(decoder, dataclasses.replace(large, frozen_copy=True), 0, 30 * GB)
+    assert kept[0][0] == "--per_device_train_batch_size 4"  # --global_batch_size has its own accumulation
+    assert not any("--lora_r" in words for words, _ in kept)  # an adapter that is trained further keeps its rank
+    (full, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 40 * GB)
+    assert full[0] == "--tuning qlora"
+    (without, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 100 * GB)
+    assert without[0] == "--precompute_ref_log_probs True"
+
+
+def test_a_dry_run_reads_values_as_trl_does() -> None:
+    given = {
+        "max_grad_norm": ["0.3"], "logging_steps": ["4"], "save_total_limit": ["None"], "lr_scheduler_type": ["linear"],
+        "optim": ["adamw_torch"], "gradient_checkpointing": [], "bf16": ["false"], "max_steps": ["5"],
+        "loss_weights": ["1", "0.5"], "eval_strategy": ["no"], "adam_beta1": ["0.8"], "run_name": ["x"],
+        "gradient_checkpointing_kwargs": ['{"use_reentrant": false}'], "warmup_steps": ["0.1"],
+    }  # fmt: skip
+    words = {name: (value, "flag") for name, value in given.items()}
+    plain, real = (
+        parse("dpo", words, SettingsError) for parse in (trl_fields.parse_fields_fast, trl_fields.parse_fields)
+    )
+    assert plain == real
+    assert {n: type(v) for n, v in plain.items() if not isinstance(v, str)} == {
+        n: type(v) for n, v in real.items() if not isinstance(v, str)
+    }
+    for name, value, said in (
+        ("max_steps", ["many"], "takes int"),
+        ("bf16", ["maybe"], "takes bool"),
+        ("optim", [], "nothing"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            trl_fields.parse_fields_fast("dpo", {name: (value, "flag")}, SettingsError)
+
+
+def dry_run(project: Project, notebook: str, *words: str, status: int = 0, **env: str) -> tuple[str, str, float]:
+    """What it printed, what it said on stderr, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = project.run(notebook, "--dry_run", *words, status=status, **env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project: Project, tmp_path: Path) -> None:
+    with local.serve() as hub:
+        files = {"config.json": json.dumps(MISTRAL_7B).encode(), "model.safetensors": b"x", "tokenizer.json": b"{}"}
+        hub.add("models", "org/large-7b", files)
+        home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        words = ["--model_id", "org/large-7b", "--dataset_id", "org/pairs", "--max_grad_norm", "1"]
+        out, said, seconds = dry_run(project, "02_dpo.py", *words, **home)
+        assert seconds < 3
+        parts = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if " GB " in line}
+        assert set(parts) == {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
+        assert parts["weights"] == ["4.13", "GB"]
+        assert "fits into 24 GB" in out
+        assert "Steps, tokens and time: unknown, because org/pairs has not been downloaded yet." in out
+        assert "Dry run: outputs/dpo-large-7b-" in said
+        fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+        assert fetched == {"config.json"}
+        assert not any("/datasets/" in path for path in hub.requests)
+        out, _, _ = dry_run(project, "02_dpo.py", *words, "--max_steps", "7", "--memory_gb", "12", **home)
+        assert "--lora_r 128  (" in out
+        assert "7 steps; tokens and time unknown, because org/pairs" in out
+    assert not list((project.root / "outputs").glob("dpo-large-*"))
+
+
+def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Path) -> None:
+    words = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--sft_run", ""]
+    words += ["--model_id", str(demo_folder / "tiny-mistral"), "--dataset_id", str(demo_folder / "preferences")]
+    words += ["--max_steps", "-1", "--train_rows", "64", "--eval_rows", "8", "--num_train_epochs", "2"]
+    words += ["--per_device_train_batch_size", "4", "--eval_steps", "32"]
+    out, _, _ = dry_run(project, "02_dpo.py", *words)
+    (line,) = [line for line in out.splitlines() if line.startswith("About ")]
+    assert line.startswith("About 64 rows to train on, 32 steps, ")
+    project.run("02_dpo.py", *words, "--run_name", "counted")
+    metrics = project.record("counted")["metrics"]
+    assert metrics["step"] == 32
+    tokens = int(line.split("32 steps, ")[1].split()[0].replace(",", ""))
+    assert tokens == pytest.approx(metrics["tokens_seen"], rel=0.15)  # without the chat format's own
+    again, _, _ = dry_run(project, "02_dpo.py", *words, "--learning_rate", "1e-4")
+    speed = metrics["tokens_per_second"]
+    assert f"at {speed:,.0f} tokens a second as in counted." in again
+    sft = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--model_id", str(demo_folder / "tiny-mistral")]
+    out, _, _ = dry_run(project, "01_sft.py", *sft, "--dataset_id", str(demo_folder / "instructions"))
+    assert " rows to train on, " in out
+
+
+def test_a_dry_run_of_what_cannot_work_is_one_line(project: Project, demo_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "unheard_of"}')
+    tiny, pairs = str(demo_folder / "tiny-mistral"), str(demo_folder / "preferences")
+    out, _, _ = dry_run(project, "02_dpo.py", "--model_id", str(tmp_path / "odd"), "--dataset_id", pairs)
+    assert "Memory: unknown, because its config.json is of a kind that is not known here: " in out
+    assert "The weights are not here yet: odd has a config.json and no weights" in out
+    for words, status, said in (
+        (["--lora_target_modules", "q_prj"], 2, "--lora_target_modules 'q_prj' is the name of no linear layer"),
+        (["--max_grad_norm", "much"], 2, "--max_grad_norm takes float, not 'much' (from flag)"),
+        (["--global_batch_size", "7", "--per_device_train_batch_size", "2"], 2, "is not a multiple of"),
+        (["--dataset_id", "nothing.jsonl"], 1, "there is no such file"),
+    ):
+        _, error, _ = dry_run(project, "02_dpo.py", "--model_id", tiny, "--dataset_id", pairs, *words, status=status)
+        assert said in error
+        assert "Traceback" not in error
+
+
+def test_several_sets_and_long_prompts_are_counted_as_they_are_trained(
+    project: Project, demo_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name} {i} " + "word " * 400, "chosen": "yes", "rejected": "no"} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    words = ["--model_id", str(demo_folder / "tiny-mistral"), "--dataset_id", *sets, "--eval_rows", "10"]
+    words += ["--max_length", "256", "--max_prompt_length", "200", "--per_device_train_batch_size", "10"]
+    words += ["--gradient_accumulation_steps", "1"]
+    out, _, _ = dry_run(project, "02_dpo.py", *words, "--overlong", "truncate_prompt")
+    assert "About 70 rows to train on, 7 steps, " in out
+    _, said, _ = dry_run(project, "02_dpo.py", *words, status=1)
+    assert "none of the rows looked at can be used" in said
+
+
+def test_the_stage_of_deepspeed_s_own_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = read_decoder(MISTRAL_7B)
+    values = {
+        "tuning": "full", "quantization": "auto", "lora_r": 8, "lora_target_modules": "all-linear", "adapter_dtype": "fp32",
+        "per_device_train_batch_size": 1, "max_length": 512, "attention": "auto", "modules_to_save": (),
+        "deepspeed": str(tmp_path / "ds.json"),
+    }  # fmt: skip
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert memory.training_spec(values, "dpo", decoder).stage == 3
+    (tmp_path / "ds.json").unlink()
+    with pytest.raises(SettingsError, match=r"--deepspeed .* cannot be read"):
+        memory.training_spec(values, "dpo", decoder)

@@ -1,0 +1,230 @@
+"""Every recipe, and the training commands of the systems that this one grew from, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from helpers.core import SettingsError
+from helpers.settings.load import SECTIONS, load_settings
+from tests.conftest import REPO, Project, code_cells
+from tests.data.test_formats import ROWS
+from tests.notebooks.test_data import SFT_ROWS, drive, run_all, several
+from tests.notebooks.test_three_ways import _settings_class
+
+RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
+NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py",
+             "judge": "05_judge.py"}  # fmt: skip
+# Recipe → architecture of its model, and sets in the schema of its own: for SFT, and for DPO.
+MADE_OF: dict[str, tuple[str, list[str], list[str]]] = {
+    "mistral-7b-ultrafeedback": ("mistral", [], ["argilla/ultrafeedback-binarized-preferences-cleaned"]),
+    "llama2-7b-alpacafarm": ("llama", ["tatsu-lab/alpaca"], ["tatsu-lab/alpaca_farm"]),
+    "tulu2-13b-ultrafeedback": ("llama", [], ["HuggingFaceH4/ultrafeedback_binarized"]),
+    "zephyr-chatml": (
+        "mistral",
+        ["HuggingFaceH4/ultrachat_200k"],
+        ["berkeley-nest/Nectar", "Intel/orca_dpo_pairs", "HuggingFaceH4/ultrafeedback_binarized"],
+    ),
+    "pythia-2.8b-hh": ("gpt_neox", ["Anthropic/hh-rlhf"], ["Anthropic/hh-rlhf"]),
+    "tulu2-13b-ultrafeedback with Qwen": ("qwen2", [], ["HuggingFaceH4/ultrafeedback_binarized"]),
+}
+SPLITS = ("train", "train_sft", "train_prefs", "test_prefs", "test", "preference", "sft")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of these tests' own: what they train is not the "latest" of others."""
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def models(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random tiny model of each architecture, with the demo's tokenizer and no template."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+    tokenizer.chat_template = None
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256,
+    }  # fmt: skip
+    made = {}
+    for kind in ("mistral", "llama", "gpt_neox", "qwen2"):
+        groups = {} if kind == "gpt_neox" else {"num_key_value_heads": 2}
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **groups, **ids))
+        made[kind] = tmp_path_factory.mktemp("models") / f"tiny-{kind}"
+        model.save_pretrained(made[kind])
+        tokenizer.save_pretrained(made[kind])
+    return made
+
+
+def write_set(folder: Path, name: str) -> str:
+    """A set in the schema of the real one, with whatever splits a recipe may ask for; no prompt is in two of them."""
+    rows = several(SFT_ROWS.get(name) or ROWS[name][1]).to_list()
+    path = folder / name.replace("/", "--")
+    if not path.exists():
+        half = len(rows) // 2
+        sides = {s: rows[half:] if s.startswith("test") else rows[:half] for s in SPLITS}
+        DatasetDict({s: Dataset.from_list(r) for s, r in sides.items()}).save_to_disk(path)
+    return str(path)
+
+
+def test_every_recipe_trains_two_steps_of_each_kind(models: dict[str, Path], project: Project, tmp_path: Path) -> None:
+    few = {"max_steps": 2, "save_steps": 2, "eval_steps": 2, "max_length": 200, "per_device_train_batch_size": 2}
+    few |= {"completion_tokens": 4}
+    jobs: list[tuple[str, dict[str, Any]]] = []
+    for name, (kind, sft, dpo) in MADE_OF.items():
+        recipe = {"recipe": f"recipes/{name.partition(' ')[0]}.yaml", "model_id": models[kind]}
+        run = name.replace(" ", "-")
+        if sft:
+            (data,) = (write_set(tmp_path, s) for s in sft)
+            jobs.append(("01_sft.py", recipe | few | {"dataset_id": data, "run_name": f"{run}-sft"}))
+        given = recipe | few | {"run_name": f"{run}-dpo", "max_prompt_length": 150}
+        if sft:
+            del given["model_id"]
+            given["sft_run"] = f"{run}-sft"
+        entries = [write_set(tmp_path, s) for s in dpo]
+        if len(dpo) > 1:  # with the splits that the recipe gives to each
+            splits = [
+                entry["split"] for entry in yaml.safe_load((REPO / given["recipe"]).read_text())["dpo"]["dataset_id"]
+            ]
+            entries = [json.dumps({"id": e, "split": s}) for e, s in zip(entries, splits, strict=True)]
+        jobs.append(("02_dpo.py", given | {"dataset_id": entries}))
+    assert drive(project, jobs) == ["well"] * len(jobs)
+    for _, given in jobs:
+        record = project.record(str(given["run_name"]))
+        assert record["status"] == "finished"
+        assert record["metrics"]["step"] == 2
+        assert record["data"]["kept"] + record["data"]["dropped"] == record["data"]["read"]
+    tulu, zephyr = project.record("tulu2-13b-ultrafeedback-dpo"), project.record("zephyr-chatml-dpo")
+    assert tulu["settings"]["global_batch_size"] == 128
+    assert zephyr["data"]["format"] == "ranked, orca, messages"
+    assert zephyr["data"]["read"] == 18
+    state = project.root / "outputs" / "zephyr-chatml-dpo" / "checkpoint-2" / "trainer_state.json"
+    assert json.loads(state.read_text())["train_batch_size"] == 2
+
+
+def test_all_recipes_are_there_and_nothing_in_them_is_unread(project: Project) -> None:
+    assert {f.stem for f in RECIPES} == {name.partition(" ")[0] for name in MADE_OF} | {"demo"}
+    for file in RECIPES:
+        content = yaml.safe_load(file.read_text())
+        steps = [step for step in SECTIONS if step in content and step in NOTEBOOKS]
+        assert steps
+        for step in steps:
+            settings = _settings_class(code_cells(REPO / "notebooks" / NOTEBOOKS[step]))
+            loaded = load_settings(settings, {}, ["--recipe", str(file), "--setup_module", ""])
+            read = {name for name, source in loaded.sources.items() if source == "recipe"}
+            assert set(content[step]) <= read | {"setup_module"}
+        for line in file.read_text().splitlines():  # the commands that it opens with name it
+            if "--recipe" in line and "..." not in line:
+                assert f"recipes/{file.name}" in line, line
+
+
+def test_a_key_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dpo:\n  dpo_betta: 0.1\n")
+    settings = _settings_class(code_cells(REPO / "notebooks" / "02_dpo.py"))
+    with pytest.raises(SettingsError, match=r"unknown setting dpo_betta .recipe.: did you mean --dpo_beta"):
+        load_settings(settings, {}, ["--recipe", str(recipe)])
+
+
+# As they are printed in those systems' own instructions, with the file's name changed and paths in capitals.
+SFT_000 = """01_sft.py --model_name MODEL --dataset_path SFT_DATA --training_args.output_dir OUT --streaming False
+    --training_args.gradient_checkpointing --training_args.save_steps 155 --training_args.logging_steps 1
+    --training_args.remove_unused_columns False --training_args.report_to None --training_args.bf16
+    --training_args.num_train_epochs 3 --training_args.max_steps -1 --training_args.per_device_train_batch_size 2
+    --training_args.per_device_eval_batch_size 2 --training_args.gradient_accumulation_steps 1 --max_seq_length 1024
+    --training_args.weight_decay 0. --training_args.warmup_ratio 0.03 --training_args.learning_rate 2e-5"""
+DPO_000 = """02_dpo.py --model_name_or_path MODEL --dataset_path FARM --beta 0.2 --training_args.output_dir OUT
+    --max_prompt_length 512 --max_length 1024 --training_args.gradient_checkpointing --training_args.save_steps 150
+    --training_args.logging_steps 1 --training_args.remove_unused_columns False --training_args.report_to None
+    --training_args.bf16 --training_args.num_train_epochs 3 --training_args.per_device_train_batch_size 1
+    --training_args.per_device_eval_batch_size 1 --training_args.gradient_accumulation_steps 1
+    --training_args.weight_decay 0. --training_args.warmup_ratio 0.03 --training_args.learning_rate 2e-5"""
+DPO_002 = """02_dpo.py --max_length 6000 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 4 --model_name_or_path MODEL --output_dir OUT --deepspeed STAGE"""
+DPO_004 = """02_dpo.py --model_id MODEL --dataset_id PAIRS --num_train_epochs 1 --learning_rate 5e-05 --dpo_beta 0.1
+    --output_dir OUT --run_name by_004 --merge_adaptors"""
+
+
+@pytest.mark.long
+def test_commands_of_the_systems_that_it_grew_from_run(
+    models: dict[str, Path], project: Project, tmp_path: Path
+) -> None:
+    farm = tmp_path / "alpaca_farm"
+    farm.mkdir()
+    several(ROWS["tatsu-lab/alpaca_farm"][1]).to_json(farm / "alpaca_noisy_multi_preference.json")
+    several(ROWS["triplet"][1]).to_json(tmp_path / "pairs.jsonl")
+    several(SFT_ROWS["tatsu-lab/alpaca"]).to_json(tmp_path / "talks.jsonl")
+    paths = {
+        "MODEL": models["mistral"], "FARM": farm, "PAIRS": tmp_path / "pairs.jsonl", "OUT": tmp_path / "out",
+        "SFT_DATA": tmp_path / "talks.jsonl",
+    }  # fmt: skip
+    texts = (SFT_000, DPO_000, DPO_004)
+    commands = []
+    for text in texts:
+        notebook, *words = [str(paths.get(word, word)) for word in shlex.split(text)]
+        commands.append((notebook, words))
+    ended, said = run_all(project, commands)
+    assert ended == ["well"] * len(commands)
+    for text, lines in zip(texts, said, strict=True):
+        one_note_for_each_older_name(text, lines)
+    finished = [json.loads(f.read_text()) for f in (tmp_path / "out").glob("*/run.json")]
+    assert [r["status"] for r in finished] == ["finished"] * len(finished)
+    by_beta = {r["settings"].get("dpo_beta"): r["settings"] for r in finished if r["step"] == "dpo"}
+    assert by_beta[0.2]["max_prompt_length"] == 512
+    assert by_beta[0.2]["warmup_steps"] == 0.03
+    assert (tmp_path / "out" / "by_004" / "adapter_model.safetensors").is_file()
+    assert list((tmp_path / "out").glob("merge-*/model.safetensors"))
+
+
+OLD = {"model_name", "model_name_or_path", "dataset_path", "max_seq_length"}
+
+
+def one_note_for_each_older_name(text: str, said: list[str]) -> None:
+    notes = [line for line in said if line.startswith("note: ")]
+    flags = {w[2:] for w in shlex.split(text) if w.startswith("--")}
+    older = {name for name in flags if name.startswith("training_args.") or name in OLD}
+    for name in sorted(older):
+        assert sum(f"--{name} " in note for note in notes) == 1, (name, notes)
+    assert len(notes) == len(older), notes
+
+
+@pytest.mark.long
+def test_the_command_of_002_runs_under_its_own_launcher(
+    models: dict[str, Path], project: Project, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    stage = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}} | dict.fromkeys(auto, "auto")
+    (tmp_path / "ds_config_stage1.json").write_text(json.dumps(stage))
+    several(ROWS["triplet"][1]).to_json(tmp_path / "pairs.jsonl")
+    paths = {"MODEL": models["mistral"], "OUT": tmp_path / "out", "STAGE": tmp_path / "ds_config_stage1.json"}
+    notebook, *words = [str(paths.get(word, word)) for word in shlex.split(DPO_002)]
+    # its script names its datasets itself; more than one process needs GPUs: accelerate counts one where there is none
+    words += ["--dataset_id", str(tmp_path / "pairs.jsonl"), "--max_steps", "2"]
+    port = str(29500 + os.getpid() % 500)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
+    env = project.env | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [*launcher, str(project.root / "notebooks" / notebook), *words], cwd=project.root, env=env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one_note_for_each_older_name(DPO_002, done.stderr.splitlines())
+    (file,) = (tmp_path / "out").glob("*/run.json")
+    assert json.loads(file.read_text())["status"] == "finished"
+    assert list(file.parent.glob("checkpoint-2/global_step2/*optim_states.pt"))  # DeepSpeed's own

@@ -1,0 +1,89 @@
+"""The whole demo, as the README promises it; and a road by adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.runs.report import SECTIONS
+from tests.conftest import DPO, SFT, Project
+
+DEMO = ["--recipe", "recipes/demo.yaml"]
+
+
+@pytest.mark.long
+def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: Project) -> None:
+    project.run(
+        "01_sft.py", "--recipe", "recipes/demo.yaml", "--tuning", "qlora", "--lora_r", "4", "--run_name", "lora", *SFT
+    )
+    refused = project.run("02_dpo.py", "--recipe", "recipes/demo.yaml", "--sft_run", "lora", "--lora_r", "8", status=2)
+    assert refused.stderr.strip().endswith("error: --lora_r 8, but the adapter in lora has 4: leave it out")
+
+    small = {name: value for name, value in DPO.items() if name != "recipe"}
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    project.run("02_dpo.py", "--recipe", "recipes/demo.yaml", "--sft_run", "lora", "--run_name", "further", *flags)
+
+    folder = project.root / "outputs" / "further"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], Path(config["base_model_name_or_path"]).name) == (4, "tiny-mistral")
+    assert not (folder / "ref").exists()
+    before = load_file(project.root / "outputs" / "lora" / "adapter_model.safetensors")
+    after = load_file(folder / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == torch.float32 for name in after)
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [log for log in logs if "eval_rewards/margins" in log]
+    assert (evaluated[0]["step"], evaluated[0]["eval_rewards/margins"]) == (0, 0.0)  # before the first step
+    logs = [log for log in logs if "loss" in log]
+    assert logs[0]["rewards/margins"] == 0.0  # policy and reference start as one
+    assert logs[5]["rewards/margins"] != 0.0
+    record = project.record("further")
+    assert (record["parent"], record["base_model"]) == ("lora", "outputs/demo/tiny-mistral")
+
+    shown = project.run(
+        "04_vibes.py", "--models", "outputs/further", "--prompts", "What is 2 plus 3?", "--max_new_tokens", "4"
+    )
+    assert "1 prompts for lora, further" in shown.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        project = Project(tmp_path / name)
+        start = time.monotonic()
+        for notebook in ("01_sft.py", "02_dpo.py", "03_merge_push.py"):
+            project.run(notebook, *DEMO)
+        project.run("04_vibes.py", "--recipe", "recipes/demo.yaml")
+        shown = project.run("05_judge.py", "--recipe", "recipes/demo.yaml").stdout
+        print(f"the demo took {time.monotonic() - start:.0f} s")
+        (record,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/judge-*/run.json")]
+        verdicts = record["metrics"]
+        assert "480 comparisons by rules recipes.demo.questions" in shown
+        (page,) = project.root.glob("outputs/vibes-*/answers.html")
+        assert f"Page of the answers: {page.relative_to(project.root)}" in shown
+        report = project.root / "outputs" / verdicts["after"] / "report.html"
+        assert shown.splitlines()[-1] == f"Report: {report.relative_to(project.root)}"
+        assert re.findall(r'<section id="([\w-]+)"', text := report.read_text()) == list(SECTIONS)
+        assert "could not be shown" not in text
+        assert "Merged and compared." in text
+        before, after = verdicts["before"], verdicts["after"]
+        assert verdicts["win"] + verdicts["tie"] + verdicts["loss"] >= 400
+        assert verdicts["win"] / (verdicts["win"] + verdicts["loss"]) >= 0.90
+        assert verdicts["interval"][0] > 0.5
+        assert verdicts["scores"][after]["correct"] >= verdicts["scores"][before]["correct"] - 0.02
+        assert verdicts["scores"][before]["correct"] > 0.9
+        (dpo,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/dpo-*/run.json")]
+        assert dpo["findings"] == []
+        timeless = {k: v for k, v in dpo["metrics"].items() if not k.endswith(("runtime", "per_second"))}
+        runs.append((verdicts, timeless))
+    assert runs[0] == runs[1]

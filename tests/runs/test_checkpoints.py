@@ -1,0 +1,270 @@
+"""Checkpoints are whole or not resumed from, and what ends a long run is one line that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.core import Interrupted, UserError
+from helpers.runs.checkpoints import (
+    MANIFEST,
+    check_process_count,
+    checkpoint_error,
+    explain_failure,
+    last_complete_checkpoint,
+    patch_step_comparison,
+    quarantine_incomplete,
+    quarantine_later,
+    resolve_checkpoint,
+    write_manifest,
+)
+from helpers.runs.run import Run
+from tests.conftest import DPO, Project
+from tests.notebooks.test_three_ways import results, wait_for
+
+
+def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    (path / "global_step").mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(bytes(range(200)))
+    (path / "global_step" / "rank_0.pt").write_bytes(b"optimizer")
+    if marked:
+        write_manifest(path)
+    return path
+
+
+def test_a_share_of_all_steps_is_compared_as_the_steps_it_came_to(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import TrainerState, trainer
+
+    patch_step_comparison()
+    logger = logging.getLogger("transformers.trainer_utils")
+    state = TrainerState(max_steps=96, logging_steps=10, eval_steps=20, save_steps=20, train_batch_size=4)
+    args = SimpleNamespace(logging_steps=10, eval_steps=0.2, save_steps=0.2, per_device_train_batch_size=4, n_gpu=1)
+    logger.addHandler(caplog.handler)
+    trainer.compare_trainer_and_checkpoint_args(args, state)
+    assert caplog.messages == []
+    args.save_steps = 0.1
+    trainer.compare_trainer_and_checkpoint_args(args, state)
+    logger.removeHandler(caplog.handler)
+    (said,) = set(caplog.messages)
+    assert "save_steps: 10 (from args) != 20" in said
+    assert "eval_steps" not in said
+    assert args.save_steps == 0.1
+
+
+def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 10)
+    files = json.loads((path / MANIFEST).read_text())
+    assert {name: seal["bytes"] for name, seal in files.items()} == {
+        "model.safetensors": 200,
+        "global_step/rank_0.pt": 9,
+    }
+    assert checkpoint_error(path) == ""
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(100)), "model.safetensors is not what was saved"),
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(200)), "model.safetensors is not what was saved"),
+        (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
+        (lambda f: (f / MANIFEST).unlink(), "it was not written to its end"),
+        (lambda f: (f / MANIFEST).write_text("{"), "it was not written to its end"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_set_aside(
+    harm: Any, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 4, marked=False)  # older than a whole one: nobody asks
+    whole = checkpoint(tmp_path, 9)
+    broken = checkpoint(tmp_path, 10)
+    harm(broken)
+    assert checkpoint_error(broken) == fault
+    with pytest.raises(UserError, match="cannot be resumed from: "):
+        resolve_checkpoint(str(broken))
+    quarantine_incomplete(tmp_path)
+    assert fault in capsys.readouterr().out
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-9", "broken-checkpoint-10"}
+    assert last_complete_checkpoint(tmp_path) == whole
+    assert resolve_checkpoint(str(whole)) == whole
+    with pytest.raises(UserError, match="neither auto nor never"):
+        resolve_checkpoint("sometimes")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space for"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "the disk is full"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/no"), "/no cannot be written: give another --output_dir"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "/file/x cannot be written"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --per_device_train_batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+    ],
+)  # fmt: skip
+def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Exception, said: str, tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, marked=False)
+    run = Run(tmp_path, {})
+
+    def train() -> None:
+        with run.training() as found:
+            assert found == str(whole)
+            checkpoint(tmp_path, 11, marked=False)
+            raise error
+
+    with pytest.raises(UserError) as raised:
+        train()
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert checkpoint_error(whole) == ""
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", str(raised.value))
+    if "disk" in said:
+        assert "goes on from checkpoint-9" in str(raised.value)
+        assert not (tmp_path / "checkpoint-11").exists()  # what was cut short makes room
+
+
+def test_what_is_not_the_user_s_stays_a_traceback(tmp_path: Path) -> None:
+    assert explain_failure(ValueError("a shape does not fit"), tmp_path) is None
+    run = Run(tmp_path, {})
+    with pytest.raises(ValueError, match="a shape"), run.training():
+        raise ValueError("a shape does not fit")
+    assert run.record["status"] == "failed"
+    for error in (KeyboardInterrupt(), Interrupted("stopped by SIGTERM", 143)):
+        with pytest.raises(type(error)), run.training():
+            raise error
+        assert run.record["status"] == "interrupted"
+
+
+FLAGS = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run: str) -> None:
+    folder = project.root / "outputs" / "told"
+    words = [*FLAGS, "--save_steps", "5", "--run_name", "told"]
+    process = subprocess.Popen(
+        project.command("02_dpo.py", *words), cwd=project.root, env=project.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(lambda: '"step": 2' in (folder / "metrics.jsonl").read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "SIGTERM: saving a checkpoint, then stopping." in out
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    (saved,) = folder.glob("checkpoint-*")
+    assert int(saved.name.rpartition("-")[2]) in (2, 3, 4)
+    assert line.endswith(f"the same command goes on from outputs/told/{saved.name}")
+    assert "Traceback" not in err
+    assert checkpoint_error(saved) == ""
+    assert project.record("told")["status"] == "interrupted"
+    assert (folder / "curves.png").is_file()
+    assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
+    done = project.run("02_dpo.py", *words)
+    assert f"Going on from outputs/told/{saved.name}." in done.stdout
+    ended, expected = results(project, "told"), results(project, dpo_run)
+    for counted in ("train_loss", "eval_num_tokens"):  # the Trainer's mean and TRL's counter begin at the resume
+        del ended[counted], expected[counted]
+    assert ended == expected
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str) -> None:
+    words = [*FLAGS, "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0", "--run_name", "nan"]
+    done = project.run("02_dpo.py", *words, status=1)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "lower --learning_rate" in line
+    assert "Traceback" not in done.stderr
+    record = project.record("nan")
+    assert record["status"] == "failed"
+    for saved in (project.root / "outputs" / "nan").glob("checkpoint-*"):
+        from safetensors.torch import load_file
+
+        assert all(bool(t.isfinite().all()) for t in load_file(saved / "adapter_model.safetensors").values())
+
+
+def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_path: Path) -> None:
+    first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    quarantine_later(tmp_path, first.resolve())
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "left-checkpoint-8"}
+    assert not second.exists()
+    run = Run(tmp_path, {"status": "interrupted"}, resume_from=first.resolve())
+    with run.training() as begun:
+        assert begun == str(first.resolve())
+    later = checkpoint(tmp_path, 6)
+    with Run(tmp_path, run.record, resume_from=first.resolve()).training() as begun:
+        assert begun == str(later)  # a second start of the same command goes on
+    with Run(tmp_path, run.record).training() as begun:
+        assert begun == str(later)
+    other = checkpoint(tmp_path / "another", 2)
+    with Run(tmp_path, run.record, resume_from=other.resolve()).training() as begun:
+        assert begun == str(other.resolve())
+    assert later.is_dir()
+
+
+def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    run = Run(tmp_path, {}, anew=True)
+    said = r"stopped \(leave out --resume never, which would begin anew\)$"
+    with pytest.raises(Interrupted, match=said), run.training():
+        raise Interrupted("stopped", 143)
+    with pytest.raises(UserError, match=r"the disk is full: .* --resume never"), run.training():
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+    assert "leave out --resume never" in run.record["error"]
+
+
+def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:
+    check_process_count(tmp_path, 1, 8, False)  # nothing to go on from
+    checkpoint(tmp_path, 4)
+    check_process_count(tmp_path, None, 8, False)
+    check_process_count(tmp_path, 8, 8, False)
+    check_process_count(tmp_path, 1, 8, True)  # a step is the same with any number
+    with pytest.raises(UserError, match="was begun with 1 processes: with 8 a step would have other rows"):
+        check_process_count(tmp_path, 1, 8, False)
+
+
+def test_only_the_last_broken_checkpoint_is_kept_and_none_of_a_finished_run(tmp_path: Path) -> None:
+    for step in (4, 6):
+        checkpoint(tmp_path, step, marked=False)
+        quarantine_incomplete(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"broken-checkpoint-6"}
+    Run(tmp_path, {}).finish()
+    assert not (tmp_path / "broken-checkpoint-6").exists()
+
+
+def test_the_same_number_of_checkpoints_is_kept_and_the_best_one_s_metrics_are_the_run_s(
+    project: Project, dpo_run: str
+) -> None:
+    words = [*FLAGS, "--run_name", "patient", "--early_stopping_patience", "1", "--learning_rate", "0.5"]
+    words += [
+        "--save_total_limit",
+        "1",
+        "--save_steps",
+        "1",
+        "--eval_steps",
+        "1",
+        "--max_steps",
+        "12",
+        "--max_grad_norm",
+        "1",
+    ]
+    project.run("02_dpo.py", *words)
+    folder = project.root / "outputs" / "patient"
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    assert max(log["step"] for log in history) < 12  # it stopped early
+    # the last is of the weights that are kept, which are not those of the last step
+    assert losses[-2] > losses[-1] == project.record("patient")["metrics"]["eval_loss"] == min(losses[1:])
+    kept = list(folder.glob("checkpoint-*"))
+    assert 1 <= len(kept) <= 2  # the newest, and the best
+    assert all(checkpoint_error(c) == "" for c in kept)
