@@ -1,9 +1,10 @@
-"""A batch of preference pairs as one row in which each shared prompt stands once: pure arithmetic on tensors."""
+"""A batch of preference pairs as one packed row that contains each shared prefix once, and attention for such rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,87 +12,71 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+Attention = Callable[..., tuple[torch.Tensor, None]]
+UNSUPPORTED = ("s_aux", "position_bias", "cache")  # arguments of attention that have no place in a packed row
+
 
 class PackingPlan:
-    """Where everything is in a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
+    """The layout of a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
 
-    `lengths` has (prefix, chosen, rejected) of each pair, in tokens; `gather` the position to score each label from.
-    It travels through the model as a forward keyword, so that checkpointed layers find it again. (No dataclass: FSDP
-    would copy one at every layer.)
+    `lengths` has (prefix, chosen, rejected) of each pair, in tokens. `gather` has the position that scores each label.
+    The plan is a forward keyword of the model, so that checkpointed layers get it again. It is not a dataclass because
+    FSDP copies dataclasses at every layer.
     """
 
     def __init__(self, lengths: list[tuple[int, int, int]], gather: torch.Tensor) -> None:
         self.lengths, self.gather = lengths, gather
-        self.masks: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.varlen: VarlenLayout | None = None
-
-    @property
-    def first(self) -> int:
-        """Tokens of all [prefix, chosen], which is where the rejected tails begin."""
-        return sum(prefix + chosen for prefix, chosen, _ in self.lengths)
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._varlen: tuple[dict[str, Any], dict[str, Any], torch.Tensor | None] | None = None
 
     @property
     def sizes(self) -> list[int]:
-        """Tokens of each [prefix, chosen], and then of each rejected tail that there is."""
+        """Tokens of each [prefix, chosen], then of each rejected tail that is not empty."""
         return [prefix + chosen for prefix, chosen, _ in self.lengths] + [r for *_, r in self.lengths if r]
 
     def tails(self) -> Iterator[tuple[int, int]]:
-        """Of each rejected tail that there is: its pair, and how many tokens of that pair's row it sees."""
-        for row, (prefix, _, rejected) in enumerate(self.lengths):
+        """For each rejected tail that is not empty: its pair, and how many tokens of that pair's row it sees."""
+        for pair, (prefix, _, rejected) in enumerate(self.lengths):
             if rejected:
-                yield row, prefix
+                yield pair, prefix
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """What the last `queries` of `keys` tokens see, (1, 1, queries, keys); None where that is plainly causal."""
+        """The mask of the last `queries` of `keys` tokens, (1, 1, queries, keys); None where it is plainly causal."""
         window = window if window is not None and window < keys else None
         if queries == keys and window is None:
             return None
-        if (queries, keys, window, device) not in self.masks:
+        if (queries, keys, window, device) not in self._masks:
             i = torch.arange(keys - queries, keys, device=device)[:, None]
             j = torch.arange(keys, device=device)
             seen = j <= i if window is None else (j <= i) & (j > i - window)
-            self.masks[queries, keys, window, device] = seen[None, None]
-        return self.masks[queries, keys, window, device]
+            self._masks[queries, keys, window, device] = seen[None, None]
+        return self._masks[queries, keys, window, device]
+
+    def varlen(self, device: torch.device) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor | None]:
+        """Arguments of two varlen calls, for [prefix, chosen] and for rejected tails, and the positions of the keys of
+        the second one: each tail's prefix, then the tail. Without tails these are empty and None."""
+        if self._varlen is None:
+            chosen, tails = self.sizes[: len(self.lengths)], self.sizes[len(self.lengths) :]
+            starts = list(itertools.accumulate(self.sizes, initial=0))
+            keys = [
+                torch.cat([torch.arange(starts[pair], starts[pair] + seen), torch.arange(start, start + tail)])
+                for (pair, seen), start, tail in zip(self.tails(), starts[len(chosen) :], tails, strict=False)
+            ]
+            second = _varlen_args(tails, [len(each) for each in keys], device) if tails else {}
+            self._varlen = _varlen_args(chosen, chosen, device), second, torch.cat(keys).to(device) if tails else None
+        return self._varlen
 
 
-@dataclasses.dataclass(frozen=True)
-class VarlenLayout:
-    """What two varlen calls need: borders (cu_seqlens, int32) and longest lengths, for [prefix, chosen] and for the
-    rejected tails, whose keys are `keys` of the packed row: their own prefix, and then themselves."""
-
-    chosen: torch.Tensor
-    longest_chosen: int
-    rejected: torch.Tensor
-    longest_rejected: int
-    rejected_keys: torch.Tensor
-    longest_keys: int
-    keys: torch.Tensor
-
-    @classmethod
-    def of(cls, plan: PackingPlan, device: torch.device) -> VarlenLayout:
-        """Pairs without a rejected tail have no sequence in the second call: an empty one has no row to compute."""
-        pairs = len(plan.lengths)
-        starts, tails = _borders(plan.sizes[:pairs]), _borders(plan.sizes[pairs:])
-        keys, both = [], []
-        for (row, seen), start, end in zip(plan.tails(), tails, tails[1:], strict=False):
-            own = torch.arange(plan.first + start, plan.first + end)
-            keys.append(torch.cat([torch.arange(starts[row], starts[row] + seen), own]))
-            both.append(len(keys[-1]))
-        return cls(
-            chosen=torch.tensor(starts, dtype=torch.int32, device=device),
-            longest_chosen=max(plan.sizes[:pairs]),
-            rejected=torch.tensor(tails, dtype=torch.int32, device=device),
-            longest_rejected=max(plan.sizes[pairs:], default=0),
-            rejected_keys=torch.tensor(_borders(both), dtype=torch.int32, device=device),
-            longest_keys=max(both, default=0),
-            keys=torch.cat(keys).to(device) if keys else torch.empty(0, dtype=torch.long, device=device),
-        )
+def _varlen_args(queries: list[int], keys: list[int], device: torch.device) -> dict[str, Any]:
+    """The borders and largest lengths of sequences, as transformers names them for flash-attention."""
+    q, k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys))
+    return {"cu_seq_lens_q": q, "cu_seq_lens_k": k, "max_length_q": max(queries), "max_length_k": max(keys)}
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """A packed batch: ids and positions (1, N); `labels` (1, S) of the S scored positions; where these stand in the
-    padded batch, `scored` (2B, L - 1); and the plan."""
+    """Token and position ids (1, N), `labels` of the S scored positions (1, S), the mask of these positions in the
+    padded batch, `scored` (2B, L - 1), and the plan."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -101,11 +86,11 @@ class PackedBatch:
 
 
 def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
-    """Pack a batch of TRL's collator: (2B, L), chosen rows and then rejected ones, padded on the right.
+    """Pack a batch of TRL's collator, (2B, L): chosen rows, then rejected rows, padded on the right.
 
-    What a pair's two rows share is their longest common prefix, which may reach into the answers. Positions of a
-    rejected tail go on from the end of its prefix. A label is scored from the token before it, and the last token of a
-    prefix from its one place for both rows.
+    A pair shares the longest common prefix of its rows, which may reach into the answers. The positions of a rejected
+    tail continue from its prefix. Each label is scored from the token before it; the last token of a prefix scores the
+    first label of both rows.
     """
     rows, length = input_ids.shape
     pairs = rows // 2
@@ -113,99 +98,81 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
     same = (input_ids[:pairs] == input_ids[pairs:]) & real[:pairs] & real[pairs:]
     prefix = same.long().cumprod(1).sum(1)
     shared = position < prefix[:, None]
-    kept = torch.cat([real[:pairs], real[pairs:] & ~shared])  # row-major: all [prefix, chosen], then all tails
-    place = (kept.flatten().cumsum(0) - 1).view(rows, length)
+    packed = torch.cat([real[:pairs], real[pairs:] & ~shared])  # row-major: all [prefix, chosen], then all tails
+    place = (packed.flatten().cumsum(0) - 1).view(rows, length)
     place = torch.cat([place[:pairs], torch.where(shared, place[:pairs], place[pairs:])])
     tails = real.sum(1) - prefix.repeat(2)
     lengths = torch.stack([prefix, tails[:pairs], tails[pairs:]], 1).tolist()  # waits for the device
     scored = labels[:, 1:] != -100
     return PackedBatch(
-        input_ids=input_ids[kept][None],
-        position_ids=position.expand(rows, length)[kept][None],
+        input_ids=input_ids[packed][None],
+        position_ids=position.expand(rows, length)[packed][None],
         labels=labels[:, 1:][scored][None],
         scored=scored,
         plan=PackingPlan([(p, c, r) for p, c, r in lengths], place[:, :-1][scored]),
     )
 
 
-def _borders(lengths: list[int]) -> list[int]:
-    """0 and the running sums."""
-    borders = [0]
-    for length in lengths:
-        borders.append(borders[-1] + length)
-    return borders
-
-
-NO_PATH = ("s_aux", "position_bias", "cache")  # of attention, which a packed row has no place for
-Attention = Callable[..., tuple[torch.Tensor, None]]
-
-
 def register_attention(name: str) -> None:
-    """From here on attention of this name computes packed rows too; without a plan it is what it was."""
+    """Make attention of this name compute packed rows too; without a plan it is unchanged."""
     attention: Any = ALL_ATTENTION_FUNCTIONS[name]
-    if not hasattr(attention, "computes_plans"):
+    if not hasattr(attention, "supports_plans"):
         attend: Any = packed_attention(attention, sdpa_packed if name == "sdpa" else flash_packed)
-        attend.computes_plans = True
+        attend.supports_plans = True
         AttentionInterface.register(name, attend)
 
 
 def packed_attention(attention: Attention, packed: Callable[..., torch.Tensor]) -> Attention:
-    """`attention`, and `packed` in its place where a plan comes with query, key and value, (1, heads, N, size)."""
+    """`attention`, but `packed` for calls with a plan, whose query, key and value are (1, heads, N, size)."""
 
     @functools.wraps(attention)
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *words: Any, **more: Any) -> Any:
-        plan = more.pop("plan", None)
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = kwargs.pop("plan", None)
         if plan is None:
-            return attention(module, query, key, value, attention_mask, *words, **more)
-        for name in NO_PATH:
-            if more.pop(name, None) is not None:
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        for name in UNSUPPORTED:
+            if kwargs.pop(name, None) is not None:
                 raise NotImplementedError(f"attention with {name}")
 
         def one(q: Any, k: Any, v: Any, mask: Any = None, **borders: Any) -> torch.Tensor:
-            return attention(module, q, k, v, mask, *words, **more, **borders)[0]
+            return attention(module, q, k, v, mask, *args, **kwargs, **borders)[0]
 
-        return packed(one, plan, query, key, value, more), None
+        return packed(one, plan, query, key, value, kwargs), None
 
     return attend
 
 
-def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, more: Any) -> torch.Tensor:
+def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
     """Two calls a pair: [prefix, chosen], and the rejected tail over its prefix and itself.
 
-    (split, for its backward writes each gradient once; a slice's would fill a whole row with zeros first.)
+    Tensors are split, not sliced: the backward of a slice fills a full row with zeros first.
     """
-    window, sizes = more.pop("sliding_window", None), plan.sizes
+    window, sizes, pairs = kwargs.pop("sliding_window", None), plan.sizes, len(plan.lengths)
     queries, keys, values = (x.split(sizes, 2) for x in (q, k, v))
-    pairs = len(plan.lengths)
     parts = []
-    for row in range(pairs):
-        mask = plan.mask(sizes[row], sizes[row], window, q.device)
-        parts.append(one(queries[row], keys[row], values[row], mask))
-    for tail, (row, seen) in enumerate(plan.tails(), pairs):
-        own, there = (torch.cat([x[row][:, :, :seen], x[tail]], 2) for x in (keys, values))
+    for pair in range(pairs):
+        mask = plan.mask(sizes[pair], sizes[pair], window, q.device)
+        parts.append(one(queries[pair], keys[pair], values[pair], mask))
+    for tail, (pair, seen) in enumerate(plan.tails(), pairs):
+        own_keys, own_values = (torch.cat([x[pair][:, :, :seen], x[tail]], 2) for x in (keys, values))
         if window is None and 3 * seen <= sizes[tail]:
-            # Plainly causal, for the prefix once more, is cheaper than a mask over all that the tail sees.
-            whole = torch.cat([queries[row][:, :, :seen], queries[tail]], 2)
-            parts.append(one(whole, own, there)[:, seen:])
+            # computing a short prefix again, plainly causal, is cheaper than a mask over all that the tail sees
+            own_queries = torch.cat([queries[pair][:, :, :seen], queries[tail]], 2)
+            parts.append(one(own_queries, own_keys, own_values)[:, seen:])
         else:
-            mask = plan.mask(sizes[tail], own.shape[2], window, q.device)
-            parts.append(one(queries[tail], own, there, mask))
+            mask = plan.mask(sizes[tail], own_keys.shape[2], window, q.device)
+            parts.append(one(queries[tail], own_keys, own_values, mask))
     return torch.cat(parts, 1)
 
 
-def flash_packed(
-    one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, more: Any
-) -> torch.Tensor:
-    """Two calls for the whole batch. Flash-attention's causal mask is aligned at the lower right, so a tail's first
-    query sees all of its prefix."""
-    more.pop("position_ids", None)  # the borders of sequences are given
-    plan.varlen = where = plan.varlen or VarlenLayout.of(plan, q.device)
-    chosen, tails = q.split([plan.first, q.shape[2] - plan.first], 2)
-    borders: dict[str, Any] = {"cu_seq_lens_q": where.chosen, "cu_seq_lens_k": where.chosen}
-    borders |= {"max_length_q": where.longest_chosen, "max_length_k": where.longest_chosen}
-    parts = [one(chosen, k[:, :, : plan.first], v[:, :, : plan.first], **borders)]
-    if where.longest_rejected:
-        borders = {"cu_seq_lens_q": where.rejected, "cu_seq_lens_k": where.rejected_keys}
-        borders |= {"max_length_q": where.longest_rejected, "max_length_k": where.longest_keys}
-        parts.append(one(tails, *(x.index_select(2, where.keys) for x in (k, v)), **borders))
+def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
+    """Two calls for the full batch. Flash-attention aligns its causal mask at the lower right, so the first query of a
+    tail sees all of its prefix."""
+    kwargs.pop("position_ids", None)  # the borders of sequences are explicit
+    first, second, keys = plan.varlen(q.device)
+    end = sum(plan.sizes[: len(plan.lengths)])
+    chosen, tails = q.split([end, q.shape[2] - end], 2)
+    parts = [one(chosen, k[:, :, :end], v[:, :, :end], **first)]
+    if second:
+        parts.append(one(tails, k.index_select(2, keys), v.index_select(2, keys), **second))
     return torch.cat(parts, 1)

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on rows that are tokens already: what of it is overridden, in one place."""
+"""TRL's DPOTrainer for rows that are already tokenized, with the shared prefix of a pair computed once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from helpers.core import SettingsError, UserError
 from helpers.training.prefix_sharing import PackedBatch, pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
+TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
+# Largest root mean square difference of a row's log-probabilities from TRL's, unless TRL's own rounding is larger:
+# NOISE times the difference between TRL and TRL on the same rows in another order, with one more column of padding.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
+NOISE = 10
+# Positions that TRL's LM head scores at once on a CPU, with the same result for any number. TRL's 4,096 hold all of a
+# small batch, and took most of a step's memory.
+HEAD_TOKENS = 512
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
 class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer that takes the tokens of `prepare_preferences` as they are.
+    """DPOTrainer that takes the token columns of `load_preferences` unchanged.
 
-    TRL 1.16 (dpo_trainer.py, _prepare_dataset) tokenizes every row itself, and then drops without a word those whose
-    prompt fills max_length. Rows that bring their tokens have been tokenized the same way, checked and accounted for;
-    tests/test_preferences.py compares the two. Other rows go TRL's way.
+    TRL 1.16 (dpo_trainer.py, _prepare_dataset) tokenizes every row itself and silently drops rows whose prompt fills
+    max_length. Rows with token columns have been tokenized the same way, checked and counted
+    (tests/data/test_preferences.py compares the two). TRL prepares all other rows.
 
-    The frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of tokens that were
-    added for a chat format, and would be another model than the policy starts as: they are copied too.
+    TRL's frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of tokens that a
+    chat template added, so it would differ from the initial policy. These rows are copied too.
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -44,60 +53,50 @@ class TokenizedDPOTrainer(DPOTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
 
-TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
-# How far a row's log-probabilities may be from stock's, root mean square, where stock's own rounding is not larger.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
-NOISE = 10  # times as far as stock is from itself, with its rows in another order and one more column of padding
-# Positions that TRL's LM head scores at once on a CPU. They are scored one by one whatever this is; TRL's own 4,096 fit
-# all of a small batch, and were most of a step's memory.
-HEAD_TOKENS = 512
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
-
-
 class PrefixSharing:
-    """What the policy and its reference share: whether it is on, and the batch that was packed last."""
+    """State shared by the policy and its reference: whether sharing is enabled, and the last packed batch."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.enabled = True
         self.packed: tuple[Any, Any, PackedBatch] | None = None
 
     def pack(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
-        """`prefix_packing.pack`, once for the policy's forward and its reference's."""
+        """Pack a batch once for the forward passes of both the policy and its reference."""
         if self.packed is None or self.packed[0] is not input_ids or self.packed[1] is not labels:
             self.packed = input_ids, labels, pack_pairs(input_ids, attention_mask, labels)
         return self.packed[2]
 
     def wrap(self, model: Any) -> None:
-        """Wrap the forward that TRL's `add_fused_lm_head` gave a causal LM; it is called with TRL's batches."""
+        """Wrap the forward that TRL's `add_fused_lm_head` gave a causal LM; it takes the batches of TRL's collator."""
         fused, backbone = model.forward, model.base_model
-        add_fused_lm_head(model)  # a second one, without what is only logged of a policy
+        add_fused_lm_head(model)  # a second one, without the values that are only logged for a policy
         reference = model.forward
         register_attention(model.config._attn_implementation)
         if model.device.type == "cpu":
             chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
 
         def keep_scored(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
-            """The LM head computes what it is given: hidden states of the scored positions alone."""
+            """Pass only the hidden states of scored positions to the LM head."""
             if (plan := kwargs.get("plan")) is not None:
                 hidden = out.last_hidden_state
                 out.last_hidden_state = hidden[0].index_select(0, plan.gather.to(hidden.device))[None]
             return out
 
-        if before := getattr(backbone, "_keep_scored", None):  # of an earlier trainer of this model
-            before.remove()
+        if hook := getattr(backbone, "_keep_scored", None):  # of an earlier trainer of this model
+            hook.remove()
         backbone._keep_scored = backbone.register_forward_hook(keep_scored, with_kwargs=True)
 
         @functools.wraps(fused.__func__)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
             names = ("input_ids", "attention_mask", "labels")
-            if not self.on or not kwargs.get("fused_lm_head") or any(kwargs.get(name) is None for name in names):
+            if not self.enabled or not kwargs.get("fused_lm_head") or any(kwargs.get(name) is None for name in names):
                 return fused(*args, **kwargs)
             batch = self.pack(*(kwargs.pop(name) for name in names))
-            # In training a forward without gradients is the reference's, of which only log-probabilities are read.
+            # in training, a forward without gradients is the reference's, of which only log-probabilities are read
             out = (reference if self_.training and not torch.is_grad_enabled() else fused)(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                attention_mask=batch.input_ids.new_empty(1, 1, 1, 1),  # a 4D mask is passed on as it is, and not read
+                attention_mask=batch.input_ids.new_empty(1, 1, 1, 1),  # a 4D mask is passed through; nothing reads it
                 shift_labels=batch.labels,
                 plan=batch.plan,
                 **kwargs,
@@ -111,147 +110,135 @@ class PrefixSharing:
 
 
 class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
-    """TokenizedDPOTrainer that computes what chosen and rejected rows begin with once.
+    """DPOTrainer that computes the common beginning of a pair's chosen and rejected rows once.
 
-    `shared_prefix`: "on", "auto" (stock where it does not apply, or where the first batch differs, with one line that
-    says why) or "off". Raises UserError where it is "on" and cannot be, and SettingsError for another word.
+    `shared_prefix` is "on", "off" or "auto", which prints a reason and computes as TRL does where sharing is not
+    supported or where the first batch differs. Raises UserError if "on" is not possible, and SettingsError for any
+    other value.
     """
 
     def __init__(self, *args: Any, shared_prefix: str = "auto", **kwargs: Any) -> None:
         if shared_prefix not in ("auto", "on", "off"):
-            raise SettingsError(f"--shared_prefix takes auto, on or off, not {shared_prefix!r}")
-        self.shared_prefix, self._compared = shared_prefix, False
+            raise SettingsError(f"--shared_prefix {shared_prefix!r} is unknown. Use auto, on or off.")
+        self.shared_prefix, self._is_compared = shared_prefix, False
         self.sharing: PrefixSharing | None = None
         super().__init__(*args, **kwargs)
-        self._share()
+        self._enable_sharing()
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self._share()  # this runs inside DPOTrainer's __init__
+        self._enable_sharing()  # this runs inside DPOTrainer's __init__
         return super()._precompute_ref_logps(*args, **kwargs)
 
-    def _share(self) -> None:
+    def _enable_sharing(self) -> None:
         if self.shared_prefix == "off" or self.sharing is not None:
             return
         models: list[Any] = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        if reason := next(filter(None, map(self._why_not, models)), ""):
-            self._give_up(reason)
+        if reason := next(filter(None, map(self._unsupported_reason, models)), ""):
+            self._disable_sharing(reason)
             return
         self.sharing = PrefixSharing()
         for model in models:
             self.sharing.wrap(model.get_base_model() if isinstance(model, PeftModel) else model)
 
-    def _give_up(self, reason: str) -> None:
+    def _disable_sharing(self, reason: str) -> None:
         if self.shared_prefix == "on":
-            raise UserError(f"--shared_prefix on cannot be: {reason}; auto goes on without")
+            raise UserError(f"`--shared_prefix on` is not possible because {reason}. Use `--shared_prefix auto`.")
         self.shared_prefix = "off"
         if self.sharing is not None:
-            self.sharing.on = False
-        print(f"shared prefix: off, because {reason}")
+            self.sharing.enabled = False
+        print(f"Shared prefix: off, because {reason}.")
 
-    def _why_not(self, model: Any) -> str:
-        """Why prompts cannot be shared in this run, or ""."""
+    def _unsupported_reason(self, model: Any) -> str:
+        """Why prefixes cannot be shared in this run, or ""."""
         args: Any = self.args
-        config, over = model.config.get_text_config(), str(model.config._attn_implementation)
+        config, attention = model.config.get_text_config(), str(model.config._attn_implementation)
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if self._is_vision_dataset:
-            return "the data has images"
-        if self.aux_loss_enabled:
-            return "the model's auxiliary loss counts every row's tokens"
-        if kinds:
-            return f"the model has layers of another kind than attention ({', '.join(sorted(kinds))})"
-        if over != "sdpa" and "flash" not in over:
-            return f"it has no path for {over} attention (sdpa and flash-attention it has)"
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            return "the adapter puts tokens of its own before the prompt"
-        if self.accelerator.parallelism_config is not None:
-            return "sequences are split over devices"
-        if args.torch_compile:
-            return "every batch has another shape, which torch_compile would compile anew"
-        if not args.disable_dropout:
-            return "dropout would be the same for both answers of a prompt"
-        return ""
+        reasons = {
+            "the data has images": self._is_vision_dataset,
+            "the model has an auxiliary loss over all tokens of a row": self.aux_loss_enabled,
+            f"layers of type {', '.join(sorted(kinds))} are not supported": bool(kinds),
+            f"{attention} attention is not supported, only sdpa and flash-attention": attention != "sdpa"
+            and "flash" not in attention,
+            "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
+            and model.active_peft_config.is_prompt_learning,
+            "sequences are split over devices": self.accelerator.parallelism_config is not None,
+            "torch_compile would recompile the model for every batch": args.torch_compile,
+            "dropout would be the same for both answers of a prompt": not args.disable_dropout,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), "")
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        self._compare(model, inputs)
+        self._check_first_batch(model, inputs)
         try:
             return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
         finally:
             if self.sharing is not None:
-                self.sharing.packed = None  # nothing of a batch outlives its step
+                self.sharing.packed = None  # do not keep a batch after its step
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        self._compare(model, inputs)
+        self._check_first_batch(model, inputs)
         return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
-    def _compare(self, model: Any, inputs: Any) -> None:
-        """Before anything else is computed: the log-probabilities of the first batch both ways, on every process."""
-        if self.sharing is None or self._compared:
+    def _check_first_batch(self, model: Any, inputs: Any) -> None:
+        """Compare the log-probabilities of the first batch with TRL's, on every process, and disable sharing if they
+        differ by more than rounding."""
+        if self.sharing is None or self._is_compared:
             return
-        self._compared = True
+        self._is_compared = True
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
+        order = torch.arange(len(ids), device=ids.device).view(2, -1).flip(1).flatten()
+        widen = functools.partial(torch.nn.functional.pad, pad=(0, 1))
+        padded = widen(ids[order], value=0), widen(mask[order], value=0), widen(labels[order], value=-100)
         difference = noise = -1.0
-        failed = ""
+        failure = ""
         for each in {id(m): m for m in (model, self.ref_model) if m is not None}.values():
-            self.sharing.on = False
+            self.sharing.enabled = False
             stock = self._log_probs(each, ids, mask, labels)
-            order = torch.arange(len(ids), device=ids.device).view(2, -1).flip(1).flatten()
-            widen = functools.partial(torch.nn.functional.pad, pad=(0, 1))
-            padded = widen(ids[order], value=0), widen(mask[order], value=0), widen(labels[order], value=-100)
             again = self._log_probs(each, *padded)[order, :-1]
-            self.sharing.on = True
+            self.sharing.enabled = True
             try:
                 shared = self._log_probs(each, ids, mask, labels)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a model that is not known here does to what it is given
-                shared, failed = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-            noise = max(noise, self._apart(stock, again, labels))
-            difference = max(difference, self._apart(stock, shared, labels))
+            except Exception as error:  # an unknown architecture may fail in any way
+                shared, failure = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            noise = max(noise, self._largest_difference(stock, again, labels))
+            difference = max(difference, self._largest_difference(stock, shared, labels))
         if difference < 0:  # no process has a label in this batch
-            self._compared = False
+            self._is_compared = False
             return
-        if int(self.accelerator.gather(torch.tensor([bool(failed)], device=ids.device).int()).max()):
-            return self._give_up(f"the model does not take a packed row ({failed or 'on another process'})")
-        tolerance = max(TOLERANCE[self._computed_in()], NOISE * noise)
-        far = f"differ from stock's by {difference:.1g}"
+        if int(self.accelerator.gather(torch.tensor([bool(failure)], device=ids.device).int()).max()):
+            return self._disable_sharing(f"the model does not accept a packed row ({failure or 'on another process'})")
+        weights: Any = self.model
+        computed_in = next(w.dtype for w in weights.parameters() if w.is_floating_point())
+        if self.args.bf16 or self.args.fp16:
+            computed_in = torch.bfloat16
+        tolerance = max(TOLERANCE[computed_in], NOISE * noise)
+        text = f"log-probabilities differ from TRL's by {difference:.1g}"
         if difference <= tolerance:
-            packed = self.sharing.pack(ids, mask, labels).input_ids.numel()
-            print(
-                f"shared prefix: on; the first batch's log-probabilities {far} (a row's root mean square; at most "
-                f"{tolerance:.1g}); {packed:,} tokens are computed for {labels.numel():,}"
-            )
+            tokens = f"{self.sharing.pack(ids, mask, labels).input_ids.numel():,} instead of {labels.numel():,} tokens"
+            print(f"Shared prefix: on, {tokens} in the first batch; {text} (tolerance {tolerance:.1g}).")
             return
-        have = ", ".join(
-            f"{name} {metadata.version(name)} (read in {TESTED_VERSIONS[name]})" for name in TESTED_VERSIONS
-        )
-        said = f"the first batch's log-probabilities {far}, where {tolerance:.1g} would be rounding"
-        self._give_up(f"{said}, with {have}")
+        versions = ", ".join(f"{n} {metadata.version(n)} (tested with {v})" for n, v in TESTED_VERSIONS.items())
+        self._disable_sharing(f"{text}, above the tolerance of {tolerance:.1g}, with {versions}")
 
     def _log_probs(self, model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-                found: torch.Tensor = model(**given, use_cache=False, fused_lm_head=True).log_probs
+                batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                log_probs: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
         finally:
             model.train(training)
-        return found
+        return log_probs
 
-    def _apart(self, one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> float:
-        """The largest root mean square difference of a row, over all processes; infinite where one is not a number, and
-        -1 where no row has a label."""
+    def _largest_difference(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> float:
+        """The largest root mean square difference of a row over all processes: inf with NaN, -1 without any label."""
         scored = labels[:, 1:] != -100
         count = scored.sum(1)
-        squares = ((one - other).masked_fill(~scored, 0.0) ** 2).sum(1) / count.clamp(min=1)
+        squares = ((first - second).masked_fill(~scored, 0.0) ** 2).sum(1) / count.clamp(min=1)
         squares = torch.nan_to_num(squares, nan=torch.inf).masked_fill(count == 0, -1.0)
-        worst = float(self.accelerator.gather(squares.max()[None]).max())
-        return worst if worst < 0 else worst**0.5
-
-    def _computed_in(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16
-        weights: Any = self.model
-        kinds: list[torch.dtype] = [w.dtype for w in weights.parameters() if w.is_floating_point()]
-        return kinds[0]
+        largest = float(self.accelerator.gather(squares.max()[None]).max())
+        return largest if largest < 0 else largest**0.5

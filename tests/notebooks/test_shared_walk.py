@@ -20,7 +20,7 @@ def test_the_demo_is_the_same_with_prompts_shared_and_without(project: Project) 
     for mode in ("on", "off"):
         flags = ["--sft_run", "walk-sft", "--shared_prefix", mode, "--run_name", f"walk-{mode}"]
         said = project.run("02_dpo.py", *demo, *flags).stdout
-        assert ("shared prefix: on" in said) == (mode == "on")
+        assert ("Shared prefix: on" in said) == (mode == "on")
         lines = (project.root / "outputs" / f"walk-{mode}" / "metrics.jsonl").read_text().splitlines()
         histories[mode] = [json.loads(line) for line in lines]
         project.run("04_vibes.py", *demo, "--models", f"outputs/walk-{mode}", "--run_name", f"vibes-{mode}")

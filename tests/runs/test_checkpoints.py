@@ -161,11 +161,11 @@ def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run:
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
-    assert "SIGTERM: saving a checkpoint, then stopping." in out
+    assert "SIGTERM received. Saving a checkpoint, then stopping." in out
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     (saved,) = folder.glob("checkpoint-*")
     assert int(saved.name.rpartition("-")[2]) in (2, 3, 4)
-    assert line.endswith(f"the same command goes on from outputs/told/{saved.name}")
+    assert line.endswith(f"of 6. Run the same command to resume from {saved.name}.")
     assert "Traceback" not in err
     assert checkpoint_error(saved) == ""
     assert project.record("told")["status"] == "interrupted"
@@ -183,7 +183,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
     words = [*FLAGS, "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0", "--run_name", "nan"]
     done = project.run("02_dpo.py", *words, status=1)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "lower --learning_rate" in line
+    assert "NaN or Inf at step" in line
+    assert "Lower --learning_rate" in line
     assert "Traceback" not in done.stderr
     record = project.record("nan")
     assert record["status"] == "failed"

@@ -149,7 +149,7 @@ def test_help_has_the_commands_and_ends_well(module: ModuleType, capsys: pytest.
 
 
 def test_a_log_is_one_short_line() -> None:
-    assert live.log_line(HISTORY[1]) == "loss 0.5  margin 0.4  gradient 2"
+    assert live.log_line(HISTORY[1]) == "loss 0.5  margin 0.4  grad norm 2"
     assert live.log_line(HISTORY[2]) == "held out:  loss 0.6  margin 0.2"
     assert live.log_line(HISTORY[3]) == ""
 

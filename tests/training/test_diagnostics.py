@@ -1,6 +1,6 @@
-"""Each diagnostic speaks on a history that has its fault, and is silent on one that has not.
+"""Each diagnostic is reported for a history with its problem, and not for one without.
 
-histories/ has logs of real runs of the demo: at its defaults (demo, sft), and of 02_dpo.py with one thing changed:
+histories/ has logs of real runs of the demo: at its defaults (demo, sft), and of 02_dpo.py with one change:
 --learning_rate 0.05 (100 times too high), half of the labels flipped, --loss_type sigmoid --dpo_beta 0.001
 --max_steps 500, and --loss_type sigmoid --train_rows 64 --max_steps 400.
 """
@@ -30,7 +30,7 @@ def names(history: History, max_steps: float = 0) -> set[str]:
 
 
 def first_seen(history: History) -> dict[str, float]:
-    """The step at which each diagnostic would have been said while the run went on."""
+    """The step at which the run would first have reported each diagnostic."""
     seen: dict[str, float] = {}
     for i, log in enumerate(history):
         for name in names(history[: i + 1], history[-1]["step"]):
@@ -39,7 +39,7 @@ def first_seen(history: History) -> dict[str, float]:
 
 
 def trained(**values: list[float]) -> History:
-    """A history of training logs of a run of 100 steps; `__` stands for the slash of a name."""
+    """Training logs of a run of 100 steps; `__` in a name becomes a slash."""
     count = len(next(iter(values.values())))
     columns = {name.replace("__", "/"): column for name, column in values.items()}
     logs = [{name: column[i] for name, column in columns.items()} for i in range(count)]
@@ -52,7 +52,7 @@ def held_out(name: str, values: list[float]) -> History:
 
 
 def of_300_tokens(chosen: float, rejected: float, beta: float) -> History:
-    """A run whose answers are of 300 tokens, a nat each; by so many nats they became more likely."""
+    """A run with answers of 300 tokens, a nat each, which become more likely by `chosen` and `rejected` nats."""
 
     def log(step: float, of_all: float) -> dict[str, float]:
         told = {"loss": 0.69 - 0.2 * of_all, "rewards/accuracies": 0.75 * (step > 0)}
@@ -65,18 +65,18 @@ def of_300_tokens(chosen: float, rejected: float, beta: float) -> History:
 
 
 @pytest.mark.parametrize("run", ["demo", "sft"])
-def test_the_demo_at_its_defaults_has_no_finding_at_any_of_its_steps(run: str) -> None:
+def test_the_demo_at_its_defaults_has_no_diagnostic_at_any_of_its_steps(run: str) -> None:
     assert len(recorded(run)) > 30
     assert first_seen(recorded(run)) == {}
 
 
 def test_a_learning_rate_100_times_too_high_is_seen_within_a_fifth_of_the_run() -> None:
     assert first_seen(recorded("rate_100_times")) == {
-        "spikes": 12, "displacement": 20, "entropy": 20, "diverged": 20,
+        "grad_norm_spikes": 12, "displacement": 20, "entropy": 20, "diverged": 20,
     }  # fmt: skip
     said = {diagnostic.name: str(diagnostic) for diagnostic in diagnose(recorded("rate_100_times"))}
     assert "fell from -2.16 to -27.6, their reward to -2.5" in said["displacement"]
-    assert "the gradient norm was 261 at step 12" in said["spikes"]
+    assert "the gradient norm was 261 at step 12" in said["grad_norm_spikes"]
     assert "the loss went from 0.929 to 3.66" in said["diverged"]
     assert all("a lower --learning_rate" in text for text in said.values())
 
@@ -84,16 +84,16 @@ def test_a_learning_rate_100_times_too_high_is_seen_within_a_fifth_of_the_run() 
 def test_flipped_labels_teach_nothing() -> None:
     assert first_seen(recorded("labels_flipped")) == {"no_learning": 52}
     (diagnostic,) = diagnose(recorded("labels_flipped"))
-    assert "46% of pairs are told apart" in diagnostic.observation
-    assert "a look at the labels" in diagnostic.suggestion
+    assert "46% of pairs are ranked correctly" in diagnostic.observation
+    assert "checking the labels" in diagnostic.suggestion
 
 
-def test_a_beta_that_holds_nothing_back_lets_the_policy_run_away() -> None:
+def test_a_tiny_beta_lets_the_policy_run_away() -> None:
     found = {diagnostic.name: diagnostic for diagnostic in diagnose(recorded("beta_0.001"))}
-    assert {"displacement", "margin"} <= set(found)
-    assert "a higher --dpo_beta" in found["margin"].suggestion
-    assert "nats further apart" in found["margin"].seen  # its reward margin is small, for β is
-    assert found["margin"].seen.startswith("the reward margin is 0.1")
+    assert {"displacement", "runaway_margin"} <= set(found)
+    assert "a higher --dpo_beta" in found["runaway_margin"].suggestion
+    assert "chosen and rejected grew by" in found["runaway_margin"].observation  # its reward margin is as small as β
+    assert found["runaway_margin"].observation.startswith("the reward margin is 0.1")
 
 
 def test_few_pairs_are_told_apart_before_a_fifth_of_the_run_is_over() -> None:
@@ -115,22 +115,22 @@ def test_displacement_needs_no_evaluation_and_a_reward_below_the_reference() -> 
 
 def test_a_reward_margin_above_ten_runs_away_and_one_of_nine_does_not() -> None:
     logps = {"logps__chosen": [-20.0] * 10, "logps__rejected": [-25.0] * 10, "rewards__accuracies": [0.9] * 10}
-    assert names(trained(rewards__margins=[float(2 * i) for i in range(10)], **logps)) == {"margin"}
+    assert names(trained(rewards__margins=[float(2 * i) for i in range(10)], **logps)) == {"runaway_margin"}
     assert names(trained(rewards__margins=[float(i) for i in range(10)], **logps)) == set()
     one_log = [1.0] * 9 + [50.0]
     assert names(trained(rewards__margins=one_log, **logps)) == set()
 
 
 def test_long_answers_are_further_apart_in_nats_than_short_ones() -> None:
-    """As in a published QLoRA DPO of a 7B with β = 0.01: a margin of 1.09, that is 109 nats, and 75 % told apart."""
-    assert "margin" not in names(of_300_tokens(chosen=-100, rejected=-209, beta=0.01))
-    assert "margin" in names(of_300_tokens(chosen=-100, rejected=-600, beta=0.01))
+    """As in a published QLoRA DPO of a 7B with β = 0.01: a margin of 1.09 (109 nats), and 75 % ranked correctly."""
+    assert "runaway_margin" not in names(of_300_tokens(chosen=-100, rejected=-209, beta=0.01))
+    assert "runaway_margin" in names(of_300_tokens(chosen=-100, rejected=-600, beta=0.01))
 
 
 def test_ipo_asks_for_a_margin_of_its_own() -> None:
     logps = {"logps__chosen": [-20.0] * 10, "logps__rejected": [-25.0] * 10, "rewards__accuracies": [0.9] * 10}
     far = trained(rewards__margins=[15.0 * i for i in range(10)], **logps)
-    assert [diagnostic.name for diagnostic in diagnose(far, 0, ["sigmoid"])] == ["margin"]
+    assert [diagnostic.name for diagnostic in diagnose(far, 0, ["sigmoid"])] == ["runaway_margin"]
     assert diagnose(far, 0, ["ipo"]) == []
 
 
@@ -150,7 +150,7 @@ def test_held_out_margins_that_fall_while_training_s_rise_are_overfitting() -> N
     falls, noise = [0.0, 0.3, 0.5, 0.4, 0.35, 0.3], [0.0, 0.3, 0.5, 0.49, 0.48, 0.5]
     found = {diagnostic.name: diagnostic for diagnostic in diagnose(rising + held_out("rewards/margins", falls))}
     assert set(found) == {"overfitting"}
-    assert "from 0.5 at step 40 to 0.3, that of training from 0.2" in found["overfitting"].seen
+    assert "from 0.5 at step 40 to 0.3, the training margin from 0.2" in found["overfitting"].observation
     assert names(rising + held_out("rewards/margins", noise)) == set()
     both_fall = trained(rewards__margins=[1 - i / 20 for i in range(20)], rewards__accuracies=[0.9] * 20)
     assert names(both_fall + held_out("rewards/margins", falls)) == set()
@@ -167,7 +167,7 @@ def test_a_held_out_loss_that_rises_is_overfitting_though_margins_grow_on_both_s
     (diagnostic,) = diagnose(training + evaluations)
     assert diagnostic.name == "overfitting"
     assert (
-        "the held-out loss went from 0.49 at step 20 to 0.75, that of training from 0.652 to 0.265"
+        "the held-out loss went from 0.49 at step 20 to 0.75, the training loss from 0.652 to 0.265"
         in diagnostic.observation
     )
 
@@ -201,18 +201,18 @@ def test_entropy_collapses_for_dpo_alone_and_explodes_for_either() -> None:
 
 
 def test_two_jumps_of_the_gradient_are_spikes_and_one_is_a_batch() -> None:
-    assert names(trained(grad_norm=[1.0] * 8 + [12.0] + [1.0] * 4 + [30.0] + [1.0] * 6)) == {"spikes"}
+    assert names(trained(grad_norm=[1.0] * 8 + [12.0] + [1.0] * 4 + [30.0] + [1.0] * 6)) == {"grad_norm_spikes"}
     assert names(trained(grad_norm=[1.0] * 8 + [12.0] + [1.0] * 11)) == set()
-    assert names(trained(grad_norm=[1.0] * 8 + [120.0] + [1.0] * 11)) == {"spikes"}
+    assert names(trained(grad_norm=[1.0] * 8 + [120.0] + [1.0] * 11)) == {"grad_norm_spikes"}
     assert names(trained(grad_norm=[3.0, 1.0] * 10)) == set()
 
 
 def test_a_warmup_as_long_as_the_run_leaves_it_cold() -> None:
     rising = [1e-6 * i for i in range(1, 21)]
-    assert names(trained(learning_rate=rising)) == {"cold"}
+    assert names(trained(learning_rate=rising)) == {"lr_never_warm"}
     assert names(trained(learning_rate=rising)[:9], STEPS) == set()  # half of the run is not over
     assert names(trained(learning_rate=rising[:4] + rising[:16][::-1])) == set()
-    assert names(trained(learning_rate=[0.0] * 20)) == {"cold"}
+    assert names(trained(learning_rate=[0.0] * 20)) == {"lr_never_warm"}
 
 
 def test_sampled_answers_that_get_half_as_long_again_drift() -> None:
@@ -222,10 +222,10 @@ def test_sampled_answers_that_get_half_as_long_again_drift() -> None:
             log | ({"samples/cut": cut[i]} if cut else {}) for i, log in enumerate(logs)
         ]
 
-    assert names(sampled(100, 120, 160, 170)) == {"length"}
+    assert names(sampled(100, 120, 160, 170)) == {"length_drift"}
     assert names(sampled(100, 120, 170)) == set()  # once
     assert names(sampled(100, 60, 40, 40)) == set()  # briefer is often what was chosen
-    assert names(sampled(100, 30, 20)) == {"length"}
+    assert names(sampled(100, 30, 20)) == {"length_drift"}
     assert names(sampled(500, 30, 20, dpo=False)) == set()  # SFT learns to end an answer
     # most of them reach --completion_tokens, and what they would have become is not seen
     (diagnostic,) = diagnose(sampled(400, 480, 500, 512, cut=(0.25, 0.5, 0.75, 1.0)))
@@ -233,7 +233,7 @@ def test_sampled_answers_that_get_half_as_long_again_drift() -> None:
     assert names(sampled(400, 480, 500, 512, cut=(0.5, 0.5, 0.75, 1.0))) == set()
 
 
-def test_the_accuracy_of_0_at_step_0_alarms_nobody() -> None:
+def test_the_accuracy_of_0_at_step_0_is_no_diagnostic() -> None:
     start = {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0}
     logs = trained(rewards__accuracies=[0.9] * 10, rewards__margins=[0.3] * 10)
     assert names([start, *logs]) == set()
@@ -249,7 +249,7 @@ def test_sft_learned_nothing_when_its_loss_stays_within_a_hundredth() -> None:
     assert names(sorted(trained(loss=[1.45, 1.2, 1.0] + [0.97] * 17) + late, key=lambda log: log["step"])) == set()
 
 
-def test_a_finding_says_what_was_seen_why_it_matters_and_what_to_try() -> None:
+def test_a_diagnostic_prints_its_observation_reason_and_suggestion() -> None:
     assert str(Diagnostic("margin", "it is 12", "It runs away.", "a higher --dpo_beta")) == (
         "margin: it is 12. It runs away. Try a higher --dpo_beta."
     )

@@ -1,4 +1,4 @@
-"""What one sees while a run trains: samples that change nothing, and diagnostics that are said and can end it."""
+"""Callbacks of a run: completions do not affect training; diagnostics are printed, saved, and can stop it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.core import Interrupted
+from helpers.core import Interrupted, SettingsError
 from helpers.runs.checkpoints import checkpoint_error
 from helpers.runs.run import Run, read_run
-from helpers.training import callbacks as guard
-from helpers.training import callbacks as live
-from helpers.training import callbacks as samples
+from helpers.settings.fields import TrainSettings
+from helpers.training import callbacks
 from tests.conftest import DPO, REPO, SFT, Project
 
 
@@ -37,7 +36,7 @@ def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_no
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert sorted({row["step"] for row in rows}) == [0, 2, 4, 6]
     prompts = {row["prompt"] for row in rows}
-    assert 4 <= len(prompts) <= samples.PROMPTS
+    assert 4 <= len(prompts) <= callbacks.COMPLETION_PROMPTS
     assert len(rows) == 4 * len(prompts)
     for log in (log for log in logs(project, dpo_run) if "samples/mean_length" in log):
         lengths = [row["tokens"] for row in rows if row["step"] == log["step"]]
@@ -58,16 +57,16 @@ def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_no
     assert with_samples == without
 
 
-def test_stop_on_ends_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(project: Project, sft_run: str) -> None:
+def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(project: Project, sft_run: str) -> None:
     gone_wrong = {"run_name": "wrong", "learning_rate": 0.5, "eval_steps": 2, "warmup_steps": 0, "max_grad_norm": 10}
     done = project.run("02_dpo.py", *flags(**gone_wrong, stop_on_diagnostic="displacement,nan"), status=3)
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(
-        "error: stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen"
+        "error: Stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen"
     )
-    assert "try --loss_type sigmoid sft" in line
-    assert line.endswith("without it the same command goes on from outputs/wrong/checkpoint-3")
-    assert done.stdout.count("displacement: ") == 1  # said when it first appears
+    assert "Try --loss_type sigmoid sft" in line
+    assert line.endswith("Without it, the same command resumes from checkpoint-3.")
+    assert done.stdout.count("displacement: ") == 1  # printed when it first appears
     record, folder = project.record("wrong"), project.root / "outputs" / "wrong"
     assert record["status"] == "interrupted"
     assert "Report: outputs/wrong/report.html" in done.stdout
@@ -76,8 +75,8 @@ def test_stop_on_ends_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(pro
     assert "The same command without --stop_on_diagnostic" in page
     assert ">displacement</h3>" in page
     found = {diagnostic["name"]: diagnostic for diagnostic in record["diagnostics"]}
-    assert "fell from" in found["displacement"]["seen"]
-    assert {"seen", "why", "try_"} < set(found["displacement"])
+    assert "fell from" in found["displacement"]["observation"]
+    assert {"observation", "reason", "suggestion"} < set(found["displacement"])
 
     done = project.run("02_dpo.py", *flags(**gone_wrong))
     assert "Going on from outputs/wrong/checkpoint-3" in done.stdout
@@ -88,7 +87,7 @@ def test_stop_on_ends_a_run_with_a_checkpoint_and_without_it_the_run_goes_on(pro
 
 
 @pytest.mark.long
-def test_two_processes_stop_on_a_finding_at_the_same_step(project: Project, sft_run: str) -> None:
+def test_two_processes_stop_on_a_diagnostic_at_the_same_step(project: Project, sft_run: str) -> None:
     gone_wrong = {"run_name": "two", "learning_rate": 0.5, "eval_steps": 2, "warmup_steps": 0, "max_grad_norm": 10}
     words = flags(**gone_wrong, stop_on_diagnostic="displacement", per_device_train_batch_size=2, tuning="lora")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -101,24 +100,21 @@ def test_two_processes_stop_on_a_finding_at_the_same_step(project: Project, sft_
     )  # fmt: skip
     assert done.returncode != 0
     assert (
-        done.stderr.count("stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen")
+        done.stderr.count("Stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen")
         == 1
     )
-    assert 'helpers/guard.py"' not in done.stderr  # a traceback is the launcher's own
+    assert 'callbacks.py"' not in done.stderr  # a traceback is the launcher's own
     assert project.record("two")["status"] == "interrupted"
     assert checkpoint_error(project.root / "outputs" / "two" / "checkpoint-3") == ""
 
 
-def test_a_finding_that_is_none_is_refused_with_the_list(project: Project) -> None:
-    done = project.run("02_dpo.py", "--stop_on_diagnostic", "displacement", "sadness", status=2)
-    assert done.stderr.strip() == (
-        "error: --stop_on_diagnostic sadness is none of the diagnostics: displacement, margin, saturated, overfitting, diverged, "
-        "entropy, spikes, cold, length, no_learning, nan"
-    )
+def test_an_unknown_diagnostic_is_refused_with_the_list() -> None:
+    with pytest.raises(SettingsError, match=r"--stop_on_diagnostic.* sadness .*displacement, runaway_margin.* nan"):
+        TrainSettings(stop_on_diagnostic=("displacement", "sadness")).check()
 
 
-class Heard:
-    """A trainer, as far as a callback looks at it."""
+class FakeTrainer:
+    """The parts of a trainer that a callback uses."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -157,31 +153,31 @@ def test_greedy_answers_are_those_of_one_prompt_alone_and_leave_model_and_chance
     model.config.use_cache = False  # as training with gradient checkpointing leaves it
     chance = torch.random.get_rng_state()
     prompts = [[1, 5, 9], [1, 7], [1, 8, 9, 10, 11]]
-    together = samples.generate_greedily(model, Tokenizer(), prompts, 12)
+    together = callbacks.generate_greedily(model, Tokenizer(), prompts, 12)
     assert torch.equal(torch.random.get_rng_state(), chance)
     assert model.training
     assert not model.config.use_cache
-    assert together == [samples.generate_greedily(model, Tokenizer(), [prompt], 12)[0] for prompt in prompts]
+    assert together == [callbacks.generate_greedily(model, Tokenizer(), [prompt], 12)[0] for prompt in prompts]
     for answer in together:
         assert len(answer) == 12 or answer[-1] == 2
-    assert samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 3)[0] == together[0][:3]
+    assert callbacks.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 3)[0] == together[0][:3]
 
 
 def test_an_answer_ends_with_its_end() -> None:
     model = tiny()
-    (answer,) = samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
+    (answer,) = callbacks.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
     model.generation_config.eos_token_id = [answer[1]]
-    (cut,) = samples.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
+    (cut,) = callbacks.generate_greedily(model, Tokenizer(), [[1, 5, 9]], 4)
     assert cut == answer[: answer.index(answer[1]) + 1]
 
 
 def test_the_prompt_of_a_conversation_is_what_is_not_learned() -> None:
-    assert samples.prompt_ids_of({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == [1, 2]
-    assert samples.prompt_ids_of({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}) == [1, 2]
+    assert callbacks.prompt_ids_of({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == [1, 2]
+    assert callbacks.prompt_ids_of({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}) == [1, 2]
 
 
-def test_a_finding_stops_at_the_next_step_after_the_evaluation_and_a_signal_at_once(tmp_path: Any) -> None:
-    watch = guard.CheckpointCallback(Heard(torch.nn.Linear(2, 2)), tmp_path, ("cold", "nan"))
+def test_a_diagnostic_stops_at_the_next_step_and_not_during_an_evaluation(tmp_path: Any) -> None:
+    watch = callbacks.CheckpointCallback(FakeTrainer(torch.nn.Linear(2, 2)), tmp_path, ("lr_never_warm", "nan"))
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     history = [{"step": i, "loss": 1.0, "learning_rate": 0.0} for i in range(1, 7)]
     state = TrainerState(global_step=6, max_steps=12, log_history=history[:4])
@@ -190,21 +186,24 @@ def test_a_finding_stops_at_the_next_step_after_the_evaluation_and_a_signal_at_o
     assert not control.should_training_stop
     state.log_history = history
     watch.on_log(args, state, control, logs=history[5])
-    watch.before = {}
+    watch.previous_handlers = {}
     watch.on_prediction_step(args, state, control)  # the evaluation of the step that was logged goes on
     watch.on_step_end(args, state, control)
     assert control.should_training_stop
     assert control.should_save
     with pytest.raises(
-        Interrupted, match=r"stopped at step 6 of 12 by --stop_on_diagnostic cold: at step 6 of 12 the learning"
+        Interrupted,
+        match=r"Stopped at step 6 of 12 by --stop_on_diagnostic lr_never_warm: at step 6 of 12 the learning",
     ) as e:
         watch.on_train_end(args, state, control)
     assert e.value.status == 3
 
 
-def test_a_finding_is_said_once_and_those_there_are_are_kept(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diagnostic_is_printed_once_and_the_current_ones_are_saved(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path, {})
-    watch = live.DiagnosticsCallback(run)
+    watch = callbacks.DiagnosticsCallback(run)
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     state = TrainerState(global_step=6, max_steps=12)
     watch.on_train_begin(args, state, control)
@@ -213,8 +212,8 @@ def test_a_finding_is_said_once_and_those_there_are_are_kept(tmp_path: Any, caps
     watch.on_log(args, state, control)
     watch.on_log(args, state, control)
     said = capsys.readouterr().out
-    assert said.count("cold: at step 6 of 12 the learning rate is 0.") == 1
-    assert [diagnostic["name"] for diagnostic in run.record["diagnostics"]] == ["cold"]
+    assert said.count("lr_never_warm: at step 6 of 12 the learning rate is 0.") == 1
+    assert [diagnostic["name"] for diagnostic in run.record["diagnostics"]] == ["lr_never_warm"]
     assert read_run(tmp_path) == run.record  # kept at once, for a run that is killed later
     state.log_history.append({"step": 7, "loss": 0.1, "learning_rate": 1e-4})
     watch.on_log(args, state, control)
