@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.browser import browser as browser  # a fixture for whichever test asks for it
 
 REPO = Path(__file__).resolve().parents[1]
@@ -50,6 +52,12 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes() -> Iterator[None]:
+    yield
+    warm.stop_all()
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model and data, written once; no test changes it."""
@@ -73,19 +81,26 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = root
         for name in ("notebooks", "helpers", "recipes"):
-            shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+            shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("*.ipynb"))  # compiled, too
         self.env = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "120"}
 
     def command(self, notebook: str, *flags: str) -> list[str]:
         return [sys.executable, str(self.root / "notebooks" / notebook), *flags]
 
-    def run(self, notebook: str, *flags: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a notebook as a command, and check its exit status."""
-        done = subprocess.run(
-            self.command(notebook, *flags), cwd=self.root, env=self.env | env, capture_output=True, text=True
-        )
+    def run(
+        self, notebook: str, *flags: str, status: int = 0, real: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a notebook as a command, and check its exit status; `real`: in a process that starts from nothing."""
+        words = self.command(notebook, *flags)[1:]
+        done = warm.run(words, self.root, self.env | env, real=real)
         assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done
+
+    def python(
+        self, *words: str, input: str | None = None, real: bool = False, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python WORDS` (a script, -c CODE or -m MODULE) in the project's folder, whatever its exit status."""
+        return warm.run(list(words), self.root, self.env | env, input, real)
 
     def record(self, run: str) -> dict[str, Any]:
         return json.loads((self.root / "outputs" / run / "run.json").read_text())

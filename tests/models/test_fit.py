@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,10 +93,7 @@ def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Pr
     for job in jobs:
         values = {n: v if isinstance(v, list) else [v] for n, v in (few | job).items()}
         flags.append([str(w) for n, v in values.items() for w in (f"--{n}", *v)])
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED], input=json.dumps(flags), cwd=project.root, env=project.env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = project.python("-c", COUNTED, input=json.dumps(flags))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     counted = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
     assert len(counted) == len(jobs)
@@ -177,10 +172,12 @@ def test_a_dry_run_reads_values_as_trl_does() -> None:
             trl_fields.parse_fields_fast("dpo", {name: (value, "flag")}, SettingsError)
 
 
-def dry_run(project: Project, notebook: str, *words: str, status: int = 0, **env: str) -> tuple[str, str, float]:
-    """What it printed, what it said on stderr, and its CPU seconds."""
+def dry_run(
+    project: Project, notebook: str, *words: str, status: int = 0, real: bool = False, **env: str
+) -> tuple[str, str, float]:
+    """What it printed on stdout and on stderr, and, of a `real` process, its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = project.run(notebook, "--dry_run", *words, status=status, **env)
+    done = project.run(notebook, "--dry_run", *words, status=status, real=real, **env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done.stdout, done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -191,7 +188,7 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         hub.add("models", "org/large-7b", files)
         home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         words = ["--model_id", "org/large-7b", "--dataset_id", "org/pairs", "--max_grad_norm", "1"]
-        out, said, seconds = dry_run(project, "02_dpo.py", *words, **home)
+        out, said, seconds = dry_run(project, "02_dpo.py", *words, real=True, **home)
         assert seconds < 3
         parts = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if " GB " in line}
         assert set(parts) == {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
@@ -202,7 +199,7 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
         assert fetched == {"config.json"}
         assert not any("/datasets/" in path for path in hub.requests)
-        out, _, _ = dry_run(project, "02_dpo.py", *words, "--max_steps", "7", "--memory_gb", "12", **home)
+        out, _, _ = dry_run(project, "02_dpo.py", *words, "--max_steps", "7", "--memory_gb", "12", real=True, **home)
         assert "--lora_r 128  (" in out
         assert "7 steps; tokens and time unknown, because org/pairs" in out
     assert not list((project.root / "outputs").glob("dpo-large-*"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,10 +80,7 @@ def drive(project: Project, jobs: list[tuple[str, dict[str, Any]]], **env: str) 
 
 def run_all(project: Project, commands: list[tuple[str, list[str]]], **env: str) -> tuple[list[str], list[list[str]]]:
     """`drive` with flags as they are typed; how each ended, and the lines on stderr of each."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(commands), cwd=project.root, env=project.env | env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = project.python("-c", DRIVER, input=json.dumps(commands), **env)
     ended = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("ENDED ")]
     assert len(ended) == len(commands), done.stdout[-3000:] + done.stderr[-3000:]
     said: list[list[str]] = [[]]

@@ -210,5 +210,5 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_does_not_import_torch() -> None:
-    code = "import sys, helpers.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, recipes.demo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +116,8 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
         ([*dpo, "--early_stopping_patience", "2", "--eval_strategy", "no"], 2, "TRL refuses these settings: "),
         ([*dpo, "--lora_target_modules", "q_proj"], 2, "--lora_target_modules: Target modules q_proj not found"),
         ([*dpo, "--lora_modules_to_save", "foo"], 2, "--lora_modules_to_save foo is the name of no module; there are "),
-        ([*dpo, "--attn_implementation", "nope"], 2, '--attn_implementation: Specified `attn_implementation="nope"` is not supported'),
+        ([*dpo, "--attn_implementation", "nope"], 2,
+         '--attn_implementation: Specified `attn_implementation="nope"` is not supported'),
         ([*dpo, "--dataset_id", "nowhere.jsonl"], 1, "dataset 'nowhere.jsonl'"),
         ([*dpo, "--dataset_id", str(tmp_path / "questions.jsonl")], 1, "has columns question, topic: not one of"),
         ([*dpo, "--dataset_id", str(tmp_path / "broken.jsonl")], 1, "broken.jsonl, line 2, is not JSON"),
@@ -138,11 +137,8 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
         ([*dpo, "--dataset_id", "org/absent"], 1, "'org/absent' doesn't exist on the Hub or cannot be accessed"),
         ([*dpo, "--model_id", "org/s429"], 1, "'org/s429' cannot be loaded: the Hub asks to slow down (429)"),
     ]  # fmt: skip
-    env = project.env | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps([words for words, _, _ in cases]), cwd=project.root, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = project.python("-c", DRIVER, input=json.dumps([words for words, _, _ in cases]), **online)
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     said: list[list[str]] = [[]]
     ended = []

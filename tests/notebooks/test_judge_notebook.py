@@ -153,10 +153,12 @@ def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: P
         ("05_judge.py", *here, "--judge_model", "gpt-4"): "'gpt-4' at OpenAI needs a key: set OPENAI_API_KEY",
         ("05_judge.py", *here, "--judge_model", "m", "--base_url", "127.0.0.1:1"): "--base_url '127.0.0.1:1' is not",
         ("05_judge.py", *here, "--judge_module", "recipes.demo.questions", "--mode", "single"): "--mode single rates",
-        ("05_judge.py", *here, "--judge_module", "x", "--judge_model", "m"): "--judge_model m and --judge_module x contradict",
+        ("05_judge.py", *here, "--judge_module", "x", "--judge_model", "m"):
+            "--judge_model m and --judge_module x contradict",
         ("05_judge.py", *here, "--votes", "nowhere.json"): "--votes 'nowhere.json' is not a file of votes",
         ("05_judge.py", "--answers_dir", "nowhere", "--judge_module", "x"): "--answers_dir 'nowhere' is not a folder",
-        ("04_vibes.py", "--models", "sft", "--generation_kwargs", "min_q=1"): "--generation_kwargs min_q=1: did you mean min_p=...?",
+        ("04_vibes.py", "--models", "sft", "--generation_kwargs", "min_q=1"):
+            "--generation_kwargs min_q=1: did you mean min_p=...?",
         ("04_vibes.py", "--models", "m", "--base_url", "x"): "--base_url 'x' is not an address",
         ("04_vibes.py", "--models", "sft", "--prompts_file", "nowhere"): "--prompts_file 'nowhere' is not a file",
     }  # fmt: skip
@@ -187,8 +189,8 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     export(1)
     ended, _ = run_all(project, [("05_judge.py", here), ("05_judge.py", here + votes)])
     assert ended[0] == (
-        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question: without it, judge "
-        "with --votes FILE or --judge_model NAME"
+        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question: without it, "
+        "judge with --votes FILE or --judge_model NAME"
     )
     assert ended[1] == "well"
     export(3)
@@ -274,10 +276,8 @@ def test_a_real_server_answers_for_04_and_judges_for_05(project: Project, sft_ru
 
 
 def test_a_conversation_in_a_terminal(project: Project, sft_run: str) -> None:
-    done = subprocess.run(
-        project.command("04_vibes.py", "--chat", "--models", f"outputs/{sft_run}", "--max_new_tokens", "8"),
-        cwd=project.root, env=project.env, capture_output=True, text=True, input="What is 2 plus 3?\n/quit\n",
-    )  # fmt: skip
+    words = ["notebooks/04_vibes.py", "--chat", "--models", f"outputs/{sft_run}", "--max_new_tokens", "8"]
+    done = project.python(*words, input="What is 2 plus 3?\n/quit\n")
     assert done.returncode == 0, done.stderr[-2000:]
     shown = done.stdout.partition("/quit ends.\n")[2]
     assert re.fullmatch(r"> \S.*\n> ", shown), shown
@@ -325,8 +325,7 @@ def test_killed_at_ten_moments_it_asks_each_pair_once_in_each_order(
         flags += ["--output_dir", str(killed)]
         for owner, where, after, how in MOMENTS:
             code = KILLED.format(owner=owner, where=where, after=after, how=how, flags=flags)
-            words = [sys.executable, "-c", code]
-            done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
+            done = project.python("-c", code)
             assert done.returncode == -signal.SIGKILL, (where, after, done.stdout[-500:], done.stderr[-1000:])
         project.run("05_judge.py", *flags)
     rows = read_jsonl(killed / "judged" / "calls.jsonl")

@@ -161,7 +161,7 @@ def test_a_file_that_jupyterlab_saves_is_as_it_was(project: Project) -> None:
     from jupytext import TextFileContentsManager
 
     manager = TextFileContentsManager(root_dir=str(project.root))
-    files = [*sorted((project.root / "notebooks").glob("*.py")), project.root / "helpers" / "chat.py"]
+    files = [*sorted((project.root / "notebooks").glob("*.py")), project.root / "helpers" / "models" / "chat.py"]
     assert len(files) == 6
     for file in files:
         source, path = file.read_bytes(), str(file.relative_to(project.root))

@@ -44,14 +44,14 @@ def test_tables_in_a_notebook_fit_beside_the_file_browser_of_jupyterlab(project:
 
 
 def test_an_edited_helper_is_used_by_the_next_cell(project: Project) -> None:
-    helper = project.root / "helpers" / "paths.py"
+    helper = project.root / "helpers" / "core.py"
     source = helper.read_text()
     settings = code_cells(project.root / "notebooks" / "02_dpo.py")[0].source
     try:
         with vscode_kernel(project) as execute:
             execute(f"{settings}\nrecipe = 'recipes/demo.yaml'")
             execute("settings = load_settings(Settings, globals())")
-            assert execute("from helpers.paths import short_path\nprint(short_path('here'))") == "here\n"
+            assert execute("from helpers.core import short_path\nprint(short_path('here'))") == "here\n"
             helper.write_text(source.replace("else str(path)", "else 'edited: ' + str(path)"))
             assert execute("print(short_path('here'))") == "edited: here\n"
             assert execute("print(load_settings(Settings, globals()) == settings)").endswith("True\n")
