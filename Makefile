@@ -16,7 +16,7 @@ DEMO := --recipe recipes/demo.yaml $(FLAGS)
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-all coverage check format notebooks bench pictures clean
 
-help:  ## what there is to make
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.run: requirements.txt pyproject.toml
@@ -31,46 +31,46 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on a CPU, in minutes
+demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on a CPU in minutes
 	$(BIN)/python notebooks/01_sft.py $(DEMO)
 	$(BIN)/python notebooks/02_dpo.py $(DEMO)
 	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml
 	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
 	$(BIN)/python notebooks/05_judge.py --recipe recipes/demo.yaml
 
-lab: $(VENV)/.dev  ## JupyterLab, in which a double click opens a notebook
+lab: $(VENV)/.dev  ## start JupyterLab; a double click opens a notebook
 	$(BIN)/jupyter lab
 
-test: $(VENV)/.dev  ## the tests
+test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.dev  ## the tests, and after them the long ones: faults, processes, the whole demo
+test-all: $(VENV)/.dev  ## run the tests, then the long ones: faults, several processes, the full demo
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m long
 
-coverage: $(VENV)/.dev  ## the tests, and which lines of helpers/ they run in their own process
+coverage: $(VENV)/.dev  ## run the tests and list the lines of helpers/ that pytest's own process does not reach
 	$(BIN)/python -m pytest --cov
 
-check: $(VENV)/.dev  ## ruff, ruff format and mypy
+check: $(VENV)/.dev  ## run ruff, ruff format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## let ruff mend what it can
+format: $(VENV)/.dev  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 notebooks: $(VENV)/.run  ## build notebooks/*.ipynb from the .py files
 	$(BIN)/jupytext --to ipynb $(NOTEBOOKS)
 
-bench: $(VENV)/.dev  ## measure ours beside what one would use instead
+bench: $(VENV)/.dev  ## measure the helpers against what you would otherwise use
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/prepare.py 2000
 	$(BIN)/python benchmarks/dpo_step.py --short
 
 pictures: $(VENV)/.dev  ## draw the README's pictures from the newest demo runs
 	$(BIN)/python docs/make_pictures.py
-	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/test_lab.py
+	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/notebooks/test_lab.py
 
-clean:  ## remove .venv and built notebooks; runs stay
+clean:  ## remove .venv and built notebooks, but no runs
 	rm -rf $(VENV) notebooks/*.ipynb *.egg-info

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,12 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jupytext
+import nbformat
 import pytest
 from jupytext.cli import jupytext as jupytext_command
+from nbclient import NotebookClient
+from papermill.cli import papermill
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.settings import trl_fields
@@ -112,9 +118,7 @@ def results(project: Project, run: str) -> dict[str, float]:
     return {k: v for k, v in record["metrics"].items() if not k.endswith(("runtime", "per_second"))}
 
 
-def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_command(
-    project: Project, dpo_run: str
-) -> None:
+def test_cells_run_twice_in_a_kernel_give_the_numbers_of_the_command(project: Project, dpo_run: str) -> None:
     expected = results(project, dpo_run)
     assert {"train_loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(expected)
     history = (project.root / "outputs" / dpo_run / "metrics.jsonl").read_text().splitlines()
@@ -129,28 +133,76 @@ def test_cells_in_a_kernel_and_an_exported_notebook_give_the_numbers_of_the_comm
     assert first == second
     assert first["max_steps"] == 6
 
-    updates = run_exported_notebook(project, DPO | {"run_name": "exported"})
-    assert results(project, "exported") == expected
-    assert updates >= 1  # of the live curves
+
+@dataclass
+class Milled:
+    """02 exported to .ipynb and executed by papermill, with Weights & Biases offline and tokens in the environment."""
+
+    tokens: dict[str, str]
+    file: Path  # the executed notebook
+    updates: int  # how often a picture replaced another
+    printed: str  # by papermill
+
+    @property
+    def cells(self) -> list[Any]:
+        return [cell for cell in nbformat.read(self.file, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> None:
+@pytest.fixture(scope="module")
+def milled(project: Project) -> Milled:
     exported = project.root / "notebooks" / "02_dpo.ipynb"
     jupytext_command(["--to", "ipynb", "--output", str(exported), str(exported.with_suffix(".py"))])
     parameters = [w for n, v in (DPO | {"run_name": "mill", "report_to": "wandb"}).items() for w in ("-p", n, str(v))]
     tokens = {"HF_TOKEN": "hf_" + "aB3" * 12, "WANDB_API_KEY": "0f" * 20, "OPENAI_API_KEY": "sk-" + "c4D" * 14}
     offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(project.root / "tracked")}
     (project.root / "tracked").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(exported), str(project.root / "out.ipynb"), *parameters],
-        cwd=project.root, env=project.env | tokens | offline, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    updates = []
+    process_message = NotebookClient.process_message
+
+    def count(self: Any, message: Any, *args: Any) -> Any:
+        if message["msg_type"] == "update_display_data" and "image/png" in message["content"]["data"]:
+            updates.append(message)
+        return process_message(self, message, *args)
+
+    out, printed = project.root / "out.ipynb", io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.chdir(project.root)
+        for name, value in (project.env | tokens | offline).items():  # the kernel's environment is this process's
+            patch.setenv(name, value)
+        patch.setattr(NotebookClient, "process_message", count)
+        papermill.main([str(exported), str(out), *parameters], standalone_mode=False)
+    return Milled(tokens, out, len(updates), printed.getvalue())
+
+
+def test_papermill_parameters_equal_flags(project: Project, dpo_run: str, milled: Milled) -> None:
     record, command = project.record("mill"), project.record(dpo_run)
     assert (record["sources"]["dpo_beta"], command["sources"]["dpo_beta"]) == ("notebook", "flag")
     assert record["settings"]["dpo_beta"] == command["settings"]["dpo_beta"] == 0.3
     assert results(project, "mill") == results(project, dpo_run)
-    # what was logged there beside the Trainer's own: the account of rows, settings, samples and curves
+
+
+def test_an_executed_notebook_shows_its_pictures_and_replaces_the_live_one(milled: Milled) -> None:
+    shown = [output["data"] for cell in milled.cells for output in cell.outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == 3  # the data report, the live curves, and the final ones
+    (training,) = [cell for cell in milled.cells if "trainer.train(" in cell.source]
+    pictures = [o for o in training.outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 1  # updated in place
+    assert milled.updates >= 1
+    assert "sampled answers have" in "".join(o["text"] for o in training.outputs if o.output_type == "stream")
+    (curves,) = [cell for cell in milled.cells if "Curves.read(" in cell.source]
+    assert "held-out prompt" in "".join(str(o.get("data", "")) for o in curves.outputs)
+    (account,) = [data["text/html"] for data in shown if "example rows" in data.get("text/html", "")]
+    assert "3,000" in account
+
+
+def test_weights_and_biases_gets_rows_settings_samples_and_curves_and_no_token(
+    project: Project, milled: Milled
+) -> None:
+    record = project.record("mill")
     (files,) = (project.root / "tracked").glob("wandb/offline-run-*/files")
     media = {file.name.partition("_")[0]: file for file in (files / "media").rglob("*") if file.is_file()}
     assert {"settings", "rows", "samples", "curves"} <= set(media)
@@ -162,16 +214,15 @@ def test_papermill_parameters_equal_flags(project: Project, dpo_run: str) -> Non
     assert ["dpo_beta", "0.3", "notebook"] in json.loads(media["settings"].read_text())["data"]
     sampled = [json.loads(line) for line in (project.root / "outputs" / "mill" / "samples.jsonl").open()]
     assert json.loads(media["samples"].read_text())["data"] == [list(row.values()) for row in sampled]
-    # tokens are in the environment, and nowhere else: not in the executed notebook, the run, or what wandb has kept
-    kept = [project.root / "out.ipynb"]
+    kept = [milled.file]
     kept += [
         file for name in ("outputs/mill", "tracked") for file in (project.root / name).rglob("*") if file.is_file()
     ]
     assert any(file.suffix == ".wandb" for file in kept)
     for file in kept:
         content = file.read_bytes()
-        assert not [name for name, token in tokens.items() if token.encode() in content], file
-    assert not [name for name, token in tokens.items() if token in done.stdout + done.stderr]
+        assert not [name for name, token in milled.tokens.items() if token.encode() in content], file
+    assert not [name for name, token in milled.tokens.items() if token in milled.printed]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
@@ -264,11 +315,8 @@ def run_cells_twice_in_a_kernel(project: Project, typed: dict[str, Any]) -> tupl
     return seen[0], seen[1]
 
 
-def execute_exported(project: Project, name: str, typed: dict[str, Any], client: Any = None) -> Any:
+def execute_exported(project: Project, name: str, typed: dict[str, Any]) -> Any:
     """Export a notebook to .ipynb and execute it by nbclient, with a cell of values after the Settings."""
-    import nbformat
-    from nbclient import NotebookClient
-
     notebook = jupytext.read(project.root / "notebooks" / name)
     at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
     lines = "\n".join(f"{name} = {value!r}" for name, value in typed.items())
@@ -277,36 +325,9 @@ def execute_exported(project: Project, name: str, typed: dict[str, Any], client:
     before = dict(os.environ)
     os.environ.update(project.env)
     try:
-        (client or NotebookClient)(
-            notebook, timeout=300, resources={"metadata": {"path": str(project.root / "notebooks")}}
-        ).execute()
+        resources = {"metadata": {"path": str(project.root / "notebooks")}}
+        NotebookClient(notebook, timeout=300, resources=resources).execute()
     finally:
         os.environ.clear()
         os.environ.update(before)
     return notebook
-
-
-def run_exported_notebook(project: Project, typed: dict[str, Any]) -> int:
-    """How often a picture was drawn anew in the place of another, in 02 executed by nbclient."""
-    from nbclient import NotebookClient
-
-    updates = []
-
-    class Client(NotebookClient):
-        def process_message(self, message: Any, *args: Any) -> Any:
-            if message["msg_type"] == "update_display_data" and "image/png" in message["content"]["data"]:
-                updates.append(message)
-            return super().process_message(message, *args)
-
-    notebook = execute_exported(project, "02_dpo.py", typed, Client)
-    shown = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    assert sum("image/png" in data for data in shown) == 3  # the data report, the curves as they came, and at the end
-    (training,) = [c for c in notebook.cells if "trainer.train(" in c.source]
-    pictures = [o for o in training.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 1  # updated in place
-    assert "sampled answers have" in "".join(o["text"] for o in training.outputs if o.output_type == "stream")
-    (curves,) = [c for c in notebook.cells if "Curves.read(" in c.source]
-    assert "held-out prompt" in "".join(str(o.get("data", "")) for o in curves.outputs)
-    (account,) = [data["text/html"] for data in shown if "example rows" in data.get("text/html", "")]
-    assert "3,000" in account
-    return len(updates)
