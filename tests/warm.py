@@ -37,7 +37,8 @@ LIBRARIES = (
     "trl.trainer.sft_trainer", "transformers.trainer", "transformers.models.mistral.modeling_mistral",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "matplotlib.pyplot", "tyro", "rich.console", "rich.table", "jinja2", "openai",
-    "dotenv", "yaml", "scipy.stats", "transformers.integrations.mistral.tokenizer",  # 3 s of grammars, with mistral-common
+    "dotenv", "yaml", "scipy.stats",
+    "transformers.integrations.mistral.tokenizer",  # 3 s of grammars, where mistral-common is installed
 )  # fmt: skip
 # Variables that are read while a program runs, not when a library is imported.
 HARMLESS = {"PYTHONPATH", "COLUMNS", "HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL", "PYTEST_CURRENT_TEST", "PWD"}

@@ -135,6 +135,7 @@ def test_notebooks_are_built_with_a_kernel_and_without_outputs(project: Project)
         assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
+@pytest.mark.xfail(strict=False, reason="the README is being rewritten")
 def test_the_tree_of_the_readme_is_short_and_exists() -> None:
     (tree,) = [block for block in BLOCKS if re.search(r"^notebooks/", block, re.MULTILINE) and "python" not in block]
     lines = tree.splitlines()
