@@ -98,8 +98,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     from trl import DPOConfig
 
-    from helpers.training.prefix_sharing import pack_pairs
-    from helpers.training.trainer import SharedPrefixDPOTrainer
+    from helpers.training import SharedPrefixDPOTrainer, pack_pairs
 
     gpu, sizes = case["large"], dict(LARGE if case["large"] else SMALL)
     vocabulary = sizes.pop("vocab")

@@ -1,11 +1,11 @@
-"""What merging needs of memory and time, beside PEFT's merge_and_unload of the same adapter.
+"""Memory and time of a merge, compared with PEFT's merge_and_unload of the same adapter.
 
     python benchmarks/merge.py            # a Mistral of 1.2 billion weights in bfloat16, and one twice as deep
     python benchmarks/merge.py LAYERS     # of another depth
 
-Each measurement is a fresh process, and the two alternate. Time is that of the merge, imports left out, from the files
-of base and adapter to those of the merged model, rank 64 on all linear layers, files of 1 GB. Memory is the largest
-anonymous resident size (RssAnon): pages of the files themselves do not count, as they can be dropped at any time.
+Each measurement is a new process, and the two alternate. Time is that of the merge without imports, from the files of
+base and adapter to those of the merged model, with rank 64 on all linear layers and files of 1 GB. Memory is the largest
+anonymous resident size (RssAnon), without pages of the files, which the system can drop at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYERS = 24
 
 
 def make(folder: Path, layers: int) -> None:
-    """A random model and adapter; written layer by layer's size, in files of 1 GB."""
+    """Write a random model and adapter, in files of 1 GB."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,13 +45,12 @@ def make(folder: Path, layers: int) -> None:
 
 
 def merge(who: str, folder: Path) -> dict[str, float]:
-    """One process: seconds, and MiB of anonymous memory at most."""
+    """Merge in this process; return seconds and the largest MiB of anonymous memory."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from helpers.merging.merge import StreamingMerger
-    from helpers.merging.weights import write_merged
+    from helpers.merging import StreamingMerger, write_merged
 
     peak, done = 0.0, threading.Event()
 
@@ -66,9 +65,9 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     out = folder / "merged"
     if who == "ours":
-        merging = StreamingMerger(folder / "base", folder / "adapter")
-        write_merged(out, merging, {}, 10**9, None)
-        merging.config.save_pretrained(out)
+        merger = StreamingMerger(folder / "base", folder / "adapter")
+        write_merged(out, merger, {}, 10**9, None)
+        merger.config.save_pretrained(out)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
         merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()

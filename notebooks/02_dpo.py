@@ -133,8 +133,7 @@ from helpers.models.plan import (
 from helpers.models.resolve import resolve_model
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb
 from helpers.runs.report import show_report
-from helpers.training.callbacks import add_callbacks
-from helpers.training.trainer import SharedPrefixDPOTrainer
+from helpers.training import SharedPrefixDPOTrainer, add_callbacks
 
 # %% [markdown]
 # ## Data

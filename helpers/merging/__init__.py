@@ -1,8 +1,12 @@
-"""Merging: an adapter into its base, tensor by tensor, and the check of the result."""
+"""Merging: add an adapter to its base, one tensor at a time, and verify the result."""
 
 from helpers.core import lazy_door
 
 __all__, __getattr__ = lazy_door(
     __name__,
-    {},
+    {
+        "merge": ["find_adapter", "merge_adapter"],
+        "verify": ["compare_merges", "verify_merge"],
+        "weights": ["StreamingMerger", "write_merged"],
+    },
 )

@@ -1,292 +1,277 @@
-"""Adapter + base → merged weights, tensor by tensor: the memory of one of them, whatever the model's size.
-
-Read in PEFT 0.21 (tuners/tuners_utils.py: _unload_and_optionally_merge; utils/save_and_load.py). The model and its
-adapter are built on the meta device, without weights. Each adapted layer is given its own when its turn comes, merged
-by PEFT itself, written, and emptied again; so every kind of LoRA that PEFT can merge is merged as PEFT would.
-"""
+"""Merge an adapter into its base: which adapter, into which weights, and the folder of the result."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable
+import dataclasses
+import functools
+import hashlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from helpers.core import UserError
-from helpers.merging.weights import TensorSpec, WeightFiles
-from helpers.models.resolve import BASE_KEEPING_INITS
+from helpers.core import UserError, describe_error, find_path, short_path
+from helpers.merging.weights import QuantizedBase, StreamingMerger, UnsupportedAdapter, parse_size, write_merged
+from helpers.models.chat import eos_token_ids, set_chat_template
+from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
+from helpers.models.resolve import ModelRef
+from helpers.models.resolve import find_adapter as resolve_adapter
+from helpers.runs.run import Run, find_run
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from helpers.merging.verify import Verification
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
 
 
-Transform = Callable[[str, torch.Tensor], torch.Tensor]  # of a base weight by name, before an adapter is added
+@dataclasses.dataclass(frozen=True)
+class LoadPrecision:
+    """How a run loaded its base: the dtype of the weights, and their quantization."""
 
+    dtype: Any = "auto"
+    quantization: BitsAndBytesConfig | None = None
 
-class UnsupportedAdapter(Exception):
-    """A kind of adapter or checkpoint that is not merged tensor by tensor; says which."""
+    @classmethod
+    def from_run(cls, run: Run, merge_base: str = "auto") -> LoadPrecision:
+        """Read it from run.json. For an adapter from elsewhere it is unknown: with `merge_base` dequantized, the usual
+        NF4 of QLoRA with double quantization, computed in bfloat16, is assumed."""
+        plan = run.record.get("plan", {})
+        if not plan and merge_base == "dequantized":
+            plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit NF4, double"}
+        dtype, bits = getattr(torch, plan["weights"]) if plan else "auto", plan.get("quantization", "none")
+        if bits == "none":
+            return cls(dtype)
+        if bits == "8-bit":
+            return cls(dtype, BitsAndBytesConfig(load_in_8bit=True))
+        compute = getattr(torch, plan["computed in"])
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options |= {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": compute}
+        return cls(dtype, BitsAndBytesConfig(load_in_4bit=True, **options))
 
-
-class StreamingMerger:
-    """The tensors of `base` with `adapter` added, one at a time.
-
-    `base` and `adapter` are folders. A base with fewer than `vocabulary` rows in its embeddings is given the rows that
-    `fit_embeddings` adds. `change` is done to every base weight first. Raises Unknown.
-    """
-
-    def __init__(
-        self, base: Path, adapter: Path, vocabulary: int = 0, change: Any = None, trust_remote_code: bool = False
-    ) -> None:
-        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        peft_config = PeftConfig.from_pretrained(str(adapter))
-        self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        text = self.config.get_text_config()
-        _refuse_unknown(peft_config, base, adapter, self.config)
-        self.base, self.added = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
-        self.rows, self.vocabulary = text.vocab_size, max(vocabulary, text.vocab_size)
-        for name in self.added:  # embeddings that were saved whole have as many rows as they were trained with
-            if name.endswith((".embed_tokens.weight", ".lm_head.weight", ".base_layer.weight")):
-                self.vocabulary = max(self.vocabulary, self.added.entry(name).shape[0] if "embed" in name else 0)
-        text.vocab_size = self.vocabulary
-        _refuse_rows_beyond(peft_config, self.vocabulary)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
-        self.change: Transform = change(model) if change else lambda name, weight: weight
-        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))  # a name, and what it is tied to
-        names = set(model.state_dict())
-        if unknown := [name for name in self.base if name not in names]:
-            raise UnsupportedAdapter(f"a checkpoint whose names are not the model's ({unknown[0]})")
-        layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-        self._embeddings = {f"{n}.weight" for n, module in model.named_modules() if any(module is x for x in layers)}
-        peft_config.init_lora_weights = False  # nothing is initialized: all of it comes from the files
-        peft_config.inference_mode = True
-        with torch.device("meta"):
-            self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
-        keys = {name: torch.nn.Parameter(torch.empty(self.added.entry(name).shape, device="meta"), False)
-                for name in self.added}  # fmt: skip
-        self._names = {id(value): name for name, value in keys.items()}
-        try:
-            set_peft_model_state_dict(self.model, dict(keys), low_cpu_mem_usage=True)
-        except (RuntimeError, KeyError) as error:
-            raise UnsupportedAdapter(
-                f"an adapter that does not fit its base ({' '.join(str(error).split())[:120]})"
-            ) from None
-        self._wrapped = self._find_wrapped()
-        self._replaced = self._find_replaced()
-        self._buffers = [torch.empty(0)] * 3
-        self._last: tuple[str, dict[str, torch.Tensor]] = "", {}
-
-    def _find_wrapped(self) -> dict[str, Any]:
-        """Adapted modules by their names in the base."""
-        found: dict[str, Any] = {}
-        for name, module in self.model.get_base_model().named_modules():
-            adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
-            if adapted and not any(name.startswith(f"{outer}.") for outer in found):
-                if any(True for _ in getattr(module, "original_module", torch.nn.Identity()).children()):
-                    raise UnsupportedAdapter(f"an adapter that brings {name} whole")
-                found[name] = module
-        return found
-
-    def _find_replaced(self) -> dict[str, str]:
-        """Weights of the base that the adapter brings whole, and their names in its file.
-
-        Raises Unknown where something in the file has no place, or a place that is not filled from it.
-        """
-        found, used = {}, set()
-        for name, parameter in self.model.get_base_model().named_parameters():
-            key = self._names.get(id(parameter))
-            plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
-            own = plain != name or not any(name.startswith(f"{owner}.") for owner in self._wrapped)
-            if key is None and not own:
-                raise UnsupportedAdapter(f"an adapter without {name}")
-            if key is not None and own:
-                found[plain] = key
-            used.add(key)
-        if left := sorted(set(self.added) - used):
-            raise UnsupportedAdapter(f"an adapter whose {left[0]} has no place in the model")
-        return found
-
-    def entries(self, dtype: torch.dtype | None = None) -> list[TensorSpec]:
-        """What a merged checkpoint holds, in the order of the base's; floating-point tensors in `dtype`, if given.
-
-        Weights that are tied and no longer equal are written both, and the configuration says that they are not tied.
-        """
-        found = [self._entry(name, dtype) for name in self.base]
-        for name, to in self.tied.items():
-            touched = {owner for owner in (_owner(name), _owner(to)) if owner in self._wrapped}
-            if touched and not torch.equal(self.tensor(name), self.tensor(to)):
-                self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
-                have = {entry.name for entry in found}
-                found += [self._entry(each, dtype) for each in (name, to) if each not in have]
-        return found
-
-    def _entry(self, name: str, dtype: torch.dtype | None) -> TensorSpec:
-        stored = self.base.entry(self._stored(name))
-        shape = (self.vocabulary, *stored.shape[1:]) if self._has_a_row_a_token(name) else stored.shape
-        return TensorSpec(name, shape, dtype if dtype and stored.dtype.is_floating_point else stored.dtype)
-
-    def _stored(self, name: str) -> str:
-        """A weight's name in the base's files, where tied ones stand once."""
-        if name in self.base:
-            return name
-        other = {**self.tied, **{to: name for name, to in self.tied.items()}}.get(name, name)
-        if other not in self.base:
-            raise UnsupportedAdapter(f"a base without {name}")
-        return other
-
-    def _has_a_row_a_token(self, name: str) -> bool:
-        return self.vocabulary > self.rows and name in self._embeddings
-
-    def from_base(self, name: str) -> torch.Tensor:
-        """A weight of the base, with rows for added tokens, and changed."""
-        if name in self._replaced:
-            return self.added[self._replaced[name]]
-        weight = self.base[self._stored(name)]
-        if self._has_a_row_a_token(name):
-            more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
-            weight = torch.cat([weight, more])
-        return self.change(name, weight)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A merged weight, in float32 where anything was added to it; it stands until the next but one is asked for."""
-        owner = _owner(name)
-        if owner not in self._wrapped:
-            return self.from_base(name)
-        if name == f"{owner}.weight" and (product := self._product(self._wrapped[owner])):
-            return self._plainly(*product, self.from_base(name))
-        if self._last[0] != owner:
-            self._last = owner, self.layer(owner, merged=True).state_dict()
-        return self._last[1][name.removeprefix(f"{owner}.")]
-
-    def linear_layers(self) -> list[str]:
-        """Names of adapted layers that multiply by a matrix."""
-        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
-
-    def _product(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """A, B and scale of a layer that is LoRA and nothing else."""
-        from peft.tuners.lora import Linear
-
-        (adapter,) = layer.active_adapters
-        if type(layer) is not Linear or layer.lora_variant or layer.fan_in_fan_out or adapter not in layer.lora_A:
+    def transform(self, merge_base: str) -> Any:
+        """What `StreamingMerger` does to a model's weights first, to merge into `merge_base` weights."""
+        if merge_base == "original":
             return None
-        keys = [self._names[id(part[adapter].weight)] for part in (layer.lora_A, layer.lora_B)]
-        a, b = (self.added[key].float() for key in keys)
-        return a, b, float(layer.scaling[adapter])
-
-    def _plainly(self, a: torch.Tensor, b: torch.Tensor, scale: float, weight: torch.Tensor) -> torch.Tensor:
-        """What PEFT does (lora/layer.py: get_delta_weight, merge), in memory that is used again: without fresh pages
-        for every product."""
-        self._buffers[:2] = self._buffers[1::-1]  # the other one may still be on its way to the disk
-        for i in (0, 2):
-            if self._buffers[i].numel() < weight.numel():
-                self._buffers[i] = torch.empty(weight.numel())
-        total, exact = (self._buffers[i][: weight.numel()].view(weight.shape) for i in (0, 2))
-        return torch.mm(b, a, out=total).mul_(scale).add_(exact.copy_(weight))
-
-    def layer(self, owner: str, merged: bool = False) -> Any:
-        """The adapted layer `owner` with its weights, in float32; or what PEFT merges it to."""
-        layer = copy.deepcopy(self._wrapped[owner])
-        originals = dict(self._wrapped[owner].named_parameters())
-        for path, parameter in originals.items():
-            kind = path.rpartition(".")[2]
-            if (key := self._names.get(id(parameter))) is not None:
-                value = self.added[key].float()
-            else:
-                stored = self.from_base(f"{owner}.{kind}")
-                value = stored.float()
-                value = value.clone() if value is stored else value  # PEFT adds in place: not in the file's pages
-            layer.get_submodule(path.rpartition(".")[0])._parameters[kind] = torch.nn.Parameter(value, False)
-        if not merged:
-            return layer
-        if hasattr(layer, "unload_and_optionally_merge_module"):
-            unload: Any = layer.unload_and_optionally_merge_module
-            return unload(merge=True, safe_merge=False, adapter_names=None)
-        layer.merge(safe_merge=False, adapter_names=None)
-        return layer.get_base_layer()
+        stored = torch.float32 if self.dtype == "auto" else self.dtype
+        return lambda model: QuantizedBase(model, self.quantization, stored)  # type: ignore[arg-type]
 
 
-def _refuse_unknown(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
-    kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
-    if kind != "LORA":
-        raise UnsupportedAdapter(f"an adapter of kind {kind}")
-    for name, usual in {"bias": "none", "lora_bias": False}.items():
-        if getattr(peft_config, name, usual) != usual:
-            raise UnsupportedAdapter(f"an adapter with {name}={getattr(peft_config, name)!r}")
-    for name in ("target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens"):
-        if getattr(peft_config, name, None):
-            raise UnsupportedAdapter(f"an adapter with {name}")
-    if getattr(config, "quantization_config", None):
-        raise UserError(
-            "the adapter's base is quantized itself, and merging into it would round the adapter away: name the "
-            "weights that it was made from with --base_model_id"
-        )
-    if not any(base.glob("*.safetensors")):
-        raise UnsupportedAdapter("a base that is not in safetensors")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UnsupportedAdapter("an adapter that is not in safetensors")
-    if not isinstance(peft_config.init_lora_weights, bool) and peft_config.init_lora_weights not in BASE_KEEPING_INITS:
-        # such an adapter takes a part of the base into itself when it is loaded
-        raise UnsupportedAdapter(f"an adapter that was initialized by {peft_config.init_lora_weights}")
+@dataclasses.dataclass
+class Adapter:
+    """An adapter to merge. Its base is looked up, and fetched, when it is first used.
 
-
-def _refuse_rows_beyond(peft_config: Any, vocabulary: int) -> None:
-    rows = getattr(peft_config, "trainable_token_indices", None) or []
-    last = max((max(each, default=0) for each in (rows.values() if isinstance(rows, dict) else [rows])), default=0)
-    if last >= vocabulary:
-        raise UserError(
-            f"the adapter has a row for token {last} and the tokenizer {vocabulary:,} tokens: it needs the tokenizer "
-            "that it was trained with, in its folder"
-        )
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-class QuantizedBase:
-    """The weights of `model` (which may be on the meta device) as training with `config` computed with them.
-
-    `stored` is the dtype in which the weights were loaded before they were quantized.
+    Attributes:
+        source: Folder of its run, or its own.
+        run: The run that trained it. For an adapter from elsewhere only its fingerprint is known.
     """
 
-    def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
-        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-        from transformers.quantizers.base import HfQuantizer
+    source: Path
+    run: Run
+    base_model_id: str = ""
+    trust_remote_code: bool = False
 
-        self.config, self.stored = config, stored
-        keep = HfQuantizer.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, getattr(model, "_keep_in_fp32_modules", None)
+    @functools.cached_property
+    def ref(self) -> ModelRef:
+        return resolve_adapter(str(self.source), self.base_model_id)
+
+    @property
+    def is_from_run(self) -> bool:
+        return "step" in self.run.record
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.ref.adapter))
+
+    @property
+    def base_model(self) -> str:
+        """The model at the root of the lineage."""
+        base = self.ref.base  # raises UserError if there is no adapter, or no base
+        return self.run.base_model if self.is_from_run else base
+
+    @functools.cached_property
+    def base_folder(self) -> Path:
+        return local_folder(self.ref.base, self.ref.revision)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
+        folder = self.folder if has_tokenizer else self.base_folder
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        set_chat_template(tokenizer, "auto")
+        return tokenizer
+
+    def merger(self, transform: Any) -> StreamingMerger:
+        """Raises UnsupportedAdapter."""
+        size = len(self.tokenizer)
+        return StreamingMerger(self.base_folder, self.folder, size, transform, self.trust_remote_code)
+
+    def load_policy(self, precision: LoadPrecision, device: str) -> Any:
+        """Load the base as in training, with the adapter on it."""
+        base = AutoModelForCausalLM.from_pretrained(
+            self.base_folder,
+            dtype=precision.dtype,
+            quantization_config=precision.quantization,
+            device_map={"": device},
+            trust_remote_code=self.trust_remote_code,
         )
-        twin = replace_with_bnb_linear(copy.deepcopy(model), keep, config)
-        self.quantized = {n for n, m in twin.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
-
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight `name` of a checkpoint, quantized and back, in float32; as it is where it was left alone."""
-        module, _, kind = name.rpartition(".")
-        if module not in self.quantized or kind != "weight":
-            return weight
-        return round_trip(weight.to(self.stored), self.config).float()
+        disable_cpu_4bit_repacking(base)
+        resize_embeddings(base, self.tokenizer)  # rows for tokens that the chat template added
+        return PeftModel.from_pretrained(base, self.folder).eval()
 
 
-def round_trip(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Quantized as `Params4bit` or `Int8Params` does, and dequantized as their layers do."""
-    from bitsandbytes import functional
+def find_adapter(settings: Any) -> Adapter:
+    """Find the adapter that the settings of 03_merge_push.py name: of a finished run, or from elsewhere (`--adapter`).
 
-    if config.load_in_8bit:
-        rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
-        whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales).to(weight.dtype)
-        return whole
-    packed, state = functional.quantize_4bit(
-        weight.contiguous(),
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-    )
-    found: torch.Tensor = functional.dequantize_4bit(packed, state).to(config.bnb_4bit_compute_dtype)
-    return found
+    Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found.
+    """
+    parse_size(settings.max_shard_size)
+    if not settings.adapter:
+        run = find_run(settings.output_dir, settings.run, "dpo")
+        return Adapter(run.folder, run, settings.base_model_id, settings.trust_remote_code)
+    folder = local_folder(settings.adapter)
+    return Adapter(folder, adapter_as_run(folder), settings.base_model_id, settings.trust_remote_code)
+
+
+def local_folder(model: str, revision: str = "") -> Path:
+    """The folder of a model or adapter; one on the Hub is downloaded first. Raises UserError."""
+    if path := find_path(model):
+        return path
+    options: Any = {"revision": revision or None, "ignore_patterns": ["*/*", "consolidated*"]}
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=MODEL_FILES, **options))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, allow_patterns=[*MODEL_FILES, "*.bin"], **options))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"{model!r} cannot be downloaded: {describe_error(error)}") from None
+    return folder
+
+
+def adapter_as_run(folder: Path) -> Run:
+    """An adapter from elsewhere as the parent of a merge. Its fingerprint changes with its files."""
+    content = hashlib.sha256()
+    for file in sorted([*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]):
+        with file.open("rb") as opened:
+            content.update(hashlib.file_digest(opened, "sha256").digest())
+    return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
+
+
+@dataclasses.dataclass
+class MergedModel:
+    """A merged model: in a staging folder until `finalize`, then in the folder of its run.
+
+    Attributes:
+        merge_base: "original" or "dequantized" weights, with the adapter added.
+        precision: How training computed with the base.
+        merger: None if PEFT merged the model, or if it was merged before.
+    """
+
+    run: Run
+    folder: Path
+    merge_base: str
+    precision: LoadPrecision
+    dtype: torch.dtype | None = None
+    merger: StreamingMerger | None = None
+
+    def finalize(self, verification: Verification, max_kl: float = 0.01) -> None:
+        """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
+        until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
+        if self.run.finished:
+            return
+        try:
+            verification.check(max_kl)
+        except UserError:
+            shutil.rmtree(self.folder)
+            raise
+        final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
+        curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
+        if curves.is_file():
+            shutil.copyfile(curves, self.folder / "curves.png")
+        self.run.finish(metrics=verification.metrics, merge_base=self.merge_base, verification=verification.rows)
+        (self.folder / "merge.digest").unlink(missing_ok=True)  # last: an interrupted run resumes until here
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        self.folder.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        self.folder = self.run.folder = final
+
+
+def staging_dir(run: Run) -> Path:
+    """The hidden folder next to a run's in which a model is merged."""
+    return run.folder.with_name(f".{run.folder.name}.part")
+
+
+def merge_adapter(
+    adapter: Adapter, output: Run, base: str = "auto", dtype: str = "auto", max_shard_size: str = "2GB"
+) -> MergedModel:
+    """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
+
+    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model.
+
+    Args:
+        base: "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
+        dtype: Of the merged weights; "auto" is the base's.
+
+    Raises UserError for an adapter that cannot be merged, and if the disk is full.
+    """
+    precision = LoadPrecision.from_run(adapter.run, base)
+    if base == "dequantized" and not precision.quantization:
+        raise UserError("`--merge_base dequantized` needs a run on quantized weights. Use `--merge_base original`.")
+    if base == "auto":
+        base = "dequantized" if precision.quantization else "original"
+    if output.finished:
+        return MergedModel(output, output.folder, output.record["merge_base"], precision)
+    print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
+    merged = MergedModel(output, staging_dir(output), base, precision)
+    merged.dtype = None if dtype == "auto" else getattr(torch, dtype)
+    try:
+        merged.merger = adapter.merger(precision.transform(base))
+        write_merged(merged.folder, merged.merger, {"merge_base": base}, parse_size(max_shard_size), merged.dtype)
+        save_config(merged.folder, merged.merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
+    except UnsupportedAdapter as reason:
+        if base == "dequantized":
+            raise UserError(
+                f"{reason} cannot be merged into dequantized weights. Use `--merge_base original`."
+            ) from None
+        print(f"PEFT merges {reason}. It needs the memory of the full model.")
+        merge_with_peft(merged.folder, adapter, merged.dtype, parse_size(max_shard_size))
+    return merged
+
+
+def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path, dtype: torch.dtype | None) -> None:
+    """Save everything but the weights: configurations, the base's code, and the tokenizer with its template."""
+    config, generation_file = merger.config, folder / "generation_config.json"
+    if dtype is not None:
+        config.dtype = config.get_text_config().dtype = dtype
+    config.save_pretrained(folder)
+    for file in [*base.glob("generation_config.json"), *base.glob("*.py")]:
+        shutil.copyfile(file, folder / file.name)
+    tokenizer.save_pretrained(folder)
+    has_file = generation_file.is_file()
+    generation = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if tokenizer.eos_token_id not in ends:  # a chat template may end answers with another token than the base's
+        generation.eos_token_id = eos_token_ids(tokenizer, generation)
+        generation.save_pretrained(folder)
+
+
+def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, max_shard_size: int) -> None:
+    """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            adapter.base_folder, dtype="auto", trust_remote_code=adapter.trust_remote_code
+        )
+        resize_embeddings(model, adapter.tokenizer)
+        merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
+        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
+        adapter.tokenizer.save_pretrained(folder)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}") from None

@@ -1,310 +1,418 @@
-"""Model weights as safetensors files: read one tensor at a time, and written so that a stop leaves nothing half done.
+"""Merged weights, one tensor at a time: read from safetensors files, added to their adapter, and written again.
 
-The format (https://github.com/huggingface/safetensors, "Format"): the length of a JSON header in 8 bytes, the header
-with each tensor's dtype, shape and place, and then the tensors. Knowing shapes beforehand is enough to write a file
-tensor by tensor, without holding all of it.
+The memory needed is that of a few tensors, for a model of any size. Files are complete or absent: an interrupted merge
+continues with the missing ones. Tensors are planned as meta tensors, which have a shape and dtype but no data.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 
-from helpers.core import SettingsError, UserError, describe_error, find_path
-from helpers.models.chat import eos_token_ids
+from helpers.core import SettingsError, UserError
+from helpers.models.resolve import BASE_KEEPING_INITS
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
-    from helpers.merging.merge import StreamingMerger
-    from helpers.runs.run import Run
-
-
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
+Specs = dict[str, torch.Tensor]  # meta tensors by name
+Transform = Callable[[str, torch.Tensor], torch.Tensor]  # changes a base weight, given its name, before it is merged
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that is to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+def parse_size(text: str) -> int:
+    """Return the bytes of "2GB", "500 MB" or "1GiB". Raises SettingsError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", text.upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match and (match[2] or "") in UNITS else 0
+    if size < 1:
+        raise SettingsError(f"--max_shard_size {text!r} is not a size. Use a size such as 2GB or 500MB.")
+    return size
 
 
 class WeightFiles:
-    """The tensors of the safetensors files in a folder, read when they are asked for.
+    """The tensors of the safetensors files in a folder, each read when it is accessed. Raises UserError without any."""
 
-    Raises UserError where there is none: other formats are not read.
-    """
-
-    def __init__(self, folder: Path, names: str = "*.safetensors") -> None:
-        self.files = sorted(folder.glob(names))
+    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
+        self.files = sorted(folder.glob(pattern))
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             self.files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if not self.files:
-            raise UserError(f"{folder} has no weights as safetensors")
-        self._open: dict[Path, Any] = {}
-        self._where = {name: file for file in self.files for name in self._in(file).keys()}  # noqa: SIM118 (no iterator)
-
-    def _in(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file]
+            raise UserError(f"{folder} has no weights in safetensors format.")
+        opened: list[Any] = [safe_open(file, framework="pt") for file in self.files]
+        self._file_of: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._file_of
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor; its pages are the file's until they are written to."""
-        found: torch.Tensor = self._in(self._where[name]).get_tensor(name)
-        return found
+        """A tensor whose memory is the file's until it is written to."""
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return tensor
 
-    def entry(self, name: str) -> TensorSpec:
-        part = self._in(self._where[name]).get_slice(name)
-        return TensorSpec(name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    def spec(self, name: str) -> torch.Tensor:
+        """Shape and dtype of a tensor, as a meta tensor."""
+        part = self._file_of[name].get_slice(name)
+        return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
     def stamp(self) -> list[list[Any]]:
-        """What tells these files from others: names, sizes and times."""
-        return [[f.name, (s := f.stat()).st_size, s.st_mtime_ns] for f in self.files]
+        """Names, sizes and times of the files, which change when another model is put in their place."""
+        return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in self.files]
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "2GB", "500 MB" or "1GiB". Raises SettingsError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", text.upper())
-    size = int(float(match[1]) * UNITS[match[2] or ""]) if match and (match[2] or "") in UNITS else 0
-    if size < 1:
-        raise SettingsError(f"--max_shard_size takes a size such as 2GB or 500MB, not {text!r}")
-    return size
-
-
-def plan_shards(entries: list[TensorSpec], largest: int) -> dict[str, list[TensorSpec]]:
-    """File names, and what each holds, in order; a file is above `largest` bytes where a single tensor is."""
-    shards: list[list[TensorSpec]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > largest:
-            shards.append([])
-        shards[-1].append(entry)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _header(entries: list[TensorSpec]) -> bytes:
+def _header(specs: Specs) -> bytes:
+    """The header of a safetensors file (https://github.com/huggingface/safetensors, "Format"). The library writes one
+    only for tensors that are all in memory."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry in entries:
-        place = (end, end := end + entry.size)
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": place}
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        header[name] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def is_complete(file: Path, entries: list[TensorSpec]) -> bool:
-    """Whether a file that should hold `entries` is there with all of its bytes."""
-    size = len(_header(entries)) + sum(entry.size for entry in entries)
-    return file.is_file() and file.stat().st_size == size
-
-
-def write_shard(file: Path, entries: list[TensorSpec], tensor: Callable[[str], torch.Tensor], told: Any = None) -> None:
-    """Write a file beside its name, one tensor at a time, and give it its name when it is whole.
-
-    One tensor is made while the one before it is written. `told` is called with the bytes of each that is.
-    """
-    draft = file.with_name(file.name + ".part")
-    with draft.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as writer:
-        before: Future[Any] = writer.submit(_write, out, memoryview(_header(entries)))
-        for entry in entries:
-            value = tensor(entry.name).detach()
-            if tuple(value.shape) != entry.shape:
-                raise ValueError(f"{entry.name} is {tuple(value.shape)}, not {entry.shape}")
-            content = value.to(entry.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-            before.result()
-            before = writer.submit(_write, out, content.data, told)
-        before.result()
-    draft.replace(file)
-
-
-def _write(out: Any, content: memoryview, told: Any = None) -> None:
-    whole = len(content)
-    while len(content):  # a raw file may take less than it is given
-        content = content[out.write(content) :]
-    if told:
-        told(whole)
-
-
-def write_index(folder: Path, shards: dict[str, list[TensorSpec]]) -> None:
-    """The index that a model in several files has."""
-    if len(shards) > 1:
-        total = sum(entry.size for entries in shards.values() for entry in entries)
-        places = {entry.name: file for file, entries in shards.items() for entry in entries}
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-ALL_OF_A_MODEL = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
-
-
-def local_folder(model: str, revision: str = "") -> Path:
-    """A model's or adapter's folder here: its own, or that in the Hub's cache once it is fetched. Raises UserError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if path := find_path(model):
-        return path
-    try:
-        where: Any = {"revision": revision or None, "ignore_patterns": ["*/*", "consolidated*"]}
-        found = Path(snapshot_download(model, allow_patterns=ALL_OF_A_MODEL, **where))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(model, allow_patterns=[*ALL_OF_A_MODEL, "*.bin"], **where))
-        return found
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{model!r} cannot be fetched: {describe_error(error)}") from None
-
-
-def adapter_as_run(folder: Path) -> Run:
-    """An adapter from elsewhere as what a merge starts from: another file in the same place makes another merge."""
-    from helpers.runs.run import Run
-
-    content = hashlib.sha256()
-    for file in sorted([*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]):
-        with file.open("rb") as opened:
-            content.update(hashlib.file_digest(opened, "sha256").digest())
-    return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
-
-
-def staging_dir(run: Run) -> Path:
-    """Where a run's merged weights are written until they are whole, beside its folder and hidden."""
-    return run.folder.with_name(f".{run.folder.name}.part")
+def _write_shard(
+    file: Path, specs: Specs, tensor: Callable[[str], torch.Tensor], advance: Callable[[int], Any]
+) -> None:
+    """Write a file under another name, one tensor while the next is computed, and rename it when it is complete."""
+    part = file.with_name(file.name + ".part")
+    with part.open("wb") as out, ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(out.write, memoryview(_header(specs)))
+        for name, spec in specs.items():
+            value = tensor(name).detach()
+            if value.shape != spec.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(spec.shape)}")
+            content = value.to(spec.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            advance(writing.result())
+            writing = writer.submit(out.write, content.data)
+        advance(writing.result())
+    part.replace(file)
 
 
 def write_merged(
-    folder: Path, merge: StreamingMerger, identity: dict[str, Any], largest: int, dtype: torch.dtype | None
+    folder: Path, merger: StreamingMerger, identity: dict[str, Any], max_shard_size: int, dtype: torch.dtype | None
 ) -> None:
-    """Write the merged weights into `folder`, which need not exist; one that a stopped merge left is gone on with.
+    """Write the merged weights into `folder`, or the files that an interrupted merge left missing.
 
-    Each file is written beside its name and renamed when it is whole, so what stands there is not written again.
-    `identity` tells one merge from another: a folder of another is emptied first. Raises UserError where the disk has
-    no room for what is missing.
+    `identity` distinguishes one merge from another: the files of another merge are deleted first. Raises UserError if
+    the disk has too little space.
     """
     from tqdm import tqdm
 
-    shards = plan_shards(merge.entries(dtype), largest)
-    plan = identity | {"base": merge.base.stamp(), "adapter": merge.added.stamp()}
-    plan |= {"shards": {file: [[e.name, e.shape, str(e.dtype)] for e in entries] for file, entries in shards.items()}}
+    specs = merger.specs(dtype)
+    split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+    shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    plan = identity | {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
+    plan["shards"] = {f: [[n, s.shape, str(s.dtype)] for n, s in shard.items()] for f, shard in shards.items()}
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
     mark = folder / "merge.digest"
     if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(digest)
-    for draft in folder.glob("*.part"):
-        draft.unlink()
-    sizes = {file: sum(entry.size for entry in entries) for file, entries in shards.items()}
-    missing = {file: size for file, size in sizes.items() if not is_complete(folder / file, shards[file])}
-    if (free := shutil.disk_usage(folder).free) < (need := sum(missing.values()) + 2**20):
-        raise UserError(f"the merged weights need {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
-        bar.update(sum(sizes.values()) - sum(missing.values()))
-        for file, entries in shards.items():
-            try:
-                if file in missing:
-                    write_shard(folder / file, entries, merge.tensor, bar.update)
-            except OSError as error:
-                raise UserError(f"writing the merged weights failed: {error}; the same command goes on") from None
-    write_index(folder, shards)
-
-
-def merge_with_peft(
-    folder: Path,
-    base: Path,
-    adapter: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype | None,
-    largest: int,
-    trust_remote_code: bool = False,
-) -> None:
-    """What `Merge` does not know, in the memory that PEFT needs: that of the whole model. Raises UserError."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from helpers.models.plan import resize_embeddings
-
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, dtype="auto", trust_remote_code=trust_remote_code
+    for part in folder.glob("*.part"):
+        part.unlink()
+    sizes = {file: len(_header(shard)) + sum(s.nbytes for s in shard.values()) for file, shard in shards.items()}
+    written = {f for f, size in sizes.items() if (folder / f).is_file() and (folder / f).stat().st_size == size}
+    done, total = sum(sizes[file] for file in written), sum(sizes.values())
+    if (free := shutil.disk_usage(folder).free) < (needed := total - done + 2**20):
+        raise UserError(
+            f"The merged weights need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. Free some space."
         )
-        resize_embeddings(model, tokenizer)
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        shutil.rmtree(folder, ignore_errors=True)
-        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=largest)
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"PEFT does not merge this adapter: {' '.join(str(error).split())[:300]}") from None
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
+        for file in [file for file in shards if file not in written]:
+            try:
+                _write_shard(folder / file, shards[file], merger.tensor, bar.update)
+            except OSError as error:
+                raise UserError(f"Writing merged weights failed: {error}. Run the same command to resume.") from None
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def save_config(
-    draft: Path, merge: StreamingMerger, tokenizer: PreTrainedTokenizerBase, base: Path, dtype: Any
-) -> None:
-    """All that stands beside the weights: configuration, tokenizer with its template, code of the base's own."""
-    from transformers import GenerationConfig
-
-    config = merge.config
-    if dtype is not None:
-        config.dtype = config.get_text_config().dtype = dtype
-    config.save_pretrained(draft)
-    for name in ("generation_config.json", *(file.name for file in base.glob("*.py"))):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, draft / name)
-    tokenizer.save_pretrained(draft)
-    file = draft / "generation_config.json"
-    known = GenerationConfig.from_pretrained(draft) if file.is_file() else GenerationConfig.from_model_config(config)
-    ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
-    if tokenizer.eos_token_id not in ends:  # a chat format may end its answers with another token than the base
-        known.eos_token_id = eos_token_ids(tokenizer, known)
-        known.save_pretrained(draft)
+class UnsupportedAdapter(Exception):
+    """An adapter or checkpoint that cannot be merged one tensor at a time; the message names it."""
 
 
-def finalize(run: Run, draft: Path, **fields: Any) -> None:
-    """Finish the run in its draft, `fields` going into run.json, and give that the run's name in one step.
+class StreamingMerger:
+    """The tensors of the model in folder `base` with the adapter in folder `adapter` added, one at a time.
 
-    An older merge of that name is whole until then.
+    Model and adapter are built on the meta device. Each adapted layer gets its weights when it is needed and is merged
+    by PEFT itself, so that any LoRA variant is merged as PEFT would. Read in PEFT 0.21 (tuners/tuners_utils.py,
+    _unload_and_optionally_merge; utils/save_and_load.py).
+
+    Embeddings get the rows of `resize_embeddings` up to `vocabulary`. `make_transform` returns a Transform for a model.
+    Raises UnsupportedAdapter.
     """
-    folder, run.folder, run.overwrite = run.folder, draft, False
-    curves = Path(run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the card
-    if curves.is_file():
-        shutil.copyfile(curves, draft / "curves.png")
-    run.finish(**fields)
-    (draft / "merge.digest").unlink(missing_ok=True)  # last: until here a stopped run goes on with what is there
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    run.folder = folder
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path,
+        vocabulary: int = 0,
+        make_transform: Callable[[PreTrainedModel], Transform] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        peft_config = PeftConfig.from_pretrained(str(adapter))
+        self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        _check_supported(peft_config, base, adapter, self.config)
+        self.base, self.adapter = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
+        text = self.config.get_text_config()
+        saved = [n for n in self.adapter if "embed" in n and n.endswith((".embed_tokens.weight", ".base_layer.weight"))]
+        self.rows = text.vocab_size
+        text.vocab_size = max(vocabulary, self.rows, *(self.adapter.spec(name).shape[0] for name in saved))
+        self.vocabulary = text.vocab_size
+        _check_token_rows(peft_config, self.vocabulary)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
+        self.transform: Transform = make_transform(model) if make_transform else lambda name, weight: weight
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+        names = set(model.state_dict())
+        if unknown := [name for name in self.base if name not in names]:
+            raise UnsupportedAdapter(f"a checkpoint whose names are not the model's ({unknown[0]})")
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+        self._embeddings = {
+            f"{n}.weight" for n, module in model.named_modules() if any(module is e for e in embeddings)
+        }
+        peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
+        with torch.device("meta"):
+            self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
+        parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        try:
+            set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
+        self._wrapped = self._find_wrapped()
+        self._replaced = self._find_replaced()
+        self._buffers = [torch.empty(0)] * 3
+        self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
+
+    def _find_wrapped(self) -> dict[str, Any]:
+        """Adapted modules by their names in the base."""
+        wrapped: dict[str, Any] = {}
+        for name, module in self.model.get_base_model().named_modules():
+            is_adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
+            if is_adapted and not any(name.startswith(f"{outer}.") for outer in wrapped):
+                if any(True for _ in getattr(module, "original_module", torch.nn.Identity()).children()):
+                    raise UnsupportedAdapter(f"an adapter that contains all of {name}")
+                wrapped[name] = module
+        return wrapped
+
+    def _find_replaced(self) -> dict[str, str]:
+        """Base weights that the adapter's file contains in full, and their names in that file.
+
+        Raises UnsupportedAdapter if a name of the file is not in the model, or a weight of the adapter not in the file.
+        """
+        replaced, used = {}, set()
+        for name, parameter in self.model.get_base_model().named_parameters():
+            key = self._names.get(id(parameter))
+            plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+            in_base = plain != name or not any(name.startswith(f"{owner}.") for owner in self._wrapped)
+            if key is None and not in_base:
+                raise UnsupportedAdapter(f"an adapter without {name}")
+            if key is not None and in_base:
+                replaced[plain] = key
+            used.add(key)
+        if unused := sorted(set(self.adapter) - used):
+            raise UnsupportedAdapter(f"an adapter whose {unused[0]} is not in the model")
+        return replaced
+
+    def specs(self, dtype: torch.dtype | None = None) -> Specs:
+        """Meta tensors of the merged checkpoint in the order of the base's; floating-point ones in `dtype`, if given.
+
+        Tied weights that the adapter makes different are both included, and the configuration is untied.
+        """
+        names = dict.fromkeys(self.base)
+        for name, target in self.tied.items():
+            is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
+            if is_adapted and not torch.equal(self.tensor(name), self.tensor(target)):
+                self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+                names |= dict.fromkeys((name, target))
+        specs = {}
+        for name in names:
+            stored = self.base.spec(self._stored(name))
+            shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
+            kind = dtype if dtype and stored.dtype.is_floating_point else stored.dtype
+            specs[name] = torch.empty(shape, dtype=kind, device="meta")
+        return specs
+
+    def _stored(self, name: str) -> str:
+        """The name of a weight in the base's files, which contain tied weights once."""
+        if name in self.base:
+            return name
+        other = {**self.tied, **{target: name for name, target in self.tied.items()}}.get(name, name)
+        if other not in self.base:
+            raise UnsupportedAdapter(f"a base without {name}")
+        return other
+
+    def _needs_rows(self, name: str) -> bool:
+        return self.vocabulary > self.rows and name in self._embeddings
+
+    def from_base(self, name: str) -> torch.Tensor:
+        """A weight before merging: transformed, with rows for added tokens, or the adapter's replacement of it."""
+        if name in self._replaced:
+            return self.adapter[self._replaced[name]]
+        weight = self.base[self._stored(name)]
+        if self._needs_rows(name):
+            more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
+            weight = torch.cat([weight, more])
+        return self.transform(name, weight)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A merged weight, in float32 if anything was added to it. It is valid until the call after the next."""
+        owner = _owner(name)
+        if owner not in self._wrapped:
+            return self.from_base(name)
+        layer = self._wrapped[owner]
+        if name == f"{owner}.weight" and _is_plain_lora(layer):
+            return self._merge_plain(layer, self.from_base(name))
+        if self._merged[0] != owner:
+            self._merged = owner, self.layer(owner, merged=True).state_dict()
+        return self._merged[1][name.removeprefix(f"{owner}.")]
+
+    def linear_layers(self) -> list[str]:
+        """Names of adapted layers that multiply by a matrix."""
+        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
+
+    def _merge_plain(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        """Merge as PEFT does (lora/layer.py: get_delta_weight, merge), but in buffers that are reused."""
+        (adapter,) = layer.active_adapters
+        a, b = (self.adapter[self._names[id(part[adapter].weight)]].float() for part in (layer.lora_A, layer.lora_B))
+        self._buffers[:2] = self._buffers[1::-1]  # the other one may still be written to disk
+        for i in (0, 2):
+            if self._buffers[i].numel() < weight.numel():
+                self._buffers[i] = torch.empty(weight.numel())
+        total, exact = (self._buffers[i][: weight.numel()].view(weight.shape) for i in (0, 2))
+        return torch.mm(b, a, out=total).mul_(float(layer.scaling[adapter])).add_(exact.copy_(weight))
+
+    def layer(self, owner: str, merged: bool = False) -> Any:
+        """The adapted layer `owner` with its weights in float32, or the layer that PEFT merges it to."""
+        layer = copy.deepcopy(self._wrapped[owner])
+        for path, parameter in dict(self._wrapped[owner].named_parameters()).items():
+            parent, _, kind = path.rpartition(".")
+            key = self._names.get(id(parameter))
+            stored = self.adapter[key] if key is not None else self.from_base(f"{owner}.{kind}")
+            value = stored.float()
+            if key is None and value is stored:
+                value = value.clone()  # PEFT adds in place, which must not change the memory of the file
+            layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value, False)
+        if not merged:
+            return layer
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            unload: Any = layer.unload_and_optionally_merge_module
+            return unload(merge=True, safe_merge=False, adapter_names=None)
+        layer.merge(safe_merge=False, adapter_names=None)
+        return layer.get_base_layer()
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    from peft.tuners.lora import Linear
+
+    (adapter,) = layer.active_adapters
+    return type(layer) is Linear and not layer.lora_variant and not layer.fan_in_fan_out and adapter in layer.lora_A
+
+
+def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
+    """Raise UnsupportedAdapter for what cannot be merged one tensor at a time, UserError for a quantized base."""
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            "The base of the adapter is quantized, and merging into it would round the adapter away. Use "
+            "`--base_model_id` for the weights that it was quantized from."
+        )
+    kind, init = (
+        str(getattr(peft_config.peft_type, "value", peft_config.peft_type)),
+        getattr(peft_config, "init_lora_weights", True),
+    )
+    problems = {f"an adapter of type {kind}": kind != "LORA"}
+    usual = {"bias": "none", "lora_bias": False, "target_parameters": None, "layer_replication": None}
+    usual |= {"megatron_config": None, "alora_invocation_tokens": None}
+    for name, default in usual.items():
+        value = getattr(peft_config, name, default)
+        problems[f"an adapter with {name}={value!r}"] = bool(value) and value != default
+    problems |= {
+        "a base that is not in safetensors format": not any(base.glob("*.safetensors")),
+        "an adapter that is not in safetensors format": not (adapter / "adapter_model.safetensors").is_file(),
+        # loading such an adapter changes the base
+        f"an adapter initialized by {init}": not isinstance(init, bool) and init not in BASE_KEEPING_INITS,
+    }
+    if reason := next((reason for reason, applies in problems.items() if applies), ""):
+        raise UnsupportedAdapter(reason)
+
+
+def _check_token_rows(peft_config: Any, vocabulary: int) -> None:
+    rows = getattr(peft_config, "trainable_token_indices", None) or []
+    last = max((max(each, default=0) for each in (rows.values() if isinstance(rows, dict) else [rows])), default=0)
+    if last >= vocabulary:
+        raise UserError(
+            f"The adapter has a row for token {last}, but the tokenizer has {vocabulary:,} tokens. Put the tokenizer "
+            "that it was trained with into its folder."
+        )
+
+
+class QuantizedBase:
+    """A Transform to the weights that training with quantization `config` computed with.
+
+    `model` may be on the meta device. Training loaded the weights in dtype `stored` before it quantized them.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import HfQuantizer
+
+        self.config, self.stored = config, stored
+        keep = HfQuantizer.get_modules_to_not_convert(
+            model, config.llm_int8_skip_modules, getattr(model, "_keep_in_fp32_modules", None)
+        )
+        twin = replace_with_bnb_linear(copy.deepcopy(model), keep, config)
+        self.quantized = {n for n, m in twin.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight `name` quantized as `Params4bit` or `Int8Params` does, and dequantized to float32 as their layers
+        do; unchanged if training did not quantize it."""
+        from bitsandbytes import functional
+
+        config: Any = self.config
+        if _owner(name) not in self.quantized or not name.endswith(".weight"):
+            return weight
+        weight = weight.to(self.stored)
+        if config.load_in_8bit:
+            rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
+            whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
+            return whole.to(weight.dtype).float()
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(),
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+        )
+        whole = functional.dequantize_4bit(packed, state)
+        return whole.to(config.bnb_4bit_compute_dtype).float()

@@ -7,5 +7,6 @@ __all__, __getattr__ = lazy_door(
     {
         "trainer": ["SharedPrefixDPOTrainer"],
         "callbacks": ["add_callbacks"],
+        "prefix_sharing": ["pack_pairs"],
     },
 )
