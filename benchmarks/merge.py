@@ -4,8 +4,8 @@
     python benchmarks/merge.py LAYERS     # of another depth
 
 Each measurement is a new process, and the two alternate. Time is that of the merge without imports, from the files of
-base and adapter to those of the merged model, with rank 64 on all linear layers and files of 1 GB. Memory is the largest
-anonymous resident size (RssAnon), without pages of the files, which the system can drop at any time.
+base and adapter to those of the merged model, with rank 64 on all linear layers and files of 1 GB. Memory is the
+largest anonymous resident size (RssAnon), without pages of the files, which the system can drop at any time.
 """
 
 from __future__ import annotations
