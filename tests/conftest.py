@@ -107,8 +107,10 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return Project(tmp_path_factory.mktemp("project"))
+def project(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"))
+    shutil.copytree(demo_folder, project.root / "outputs" / "demo")  # a notebook finds it there, and does not write it
+    return project
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,9 @@ DEMO = {
 }
 # Each that is read by the parser it is for, and the test that runs the like.
 READ = {
-    "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/test_judge_notebook.py",
-    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/test_hub.py",
-    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --push both": "tests/test_hub.py",
+    "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/notebooks/test_judge_notebook.py",
+    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/hub/test_hub.py",
+    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --push both": "tests/hub/test_hub.py",
 }
 # Programs that are not ours, and are not installed here: nothing of these lines is checked.
 OTHERS = {
@@ -134,9 +134,9 @@ def read_by_settings(words: list[str]) -> Any:
 def test_every_command_has_a_demo_form() -> None:
     known = set(DEMO) | set(READ)
     new = {command: page for command, page in of_python().items() if command not in known}
-    assert not new, f"no demo form: add one to the tables at the top of tests/test_docs.py for {new}"
+    assert not new, f"no demo form: add one to the tables at the top of tests/docs/test_docs.py for {new}"
     gone = (known - set(of_python())) | (OTHERS - set(commands()))
-    assert not gone, f"no page has these any more: take them out of the tables of tests/test_docs.py: {gone}"
+    assert not gone, f"no page has these any more: take them out of the tables of tests/docs/test_docs.py: {gone}"
     rest = {c for c in commands() if c.split()[0] not in ("python", "make")} - OTHERS - set(launched())
     assert not rest, f"nothing here says how these are checked: {rest}"
 
@@ -158,7 +158,7 @@ def test_launched_commands_name_configurations_and_flags_that_there_are(capsys: 
         words = shlex.split(command)
         while "=" in words[0]:
             assert words.pop(0) == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
-        if words[0] == "deepspeed":  # its launcher's own flags: tests/test_recipes.py starts it
+        if words[0] == "deepspeed":  # its launcher's own flags: tests/notebooks/test_recipes.py starts it
             words = words[words.index("notebooks/02_dpo.py") :]
             assert read_by_settings(words).trl["deepspeed"] == "ds_config_stage1.json"
             continue
@@ -230,7 +230,7 @@ def troubleshooting() -> tuple[str, str, str]:
 
 
 def test_every_line_that_is_quoted_is_said_by_our_code() -> None:
-    said = texts_in(*(REPO / "helpers").glob("*.py"), *(REPO / "notebooks").glob("*.py"))
+    said = texts_in(*(REPO / "helpers").rglob("*.py"), *(REPO / "notebooks").glob("*.py"))
     lines = [row[0] for row in quotes(troubleshooting()[0])]
     assert len(lines) > 30
     for line in lines:
