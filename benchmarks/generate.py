@@ -1,11 +1,11 @@
-"""Answers of 04_vibes.py in batches, beside one prompt at a time; an adapter switched on and off, beside two models.
+"""Generation of 04_vibes.py: batches against one prompt at a time; one base and its adapter against two models.
 
     python benchmarks/generate.py
 
 Each measurement is a fresh process on random Mistrals in float32, and the kinds alternate. Throughput: 32 prompts, 64
 tokens each, timed from the first to the last token. Memory: the largest resident size (VmHWM, Linux) of a process that
-has answered with the base and with the adapter, beside one that holds the base and the merged model at once. Weights
-are mapped from their files, so these count: every token reads them all.
+has answered with the base and with the adapter, and of one that holds the base and the merged model at once. Weights
+are mapped from their files and count in full, as every token reads them all.
 """
 
 from __future__ import annotations
@@ -54,23 +54,25 @@ def one(kind: str, folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers.evaluation.generators import generate_answers
+    from helpers.evaluation import HFGenerator
     from helpers.models.chat import set_chat_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     set_chat_template(tokenizer, "auto")
-    talks = [[{"role": "user", "content": "What is 2 plus 3? " * (1 + i % 8)}] for i in range(32)]
+    talks = [[{"role": "user", "content": "What is 2 plus 3? " * (8 - i // 4)}] for i in range(32)]  # longest first
     tokens = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    generator = HFGenerator(model, tokenizer)
     if kind.startswith("batch"):
-        generate_answers(model, tokenizer, talks[:1], 1, **tokens)  # warm
-        start = time.perf_counter()
-        generate_answers(model, tokenizer, talks, int(kind.split()[1]), **tokens)
+        generator.generate(talks[:1], **tokens)  # warm up
+        start, size = time.perf_counter(), int(kind.split()[1])
+        for first in range(0, len(talks), size):
+            generator.generate(talks[first : first + size], **tokens)
         return {"tokens a second": len(talks) * 64 / (time.perf_counter() - start)}
     other = AutoModelForCausalLM.from_pretrained(folder / "merged").eval() if kind == "two models" else None
-    generate_answers(model, tokenizer, talks[:4], 4, **tokens)
-    after = other or PeftModel.from_pretrained(model, folder / "adapter").eval()
-    generate_answers(after, tokenizer, talks[:4], 4, **tokens)
+    generator.generate(talks[:4], **tokens)
+    candidate = other or PeftModel.from_pretrained(model, folder / "adapter").eval()
+    HFGenerator(candidate, tokenizer).generate(talks[:4], **tokens)
     # not getrusage's ru_maxrss, which begins with that of the process that started this one
     return {"MiB": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024}
 
@@ -80,18 +82,18 @@ def main() -> None:
     for size, (hidden, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as place:
             make(Path(place), hidden, layers)
-            found: dict[str, list[float]] = {kind: [] for kind in KINDS[size]}
+            measurements: dict[str, list[float]] = {kind: [] for kind in KINDS[size]}
             for _ in range(ROUNDS):
-                for kind, measured in found.items():
+                for kind, values in measurements.items():
                     words = [sys.executable, __file__, "--one", kind, place]
                     text = subprocess.run(words, check=True, capture_output=True, text=True).stdout
                     ((unit, value),) = json.loads(text.splitlines()[-1]).items()
-                    measured.append(value)
-        usual, ours = (statistics.median(values) for values in found.values())
-        for kind, value in zip(found, (usual, ours), strict=True):
+                    values.append(value)
+        usual, ours = (statistics.median(values) for values in measurements.values())
+        for kind, value in zip(measurements, (usual, ours), strict=True):
             print(f"{size:5} {kind:14} {value:8,.0f} {unit}")
         print(f"{size:5} ratio {ours / usual:.2f}", flush=True)
-        results[size] = {kind: {unit: values} for kind, values in found.items()} | {"ratio": ours / usual}
+        results[size] = {kind: {unit: values} for kind, values in measurements.items()} | {"ratio": ours / usual}
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     content = {"python": platform.python_version(), "versions": versions, "rounds": ROUNDS, "results": results}
     (HERE / "results" / "generate.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from helpers.core import REPO
 from helpers.evaluation.answers import AnswerStore, SideBySide
-from helpers.evaluation.questions import read_questions
+from helpers.evaluation.questions import read_bench
 from helpers.runs.curves import Curves
 from helpers.runs.run import find_run
 
@@ -120,7 +120,7 @@ def draw_demo() -> None:
     dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
     Curves.read(dpo.folder).figure.savefig(PICTURES / "curves.png", dpi=110)
 
-    answers = AnswerStore(vibes.folder, read_questions(file=str(vibes.folder / "question.jsonl")))
+    answers = AnswerStore(vibes.folder, read_bench(vibes.folder))
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(SideBySide.of(answers, list(vibes.record["metrics"]["characters"]), rows=8))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")

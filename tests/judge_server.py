@@ -32,6 +32,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()  # by user message
         self.most_at_once = self._now = 0
         self.delay, self.retry_after = 0.0, ""
+        self.refuse: Callable[[dict[str, Any]], Any] = lambda request: None  # a status, or one with its message
         self.lock = threading.Lock()
         self.gone = False
 
@@ -66,13 +67,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, request: dict[str, Any], fault: Any) -> None:
         server, said = self.server, request["messages"][-1]["content"]
+        fault = server.refuse(request) or fault
+        if isinstance(fault, tuple):
+            return self._send(fault[0], json.dumps({"error": {"message": fault[1]}}).encode())
         if isinstance(fault, int):
             return self._send(fault, json.dumps({"error": {"message": f"scripted {fault}"}}).encode())
         if fault == "gone":
             self.close_connection = True
             return None
         if fault == "hang":
-            time.sleep(3)
+            time.sleep(1)
         text = "I have to think about" if fault == "short" else server.script(request["messages"])
         body = {
             "id": "x", "object": "chat.completion", "created": 0, "model": request["model"],
@@ -80,8 +84,6 @@ class Handler(BaseHTTPRequestHandler):
                          "finish_reason": "length" if fault == "short" else "stop"}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
         }  # fmt: skip
-        if request.get("stream"):
-            return self._stream(text)
         content = json.dumps(body).encode()
         content = {"malformed": content[:40], "html": b"<html>gateway</html>", "empty": b'{"choices": []}'}.get(
             fault, content
@@ -91,16 +93,9 @@ class Handler(BaseHTTPRequestHandler):
                 server.answered[said] += 1
         return self._send(200, content, cut=fault == "cut", html=fault == "html")
 
-    def _stream(self, text: str) -> None:
-        events = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in re.findall(r"\S+\s*", text)]
-        content = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-        self._send(200, content.encode(), kind="text/event-stream")
-
-    def _send(
-        self, status: int, content: bytes, cut: bool = False, html: bool = False, kind: str = "application/json"
-    ) -> None:
+    def _send(self, status: int, content: bytes, cut: bool = False, html: bool = False) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "text/html" if html else kind)
+        self.send_header("Content-Type", "text/html" if html else "application/json")
         self.send_header("Content-Length", str(len(content)))
         if status == 429 and self.server.retry_after:
             self.send_header("Retry-After", self.server.retry_after)

@@ -1,10 +1,16 @@
-"""Evaluation: questions, answers, the vote page, judges and their results."""
+"""Evaluation: questions, generators, answers, the vote page, judges and their results."""
 
 from helpers.core import lazy_door
 
 __all__, __getattr__ = lazy_door(
     __name__,
     {
-        "questions": ["read_questions"],
+        "questions": ["read_bench", "read_questions"],
+        "generators": ["chat_loop", "generation_kwargs", "HFGenerator", "iter_generators", "plan_generators"],
+        "answers": ["AnswerStore", "SideBySide", "find_answers", "resumable"],
+        "vote_page": ["write_vote_page"],
+        "judges": ["make_judge"],
+        "judgments": ["save_judgments"],
+        "results": ["PairwiseResults", "RatingResults"],
     },
 )

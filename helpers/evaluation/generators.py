@@ -1,402 +1,406 @@
-"""What answers: a model, an adapter on its base, or an endpoint; a batch at a time, or a word at a time."""
+"""What generates answers: a model or an adapter loaded here, or a model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import gc
 import json
 import os
-import queue
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from helpers.core import SettingsError, UserError
+from helpers.core import CleanExit, SettingsError, UserError
 from helpers.data.conversations import Message
-from helpers.models.chat import eos_token_ids, fold_system_message, prepend_system, render, supports_system_role
+from helpers.models.chat import (
+    eos_token_ids,
+    fold_system_message,
+    prepend_system,
+    render,
+    set_chat_template,
+    supports_system_role,
+)
+from helpers.models.plan import LoadPlan, disable_cpu_4bit_repacking, plan_model, resize_embeddings
+from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from helpers.evaluation.answers import AnswerStore
 
-# Arguments that make of an answer something else than one text, or need more than a value.
+# Arguments of `model.generate` that change what it returns, or need an object.
 UNSUPPORTED = {"num_return_sequences", "return_dict_in_generate", "stop_strings", "output_scores", "output_logits"}
-TEXTS = {"cache_implementation", "early_stopping"}
-SAMPLED = ("temperature", "top_p", "top_k")  # have a meaning when sampling only
-PASSED_ON = ("top_k", "repetition_penalty")  # not OpenAI's: vLLM and others read them from the body
+TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
+SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
+BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
+# How newer models of OpenAI's call an argument; None: they do not accept it.
+ARGUMENT_ALIASES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+UNKNOWN_ARGUMENT = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
+LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Generator(Protocol):
-    """What answers: a model here, or one behind an endpoint."""
+    """Generates answers to conversations."""
 
-    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Sequence[str | None]:
-        """One answer a conversation, in their order; None for one that is refused."""
+    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> Sequence[str | None]:
+        """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
 
-    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
-        """One answer, printed as it comes."""
+    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
+        """Print and return one answer."""
 
 
 def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
-    """The arguments of `model.generate` among the settings; those of sampling only when it samples.
+    """The arguments of `model.generate` among the settings, those of sampling only if it samples.
 
-    A temperature, top_p or top_k that was given means that it is to sample, a temperature of 0 that it is not. Raises
-    SettingsError for a word of --generation_kwargs that is not one of its arguments, and for values that it refuses.
+    Setting --temperature, --top_p or --top_k turns sampling on; a temperature of 0 turns it off. Raises SettingsError.
     """
     from transformers import GenerationConfig
 
-    own: Any = settings
-    if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLED):
-        settings.override("sampling was asked for", do_sample=own.temperature > 0)
-    if own.do_sample and not (own.temperature > 0 and 0 < own.top_p <= 1):
+    values = settings.values()
+    if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLING_ARGUMENTS):
+        settings.override("sampling was asked for", do_sample=values["temperature"] > 0)
+        values = settings.values()
+    if values["do_sample"] and not (values["temperature"] > 0 and 0 < values["top_p"] <= 1):
         raise SettingsError("--do_sample needs a --temperature above 0, and a --top_p above 0 and at most 1")
-    names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty")
-    values, known = settings.values(), GenerationConfig().to_dict()
-    more = {}
+    names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", *SAMPLING_ARGUMENTS)
+    kwargs = {name: values[name] for name in (names if values["do_sample"] else names[:4])}
+    known = set(GenerationConfig().to_dict()) - UNSUPPORTED
     for word in values["generation_kwargs"]:
         name, equals, value = word.partition("=")
-        if not equals or name not in known or name in UNSUPPORTED:
-            close = difflib.get_close_matches(name, set(known) - UNSUPPORTED, n=1)
-            raise SettingsError(
-                f"--generation_kwargs {word}: {f'did you mean {close[0]}=...?' if close else 'give NAME=VALUE'}"
-            )
+        if not equals or name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}=...?" if close else "give NAME=VALUE"
+            raise SettingsError(f"--generation_kwargs {word}: {hint}")
         try:
-            more[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            kwargs[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
-            if name not in TEXTS:
+            if name not in TEXT_ARGUMENTS:
                 raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
-            more[name] = value
-    chosen = {name: values[name] for name in names + (SAMPLED if values["do_sample"] else ())} | more
+            kwargs[name] = value
     try:
-        GenerationConfig(**chosen).validate()
+        GenerationConfig(**kwargs).validate()
     except (TypeError, ValueError) as error:
         raise SettingsError(f"model.generate refuses these settings: {' '.join(str(error).split())[:300]}") from None
-    return chosen
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[Message]],
-    batch_size: int,
-    **sampling: Any,
-) -> list[str]:
-    """One answer a conversation, in their order. `sampling` goes to `model.generate`.
-
-    Batches hold prompts of similar length, padded on the left, so that every answer starts where its prompt ends.
-    """
-    import torch
-
-    sampling = {"eos_token_id": eos_token_ids(tokenizer, model.generation_config)} | sampling
-    system = supports_system_role(tokenizer)
-    texts = [render(tokenizer, fold_system_message(messages, system), prompt=True) for messages in conversations]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-    answers = [""] * len(texts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in batch], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(  # type: ignore[operator]  # the stubs call it a tensor
-                **inputs, pad_token_id=tokenizer.pad_token_id, **sampling
-            )
-        new = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, answer in zip(batch, new, strict=True):
-            answers[i] = answer.strip()
-    return answers
+    return kwargs
 
 
 class HFGenerator:
-    """A model here, with or without an adapter."""
+    """A model on this machine, with or without an adapter."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model
+        self.tokenizer = tokenizer
 
-    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str]:
+        """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
+        import torch
         from transformers import set_seed
 
         set_seed(seed)
-        return generate_answers(self.model, self.tokenizer, conversations, len(conversations), **sampling)
+        kwargs = {"eos_token_id": eos_token_ids(self.tokenizer, self.model.generation_config)} | kwargs
+        system = supports_system_role(self.tokenizer)
+        texts = [render(self.tokenizer, fold_system_message(talk, system), prompt=True) for talk in conversations]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        inputs = self.tokenizer(
+            [texts[i] for i in order], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **kwargs)
+        new = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = dict(zip(order, new, strict=True))
+        return [answers[i].strip() for i in range(len(texts))]
 
-    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
-        from transformers import TextStreamer, set_seed
+    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
+        from transformers import TextStreamer
 
-        set_seed(seed)
-        beams = sampling.get("num_beams", 1) > 1  # which have no words until all of them are done
+        beams = kwargs.get("num_beams", 1) > 1  # a beam search has no words until it ends
         streamer = None if beams else TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        (answer,) = generate_answers(self.model, self.tokenizer, [conversation], 1, streamer=streamer, **sampling)
+        [answer] = self.generate([conversation], seed, streamer=streamer, **kwargs)
         if beams:
             print(answer)
         return answer
 
 
 class OpenAIGenerator:
-    """A model behind an OpenAI-compatible endpoint; the conversations of a batch are asked at the same time."""
+    """A model behind an OpenAI-compatible endpoint; the conversations of a batch are sent at the same time."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
-    def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str | None]:
-        words = _for_endpoint(sampling) | {"seed": seed}
+    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> list[str | None]:
+        arguments = _to_openai(kwargs) | {"seed": seed}
 
-        def ask(i: int) -> str | None:
+        def ask(i: int) -> tuple[int, str | None]:
             try:
-                return self.endpoint.ask(conversations[i], **words).text.strip()
-            except Refused as error:
+                return i, self.endpoint.ask(conversations[i], **arguments).text.strip()
+            except RequestRefused as error:
                 print(f"note: {error}")
-                return None
+                return i, None
 
-        jobs = range(len(conversations))
-        answers = dict(run_parallel(jobs, ask, len(jobs)))
-        return [answers[i] for i in jobs]
+        return [text for _, text in sorted(run_parallel(range(len(conversations)), ask, len(conversations)))]
 
-    def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
-        pieces = []
-        for piece in self.endpoint.stream(conversation, **_for_endpoint(sampling), seed=seed):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
-        print()
-        return "".join(pieces).strip()
+    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
+        """The answer, printed once it is complete."""
+        [answer] = self.generate([conversation], seed, **kwargs)
+        print(answer or "")
+        return answer or ""
 
 
-def _for_endpoint(sampling: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint has not."""
-    rest = set(sampling) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLED, *PASSED_ON}
-    if sampling.get("num_beams", 1) > 1 or rest:
-        raise SettingsError(f"an endpoint takes no {', '.join(sorted(rest)) or '--num_beams'}: leave it out")
-    words: dict[str, Any] = {"max_tokens": sampling["max_new_tokens"], "temperature": 0.0}
-    if sampling.get("do_sample"):
-        words |= {"temperature": sampling["temperature"], "top_p": sampling["top_p"]}
-    usual = {"top_k": 50, "repetition_penalty": 1.0}
-    body = {name: sampling[name] for name in PASSED_ON if sampling.get(name, usual[name]) != usual[name]}
-    return words | ({"extra_body": body} if body else {})
+def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint does not have."""
+    rest = set(kwargs) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS}
+    if kwargs.get("num_beams", 1) > 1 or rest:
+        names = ", ".join(sorted(rest)) or "--num_beams"
+        raise SettingsError(f"{names} is not an argument of an OpenAI-compatible endpoint. Remove it.")
+    arguments: dict[str, Any] = {"max_tokens": kwargs["max_new_tokens"], "temperature": 0.0}
+    if kwargs.get("do_sample"):
+        arguments |= {"temperature": kwargs["temperature"], "top_p": kwargs["top_p"]}
+    body = {name: kwargs[name] for name, usual in BODY_ARGUMENTS.items() if kwargs.get(name, usual) != usual}
+    return arguments | ({"extra_body": body} if body else {})
 
 
-def chat_loop(speaker: Generator, seed: int, lines: Iterable[str] | None = None, **sampling: Any) -> None:
-    """Talk with a model until /quit or the end of the input; /new begins anew, Ctrl-C ends an answer."""
+def plan_generators(models: list[ModelRef], settings: Any) -> LoadPlan | str:
+    """How the models will be loaded, to print. Raises UserError for a model that cannot run here, or a bad endpoint."""
+    remote = [Endpoint(model.base, model.base_url) for model in models if model.base_url]
+    plans = [plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url]
+    return plans[0] if plans else f"Answers come from {', '.join(sorted({endpoint.where for endpoint in remote}))}."
+
+
+def iter_generators(
+    models: list[ModelRef], settings: Any, answers: AnswerStore | None = None
+) -> Iterator[tuple[str, Generator]]:
+    """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
+
+    One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used until
+    the next is asked for.
+    """
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    base: Any = None
+    loaded: tuple[str, str] | None = None
+    for ref in models:
+        if answers is not None and not answers.missing(ref.name):
+            continue
+        if ref.base_url:
+            yield ref.name, OpenAIGenerator(Endpoint(ref.base, ref.base_url))
+            continue
+        if loaded != (ref.base, ref.revision):
+            base = None
+            gc.collect()  # free the base before loading the next
+            base = _load_base(ref, settings)
+        tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=settings.trust_remote_code)
+        set_chat_template(tokenizer, "auto")
+        if ref.adapter:
+            resize_embeddings(base, tokenizer)  # rows for tokens that its chat template added
+            base = PeftModel.from_pretrained(base, ref.adapter)
+        generator = HFGenerator(base.eval(), tokenizer)
+        yield ref.name, generator
+        generator.model = None  # the caller may still hold the generator
+        base = base.unload() if ref.adapter else base
+        loaded = None if ref.changes_base else (ref.base, ref.revision)
+
+
+def _load_base(ref: ModelRef, settings: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    plan = plan_model(ref.base, "none", settings.quantization)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        resolve_model(ref.base, ref.revision),
+        revision=ref.revision or "main",
+        dtype=plan.dtype,
+        quantization_config=plan.quantization,
+        attn_implementation=plan.attn_implementation,
+        device_map=plan.device_map,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    disable_cpu_4bit_repacking(model)
+    return model
+
+
+def chat_loop(model: ModelRef, settings: Any, lines: Iterable[str] | None = None) -> None:
+    """Talk with a model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
+
+    Raises CleanExit at the end: a conversation is not saved, and has no run.
+    """
+    kwargs = generation_kwargs(settings)
+    _, generator = next(iter_generators([model], settings))
     talk: list[Message] = []
-    print("/new begins anew, /quit ends.")
-    for line in lines if lines is not None else _typed():
-        if line.strip() in ("/quit", "/exit"):
-            return
-        if line.strip() == "/new":
+    print("/new starts over, /quit ends.")
+    for line in map(str.strip, lines if lines is not None else _typed_lines()):
+        if line in ("/quit", "/exit"):
+            break
+        if line == "/new":
             talk = []
-            continue
-        if not line.strip():
-            continue
-        talk.append({"role": "user", "content": line.strip()})
-        try:
-            talk.append({"role": "assistant", "content": speaker.say(talk, seed + len(talk), **sampling)})
-        except (KeyboardInterrupt, UserError) as error:
-            talk.pop()
-            print(f"\n({error or 'stopped'}; the question is taken back)")
+        elif line:
+            talk.append({"role": "user", "content": line})
+            try:
+                answer = generator.stream(talk, settings.seed + len(talk), **kwargs)
+                talk.append({"role": "assistant", "content": answer})
+            except (KeyboardInterrupt, UserError) as error:
+                talk.pop()
+                print(f"\n({error or 'stopped'}; the question is removed)")
+    raise CleanExit("The conversation is not saved.")
 
 
-def _typed() -> Iterator[str]:
-    while True:
-        try:
+def _typed_lines() -> Iterator[str]:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
             yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-Job = TypeVar("Job")
-Done = TypeVar("Done")
-# Names that newer models of OpenAI's want in place of older ones; None: to be left out.
-ARGUMENT_ALIASES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
-LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
+    print()
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model said, and what it cost in tokens; 0 where the server does not say."""
+    """A model's reply and the tokens used; 0 where the server does not report them."""
 
     text: str
-    finished: bool  # False where the reply was cut off at its longest
+    finished: bool  # False where the reply was cut off at max_tokens
     prompt_tokens: int
     completion_tokens: int
 
 
-class Refused(UserError):
-    """The server takes this one request not, whatever it makes of others: too long, or against its rules."""
+class RequestRefused(UserError):
+    """The server refuses this one request: it is too long, or against its rules. Others may succeed."""
 
 
 class Endpoint:
-    """`model` at `base_url`, or where OPENAI_BASE_URL or OpenAI's own servers are.
+    """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
-    The key is OPENAI_API_KEY; a server of one's own needs none. What failed on the way (429 and 5xx, a broken
-    connection, a server that is silent for `timeout` seconds) is tried `tries` times, and a Retry-After of up to
-    PATIENCE seconds is waited for. `ask` and `stream` raise UserError where that did not help. Threads may share it.
+    The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
+    are tried `tries` times by openai's client. It honours a Retry-After of up to two minutes; a longer one, up to
+    LONGEST_WAIT, is waited for here.
     """
 
     def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
         from openai import OpenAI
 
-        where = base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if where and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", where):
-            raise SettingsError(f"--base_url {_plain(where)!r} is not an address such as http://127.0.0.1:8000/v1")
-        if not where and not os.environ.get("OPENAI_API_KEY"):
+        url, key = base_url or os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "")
+        where = re.sub(r"//[^/@]*@", "//", url).partition("?")[0]  # without what may be a password
+        if url and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", url):
+            raise SettingsError(f"--base_url {where!r} is not an address such as http://127.0.0.1:8000/v1")
+        if not url and not key:
             raise UserError(
                 f"{model!r} at OpenAI needs a key: set OPENAI_API_KEY in the environment or in .env, or --base_url to "
                 "an OpenAI-compatible server"
             )
-        self.model, self.where, self.tries = model, _plain(where) or "api.openai.com", tries
-        self.client = OpenAI(
-            base_url=where or None,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=timeout,
-            max_retries=tries - 1,
-        )
-        self.respelled: dict[str, str | None] = {}
-        self.takes_system: bool | None = None  # not known yet
+        self.model, self.where, self.tries = model, where or "api.openai.com", tries
+        self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
+        self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
+        self.supports_system: bool | None = None  # not known yet
 
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
-        """One reply. What comes back as no reply at all (no JSON, no choice, no text) is asked for again."""
+        """One reply. A malformed one (no JSON, no choice, no text) is asked for again. Raises UserError."""
         for attempt in range(self.tries):
             try:
-                answer = self._create(messages, **arguments)
-                choice = answer.choices[0]
-                text, finish = choice.message.content or "", choice.finish_reason
+                reply = self._create(messages, **arguments)
+                text, finish = reply.choices[0].message.content or "", reply.choices[0].finish_reason
             except (json.JSONDecodeError, AttributeError, IndexError, TypeError):  # a gateway's page, half an object
-                text, finish = "", "malformed"
-            if text or finish not in ("malformed", None):
-                used = getattr(answer, "usage", None)
-                counts = (getattr(used, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
+                text, finish = "", None
+            if text or finish:
+                usage = getattr(reply, "usage", None)
+                counts = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
                 return Reply(text, finish != "length", *counts)
             if attempt < self.tries - 1:
                 time.sleep(min(0.5 * 2**attempt, 8.0))
-        raise UserError(f"{self.model} at {self.where} answers with what is no reply, {self.tries} times in a row")
-
-    def stream(self, messages: list[Message], **arguments: Any) -> Iterator[str]:
-        """The reply in pieces, as they come."""
-        from openai import APIError
-
-        try:
-            for event in self._create(messages, stream=True, **arguments):
-                if event.choices and (piece := event.choices[0].delta.content):
-                    yield piece
-        except APIError as error:  # broken off in the middle
-            raise UserError(f"{self.where} broke off: {_line(error)}") from None
+        raise UserError(f"{self.model} at {self.where} sent {self.tries} malformed replies in a row")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:
-        """A completion; what the server refuses is spelt as it wants it, or left out, and remembered."""
+        """A completion. Arguments and system messages that the server refuses are renamed, moved or dropped."""
         from openai import APIConnectionError, APIStatusError
 
         create: Any = self.client.chat.completions.create
-        fold_system_message, waited = False, 0
+        has_system = messages[0]["role"] == "system"
+        fold, waits = False, 0
         while True:
-            names = {name: self.respelled.get(name, name) for name in arguments}
-            given = {new: arguments[name] for name, new in names.items() if new}
-            system = messages[0]["role"] == "system" and self.takes_system is not False
-            fold_system_message = fold_system_message or (messages[0]["role"] == "system" and not system)
-            sent = prepend_system(messages) if fold_system_message else messages
+            names = {name: self.renamed.get(name, name) for name in arguments}
+            sent = {new: arguments[name] for name, new in names.items() if new}
+            fold = has_system and (fold or self.supports_system is False)
             try:
-                answer = create(model=self.model, messages=sent, **given)
-            except APIConnectionError as error:  # a time-out is one
-                raise UserError(f"no answer from {self.where}: {_line(error)} Is the server up?") from None
+                reply = create(model=self.model, messages=prepend_system(messages) if fold else messages, **sent)
+            except APIConnectionError as error:  # a timeout is one
+                raise UserError(f"no answer from {self.where}: {_first_line(error)} Is the server up?") from None
             except APIStatusError as error:
-                refused = [n for n in ARGUMENT_ALIASES if n in given and _is_unknown(error, n)]
-                wait = _told_to_wait(error)
+                refused = [name for name in ARGUMENT_ALIASES if name in sent and _is_unknown(error, name)]
+                wait = _long_retry_after(error)
                 if error.status_code == 400 and refused:
-                    self.respelled |= {name: ARGUMENT_ALIASES[name] for name in refused}
-                    print(f"note: {self.model} takes no {', '.join(refused)}: {_line(error)}")
-                elif (
-                    error.status_code in (400, 422, 500)
-                    and system
-                    and self.takes_system is None
-                    and not fold_system_message
-                ):
-                    fold_system_message = True  # the templates of Mistral, Gemma and others have no place for one
-                elif wait and waited < self.tries:
-                    waited += 1
+                    self.renamed |= {name: ARGUMENT_ALIASES[name] for name in refused}
+                    print(f"note: {self.model} does not accept {', '.join(refused)}: {_first_line(error)}")
+                elif error.status_code in (400, 422, 500) and has_system and not fold and not self.supports_system:
+                    fold = True  # the templates of Mistral, Gemma and others have no system role
+                elif wait and waits < self.tries:
+                    waits += 1
                     print(f"{self.where} asks to wait {wait:.0f} s.", flush=True)
                     time.sleep(wait)
                 else:
                     raise self._explain(error) from None
-            else:
-                if fold_system_message and self.takes_system is None:
-                    print(f"note: {self.model} has no place for a system message: it opens the user's.")
-                self.takes_system = False if fold_system_message else self.takes_system or system or None
-                return answer
+                continue
+            if fold and self.supports_system is None:
+                print(f"note: {self.model} has no system role: the system message is put before the user's.")
+            if has_system:
+                self.supports_system = not fold
+            return reply
 
     def _explain(self, error: Any) -> UserError:
-        status, said = error.status_code, _line(error)
+        status, line = error.status_code, _first_line(error)
         if status in (400, 413, 422):
-            return Refused(f"{self.model} at {self.where} refuses the request: {said}")
-        if status in (401, 403):
-            return UserError(f"{self.where} does not take the key in OPENAI_API_KEY ({status})")
+            return RequestRefused(f"{self.model} at {self.where} refuses the request: {line}")
         if status == 404:
-            return UserError(f"{self.where} has no model {self.model!r} (404): {self._models() or said}")
-        if status == 429:
-            return UserError(f"{self.where} asks to slow down (429), and went on asking: {said}")
-        return UserError(f"{self.where} fails ({status}): {said}")
-
-    def _models(self) -> str:
-        try:
-            names = [model.id for model in self.client.models.list()]
-        except Exception:  # the first error says more
-            return ""
-        return f"it has {', '.join(names[:8])}" if names else ""
+            with contextlib.suppress(Exception):  # the first error says more
+                line = f"it has {', '.join([model.id for model in self.client.models.list()][:8])}"
+        problems = {
+            401: "does not accept the key in OPENAI_API_KEY (401)",
+            403: "does not accept the key in OPENAI_API_KEY (403)",
+            404: f"has no model {self.model!r} (404): {line}",
+            429: f"still asks to slow down (429): {line}",
+        }
+        return UserError(f"{self.where} {problems.get(status, f'fails ({status}): {line}')}")
 
 
-def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Done], concurrency: int) -> Iterator[tuple[Job, Done]]:
-    """(job, work(job)) of each as it is done, `concurrency` at a time; only as many are begun as are taken.
+def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency: int) -> Iterator[Result]:
+    """work(job) of each job as it completes, `concurrency` at a time.
 
-    An exception of `work` is raised here, after what the others had begun by then is done. The threads are daemons:
-    after Ctrl-C nobody waits for a server that hangs.
+    After an exception no job is started; it is raised once the running ones are done. The threads are daemons, unlike
+    those of concurrent.futures: Ctrl-C does not wait for a server that hangs.
     """
-    waiting, done = iter(jobs), queue.SimpleQueue[tuple[Job, Any, BaseException | None]]()
+    errors: list[BaseException] = []
 
-    def run(job: Job) -> None:
+    def run(job: Job) -> list[Result]:
         try:
-            done.put((job, work(job), None))
-        except BaseException as error:  # raised again, in the caller's thread
-            done.put((job, None, error))
+            return [] if errors else [work(job)]
+        except BaseException as error:  # raised again in the caller's thread
+            errors.append(error)
+            return []
 
-    running, failed = 0, None
-    while True:
-        while failed is None and running < concurrency:
-            try:
-                job = next(waiting)
-            except StopIteration:
-                break
-            threading.Thread(target=run, args=(job,), daemon=True).start()
-            running += 1
-        if not running:
-            break
-        job, result, error = done.get()
-        running -= 1
-        if error is None:
-            yield job, result
-        failed = failed or error
-    if failed:
-        raise failed
+    with ThreadPool(max(1, concurrency)) as pool:
+        for results in pool.imap_unordered(run, jobs):
+            yield from results
+    if errors:
+        raise errors[0]
 
 
 def _is_unknown(error: Any, name: str) -> bool:
-    """Whether a server says that it has no argument of this name; not whenever it speaks of it."""
-    said = str(error.message)
-    return getattr(error, "param", None) == name or bool(re.search(rf"\b{name}\b", said) and UNKNOWN.search(said))
+    """Whether a server says that it has no argument of this name, rather than only mentioning it."""
+    text = str(error.message)
+    named = re.search(rf"\b{name}\b", text) and UNKNOWN_ARGUMENT.search(text)
+    return getattr(error, "param", None) == name or bool(named)
 
 
-def _told_to_wait(error: Any) -> float:
-    """Seconds of a Retry-After that the client itself finds too long (above two minutes); else 0."""
-    told = error.response.headers.get("Retry-After", "")
-    seconds = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else 0.0
+def _long_retry_after(error: Any) -> float:
+    """Seconds of a Retry-After that is too long for openai's client (3.52: above two minutes); else 0."""
+    value = error.response.headers.get("Retry-After", "")
+    seconds = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
     return seconds if error.status_code in (429, 503) and 120 < seconds <= LONGEST_WAIT else 0.0
 
 
-def _plain(address: str) -> str:
-    """An address without what may be a password in it."""
-    return re.sub(r"//[^/@]*@", "//", address).partition("?")[0]
-
-
-def _line(error: Any) -> str:
+def _first_line(error: Any) -> str:
     body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or error).split())[:300]
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error).split())[:300]

@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its verdict is read. Prompts are rows of FastChat's judge_prompts.jsonl."""
+"""Judges: a model, people (votes), rules, or a file of judgments. Prompts and rows are in FastChat's layouts."""
 
 from __future__ import annotations
 
@@ -6,111 +6,91 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import UserError, fingerprint, read_jsonl
+from helpers.core import SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
 from helpers.data.conversations import Message
-from helpers.evaluation.answers import JsonlStore
-from helpers.evaluation.generators import Endpoint, Refused, Reply, run_parallel
-from helpers.evaluation.questions import Question, shown_turns
+from helpers.evaluation.answers import AnswerSet, JsonlStore, ModelAnswers, Row, resumable
+from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
+from helpers.evaluation.judgments import Judgments, apply_rules, pair_row, read_judgments, read_votes, score_by_rules
+from helpers.evaluation.questions import Question, question_turns
+from helpers.runs.run import Run
 
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
-FASTCHAT = {("pairwise", False): "pair-v2", ("pairwise", True): "pair-math-v1",
-            ("single", False): "single-v1", ("single", True): "single-math-v1"}  # fmt: skip
+FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
+JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
 
 
 class JudgePrompts:
-    """The prompts of a file, ours where none is named; FastChat's are known by their names."""
+    """The prompts of a file, by default ours. FastChat's are recognized by their names."""
 
     def __init__(self, file: Path = OUR_PROMPTS) -> None:
         self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
-        self.fastchat = "pair-v2" in self.rows
-        self.file = file
-
-    @property
-    def most_turns(self) -> int:
-        """The last turn that can be judged: FastChat's prompts have room for two."""
-        return 2 if self.fastchat else 1000
+        self.file, self.is_fastchat = file, "pair-v2" in self.rows
 
     def name_for(self, question: Question, turn: int, mode: str) -> str:
-        """Which prompt a turn (from 1) of a question is judged with. Raises UserError where the file lacks it."""
-        reference = len(question.get("reference", ())) >= turn
-        if self.fastchat:
-            name = FASTCHAT[mode, reference and question["category"] in REFERENCE_CATEGORIES]
+        """The prompt for a turn (from 1) of a question. Raises UserError if the file lacks it."""
+        has_reference = len(question.get("reference", ())) >= turn
+        if self.is_fastchat:
+            name = FASTCHAT_NAMES[mode][has_reference and question["category"] in REFERENCE_CATEGORIES]
         else:
-            name = {"pairwise": "pair", "single": "single"}[mode] + ("-reference" if reference else "")
-        name += "-multi-turn" if turn > 1 else ""
+            name = {"pairwise": "pair", "single": "single"}[mode] + "-reference" * has_reference
+        name += "-multi-turn" * (turn > 1)
         if name not in self.rows:
             raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
         return name
 
-    def messages(self, name: str, question: Question, turn: int, answers: list[list[str]]) -> list[Message]:
-        """System and user message for one model's answers up to `turn`, or two models' in the order they are shown.
-
-        Raises UserError for a template with a field that is not known.
-        """
-        row = self.rows[name]
-        asked, reference = shown_turns(question), question.get("reference", [])
-        fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _talk(asked, reference, turn)}
+    def messages(self, match: Match, answers: ModelAnswers) -> list[Message]:
+        """System and user message for a match. Raises UserError for a template with an unknown field."""
+        row, question, turn = self.rows[match.prompt], match.question, match.turn
+        asked, reference = question_turns(question), question.get("reference", [])
+        fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _transcript(asked, reference, turn)}
         fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
         fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
-        for side, said in zip(("_a", "_b") if len(answers) > 1 else ("",), answers, strict=True):
-            fields |= {f"answer{side}": said[turn - 1], f"conversation{side}": _talk(asked, said, turn)}
-            fields |= {f"answer{side}_{i}": text for i, text in enumerate(said, 1)}
+        for side, model in zip(("_a", "_b") if len(match.models) > 1 else ("",), match.models, strict=True):
+            turns = answers[model][question["question_id"]]
+            fields |= {f"answer{side}": turns[turn - 1], f"conversation{side}": _transcript(asked, turns, turn)}
+            fields |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
         try:
             text = row["prompt_template"].format(**fields)
         except (LookupError, ValueError) as error:
-            raise UserError(f"{self.file}: the template of {name} cannot be filled in: {error}") from None
+            raise UserError(f"{self.file}: the template of {match.prompt} cannot be filled in: {error}") from None
         return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
 
-    def preview(self, messages: list[list[Message]], left: list[list[Message]]) -> str:
-        """One prompt, whole, and what it would be to send those that are left to ask."""
-        parts = [f"--- {m['role']} ---\n{m['content']}" for m in messages[0]]
-        tokens = sum(len(m["content"]) for each in left for m in each) // 4
-        calls = f"{len(left):,} calls like this one, some {tokens:,} tokens to read."
-        before = len(messages) - len(left)
-        return "\n".join([*parts, "---", calls, *([f"{before:,} more have been judged before."] if before else [])])
 
-
-def _talk(asked: list[str], said: list[str], turn: int) -> str:
+def _transcript(asked: list[str], answers: list[str], turn: int) -> str:
     if turn == 1:
-        return "".join(said[:1])
-    pairs = zip(asked[:turn], said[:turn], strict=False)
+        return "".join(answers[:1])
+    pairs = zip(asked[:turn], answers[:turn], strict=False)
     return "\n\n".join(f"## User\n\n{question}\n\n## Assistant\n\n{answer}" for question, answer in pairs)
 
 
-def strip_reasoning(judgment: str) -> str:
-    """What a judge said without what it thought: what stands in <think> tags; all before a </think> without its
-    opening tag, which many templates put into the prompt; all of a reply that opens with one and never closes it."""
+def strip_reasoning(text: str) -> str:
+    """A judge's reply without its reasoning: <think> blocks; all before a </think> without its opening tag, which many
+    templates put into the prompt; all of a reply that opens with <think> and never closes it."""
     flags = re.DOTALL | re.IGNORECASE
-    whole = re.sub(r"<think(ing)?>.*?</think(ing)?>", "", judgment, flags=flags)
-    rest = re.split(r"</think(?:ing)?>", whole, flags=flags)[-1]
-    return re.sub(r"^\s*<think(ing)?>.*", "", rest, flags=flags)
+    text = re.sub(r"<think(ing)?>.*?</think(ing)?>", "", text, flags=flags)
+    return re.sub(r"^\s*<think(ing)?>.*", "", re.split(r"</think(?:ing)?>", text, flags=flags)[-1], flags=flags)
 
 
-def parse_verdict(judgment: str) -> str:
-    """The last verdict stated: "A", "B" or "tie" ([[C]]); "error" where there is none.
+def parse_verdict(text: str) -> str:
+    """The last verdict of a reply: "A", "B" or "tie" ([[C]]); "error" if it has none.
 
-    FastChat takes the first of A, B and C that stands anywhere, so that a quoted [[A]] wins.
+    FastChat takes the first of A, B and C that occurs anywhere, so that a quoted [[A]] wins.
     """
-    found = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(judgment))
-    return {"C": "tie"}.get(found[-1], found[-1]) if found else "error"
+    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text))
+    return {"C": "tie"}.get(verdicts[-1], verdicts[-1]) if verdicts else "error"
 
 
-def parse_rating(judgment: str) -> float:
-    """The last rating stated, from 1 to 10; -1, as FastChat has it, where there is none."""
-    found = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", strip_reasoning(judgment)) or re.findall(
-        r"\[(\d+(?:\.\d+)?)\]", strip_reasoning(judgment)
-    )
-    return value if found and 1 <= (value := float(found[-1])) <= 10 else -1
-
-
-ModelAnswers = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one a turn
-Row = dict[str, Any]
+def parse_rating(text: str) -> float:
+    """The last rating of a reply, from 1 to 10; -1 as in FastChat if it has none."""
+    text = strip_reasoning(text)
+    ratings = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", text) or re.findall(r"\[(\d+(?:\.\d+)?)\]", text)
+    return rating if ratings and 1 <= (rating := float(ratings[-1])) <= 10 else -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,51 +100,43 @@ class Match:
     question: Question
     turn: int
     models: tuple[str, ...]
-    prompt: str
+    prompt: str  # its name
 
     @property
     def key(self) -> tuple[Any, ...]:
         return self.question["question_id"], self.turn, self.models, self.prompt
 
-    def messages(self, prompts: JudgePrompts, said: ModelAnswers) -> list[Message]:
-        """What the judge is asked."""
-        answers = [said[model][self.question["question_id"]] for model in self.models]
-        return prompts.messages(self.prompt, self.question, self.turn, answers)
+
+def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
+    """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
+    if mode == "single":
+        return [(name,) for name in answers]
+    pairs: list[tuple[str, ...]] = (
+        [(baseline, name) for name in answers if name != baseline] if baseline else list(combinations(answers, 2))
+    )
+    if answers and not pairs:
+        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}; --mode single "
+                            "rates it")  # fmt: skip
+    return pairs
 
 
-def make_matches(
-    questions: list[Question], said: ModelAnswers, groups: list[tuple[str, ...]], mode: str, prompts: JudgePrompts
-) -> list[Match]:
-    """Every call there is to make: for each question, turn and pair of models both orders; or each model alone.
+def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Match]:
+    """Every call to make: for each question and turn both orders of each pair, or each model alone.
 
-    A turn that one of them has not answered is not judged. Raises UserError where nothing is left.
+    A turn that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
     """
-    games = []
-    for question in questions:
-        for turn in range(1, min(len(question["turns"]), prompts.most_turns) + 1):
+    matches = []
+    for question in answers.questions:
+        turns = len(question["turns"])  # FastChat's prompts have room for two
+        for turn in range(1, (min(turns, 2) if prompts.is_fastchat else turns) + 1):
             name = prompts.name_for(question, turn, mode)
-            for group in groups:
-                if all(len(said[model].get(question["question_id"], ())) >= turn for model in group):
-                    orders = [group, group[::-1]] if mode == "pairwise" else [group]
-                    games += [Match(question, turn, order, name) for order in orders]
-    if not games:
-        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(groups[0])}")
-    return games
-
-
-def request_hash(judge: str, messages: list[Message], temperature: float | None) -> str:
-    """What was asked of whom, in 16 hex digits: the same in another run."""
-    return fingerprint(judge, messages, temperature)
-
-
-def uncached(asked: list[list[Message]], judge: str, temperature: float, ledgers: Iterable[Path]) -> list[Any]:
-    """Those of `asked` to which none of the ledgers has a verdict that could be read."""
-    before = {row.get("asked") for file in ledgers for row in _whole_rows(file) if row.get("winner") != "error"}
-    return [messages for messages in asked if request_hash(judge, messages, temperature) not in before]
-
-
-def _whole_rows(file: Path) -> list[Row]:
-    return read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)  # the last may be half written
+            for pair in pairs:
+                if all(len(answers.answers[model].get(question["question_id"], ())) >= turn for model in pair):
+                    orders = [pair, pair[::-1]] if mode == "pairwise" else [pair]
+                    matches += [Match(question, turn, order, name) for order in orders]
+    if not matches:
+        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
+    return matches
 
 
 class Budget:
@@ -175,158 +147,199 @@ class Budget:
         self.calls = self.prompt_tokens = self.completion_tokens = 0
         self._lock = threading.Lock()
 
-    @property
-    def left(self) -> bool:
-        tokens = self.prompt_tokens + self.completion_tokens
-        return (self.calls < self.max_calls or not self.max_calls) and (tokens < self.max_tokens or not self.max_tokens)
-
     def take(self) -> bool:
         """Whether there is a call left; it is taken."""
         with self._lock:
-            left = self.left
-            self.calls += left
-            return left
-
-    def cost(self, input_price: float, output_price: float) -> str:
-        """What was spent, in words; prices are of a million tokens."""
-        told = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
-        price = (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
-        return f"{told}: {price:,.2f} at the prices given" if price else told
+            tokens = self.prompt_tokens + self.completion_tokens
+            has_calls = not self.max_calls or self.calls < self.max_calls
+            has_call = has_calls and (not self.max_tokens or tokens < self.max_tokens)
+            self.calls += has_call
+            return has_call
 
     def spend(self, prompt_tokens: int, completion_tokens: int) -> None:
         with self._lock:
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
 
+    def summary(self, input_price: float = 0.0, output_price: float = 0.0) -> str:
+        """What was spent; prices are per million tokens."""
+        text = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
+        price = (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
+        return f"{text}: {price:,.2f} at the prices given" if price else text
+
 
 class Judge:
-    """A model that judges games. What it said is kept in `ledger` as it comes, and asked for only once."""
+    """A judge whose judgments exist already: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
-    def __init__(
-        self, endpoint: Endpoint, prompts: JudgePrompts, said: ModelAnswers, file: Path, **arguments: Any
-    ) -> None:
-        self.endpoint, self.prompts, self.said, self.arguments = endpoint, prompts, said, arguments
-        self.ledger = JsonlStore(
-            file, lambda row: (row["question_id"], row["turn"], tuple(row["models"]), row["prompt"])
+    def __init__(self, name: str, answers: AnswerSet, prompts: JudgePrompts, judgments: Judgments) -> None:
+        self.name, self.answers, self.prompts, self.judgments = name, answers, prompts, judgments
+        timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
+        self.fingerprint = fingerprint(answers.questions, answers.answers, prompts.rows, *timeless)
+
+    def preview(self) -> str:
+        """What `run` would do."""
+        return f"{len(self.judgments.rows):,} judgments by {self.name}, without a call."
+
+    def run(self, run: Run) -> Judgments:
+        """All judgments; a model's calls are stored in the run's folder as they complete."""
+        if not run.finished:
+            run.save(answers_dir=short_path(self.answers.folder))
+        return self.judgments
+
+
+def make_judge(settings: Any, answers: AnswerSet) -> Judge:
+    """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
+    flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
+    if flag is None:
+        raise SettingsError(
+            "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
+            "--judge_module MODULE."
         )
+    if settings.mode == "single" and flag in ("votes", "judge_module"):
+        raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
+    pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
+    prompts = JudgePrompts(_prompts_file(settings))
+    if flag == "judge_model":
+        return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
+    if flag == "votes":
+        name, rows = "human", read_votes(settings.votes, answers)
+    elif flag == "judgments":
+        name, rows = settings.judgments, read_judgments(settings.judgments, settings.mode, settings.models)
+    else:
+        name, rows = f"rules {settings.judge_module}", apply_rules(settings.judge_module, answers, pairs)
+    scores = score_by_rules(settings.judge_module, answers) if flag == "judge_module" else {}
+    return Judge(name, answers, prompts, Judgments(name, rows, scores, is_file=flag == "judgments"))
 
-    def missing(self, games: list[Match], retry_errors: bool = False) -> list[Match]:
-        """Those that have no result, or with `retry_errors` none that could be read."""
-        rows = self.ledger.rows
-        return [
-            game for game in games
-            if game.key not in self.ledger or (retry_errors and rows[game.key]["winner"] == "error")
-        ]  # fmt: skip
 
-    def request_hash(self, messages: list[Message]) -> str:
-        return request_hash(self.endpoint.model, messages, self.arguments.get("temperature"))
+def _prompts_file(settings: Any) -> Path:
+    if settings.judge_prompts:
+        path = find_path(settings.judge_prompts)
+        if path is None or not path.is_file():
+            raise UserError(f"--judge_prompts {settings.judge_prompts!r} is not a file")
+        return path
+    bench = find_path(settings.bench_dir)
+    file = bench / "judge_prompts.jsonl" if bench else OUR_PROMPTS
+    return file if file.is_file() else OUR_PROMPTS
 
-    def take_over(self, games: list[Match], others: Iterable[Path]) -> int:
-        """Judgments of the same prompts by the same judge in ledgers of other runs are not asked for again."""
-        wanted: dict[str, list[Match]] = {}
-        for game in self.missing(games):
-            wanted.setdefault(self.request_hash(game.messages(self.prompts, self.said)), []).append(game)
-        count = 0
-        for file in others if wanted else ():
-            for row in _whole_rows(file):
-                for game in wanted.pop(str(row.get("asked")), []) if row.get("winner") != "error" else ():
-                    names = dict(zip(row["models"], game.models, strict=True))  # the same answers under other names
-                    own = {"question_id": game.question["question_id"], "models": list(game.models)}
-                    self.ledger.add(row | own | {"winner": names.get(row["winner"], row["winner"])})
-                    count += 1
-        return count
 
-    def ask(self, games: list[Match], concurrency: int, budget: Budget) -> None:
-        """Ask about each of `games`, `concurrency` at a time and while the budget lasts, and keep what is said."""
+class ModelJudge(Judge):
+    """A model that judges matches. Each call is stored in calls.jsonl and made only once, by whatever run."""
+
+    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Match]) -> None:
+        super().__init__(settings.judge_model, answers, prompts, Judgments(settings.judge_model, []))
+        self.settings, self.matches = settings, matches
+
+    def request_hash(self, match: Match) -> str:
+        """What is asked of which model, in 16 hex digits that are the same in another run."""
+        return fingerprint(self.name, self.prompts.messages(match, self.answers.answers), self.settings.temperature)
+
+    def _cached_calls(self) -> list[Row]:
+        """The readable calls of all runs; the last line of a file may be half written."""
+        s = self.settings
+        files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
+        rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
+        return [row for row in rows if row.get("winner") != "error"]
+
+    def uncached(self) -> list[Match]:
+        """The matches that no run has judged yet."""
+        cached = {row.get("asked") for row in self._cached_calls()}
+        return [match for match in self.matches if self.request_hash(match) not in cached]
+
+    def preview(self) -> str:
+        """One complete prompt, and how many calls and tokens are left to send."""
+        matches = self.uncached()
+        texts = [m["content"] for match in matches for m in self.prompts.messages(match, self.answers.answers)]
+        first = self.prompts.messages(self.matches[0], self.answers.answers)
+        lines = [f"--- {m['role']} ---\n{m['content']}" for m in first]
+        lines += ["---", f"{len(matches):,} calls like this one, about {sum(map(len, texts)) // 4:,} tokens to read."]
+        cached = len(self.matches) - len(matches)
+        return "\n".join([*lines, *([f"{cached:,} more have been judged before."] if cached else [])])
+
+    def run(self, run: Run) -> Judgments:
+        """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
         from tqdm.auto import tqdm
 
-        def within_budget() -> Iterator[Match]:
-            for game in games:
-                if not budget.left:
-                    return
-                yield game
+        s = self.settings
+        endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
+        budget = Budget(s.max_calls, s.max_tokens)
+        store = JsonlStore(run.folder / "calls.jsonl", _call_key)
+        super().run(run)
+        with resumable(run):
+            self.reuse_cached(store)
+            missing = self._missing(store, s.retry_errors)
+            rows = run_parallel(missing, lambda match: self._judge(match, endpoint, budget), s.max_concurrency)
+            for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
+                if row:
+                    store.add(row)
+        print(budget.summary(s.input_price, s.output_price))
+        return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
 
-        done = run_parallel(within_budget(), lambda game: self._judge(game, budget), concurrency)
-        for _, row in tqdm(done, total=len(games), desc=self.endpoint.model, unit="call"):
-            if row:
-                self.ledger.add(row)
+    def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Match]:
+        def is_missing(match: Match) -> bool:
+            return match.key not in store.rows or (retry_errors and store.rows[match.key]["winner"] == "error")
 
-    def _judge(self, game: Match, budget: Budget) -> Row | None:
-        """The row of a game. A reply that was cut off before its verdict, or has none, is asked for once more."""
-        messages, reply, winner, refused = game.messages(self.prompts, self.said), None, "error", ""
+        return [match for match in self.matches if is_missing(match)]
+
+    def reuse_cached(self, store: JsonlStore) -> int:
+        """Copy judgments of the same prompts by the same judge from other runs; how many."""
+        wanted: dict[str, list[Match]] = {}
+        for match in self._missing(store):
+            wanted.setdefault(self.request_hash(match), []).append(match)
+        rows = []
+        for row in self._cached_calls() if wanted else ():
+            for match in wanted.pop(str(row.get("asked")), []):
+                names = dict(zip(row["models"], match.models, strict=True))  # the same answers under other names
+                own = {"question_id": match.question["question_id"], "models": list(match.models)}
+                rows.append(row | own | {"winner": names.get(row["winner"], row["winner"])})
+        store.add(*rows)
+        return len(rows)
+
+    def _judge(self, match: Match, endpoint: Endpoint, budget: Budget) -> Row | None:
+        """The row of a match; None once the budget is spent. A reply without a verdict is asked for once more."""
+        s, messages = self.settings, self.prompts.messages(match, self.answers.answers)
+        reply, winner = None, "error"
+        refused: dict[str, str] = {}
         for _ in range(2):
-            if not budget.take():
+            if winner != "error" or refused or not budget.take():
                 break
             try:
-                reply = self.endpoint.ask(messages, **self.arguments)
-            except Refused as error:  # of this pair, as when it is too long: that is no reason to leave out the others
-                reply, refused = Reply("", True, 0, 0), str(error)
-                break
+                reply = endpoint.ask(messages, temperature=s.temperature, max_tokens=s.max_new_tokens)
+            except RequestRefused as error:  # for example too long: the others may be judged
+                reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
             budget.spend(reply.prompt_tokens, reply.completion_tokens)
-            winner = self._result(game, reply.text)
-            if winner != "error":
-                break
+            winner = _winner(match, reply.text)
         if reply is None:
             return None
-        return {
-            "question_id": game.question["question_id"],
-            "turn": game.turn,
-            "models": list(game.models),
-            "prompt": game.prompt,
-            "winner": winner,
-            "finished": reply.finished,
-            **({"refused": refused} if refused else {}),
-            "asked": self.request_hash(messages),
-            "user_prompt": messages[-1]["content"],
-            "judgment": reply.text,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-            "tstamp": time.time(),
-        }
+        row = dict(zip(("question_id", "turn", "models", "prompt"), match.key, strict=True))
+        row |= {"winner": winner, "finished": reply.finished, **refused, "asked": self.request_hash(match)}
+        row |= {"user_prompt": messages[-1]["content"], "judgment": reply.text, "tstamp": time.time()}
+        return row | {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
 
-    def _result(self, game: Match, text: str) -> Any:
-        """The name of the model that won, "tie" or "error"; of one model alone its rating or "error"."""
-        if len(game.models) == 1:
-            return rating if (rating := parse_rating(text)) > 0 else "error"
-        verdict = parse_verdict(text)
-        return game.models["AB".index(verdict)] if verdict in ("A", "B") else verdict
-
-    def rows(self, games: list[Match]) -> list[Row]:
-        """FastChat's rows, of what has been judged: a pair once both its orders have been; in the order of `games`."""
-        done, judge = self.ledger.rows, self.endpoint.model
-        if games and len(games[0].models) == 1:
+    def _rows(self, store: JsonlStore) -> list[Row]:
+        """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
+        rows = [store.rows.get(match.key) for match in self.matches]
+        if len(self.matches[0].models) == 1:
+            keys = ("question_id", "user_prompt", "judgment", "turn", "tstamp")
             return [
-                {
-                    "question_id": row["question_id"],
-                    "model": row["models"][0],
-                    "judge": [judge, row["prompt"]],
-                    "user_prompt": row["user_prompt"],
-                    "judgment": row["judgment"],
-                    "score": -1 if row["winner"] == "error" else row["winner"],
-                    "turn": row["turn"],
-                    "tstamp": row["tstamp"],
-                }
-                for row in (done[game.key] for game in games if game.key in done)
-            ]
-        pairs = zip(games[::2], games[1::2], strict=True)  # a pair's two orders stand together
+                {key: row[key] for key in keys}
+                | {"model": row["models"][0], "judge": [self.name, row["prompt"]]}
+                | {"score": -1 if row["winner"] == "error" else row["winner"]}
+                for row in rows if row
+            ]  # fmt: skip
+        orders = zip(self.matches[::2], rows[::2], rows[1::2], strict=True)
         return [
-            pair_row(one.question, one.turn, one.models, [judge, one.prompt],
-                      [done[one.key]["winner"], done[two.key]["winner"]],
-                      [(done[g.key]["user_prompt"], done[g.key]["judgment"]) for g in (one, two)],
-                      done[two.key]["tstamp"])
-            for one, two in pairs if one.key in done and two.key in done
+            pair_row(match.question, match.turn, match.models, [self.name, match.prompt], [one, two])
+            for match, one, two in orders if one and two
         ]  # fmt: skip
 
 
-def pair_row(
-    question: Question, turn: int, models: tuple[str, ...], judge: list[str], winners: list[str],
-    texts: list[tuple[str, str]] | None = None, tstamp: float | None = None,
-) -> Row:  # fmt: skip
-    names = {models[0]: "model_1", models[1]: "model_2"}
-    texts = texts or [("", ""), ("", "")]
-    row: Row = {"question_id": question["question_id"], "model_1": models[0], "model_2": models[1]}
-    row |= {f"g{i}_winner": names.get(winner, winner) for i, winner in enumerate(winners, 1)}
-    row["judge"] = judge
-    for i, (prompt, judgment) in enumerate(texts, 1):
-        row |= {f"g{i}_user_prompt": prompt, f"g{i}_judgment": judgment}
-    return row | {"turn": turn, "tstamp": tstamp or time.time()}
+def _call_key(row: Row) -> tuple[Any, ...]:
+    return row["question_id"], row["turn"], tuple(row["models"]), row["prompt"]
+
+
+def _winner(match: Match, text: str) -> Any:
+    """The model that won, "tie" or "error"; for one model alone its rating or "error"."""
+    if len(match.models) == 1:
+        return rating if (rating := parse_rating(text)) > 0 else "error"
+    verdict = parse_verdict(text)
+    return match.models["AB".index(verdict)] if verdict in ("A", "B") else verdict

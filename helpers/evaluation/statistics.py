@@ -1,7 +1,7 @@
-"""How sure win rates are: intervals, a test, and what the longer answer has to do with it.
+"""How sure win rates are: intervals, a test, and the win rate at equal lengths.
 
 An outcome is 1, 0.5 or 0: a win, a tie or a loss. Several outcomes may belong to one question (its turns, or several
-people's votes); questions, not outcomes, are what is resampled.
+people's votes); questions, not outcomes, are resampled.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 10_000
-REFITS = 1_000
 RIDGE = 1e-3 * np.eye(2)  # without one, outcomes that length alone decides have no finite fit
 
 
 def bootstrap_interval(
     groups: list[object], statistic: Callable[[Floats], Floats], seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % interval of `statistic`, which takes weights of the groups: percentiles of the bootstrap (Efron, 1979),
-    expanded for small samples (Hesterberg, 2015, The American Statistician 69(4), section 5.3).
+    """The 95 % interval of `statistic`: percentiles of the bootstrap (Efron, 1979), expanded for small samples
+    (Hesterberg, 2015, The American Statistician 69(4), section 5.3).
 
-    `groups` are the questions that outcomes belong to; weights have the shape (resamples, different groups), each row
-    how often every group was drawn, and so has what `statistic` returns its first axis.
+    `groups` are the questions of the outcomes. `statistic` takes weights of shape (resamples, different groups), how
+    often each group was drawn, and returns one value per resample.
     """
     count = len(set(groups))
     draw = np.random.default_rng(seed)
@@ -39,20 +38,6 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean outcome; where all are alike, what `most_unseen` leaves open to either side."""
-    sums, counts = _by_group(outcomes, groups)
-    if len(set(outcomes.tolist())) == 1:
-        open_, value = zero_event_upper_bound(len(sums), 0.025), float(outcomes[0])
-        return value * (1 - open_), value + (1 - value) * open_
-    return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
-
-
-def zero_event_upper_bound(questions: int, tail: float = 0.05) -> float:
-    """How large a share, at 95 %, the outcomes may have that not one of so many questions showed."""
-    return float(1 - tail ** (1 / questions)) if questions else 1.0
-
-
 def _expanded_tail(n: int) -> float:
     """Φ(-√(n/(n-1)) t): a percentile interval with these tails is as wide for a mean as Student's t makes it."""
     if n < 3:
@@ -62,9 +47,23 @@ def _expanded_tail(n: int) -> float:
     return NormalDist().cdf(-t * math.sqrt(n / df))
 
 
+def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean; for outcomes that are all the same, `zero_event_upper_bound` on either side."""
+    sums, counts = _sums_by_group(outcomes, groups)
+    if len(set(outcomes.tolist())) == 1:
+        bound, value = zero_event_upper_bound(len(sums), 0.025), float(outcomes[0])
+        return value * (1 - bound), value + (1 - value) * bound
+    return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
+
+
+def zero_event_upper_bound(questions: int, tail: float = 0.05) -> float:
+    """The largest share, at 95 %, of outcomes that none of so many questions had (Clopper and Pearson, 1934)."""
+    return float(1 - tail ** (1 / questions)) if questions else 1.0
+
+
 def sign_test(outcomes: Floats, groups: list[object]) -> float:
     """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
-    sums, counts = _by_group(outcomes, groups)
+    sums, counts = _sums_by_group(outcomes, groups)
     wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
     n = wins + losses
     tail: int = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
@@ -72,12 +71,12 @@ def sign_test(outcomes: Floats, groups: list[object]) -> float:
 
 
 def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:
-    """The win rate at equal lengths, for each row of `weights` (resamples, outcomes); one row of ones without them.
+    """The win rate at equal lengths, for each row of `weights` (resamples, outcomes); one row of ones by default.
 
-    The outcome is regressed on tanh(difference of lengths / its standard deviation) by a logistic model with an
-    intercept, and the length term is then set to zero: AlpacaEval 2's length control (Dubois et al., 2024,
-    arXiv:2404.04475) without its term for how hard a question is, which is known for its own questions only. `lengths`
-    are differences, longer being positive.
+    A logistic model of the outcome with an intercept and tanh(length difference / its standard deviation), whose term
+    is then set to zero: the length control of AlpacaEval 2 (Dubois et al., 2024, arXiv:2404.04475) without its term
+    for the difficulty of a question, which is known for its own questions only. `lengths` are differences in
+    characters, positive where the candidate's answer is longer.
     """
     spread = lengths.std()
     x = np.stack([np.ones_like(lengths), np.tanh(lengths / spread) if spread else np.zeros_like(lengths)], axis=1)
@@ -95,20 +94,12 @@ def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None 
     return np.asarray(1 / (1 + np.exp(-fit[:, 0])))
 
 
-def length_controlled_interval(
-    outcomes: Floats, lengths: Floats, groups: list[object], seed: int
-) -> tuple[float, float]:
-    """`bootstrap_interval` of `length_controlled`, fitted anew to each resample."""
+def group_index(groups: list[object]) -> NDArray[np.int64]:
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    index = np.array([order[group] for group in groups])
-    return bootstrap_interval(
-        groups, lambda weights: length_controlled(outcomes, lengths, weights[:, index]), seed, REFITS
-    )
+    return np.array([order[group] for group in groups], dtype=int)
 
 
-def _by_group(outcomes: Floats, groups: list[object]) -> tuple[Floats, Floats]:
+def _sums_by_group(outcomes: Floats, groups: list[object]) -> tuple[Floats, Floats]:
     """The sum and the number of the outcomes of each group."""
-    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    index = np.array([order[group] for group in groups], dtype=int)
-    ones = np.ones(len(outcomes))
-    return tuple(np.bincount(index, w, len(order)).astype(float) for w in (outcomes, ones))  # type: ignore[return-value]
+    index = group_index(groups)
+    return np.bincount(index, outcomes).astype(float), np.bincount(index).astype(float)

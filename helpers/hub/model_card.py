@@ -183,14 +183,14 @@ def _verdicts(runs: list[dict[str, Any]]) -> str:
     judged.sort(key=lambda record: str(record.get("finished", "")), reverse=True)
     pairs = [(p, r["metrics"]["judge"]) for r in judged for p in r.get("metrics", {}).get("pairs", [])]
     none: dict[str, Any] = {}
-    newest, judge = next(((p, judge) for p, judge in pairs if p["after"] in names), (none, ""))
+    newest, judge = next(((p, judge) for p, judge in pairs if p["candidate"] in names), (none, ""))
     if not newest:
         return ""
     low, high = newest["interval"]
     lines = [
         "## Side by side",
         "",
-        f"Against {newest['before']}, on the same prompts, judged by {judge}:",
+        f"Against {newest['baseline']}, on the same prompts, judged by {judge}:",
         "",
     ]
     lines += [

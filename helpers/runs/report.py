@@ -375,7 +375,7 @@ def comparison(run: Run, start: Path) -> Iterator[Part]:
         yield table("wins, losses and ties", ["model", "win", "loss", "tie", *rates],
                     [(name, m.get("win"), m.get("loss"), m.get("tie"), *(number(m.get(rate), ".1%") for rate in rates))
                      for name, m in models.items()])  # fmt: skip
-    for pair in found.get("pairs") or ([found] if "after" in found else []):
+    for pair in found.get("pairs") or ([found] if "candidate" in found else []):
         yield from _pair(pair)
     if scores := found.get("scores"):
         names = list(next(iter(scores.values())))
@@ -383,7 +383,7 @@ def comparison(run: Run, start: Path) -> Iterator[Part]:
         yield table("scores", ["answers that are", *names], shares)
     if found.get("notes"):
         yield notes((note, False) for note in found["notes"])
-    if (file := run.folder / "verdicts.png").is_file():
+    if (file := run.folder / "results.png").is_file():
         alt = "; ".join(f"{name} wins {say(m.get('win'))}, loses {say(m.get('loss'))}, ties {say(m.get('tie'))}"
                         if "win" in m else f"{name} is rated {number(m.get('average'), '.2f')}"
                         for name, m in models.items())  # fmt: skip
@@ -396,7 +396,7 @@ def comparison(run: Run, start: Path) -> Iterator[Part]:
 
 
 def _pair(pair: dict[str, Any]) -> Iterator[Part]:
-    after, before = say(pair.get("after")), say(pair.get("before"))
+    candidate, baseline = say(pair.get("candidate")), say(pair.get("baseline"))
     rows = [
         ("win rate, a tie being half a win", number(pair.get("win_rate_adjusted"), ".1%"), span(pair.get("interval"))),
         ("the same at equal lengths", number(pair.get("length_controlled"), ".1%"),
@@ -407,7 +407,7 @@ def _pair(pair: dict[str, Any]) -> Iterator[Part]:
          number(pair.get("longer_won"), ".1%"), "-"),
         ("no verdict that could be read", number(pair.get("errors"), ","), "-"),
     ]  # fmt: skip
-    tables = [table("a pair of models", [f"{after} against {before}", "", "95% interval"], rows)]
+    tables = [table("a pair of models", [f"{candidate} against {baseline}", "", "95% interval"], rows)]
     if len(kinds := pair.get("categories") or {}) > 1:
         tables.append(table("by category", ["category", "win", "loss", "tie", "a tie being half a win"],
                     [(name, c.get("win"), c.get("loss"), c.get("tie"), number(c.get("win_rate_adjusted"), ".1%"))
@@ -418,7 +418,7 @@ def _pair(pair: dict[str, Any]) -> Iterator[Part]:
 def _models(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Counts (or ratings) by model."""
     models = found.get("models")
-    return models if isinstance(models, dict) else {n: {} for n in (found.get("after"), found.get("before")) if n}
+    return models if isinstance(models, dict) else {n: {} for n in (found.get("candidate"), found.get("baseline")) if n}
 
 
 def lineage_section(subject: Subject) -> Iterator[Part]:

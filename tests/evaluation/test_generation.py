@@ -5,27 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from helpers.core import SettingsError, UserError, read_jsonl
+from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
 from helpers.data.conversations import Message
-from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide
-from helpers.evaluation.generators import (
-    Endpoint,
-    HFGenerator,
-    OpenAIGenerator,
-    chat_loop,
-    generate_answers,
-    generation_kwargs,
-)
-from helpers.evaluation.questions import OUR_QUESTIONS as OURS
-from helpers.evaluation.questions import read_bench, read_questions
+from helpers.evaluation import generators
+from helpers.evaluation.answers import AnswerStore
+from helpers.evaluation.generators import HFGenerator, chat_loop, generation_kwargs, iter_generators
+from helpers.evaluation.questions import OUR_QUESTIONS, read_bench, read_questions
 from helpers.models.chat import render
 from helpers.models.resolve import ModelRef, resolve_models
 from helpers.settings.load import load_settings
@@ -49,17 +43,13 @@ def model(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tiny_mistral(len(tokenizer))
 
 
-def said(answers: AnswerStore, name: str = "m") -> dict[Any, list[str]]:
-    return answers.turns(name)
-
-
 def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     talks = [[{"role": "user", "content": "What is 2 plus 3? " * n}] for n in (1, 5, 2, 4, 3)]
-    one = generate_answers(model, tokenizer, talks, 1, **GREEDY)
-    many = generate_answers(model, tokenizer, talks, 3, **GREEDY)
-    assert one == many
+    generator = HFGenerator(model, tokenizer)
+    one = [generator.generate([talk], **GREEDY)[0] for talk in talks]
+    assert generator.generate(talks, **GREEDY) == one
     assert len(set(one)) > 1
 
 
@@ -71,7 +61,7 @@ def test_answers_end_where_the_chat_format_ends_them(model: Any, tokenizer: PreT
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, -12:].tolist()
     other = copy.deepcopy(tokenizer)
     other.eos_token = tokenizer.convert_ids_to_tokens(ids[4])  # as a chat format may set it, beside the base's </s>
-    (whole,), (ended,) = (generate_answers(model, t, talk, 1, **GREEDY) for t in (tokenizer, other))
+    (whole,), (ended,) = (HFGenerator(model, t).generate(talk, **GREEDY) for t in (tokenizer, other))
     assert model.generation_config.eos_token_id == 2
     assert ended == tokenizer.decode(ids[: ids.index(ids[4]) + 1]).strip()
     assert len(ended) < len(whole)
@@ -131,37 +121,60 @@ def test_an_adapter_switched_on_and_off_answers_as_two_models_loaded_apart(
             if "lora" in name:
                 torch.nn.init.normal_(weight, std=0.5)
         trained.save_pretrained(tmp_path / str(seed))
+    tiny_mistral(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
     talks = [[{"role": "user", "content": "What is 2 plus 3? " * n}] for n in (1, 4, 2)]
 
-    def apart(adapter: str) -> list[str]:
-        base = tiny_mistral(len(tokenizer))
+    def load_apart(adapter: str) -> list[str]:
+        base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         policy = PeftModel.from_pretrained(base, tmp_path / adapter).eval() if adapter else base
-        return generate_answers(policy, tokenizer, talks, 3, **GREEDY)
+        return HFGenerator(policy, tokenizer).generate(talks, **GREEDY)
 
-    together, shared = {}, tiny_mistral(len(tokenizer))
-    for adapter in ("", "1", "2"):  # as 04 does it
-        policy = PeftModel.from_pretrained(shared, tmp_path / adapter).eval() if adapter else shared
-        together[adapter] = generate_answers(policy, tokenizer, talks, 3, **GREEDY)
-        shared = policy.unload() if adapter else policy
-    again = generate_answers(shared, tokenizer, talks, 3, **GREEDY)
-    assert together == {name: apart(name) for name in ("", "1", "2")}
-    assert again == together[""]
+    base = str(tmp_path / "base")
+    refs = [ModelRef(n, base, adapter=str(tmp_path / n) if n else None) for n in ("", "1", "2")]
+    refs.append(ModelRef("again", base))
+    together = {
+        name: generator.generate(talks, 0, **GREEDY) for name, generator in iter_generators(refs, settings_of())
+    }
+    assert together == {name: load_apart(name.removeprefix("again")) for name in ("", "1", "2", "again")}
     assert together[""] != together["1"] != together["2"] != together[""]
+
+
+def test_one_base_is_in_memory_at_a_time_and_models_with_all_answers_are_skipped(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(ref: ModelRef, settings: Any) -> Any:
+        assert not [model for model in loaded if model() is not None]
+        model = tiny_mistral(len(tokenizer))
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(generators, "_load_base", load)
+    tokenizer.save_pretrained(tmp_path / "t")
+    refs = [ModelRef(name, str(tmp_path / name)) for name in "tu"]
+    monkeypatch.setattr(ModelRef, "tokenizer", str(tmp_path / "t"))
+    answers = AnswerStore(tmp_path, QUESTIONS[:1])
+    for name, generator in iter_generators([*refs, refs[1]], settings_of(), answers):
+        answers.generate_missing(name, generator, **GREEDY)
+    assert len(loaded) == 2
+    assert not list(iter_generators(refs, settings_of(), answers))
 
 
 def test_conversations_are_played_turn_by_turn_with_what_was_answered(
     model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    answers = AnswerStore(tmp_path, QUESTIONS)
-    answers.play("m", HFGenerator(model, tokenizer), 2, 0, False, **GREEDY)
+    answers = AnswerStore(tmp_path, QUESTIONS, batch_size=2)
+    answers.generate_missing("m", HFGenerator(model, tokenizer), **GREEDY)
     rows = read_jsonl(tmp_path / "model_answer" / "m.jsonl")
     assert {key for row in rows for key in row} == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-    assert [len(turns) for turns in said(answers).values()] == [len(q["turns"]) for q in QUESTIONS]
+    assert [len(turns) for turns in answers.answers("m").values()] == [len(q["turns"]) for q in QUESTIONS]
     asked = QUESTIONS[1]["turns"]
-    first, second = said(answers)[1]
+    first, second = answers.answers("m")[1]
     talk = [{"role": "user", "content": asked[0]}, {"role": "assistant", "content": first}]
     talk.append({"role": "user", "content": asked[1]})
-    assert generate_answers(model, tokenizer, [talk], 1, **GREEDY) == [second]
+    assert HFGenerator(model, tokenizer).generate([talk], **GREEDY) == [second]
     assert read_bench(tmp_path) == QUESTIONS  # question.jsonl stands beside the answers
 
 
@@ -169,27 +182,28 @@ def test_conversations_are_played_turn_by_turn_with_what_was_answered(
 def test_a_run_that_was_stopped_goes_on_to_the_answers_of_one_that_was_not(
     model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
-    whole = AnswerStore(tmp_path / "whole", QUESTIONS)
-    whole.play("m", HFGenerator(model, tokenizer), 2, 0, False, **sampling)
+    whole = AnswerStore(tmp_path / "whole", QUESTIONS, batch_size=2)
+    whole.generate_missing("m", HFGenerator(model, tokenizer), **sampling)
     calls = 0
 
     class Stopped(HFGenerator):
-        def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> Any:
+        def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 3:
                 raise KeyboardInterrupt
-            return super().answer(conversations, seed, **sampling)
+            return super().generate(conversations, seed, **kwargs)
 
+    halves = AnswerStore(tmp_path / "halves", QUESTIONS, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        AnswerStore(tmp_path / "halves", QUESTIONS).play("m", Stopped(model, tokenizer), 2, 0, False, **sampling)
+        halves.generate_missing("m", Stopped(model, tokenizer), **sampling)
     file = tmp_path / "halves" / "model_answer" / "m.jsonl"
     assert 0 < len(read_jsonl(file)) < len(QUESTIONS)
     with file.open("a") as cut:  # and by a kill in the middle of a line
         cut.write('{"question_id": 99, "choi')
-    halves = AnswerStore(tmp_path / "halves", QUESTIONS)
-    halves.play("m", HFGenerator(model, tokenizer), 2, 0, False, **sampling)
-    assert said(halves) == said(whole)
+    halves = AnswerStore(tmp_path / "halves", QUESTIONS, batch_size=2)
+    halves.generate_missing("m", HFGenerator(model, tokenizer), **sampling)
+    assert halves.answers("m") == whole.answers("m")
     assert len(read_jsonl(file)) == len(QUESTIONS)
     assert not halves.missing("m")
 
@@ -198,30 +212,32 @@ def test_a_sampled_answer_follows_the_seed_and_categories_have_fastchats_tempera
     asked: list[tuple[list[str], dict[str, Any]]] = []
 
     class Listens:
-        def answer(self, conversations: list[list[Message]], seed: int, **sampling: Any) -> list[str]:
-            asked.append(([talk[-1]["content"] for talk in conversations], sampling | {"seed": seed}))
+        def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> list[str]:
+            asked.append(([talk[-1]["content"] for talk in conversations], kwargs | {"seed": seed}))
             return ["yes"] * len(conversations)
 
-        def say(self, conversation: list[Message], seed: int, **sampling: Any) -> str:
+        def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
             raise AssertionError
 
     kinds = {"writing": 0.7, "math": 0.0, "stem": 0.1, "my own": 0.7}
     questions = [{"question_id": k, "category": k, "turns": [k]} for k in kinds]
-    AnswerStore(tmp_path, questions).play("m", Listens(), 8, 5, True, max_new_tokens=3, do_sample=False)
+    store = AnswerStore(tmp_path, questions, seed=5, by_category=True)
+    store.generate_missing("m", Listens(), max_new_tokens=3, do_sample=False)
     at = {text: words.get("temperature", 0.0) for texts, words in asked for text in texts}
     assert at == kinds
     assert len({words["seed"] for _, words in asked}) == len(asked)
 
 
 def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) -> None:
-    ours = read_questions()
+    ours = read_questions(settings_of())
     kinds = {q["category"] for q in ours}
     assert kinds == {"writing", "reasoning", "maths", "code", "extraction", "refusal", "multi-turn", "format"}
-    assert len(ours) == len(read_jsonl(OURS)) >= 24
+    assert len(ours) == len(read_jsonl(OUR_QUESTIONS)) >= 24
     assert max(len(q["turns"]) for q in ours) == 3
-    assert [q["turns"] for q in read_questions(("a", "b"))] == [["a"], ["b"]]
+    assert [q["turns"] for q in read_questions(settings_of("--prompts", "a", "b"))] == [["a"], ["b"]]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    assert [q["turns"] for q in read_questions(("zero",), str(tmp_path / "p.txt"))] == [["zero"], ["one"], ["two"]]
+    both = read_questions(settings_of("--prompts", "zero", "--prompts_file", str(tmp_path / "p.txt")))
+    assert [q["turns"] for q in both] == [["zero"], ["one"], ["two"]]
     rows: list[dict[str, Any]] = [
         {"prompt": "one", "answer": "1", "category": "sum"},
         {"question_id": 81, "category": "writing", "turns": ["two", "three"], "reference": ["2", "3"]},
@@ -231,7 +247,7 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
         {"prompt": ["seven", "eight"], "prompt_id": 97, "reference": []},
     ]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = read_questions(file=str(tmp_path / "p.jsonl"))
+    read = read_questions(settings_of("--prompts_file", str(tmp_path / "p.jsonl")))
     assert read == [
         {"question_id": 1, "category": "sum", "turns": ["one"], "answer": "1"},
         {"question_id": 81, "category": "writing", "turns": ["two", "three"], "reference": ["2", "3"]},
@@ -240,24 +256,24 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
         {"question_id": 97, "category": "general", "turns": ["seven", "eight"]},
     ]
     (tmp_path / "odd.jsonl").write_text('{"prompt": "half \\ud83d", "reference": 4, "id": [1]}\n')
-    assert read_questions(file=str(tmp_path / "odd.jsonl")) == [
+    assert read_questions(settings_of("--prompts_file", str(tmp_path / "odd.jsonl"))) == [
         {"question_id": 1, "category": "general", "turns": ["half ?"], "reference": ["4"]}
     ]
     (tmp_path / "set.json").write_text(
         json.dumps([{"prompt": ["a", "b"], "prompt_id": 1}, {"prompt": ["c"], "prompt_id": 2}])
     )
-    from_set = read_questions(dataset_id=str(tmp_path / "set.json"), rows=1)
+    from_set = read_questions(settings_of("--dataset_id", str(tmp_path / "set.json"), "--rows", "1"))
     assert from_set == [{"question_id": 1, "category": "general", "turns": ["a", "b"]}]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.jsonl", '{"text": "one"}\n', "row 1: a text, or texts, under one of turns, messages, prompt"),
+        ("p.jsonl", '{"text": "one"}\n', "row 1, has no text, or list of texts, under any of turns, messages, prompt"),
         ("p.jsonl", '{"turns": []}\n', "row 1"),
-        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "two questions have the id 1"),
+        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "has the question id 1 twice"),
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2, is not a JSON object"),
-        ("p.txt", "\n\n", "there is nothing in it"),
+        ("p.txt", "\n\n", "has no questions"),
         ("nowhere.txt", None, "is not a file"),
         ("p.jsonl", '{"prompt": 5}\n', "row 1"),
     ],
@@ -266,111 +282,28 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, name: str, content:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said):
-        read_questions(file=str(tmp_path / name))
+        read_questions(settings_of("--prompts_file", str(tmp_path / name)))
 
 
-def test_answers_side_by_side_are_escaped_and_evenly_picked(tmp_path: Path) -> None:
-    questions = [{"question_id": i, "category": "", "turns": [f"<b>{i}"]} for i in range(4)]
-    answers = AnswerStore(tmp_path, questions)
-    for name in ("one", "two"):
-        answers.of(name).add(*({"question_id": i, "choices": [{"turns": [f"<script>{name}{i}"]}]} for i in range(4)))
-    page = SideBySide.of(answers, ["one", "two"], 4)._repr_html_()
-    assert "<script>" not in page
-    assert "&lt;script&gt;one0" in page
-    assert SideBySide.of(answers, ["one"], 2).prompts == ["<b>1", "<b>3"]
-    assert SideBySide.of(answers, ["one"], 9).prompts == [f"<b>{i}" for i in range(4)]
-    assert answers.mean_length(["one"]) == {"one": 12.0}
-
-
-def test_a_ledger_takes_off_a_line_that_was_cut_short_and_keeps_one_without_its_newline(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"id": 1}\n{"id": 2}')
-    ledger = JsonlStore(file, lambda row: row["id"])
-    assert list(ledger.rows) == [1, 2]
-    ledger.add({"id": 3}, {"id": 2, "again": True})
-    assert file.read_text() == '{"id": 1}\n{"id": 2}\n{"id": 3}\n{"id": 2, "again": true}\n'
-    assert ledger.rows[2]["again"]
-    with file.open("a") as out:
-        out.write('{"id": 4, "te')
-    ledger = JsonlStore(file, lambda row: row["id"])
-    assert list(ledger.rows) == [1, 2, 3]
-    ledger.add({"id": 5, "text": "\ud800 \u2028"})
-    assert [row["id"] for row in read_jsonl(file)] == [1, 2, 3, 2, 5]
-    file.write_text('{"name": 1}\n')
-    with pytest.raises(UserError, match="not of this file's kind"):
-        JsonlStore(file, lambda row: row["id"])
-
-
-def test_an_endpoint_is_asked_in_openais_words_and_its_stream_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_chat_prints_answers_as_they_come_and_keeps_the_conversation(
+    model: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with judge_server(lambda messages: f"You said {messages[-1]['content']}") as server:
-        speaker = OpenAIGenerator(Endpoint("judge", server.url))
-        answers = AnswerStore(tmp_path, QUESTIONS)
-        sampling = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 4}
-        answers.play("m", speaker, 3, 11, False, **sampling, num_beams=1, repetition_penalty=1.0)
-        assert said(answers)[1] == [f"You said {turn}".strip() for turn in QUESTIONS[1]["turns"]]
-        assert server.most_at_once <= 3
-        request = server.requests[0]
-        assert (request["max_tokens"], request["temperature"], request["top_p"], request["top_k"]) == (7, 0.5, 0.9, 4)
-        chat_loop(speaker, 0, ["Hello there", "", "/new", "Again", "/quit", "never"], **GREEDY)
-    assert capsys.readouterr().out.endswith("You said Hello there\nYou said Again\n")
-    assert [len(r["messages"]) for r in server.requests[-2:]] == [1, 1]
-    assert server.requests[-1]["temperature"] == 0.0
-    with pytest.raises(SettingsError, match="an endpoint takes no --num_beams"):
-        speaker.answer([[]], 0, **GREEDY, num_beams=2)
-
-
-def test_a_prompt_that_a_server_refuses_does_not_lose_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def picky(messages: list[dict[str, str]]) -> str:
-        return "yes"
-
-    with judge_server(picky) as server:
-        original = server.RequestHandlerClass._answer  # type: ignore[attr-defined]
-
-        def answer(handler: Any, request: dict[str, Any], fault: Any) -> None:
-            refuses = "4 plus 3" in request["messages"][-1]["content"]
-            original(handler, request, 400 if refuses else fault)
-
-        server.RequestHandlerClass = type("Picky", (server.RequestHandlerClass,), {"_answer": answer})  # type: ignore[assignment]
-        answers = AnswerStore(tmp_path, QUESTIONS)
-        answers.play("m", OpenAIGenerator(Endpoint("m", server.url)), 8, 0, False, **GREEDY)
-    assert [q["question_id"] for q in answers.missing("m")] == [4]
-    assert said(answers)[5] == ["yes", "yes"]
-    assert "refuses the request: scripted 400" in capsys.readouterr().out
-
-
-def test_two_processes_that_add_to_one_ledger_lose_nothing_of_each_other(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    one, two = (JsonlStore(file, lambda row: row["id"]) for _ in range(2))
-    for i in range(5):
-        one.add({"id": f"one {i}", "text": "x" * i})
-        two.add({"id": f"two {i}", "text": "x" * 7 * i})
-    assert len(read_jsonl(file)) == 10
-
-
-def test_a_conversation_with_a_model_here_is_printed_as_it_comes(
-    model: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat_loop(HFGenerator(model, tokenizer), 0, ["What is 2 plus 3?"], **GREEDY)
-    (expected,) = generate_answers(model, tokenizer, [[{"role": "user", "content": "What is 2 plus 3?"}]], 1, **GREEDY)
+    generator = HFGenerator(model, tokenizer)
+    monkeypatch.setattr(generators, "iter_generators", lambda refs, settings: iter([("m", generator)]))
+    settings = settings_of("--max_new_tokens", "12")
+    with pytest.raises(CleanExit, match="The conversation is not saved"):
+        chat_loop(ModelRef("m", "m"), settings, ["What is 2 plus 3?"])
+    [expected] = generator.generate([[{"role": "user", "content": "What is 2 plus 3?"}]], **GREEDY)
     assert capsys.readouterr().out.split("ends.\n")[1].strip() == expected
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("localhost:8000", "is not an address"),
-        ("http://127.0.0.1/v1?api-key=secret", "is not an address"),
-        ("http://me:secret@127.0.0.1/v1", "'http://127.0.0.1/v1' is not"),
-    ],
-)
-def test_an_address_that_is_none_or_has_a_password_is_refused(url: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said) as caught:
-        Endpoint("m", url)
-    assert "secret" not in str(caught.value)
+def test_a_chat_with_an_endpoint_prints_its_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["Hello there", "", "/new", "Again", "More", "/quit", "never"]
+    with judge_server(lambda messages: f"You said {messages[-1]['content']}") as server, pytest.raises(CleanExit):
+        chat_loop(ModelRef("judge", "judge", base_url=server.url), settings_of(), lines)
+    assert capsys.readouterr().out.endswith("You said Hello there\nYou said Again\nYou said More\n")
+    assert [len(r["messages"]) for r in server.requests] == [1, 1, 3]
+    assert server.requests[-1]["temperature"] == 0.0
 
 
 def test_names_behind_an_endpoint_are_candidates_beside_local_ones(tmp_path: Path) -> None:

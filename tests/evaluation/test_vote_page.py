@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.core import UserError
-from helpers.evaluation.judgments import read_votes
+from helpers.evaluation.answers import AnswerSet
+from helpers.evaluation.judgments import Judgments, read_votes
 from helpers.evaluation.results import Counts, PairwiseResults
-from helpers.evaluation.vote_page import write_page
+from helpers.evaluation.vote_page import write_vote_page
 from tests.browser import give_up
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def open_page(context: BrowserContext, noise: list[str], tmp_path: Path) -> Iter
     pages: list[Page] = []
 
     def open_page(questions: Any = QUESTIONS, answers: Any = ANSWERS, **options: Any) -> Page:
-        write_page(file, questions, answers, **{"title": "Two runs", "seed": SEED} | options)
+        write_vote_page(file, questions, answers, **{"title": "Two runs", "seed": SEED} | options)
         page = context.new_page()
         pages.append(page)
         page.on("request", lambda request: request.url == file.as_uri() or noise.append(f"request: {request.url}"))
@@ -146,10 +147,11 @@ def test_votes_by_keyboard_become_the_export_and_that_the_table_of_05(open_page:
         },
     )
     (tmp_path / name).write_text(json.dumps(votes))
-    rows = read_votes((str(tmp_path / name),), QUESTIONS, ANSWERS, page_id)
-    (pair,) = PairwiseResults.of("human", rows, QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}).pairs
-    assert (pair.before, pair.after, pair.counts) == ("sft-run", "dpo-run", Counts(win=3, loss=0, tie=1))
-    assert "1 of 4 votes were cast with the names in sight." in pair.notes()
+    answers = AnswerSet(QUESTIONS, {m: ANSWERS[m] for m in ("sft-run", "dpo-run")}, page=page_id)
+    judgments = Judgments("human", read_votes((str(tmp_path / name),), answers))
+    (pair,) = PairwiseResults.from_judgments(judgments, answers).pairs
+    assert (pair.baseline, pair.candidate, pair.counts) == ("sft-run", "dpo-run", Counts(win=3, loss=0, tie=1))
+    assert "1 of 4 votes were cast with the names visible." in pair.notes()
 
 
 def test_buttons_do_what_keys_do(open_page: Open) -> None:
@@ -338,7 +340,7 @@ def test_the_order_is_shuffled_by_question_and_the_same_each_time(open_page: Ope
 
 def orders(folder: Path, seed: int) -> list[list[str]]:
     """What a page says of its columns, read without a browser."""
-    write_page(folder / "page.html", QUESTIONS, ANSWERS, "Two runs", seed=seed)
+    write_vote_page(folder / "page.html", QUESTIONS, ANSWERS, "Two runs", seed=seed)
     [content] = re.findall(r'id="content".*?>(.*?)</script>', (folder / "page.html").read_text(encoding="utf-8"))
     return [[column["model"] for column in question["columns"]] for question in json.loads(content)["questions"]]
 
@@ -598,7 +600,7 @@ def test_the_keys_are_explained_and_wait_meanwhile(open_page: Open) -> None:
 def test_the_same_answers_are_the_same_page_and_a_write_leaves_no_draft(tmp_path: Path) -> None:
     pages = []
     for _ in range(2):
-        write_page(tmp_path / "page.html", QUESTIONS, ANSWERS, "Two runs")
+        write_vote_page(tmp_path / "page.html", QUESTIONS, ANSWERS, "Two runs")
         pages.append((tmp_path / "page.html").read_bytes())
     assert pages[0] == pages[1]
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
@@ -607,14 +609,14 @@ def test_the_same_answers_are_the_same_page_and_a_write_leaves_no_draft(tmp_path
 @pytest.mark.parametrize(
     ("questions", "answers", "message"),
     [
-        ([], ANSWERS, "no question to show"),
+        ([], ANSWERS, "the page has no question to show"),
         ([QUESTIONS[0]] * 2, ANSWERS, "question_id 81 occurs 2 times"),
         (QUESTIONS, {"tie": {81: ["x"]}}, "a model is called 'tie'"),
     ],
 )
 def test_what_no_vote_could_be_read_from_is_refused(tmp_path: Path, questions: Any, answers: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        write_page(tmp_path / "page.html", questions, answers, "Two runs")
+        write_vote_page(tmp_path / "page.html", questions, answers, "Two runs")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -368,7 +368,8 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
 
     from huggingface_hub import ModelCard
 
-    from helpers.evaluation.judges import pair_row
+    from helpers.evaluation.answers import AnswerSet
+    from helpers.evaluation.judgments import Judgments, pair_row
     from helpers.evaluation.results import PairwiseResults
     from helpers.hub.model_card import write_card
 
@@ -390,10 +391,10 @@ def test_a_card_names_the_base_on_the_hub_after_steps_through_local_folders(tmp_
     (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
     (tmp_path / "judge").mkdir()
     rows = [
-        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [w, w])
+        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [{"winner": w}] * 2)
         for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
     ]
-    verdict = PairwiseResults.of("gpt", rows, [], {}).as_dict()
+    verdict = PairwiseResults.from_judgments(Judgments("gpt", rows), AnswerSet([], {})).as_dict()
     (tmp_path / "judge" / "run.json").write_text(
         json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
     )

@@ -107,7 +107,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         ended, told = run_all(project, commands, OPENAI_API_KEY=key)
         assert ended == ["well"] * 4, told
         tried = project.run("05_judge.py", *flags, "--run_name", "other", "--dry_run", OPENAI_API_KEY=key)
-        assert "\n0 calls like this one, some 0 tokens to read.\n32 more have been judged before.\n" in tried.stdout
+        assert "\n0 calls like this one, about 0 tokens to read.\n32 more have been judged before.\n" in tried.stdout
         pairwise = [r for r in server.requests if r["messages"][0]["content"] == "Please compare."]
         assert len(pairwise) == 8 * 2 * 2  # questions, turns, orders: once each, whatever the second run asked
         assert len(server.requests) == 32 + 8 * 2 * 2  # and questions, turns, models
@@ -142,14 +142,14 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         assert len(scores) == 16
         assert ratings[name]["average"] == pytest.approx(sum(scores) / 16)
     for run in ("mt", "mt-single"):
-        assert (outputs / run / "verdicts.png").stat().st_size > 5000
+        assert (outputs / run / "results.png").stat().st_size > 5000
 
 
 def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: Path, answered: str) -> None:
     here = ["--answers_dir", f"outputs/{answered}"]
     before = set((project.root / "outputs").rglob("*"))
     cases = {
-        ("05_judge.py", *here): "who judges? --judge_model NAME (with --base_url, for your own server), --votes",
+        ("05_judge.py", *here): "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes",
         ("05_judge.py", *here, "--judge_model", "gpt-4"): "'gpt-4' at OpenAI needs a key: set OPENAI_API_KEY",
         ("05_judge.py", *here, "--judge_model", "m", "--base_url", "127.0.0.1:1"): "--base_url '127.0.0.1:1' is not",
         ("05_judge.py", *here, "--judge_module", "recipes.demo.questions", "--mode", "single"): "--mode single rates",
@@ -189,8 +189,8 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     export(1)
     ended, _ = run_all(project, [("05_judge.py", here), ("05_judge.py", here + votes)])
     assert ended[0] == (
-        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question: without it, "
-        "judge with --votes FILE or --judge_model NAME"
+        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question. Without it, "
+        "judge with --votes FILE or --judge_model NAME."
     )
     assert ended[1] == "well"
     export(3)
@@ -210,7 +210,7 @@ def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Projec
     ended, _ = run_all(project, [("04_vibes.py", [*words, "--run_name", "few"]), ("05_judge.py", flags)])
     assert ended == ["well", "well"]
     vibes = execute_exported(project, "04_vibes.py", asked | {"run_name": "few-cells"})
-    typed = {"answers_dir": "few-cells", "rules": "recipes.demo.questions", "run_name": "few-cells-judged"}
+    typed = {"answers_dir": "few-cells", "judge_module": "recipes.demo.questions", "run_name": "few-cells-judged"}
     judged = execute_exported(project, "05_judge.py", typed)
     for name in ("sft", dpo_run):
         answers = [
@@ -222,7 +222,7 @@ def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Projec
         assert len(answers[0]) == 6
     assert project.record("few-judged")["metrics"] == project.record("few-cells-judged")["metrics"]
     assert "plus" in str([o for c in vibes.cells if "SideBySide.of" in c.source for o in c.outputs])
-    (table,) = [c for c in judged.cells if "table.figure()" in c.source]
+    (table,) = [c for c in judged.cells if "results.figure()" in c.source]
     assert "6 comparisons by rules" in str(table.outputs)
     assert [o for o in table.outputs if "image/png" in o.get("data", {})]
 
@@ -269,7 +269,7 @@ def test_a_real_server_answers_for_04_and_judges_for_05(project: Project, sft_ru
     answers = [{r["question_id"]: r["choices"][0]["turns"] for r in read_jsonl(file)} for file in (here, there)]
     assert answers[0] == answers[1]  # the same greedy tokens, from this process and from the server
     assert len(answers[0]) == 2
-    assert judged.startswith("UserError: no verdict could be read in any reply; is this model able to judge?")
+    assert judged.startswith("UserError: no reply had a verdict; is this model able to judge?")
     rows = read_jsonl(project.root / "outputs" / "judged-by-tiny" / "calls.jsonl")
     assert [row["winner"] for row in rows] == ["error"] * 4
     assert all(row["judgment"] and row["prompt_tokens"] > 50 and row["completion_tokens"] > 0 for row in rows)
@@ -307,7 +307,7 @@ HALF = "words[0].file.open('a').write('{\"question_id\": 81, \"mod')"
 MOMENTS = [
     *(("endpoint.Endpoint", "ask", after, "pass") for after in (0, 1, 5, 6)),
     *(("ledger.JsonlStore", "add", after, how) for after, how in ((0, "pass"), (2, HALF), (7, "pass"), (3, HALF))),
-    ("runs.Run", "update", 2, "pass"),
+    ("runs.Run", "save", 2, "pass"),
     ("runs.Run", "finish", 0, "pass"),
 ]
 

@@ -71,12 +71,12 @@ def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None
         assert "480 comparisons by rules recipes.demo.questions" in shown
         (page,) = project.root.glob("outputs/vibes-*/answers.html")
         assert f"Page of the answers: {page.relative_to(project.root)}" in shown
-        report = project.root / "outputs" / verdicts["after"] / "report.html"
+        report = project.root / "outputs" / verdicts["candidate"] / "report.html"
         assert shown.splitlines()[-1] == f"Report: {report.relative_to(project.root)}"
         assert re.findall(r'<section id="([\w-]+)"', text := report.read_text()) == list(SECTIONS)
         assert "could not be shown" not in text
         assert "Merged and compared." in text
-        before, after = verdicts["before"], verdicts["after"]
+        before, after = verdicts["baseline"], verdicts["candidate"]
         assert verdicts["win"] + verdicts["tie"] + verdicts["loss"] >= 400
         assert verdicts["win"] / (verdicts["win"] + verdicts["loss"]) >= 0.90
         assert verdicts["interval"][0] > 0.5

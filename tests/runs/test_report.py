@@ -52,12 +52,12 @@ MERGE = {"step": "merge", "status": "finished", "finished": "2026-01-03T11:00:00
          "metrics": {"kl": 1.5e-8, "top1": 1.0, "max_abs": 2e-5, "mean_abs": 9e-7}}  # fmt: skip
 WON = {"win": 55, "loss": 5, "tie": 420, "win_rate": 0.1146, "loss_rate": 0.0104, "win_rate_adjusted": 0.552}
 LOST = {"win": 5, "loss": 55, "tie": 420, "win_rate": 0.0104, "loss_rate": 0.1146, "win_rate_adjusted": 0.448}
-PAIR = {"before": "sft", "after": "dpo", "errors": 3, "interval": [0.54, 0.57], "sign_p": 5.6e-17, "consistency": None,
-        "longer_won": 0.02, "decided_unequal": 55, "length_controlled": 0.585, **WON,
+PAIR = {"baseline": "sft", "candidate": "dpo", "errors": 3, "interval": [0.54, 0.57], "sign_p": 5.6e-17,
+        "consistency": None, "longer_won": 0.02, "decided_unequal": 55, "length_controlled": 0.585, **WON,
         "length_controlled_interval": [0.57, 0.6], "categories": {"sum": WON, HOSTILE[0]: LOST}}  # fmt: skip
 JUDGE = {"step": "judge", "status": "finished", "finished": "2026-01-04T11:00:00.000+00:00",
          "answers_dir": "outputs/vibes",
-         "metrics": {"judge": "gpt", "before": "sft", "after": "dpo", "models": {"dpo": WON, "sft": LOST},
+         "metrics": {"judge": "gpt", "baseline": "sft", "candidate": "dpo", "models": {"dpo": WON, "sft": LOST},
                      "pairs": [PAIR], "scores": {"dpo": {"correct": 0.99}}, "notes": [HOSTILE[1]],
                      "method": "Counted so."}}  # fmt: skip
 LOGS = [
@@ -95,7 +95,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs, picture = tmp_path_factory.mktemp("road") / "outputs", png()
     (make(outputs / "sft", SFT) / "report.html").write_text("sft")
     make(outputs / "merge", MERGE)
-    make(outputs / "judge", JUDGE, verdicts_png=picture)
+    make(outputs / "judge", JUDGE, results_png=picture)
     (make(outputs / "vibes", {"step": "vibes"}) / "answers.html").write_text("answers")
     data = {
         "diagnostics": [{"text": HOSTILE[2], "matters": True}],

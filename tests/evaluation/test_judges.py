@@ -1,0 +1,229 @@
+"""A model as a judge: what it is asked, how its verdict is read, and that failures on the way change no table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.core import UserError, read_jsonl
+from helpers.evaluation.answers import AnswerSet
+from helpers.evaluation.judges import (
+    Budget,
+    JudgePrompts,
+    Match,
+    ModelJudge,
+    make_judge,
+    make_matches,
+    parse_rating,
+    parse_verdict,
+)
+from helpers.evaluation.results import Counts, PairResult, PairwiseResults
+from helpers.runs.run import Run
+from tests.evaluation.judging import answers_worth, better, judged, questions_of, settings_for
+from tests.judge_server import Script, judge_server
+
+pytestmark = pytest.mark.usefixtures("no_waiting")
+PROMPTS = JudgePrompts()
+
+
+def pairs_of(judgments: Any, answers: AnswerSet) -> list[PairResult]:
+    return PairwiseResults.from_judgments(judgments, answers).pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("My verdict: [[A]]", "A"),
+        ("Assistant A wrote [[A]] in its answer. Final verdict: [[B]]", "B"),
+        ("[[C]]", "tie"),
+        ("<think>[[A]] surely... no</think>[[B]]", "B"),
+        ("<think>Perhaps [[A]], or", "error"),
+        ("[[B]] <thinking>[[A]]</thinking>", "B"),
+        ("A is better", "error"),
+        ("[[D]]", "error"),
+        ("", "error"),
+        ("Let me compare. [[A]] perhaps</think>I cannot decide.", "error"),
+        ("Let me compare. [[A]] perhaps</think>No: [[B]]", "B"),
+        ("Assistant A forgot to close its <think> tag. [[B]]", "B"),
+    ],
+)
+def test_the_verdict_is_the_last_one_outside_of_reasoning(text: str, verdict: str) -> None:
+    assert parse_verdict(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [("Rating: [[7]]", 7), ("[[3]] at first, but [[8.5]]", 8.5), ("[[11]]", -1), ("seven", -1), ("Rating: [6]", 6),
+     ("<think>[[2]]</think> Rating: [[9]]", 9), ("[[0]]", -1)],
+)  # fmt: skip
+def test_the_rating_is_the_last_one(text: str, rating: float) -> None:
+    assert parse_rating(text) == rating
+
+
+@pytest.mark.parametrize("fault", [429, 500, "malformed", "html", "empty", "cut", "short", "hang"])
+def test_a_judge_that_fails_now_and_then_gives_the_undisturbed_table(tmp_path: Path, fault: Any) -> None:
+    answers = answers_worth({"before": [1, 1, 2, 1], "after": [2, 1, 1, 3]})
+    with judge_server(better) as server:
+        server.retry_after = "0.01"
+        server.faults = [None, fault, *[None] * 5, fault]
+        judge, judgments = judged(server, tmp_path / "run", answers, max_concurrency=2, timeout=0.4)
+        assert pairs_of(judgments, answers)[0].counts == Counts(2, 1, 1)
+        assert judgments.total == len(judge.matches) == 8
+        assert len(read_jsonl(tmp_path / "run" / "calls.jsonl")) == 8
+        assert len(server.requests) == 10
+        assert server.most_at_once <= 2 or fault == "hang"  # the server still works on a request that was given up
+
+
+def test_a_judge_that_dies_half_way_is_asked_only_for_the_rest(tmp_path: Path) -> None:
+    answers = answers_worth({"before": [1] * 6, "after": [2, 1, 2, 0, 2, 2]})
+    file = tmp_path / "run" / "calls.jsonl"
+    with judge_server(better) as server:
+        server.faults = [None] * 5 + ["gone"]
+        with pytest.raises(UserError, match=r"no answer from http://127.0.0.1:\d+/v1: Connection error. Is the server"):
+            judged(server, tmp_path / "run", answers, max_concurrency=1)
+    before = read_jsonl(file)
+    assert len(before) == 5
+    with judge_server(better) as server:
+        _, judgments = judged(server, tmp_path / "run", answers)
+        assert len(server.requests) == 7
+        assert set(server.answered.values()) == {1}
+    assert pairs_of(judgments, answers)[0].counts == Counts(4, 1, 1)
+    orders = Counter((row["question_id"], tuple(row["models"])) for row in read_jsonl(file))
+    assert set(orders.values()) == {1}
+    assert len(orders) == 12
+    assert read_jsonl(file)[:5] == before
+
+
+def test_a_model_without_a_system_role_gets_the_system_message_in_the_users(tmp_path: Path) -> None:
+    answers = answers_worth({"before": [1] * 3, "after": [2] * 3})
+    with judge_server(better) as server:
+        server.refuse = lambda request: 500 if request["messages"][0]["role"] == "system" else None
+        _, judgments = judged(server, tmp_path / "run", answers, max_concurrency=1)
+    assert pairs_of(judgments, answers)[0].counts == Counts(3, 0, 0)
+    sent = [request["messages"] for request in server.requests]
+    assert [len(messages) for messages in sent] == [2] * 6 + [1] * 6  # the client asks six times before it gives up
+    assert sent[-1][0]["content"].startswith("You compare two answers")
+    assert "# Answer B" in sent[-1][0]["content"]
+
+
+def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later(tmp_path: Path) -> None:
+    answers, run = answers_worth({"before": [1] * 5, "after": [2] * 5}), tmp_path / "run"
+    with judge_server(better) as server:
+        _, judgments = judged(server, run, answers, max_calls=3, max_concurrency=1)
+        assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (3, 7, 1)
+        with pytest.raises(UserError, match=r"7 of 10 calls are left\. Run the same command again to make them"):
+            judgments.raise_if_incomplete()
+        judged(server, run, answers, max_tokens=30, max_concurrency=1)  # 13 a call
+        assert len(server.requests) == 6
+        _, judgments = judged(server, run, answers)
+        assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (10, 0, 5)
+        judgments.raise_if_incomplete()
+    budget = Budget()
+    budget.calls, budget.prompt_tokens, budget.completion_tokens = 10, 1_000_000, 500_000
+    assert budget.summary(2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+
+
+def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(tmp_path: Path) -> None:
+    answers = answers_worth({"before": [1, 1, 1], "after": [2, 2, 7]})
+    text = "This model's maximum context length is 9 tokens, 4 in max_tokens. Change the temperature."
+    with judge_server(better) as server:
+        server.refuse = lambda request: (400, text) if "worth 7" in request["messages"][-1]["content"] else None
+        _, judgments = judged(server, tmp_path / "run", answers, max_concurrency=1)
+    assert judgments.remaining == 0
+    (pair,) = pairs_of(judgments, answers)
+    assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
+    refused = [row for row in read_jsonl(tmp_path / "run" / "calls.jsonl") if row["winner"] == "error"]
+    assert len(refused) == 2
+    assert all("maximum context length" in row["refused"] for row in refused)
+    assert {r["temperature"] for r in server.requests} == {0.0}  # no argument was dropped
+
+
+def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: Path) -> None:
+    answers = answers_worth({"a": [1, 1, 1, 1], "b": [2, 2, 1, 0]})
+    more = answers_worth({"a": [1, 1, 1, 1], "b": [2, 2, 1, 0], "c": [3, 3, 3, 3]})
+    with judge_server(better) as server:
+        judged(server, tmp_path / "one", answers)
+
+        def uncached(**given: Any) -> int:
+            judge = make_judge(settings_for(tmp_path / "two", server.url, **given), more)
+            assert isinstance(judge, ModelJudge)
+            return len(judge.uncached())
+
+        assert uncached() == 16
+        assert uncached(temperature=1.0) == uncached(judge_model="another") == uncached(resume="never") == 24
+        _, judgments = judged(server, tmp_path / "two", more)
+        assert len(server.requests) == 8 + 16
+        counts = {(p.baseline, p.candidate): p.counts for p in pairs_of(judgments, more)}
+        assert counts["a", "b"] == Counts(2, 1, 1)
+        renamed = AnswerSet(answers.questions, {"x": answers.answers["a"], "y": answers.answers["b"]})
+        _, judgments = judged(server, tmp_path / "three", renamed)  # the same answers under other names
+        assert pairs_of(judgments, renamed)[0].counts == Counts(2, 1, 1)
+        assert len(server.requests) == 8 + 16
+
+
+def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Path) -> None:
+    answers = answers_worth({"before": [1, 1, 1], "after": [2, 2, 7]})
+    mumbles: Script = lambda messages: "Well." if "worth 7" in messages[-1]["content"] else better(messages)  # noqa: E731
+    with judge_server(mumbles) as server:
+        _, judgments = judged(server, tmp_path / "run", answers)
+        assert len(server.requests) == 4 + 2 * 2  # asked once more each
+        (pair,) = pairs_of(judgments, answers)
+        assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
+        assert "1 of 3 comparisons have no readable verdict and are not counted." in pair.notes()[0]
+        assert [row["g1_winner"] for row in judgments.rows] == ["model_2", "model_2", "error"]
+        assert judgments.rows[2]["g1_judgment"] == "Well."
+        assert judgments.remaining == 0
+        judged(server, tmp_path / "run", answers, retry_errors=True)
+        assert len(server.requests) == 8 + 2 * 2
+    judgments.rows = judgments.rows[2:]
+    with pytest.raises(UserError, match=r"no reply had a verdict; .* One reply: 'Well.'"):
+        judgments.raise_if_incomplete()
+
+
+def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> None:
+    question = {"question_id": 1, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["four", "six"]}
+    answers = AnswerSet([question], {"a": {1: ["4", "{6}"]}, "b": {1: ["5", "7"]}})
+    assert PROMPTS.name_for(question, 1, "pairwise") == "pair-reference"
+    name = PROMPTS.name_for(question, 2, "pairwise")
+    assert name == "pair-reference-multi-turn"
+    system, user = PROMPTS.messages(Match(question, 2, ("a", "b"), name), answers.answers)
+    assert "[[A]]" in system["content"]
+    for text in ("2+2?", "And 3+3?", "four", "six", "{6}", "5", "7"):
+        assert text in user["content"]
+    assert PROMPTS.name_for(question | {"reference": ["four"]}, 2, "single") == "single-multi-turn"
+    assert not [n for n, row in PROMPTS.rows.items() if "{" in row["system_prompt"]]
+    assert len(PROMPTS.rows) == 8
+    with judge_server(lambda messages: "[[A]]") as server:
+        judge = make_judge(settings_for(tmp_path / "run", server.url, max_calls=1, max_concurrency=1), answers)
+        assert isinstance(judge, ModelJudge)
+        assert "4 calls like this one" in judge.preview()
+        judge.run(Run(tmp_path / "run", {}))
+        lines = judge.preview().splitlines()
+    texts = [m["content"] for match in judge.uncached() for m in PROMPTS.messages(match, answers.answers)]
+    tokens = sum(map(len, texts)) // 4
+    assert lines[-2:] == [f"3 calls like this one, about {tokens:,} tokens to read.", "1 more have been judged before."]
+    assert lines[0] == "--- system ---"
+
+
+def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> None:
+    texts: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
+    answers = AnswerSet(questions_of(2, turns=3), texts)
+    matches = make_matches(answers, [("a", "b")], "pairwise", PROMPTS)
+    assert [(m.question["question_id"], m.turn, m.models) for m in matches] == [
+        (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
+        make_matches(AnswerSet(questions_of(1), {"a": {}, "b": {}}), [("a", "b")], "pairwise", PROMPTS)
+
+
+def test_a_template_with_an_unknown_field_is_one_line(tmp_path: Path) -> None:
+    row = {"name": "pair", "system_prompt": "Judge.", "prompt_template": "{answr_a}"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    settings = settings_for(tmp_path / "run", "http://127.0.0.1:1/v1", judge_prompts=str(tmp_path / "prompts.jsonl"))
+    judge = make_judge(settings, answers_worth({"a": [1], "b": [2]}))
+    with pytest.raises(UserError, match="the template of pair cannot be filled in: 'answr_a'"):
+        judge.preview()
