@@ -9,13 +9,12 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from helpers.core import Interrupted, SettingsError, UserError, find_path, read_jsonl, safe_file_name, short_path
 from helpers.data.conversations import Message
-from helpers.evaluation.generators import Generator
 from helpers.evaluation.questions import Question, answer_turns, read_bench
 from helpers.runs.run import Run, find_run, read_run
 
@@ -92,6 +91,16 @@ def resumable(run: Run) -> Iterator[None]:
         if type(error) is UserError:
             error.args = (f"{error} (Finished parts are saved. Run the same command again to resume.)",)
         raise
+
+
+class Generator(Protocol):
+    """Generates answers to conversations."""
+
+    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> Sequence[str | None]:
+        """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
+
+    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
+        """Print and return one answer."""
 
 
 class AnswerStore:

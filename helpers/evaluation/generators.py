@@ -10,12 +10,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import CleanExit, SettingsError, UserError
 from helpers.data.conversations import Message
+from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.models.chat import (
     eos_token_ids,
     fold_system_message,
@@ -31,8 +32,6 @@ from helpers.settings.fields import RunSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.evaluation.answers import AnswerStore
-
 # Arguments of `model.generate` that change what it returns, or need an object.
 UNSUPPORTED = {"num_return_sequences", "return_dict_in_generate", "stop_strings", "output_scores", "output_logits"}
 TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
@@ -44,16 +43,6 @@ UNKNOWN_ARGUMENT = re.compile(r"unsupported|not supported|unrecognized|unknown|n
 LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-
-class Generator(Protocol):
-    """Generates answers to conversations."""
-
-    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> Sequence[str | None]:
-        """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
-
-    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """Print and return one answer."""
 
 
 def generation_kwargs(settings: RunSettings) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: P
     here = ["--answers_dir", f"outputs/{answered}"]
     before = set((project.root / "outputs").rglob("*"))
     cases = {
-        ("05_judge.py", *here): "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes",
+        ("05_judge.py", *here): "no judge is set. Give --judge_model NAME (with --base_url for your own server)",
         ("05_judge.py", *here, "--judge_model", "gpt-4"): "'gpt-4' at OpenAI needs a key: set OPENAI_API_KEY",
         ("05_judge.py", *here, "--judge_model", "m", "--base_url", "127.0.0.1:1"): "--base_url '127.0.0.1:1' is not",
         ("05_judge.py", *here, "--judge_module", "recipes.demo.questions", "--mode", "single"): "--mode single rates",
