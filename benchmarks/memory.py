@@ -88,9 +88,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback, trainer
     from trl.trainer import utils
 
-    from helpers.models import memory
-    from helpers.models import plan as models
-    from helpers.models.decoder import read_decoder
+    import helpers.models.plan
+    from helpers.models import estimate_memory, plan_model
 
     found: dict[str, Any] = {}
     watch = None if case["gpu"] else _tracker()
@@ -120,23 +119,21 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer.DEFAULT_CALLBACKS.append(Measure)
     if not case["gpu"]:  # as it would be on a GPU
         utils._CHUNKED_LOGPROB_CHUNK_SIZE = 256
-        decide = models.plan_model
 
-        def as_on_gpu(*words: Any) -> Any:
-            plan = decide(*words)
-            dtype = torch.float32 if words[1] == "full" else torch.bfloat16
+        def plan_for_gpu(*args: Any, **kwargs: Any) -> Any:
+            plan = plan_model(*args, **kwargs)
+            dtype = torch.float32 if kwargs["tuning"] == "full" else torch.bfloat16
             if plan.quantization is not None:
                 plan.quantization.bnb_4bit_compute_dtype = plan.quantization.bnb_4bit_quant_storage = torch.bfloat16
             return dataclasses.replace(plan, dtype=dtype, bf16=True)
 
-        models.plan_model = as_on_gpu
+        helpers.models.plan.plan_model = plan_for_gpu
     sys.argv = ["02_dpo.py", *flags(case, folder)]
-    done = runpy.run_path(str(REPO / "notebooks" / "02_dpo.py"), run_name="__main__")
-    decoder = read_decoder(json.loads((folder / case["kind"] / "config.json").read_text()))
-    job = memory.training_spec(done["settings"].values(), "dpo", decoder)
-    parts = memory.estimate_memory(decoder, job)
-    left_out = ("optimizer" if "paged" in job.optimizer else "") if case["gpu"] else "logits"
-    expected = parts["peak"] - parts.get(left_out, 0.0)
+    notebook = runpy.run_path(str(REPO / "notebooks" / "02_dpo.py"), run_name="__main__")
+    parts = estimate_memory(notebook["settings"], notebook["start"]).parts
+    paged = "paged" in notebook["training_args"].optim
+    excluded = ("optimizer" if paged else "") if case["gpu"] else "logits"
+    expected = parts["peak"] - parts.get(excluded, 0.0)
     found.pop("start")
     return case | found | {"estimate": parts, "compared": expected, "ratio": expected / found["peak"]}
 

@@ -190,7 +190,7 @@ def show(*things: Any, save_as: Path | None = None) -> None:
         elif isinstance(thing, str):  # as it is: a line of flags is there to be pasted
             print(thing)
         else:
-            Console().print(thing)
+            Console().print(thing, crop=False)  # a Text without wrapping keeps its flags on one line
 
 
 def figure_to_image(figure: Any) -> Any:

@@ -78,22 +78,28 @@ settings = load_settings(Settings, globals())
 # %%
 from helpers.core import show
 from helpers.data.workload import estimate_work
-from helpers.models.memory import estimate_fit
-from helpers.models.plan import plan_model
+from helpers.models import estimate_memory, load_tokenizer, plan_model, resolve_start
 from helpers.runs.run import start_run
 from helpers.settings.credentials import prepare_tracker
 
+start = resolve_start(settings)
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings), *estimate_work(settings))
-run = start_run(settings, base_model=settings.model_id)
+    show(estimate_memory(settings, start), *estimate_work(settings))
+run = start_run(settings, base_model=start.base_model)
 prepare_tracker(settings.report_to, settings.wandb_project)
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
+plan = plan_model(
+    start.base_model,
+    tuning=settings.tuning,
+    quantization=settings.quantization,
+    attn_implementation=settings.attn_implementation,
+    trl_args=settings.trl,
+)
 run.set(plan=plan.as_dict())
 show(plan)
 
 # %%
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers.data.conversations import LengthLimits
@@ -101,16 +107,8 @@ from helpers.data.loading import parse_dataset_specs
 from helpers.data.prepare import load_instructions
 from helpers.data.report import DataReport
 from helpers.data.row_report import Split
-from helpers.models.chat import set_chat_template, show_labels
-from helpers.models.plan import (
-    check_modules_to_save,
-    disable_cpu_4bit_repacking,
-    resize_embeddings,
-    save_model,
-    trainable_token_indices,
-    upcast_adapter,
-)
-from helpers.models.resolve import resolve_model
+from helpers.models import lora_modules_to_save, prepare_model, save_model, trainable_token_indices, upcast_adapter
+from helpers.models.chat import show_labels
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb
 from helpers.runs.report import show_report
 from helpers.training import add_callbacks
@@ -122,11 +120,7 @@ from helpers.training import add_callbacks
 # the split. A recipe may mix sets, with a `fraction` of each.
 
 # %%
-model_path = resolve_model(settings.model_id, settings.revision)
-hub = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
-tokenizer = AutoTokenizer.from_pretrained(model_path, **hub)
-template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
-print("chat format:", template, *new_tokens)
+tokenizer, new_tokens = load_tokenizer(start, settings)
 
 # %%
 train_set, eval_set, account = load_instructions(
@@ -196,15 +190,15 @@ training_args = SFTConfig(**config | settings.early_stopping() | settings.trl)
 # %%
 set_seed(settings.seed)
 model = AutoModelForCausalLM.from_pretrained(
-    model_path,
-    **hub,
+    start.path,
+    revision=start.revision or "main",
+    trust_remote_code=settings.trust_remote_code,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
     attn_implementation=plan.attn_implementation,
     device_map=plan.device_map,
 )
-disable_cpu_4bit_repacking(model)  # evaluation and training see the same weights, on a CPU too
-resize_embeddings(model, tokenizer)  # rows for tokens that the chat format added
+prepare_model(model, tokenizer)  # adds rows for the chat template's new tokens
 adapter = None
 if settings.tuning != "full":
     adapter = LoraConfig(
@@ -213,12 +207,10 @@ if settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
-        modules_to_save=check_modules_to_save(model, settings.lora_modules_to_save),
+        modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
         task_type="CAUSAL_LM",
-        trainable_token_indices=trainable_token_indices(
-            model, tokenizer, new_tokens
-        ),  # of added tokens, where there are any
-        revision=settings.revision or None,  # of the base, for whoever loads the adapter
+        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
+        revision=start.revision,  # of the base, for whoever loads the adapter
     )
 
 # %% [markdown]

@@ -89,29 +89,31 @@ settings = load_settings(Settings, globals())
 from helpers.core import show
 from helpers.data.workload import estimate_work
 from helpers.hub.push import merge_and_push
-from helpers.models.memory import estimate_fit
-from helpers.models.plan import adopt_adapter_settings, plan_model
-from helpers.runs.run import find_run, start_run
+from helpers.models import estimate_memory, load_tokenizer, plan_model, resolve_start
+from helpers.runs.run import start_run
 from helpers.settings.credentials import hf_token, prepare_tracker
 
 one_of(settings, "model_id", "sft_run")
-parent = find_run(settings.output_dir, settings.sft_run, "sft") if settings.sft_run else None
-if parent:
-    settings.override("parent", model_id=parent.base_model)
+start = resolve_start(settings)
 if settings.push_to_hub:
     hf_token("--push_to_hub")  # now, and not after hours of training
-from_adapter = adopt_adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings, parent), *estimate_work(settings, parent))
-run = start_run(settings, base_model=settings.model_id, parent=parent, when_finished=merge_and_push)
+    show(estimate_memory(settings, start), *estimate_work(settings, start.parent))
+run = start_run(settings, base_model=start.base_model, parent=start.parent, when_finished=merge_and_push)
 prepare_tracker(settings.report_to, settings.wandb_project)
-plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
+plan = plan_model(
+    start.base_model,
+    tuning=settings.tuning,
+    quantization=settings.quantization,
+    attn_implementation=settings.attn_implementation,
+    trl_args=settings.trl,
+)
 run.set(plan=plan.as_dict())
 show(plan)
 
 # %%
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 
 from helpers.data.conversations import LengthLimits
@@ -121,16 +123,8 @@ from helpers.data.prepare import load_preferences
 from helpers.data.report import DataReport
 from helpers.data.row_report import Split
 from helpers.hub.push import merge_and_push
-from helpers.models.chat import render, set_chat_template
-from helpers.models.plan import (
-    check_modules_to_save,
-    disable_cpu_4bit_repacking,
-    resize_embeddings,
-    save_model,
-    trainable_token_indices,
-    upcast_adapter,
-)
-from helpers.models.resolve import resolve_model
+from helpers.models import lora_modules_to_save, prepare_model, save_model, trainable_token_indices, upcast_adapter
+from helpers.models.chat import render
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb
 from helpers.runs.report import show_report
 from helpers.training import SharedPrefixDPOTrainer, add_callbacks
@@ -143,16 +137,7 @@ from helpers.training import SharedPrefixDPOTrainer, add_callbacks
 # prompts instead). A prompt is on one side of the split only. A report says what the pairs will teach beside that.
 
 # %%
-start, start_revision = settings.model_id, settings.revision
-if from_adapter:
-    start, start_revision = from_adapter["base_model_name_or_path"], from_adapter.get("revision") or ""
-elif parent:
-    start = str(parent.folder)
-model_path = resolve_model(start, start_revision)
-hub = {"revision": start_revision or "main", "trust_remote_code": settings.trust_remote_code}
-tokenizer = AutoTokenizer.from_pretrained(parent.folder if parent else model_path, **hub)
-template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
-print("chat format:", template, *new_tokens)
+tokenizer, new_tokens = load_tokenizer(start, settings)
 
 # %%
 train_set, eval_set, account = load_preferences(
@@ -218,18 +203,18 @@ training_args = DPOConfig(**config | settings.early_stopping() | settings.trl)
 # %%
 set_seed(settings.seed)
 loading = dict(
-    **hub,
+    revision=start.revision or "main",
+    trust_remote_code=settings.trust_remote_code,
     dtype=plan.dtype,
     quantization_config=plan.quantization,
     attn_implementation=plan.attn_implementation,
     device_map=plan.device_map,
 )
-model = AutoModelForCausalLM.from_pretrained(model_path, **loading)
-disable_cpu_4bit_repacking(model)  # evaluation and training see the same weights, on a CPU too
-resize_embeddings(model, tokenizer)  # rows for tokens that the chat format added
+model = AutoModelForCausalLM.from_pretrained(start.path, **loading)
+prepare_model(model, tokenizer)  # adds rows for the chat template's new tokens
 adapter = reference = None
-if from_adapter:
-    model = PeftModel.from_pretrained(model, parent.folder, is_trainable=True)
+if start.adapter:
+    model = PeftModel.from_pretrained(model, start.adapter, is_trainable=True)
 elif settings.tuning != "full":
     adapter = LoraConfig(
         r=settings.lora_r,
@@ -237,16 +222,14 @@ elif settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
-        modules_to_save=check_modules_to_save(model, settings.lora_modules_to_save),
+        modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
         task_type="CAUSAL_LM",
-        trainable_token_indices=trainable_token_indices(
-            model, tokenizer, new_tokens
-        ),  # of added tokens, where there are any
-        revision=start_revision or None,  # of the base, for whoever loads the adapter
+        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
+        revision=start.revision,  # of the base, for whoever loads the adapter
     )
 if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
-    reference = AutoModelForCausalLM.from_pretrained(model_path, **loading)
-    resize_embeddings(reference, tokenizer)
+    reference = AutoModelForCausalLM.from_pretrained(start.path, **loading)
+    prepare_model(reference, tokenizer)
 
 # %%
 trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each prompt computed once

@@ -20,7 +20,6 @@ from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.models.chat import (
     eos_token_ids,
     fold_system_message,
-    prepend_system,
     render,
     set_chat_template,
     supports_system_role,
@@ -194,7 +193,7 @@ def iter_generators(
         yield ref.name, generator
         generator.model = None  # the caller may still hold the generator
         base = base.unload() if ref.adapter else base
-        loaded = None if ref.changes_base else (ref.base, ref.revision)
+        loaded = None if ref.mutates_base else (ref.base, ref.revision)
 
 
 def _load_base(ref: ModelRef, settings: Any) -> PreTrainedModel:
@@ -313,7 +312,7 @@ class Endpoint:
             sent = {new: arguments[name] for name, new in names.items() if new}
             fold = has_system and (fold or self.supports_system is False)
             try:
-                reply = create(model=self.model, messages=prepend_system(messages) if fold else messages, **sent)
+                reply = create(model=self.model, messages=fold_system_message(messages) if fold else messages, **sent)
             except APIConnectionError as error:  # a timeout is one
                 raise UserError(f"no answer from {self.where}: {_first_line(error)} Is the server up?") from None
             except APIStatusError as error:

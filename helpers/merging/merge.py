@@ -19,8 +19,7 @@ from helpers.core import UserError, describe_error, find_path, short_path
 from helpers.merging.weights import QuantizedBase, StreamingMerger, UnsupportedAdapter, parse_size, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
-from helpers.models.resolve import ModelRef
-from helpers.models.resolve import find_adapter as resolve_adapter
+from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.run import Run, find_run
 
 if TYPE_CHECKING:

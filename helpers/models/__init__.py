@@ -5,6 +5,16 @@ from helpers.core import lazy_door
 __all__, __getattr__ = lazy_door(
     __name__,
     {
-        "plan": ["plan_model"],
+        "plan": [
+            "lora_modules_to_save",
+            "plan_model",
+            "prepare_model",
+            "save_model",
+            "trainable_token_indices",
+            "upcast_adapter",
+        ],
+        "chat": ["read_template", "set_chat_template"],
+        "memory": ["estimate_memory"],
+        "resolve": ["load_tokenizer", "resolve_adapter", "resolve_models", "resolve_start"],
     },
 )

@@ -1,4 +1,4 @@
-"""How much memory training takes, by part, from the decoder's shapes and the settings alone."""
+"""How much memory training takes, by part: estimated from a model's config.json and the settings alone."""
 
 from __future__ import annotations
 
@@ -6,327 +6,409 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
-from helpers.models.decoder import Decoder, Linear, read_decoder
-from helpers.models.resolve import missing_weights, resolve_model
-from helpers.runs.run import Run
+from helpers.models.plan import sharding_engine
+from helpers.models.resolve import Start, missing_weights
 from helpers.settings.fields import TrainSettings
 
 GB = 10**9
-# States that an optimizer keeps of each weight: a prefix of its name, and how many (adafactor's are rows and columns).
-OPTIMIZER_STATES = {
-    "sgd": 0,
-    "adafactor": 0,
-    "lion": 1,
-    "rmsprop": 1,
-    "adagrad": 1,
-    "adamw": 2,
-    "adam": 2,
-    "ademamix": 3,
-}
-SMALL = 4096  # parameters of a weight below which bitsandbytes keeps its state in float32
-TILE = (4096, 32768)  # rows and columns of the logits that TRL has at a time (trl 1.16, kernels/chunked_logprob.py)
+# States that an optimizer keeps per weight, by the start of its name (adafactor's are rows and columns).
+OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adam": 2, "ademamix": 3}
+MIN_8BIT_SIZE = 4096  # parameters; bitsandbytes keeps the state of smaller weights in float32
+LOGIT_TILE = (4096, 32768)  # rows and columns of logits in memory at a time (trl 1.16, kernels/chunked_logprob.py)
+# Families whose layers are listed here: importing torch and transformers takes longer than a dry run may. Whether the
+# query, key and value projections have a bias by default, and the output projection.
+ATTENTION_BIAS = {
+    "llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, False),
+    "gemma": (False, False), "gpt_neox": (True, True),
+}  # fmt: skip
+
+
+class Linear(NamedTuple):
+    """A linear layer, under its full name as PEFT sees it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSpec:
-    """What decides on the memory of a run; `bits` are those of the frozen base's linear layers."""
+class Decoder:
+    """A decoder's linear layers except the LM head, its widths, and how many other parameters it has."""
 
-    step: str
-    tuning: str
-    bits: int
-    compute: int  # bytes of what is computed in: 2 for bfloat16, 4 for float32
-    rank: int
-    targets: str
-    adapter: int  # bytes of an adapter's weight
-    batch: int
-    length: int
-    checkpointing: bool
-    optimizer: str
-    frozen_copy: bool  # an adapter that is trained further has a frozen copy, as the reference
-    precomputed: bool  # the reference's log-probabilities are, and it is not there while training
-    flash: bool
-    on_gpu: bool
-    whole: tuple[str, ...] = ()  # modules that are trained whole beside the adapter
-    stage: int = 0  # ZeRO's; FSDP shards what stage 3 does
-    processes: int = 1
+    layers: int
+    hidden: int
+    query: int  # width of all query heads together
+    key_value: int  # width of all key heads, and of all value heads
+    inner: int  # width of the MLP
+    gated: bool
+    vocabulary: int
+    tied: bool  # the LM head shares the embeddings' weights
+    positions: int  # tokens of the longest supported text
+    linears: list[Linear]
+    norms: int  # parameters outside linear layers, embeddings and LM head
 
     @property
-    def full(self) -> bool:
-        return self.tuning == "full"
+    def parameters(self) -> int:
+        biases = sum(linear.outputs for linear in self.linears if linear.bias)
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.norms + biases + sum(linear.weights for linear in self.linears)
+
+    def targets(self, lora_target_modules: str) -> list[Linear]:
+        """The layers that PEFT gives an adapter: "all-linear", or those whose full name matches the expression."""
+        every = lora_target_modules == "all-linear"
+        return [linear for linear in self.linears if every or re.fullmatch(lora_target_modules, linear.name)]
 
 
-def training_spec(
-    values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False
-) -> TrainingSpec:
-    """What the settings (`RunSettings.values()`) come to on a GPU with bfloat16, or with use_cpu on a CPU."""
-    on_gpu = not values.get("use_cpu", False)
-    bits = {"4bit": 4, "8bit": 8, "none": 16, "auto": 4 if values["tuning"] == "qlora" else 16}[values["quantization"]]
-    engine = next((e for e in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{e}") == "true"), "")
-    return TrainingSpec(
-        step=step,
-        tuning=values["tuning"],
-        bits=bits,
-        compute=2 if on_gpu and values.get("bf16", True) is not False else 4,
-        rank=values["lora_r"],
-        targets=values["lora_target_modules"],
-        adapter=2 if values["adapter_dtype"] == "bf16" and bits == 4 else 4,
-        batch=values["per_device_train_batch_size"],
-        length=values["max_length"] or decoder.positions,
-        checkpointing=values.get("gradient_checkpointing", True),
-        optimizer=values.get("optim", "paged_adamw_8bit" if on_gpu and not engine else "adamw_torch"),
-        frozen_copy=trained_further and step == "dpo",
-        precomputed=values.get("precompute_ref_log_probs", False),
-        flash="flash" in values["attn_implementation"],
-        on_gpu=on_gpu,
-        whole=tuple(values["lora_modules_to_save"]),
-        stage=_stage(values, engine) if engine else 0,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+def read_decoder(config: Mapping[str, Any]) -> Decoder:
+    """Read the shapes of a decoder from its config.json. A family not in ATTENTION_BIAS takes some seconds.
+
+    Raises KeyError, ValueError, TypeError or AttributeError if transformers cannot build it.
+    """
+    c: Any = SimpleNamespace(**config)
+    try:
+        linears, norms, inner = _known_layers(c)
+        vocabulary, tied = c.vocab_size, bool(getattr(c, "tie_word_embeddings", c.model_type == "gemma"))
+    except (AttributeError, KeyError):  # another family, or a number that is left to transformers' defaults
+        c, linears, norms, vocabulary = _built_layers(config)
+        inner, tied = max((linear.outputs for linear in linears), default=c.hidden_size), bool(c.tie_word_embeddings)
+    heads = c.num_attention_heads
+    size = getattr(c, "head_dim", None) or c.hidden_size // heads
+    return Decoder(
+        layers=c.num_hidden_layers,
+        hidden=c.hidden_size,
+        query=heads * size,
+        key_value=(getattr(c, "num_key_value_heads", None) or heads) * size,
+        inner=inner,
+        gated=any("gate" in linear.name for linear in linears),
+        vocabulary=vocabulary,
+        tied=tied,
+        positions=getattr(c, "max_position_embeddings", 0),
+        linears=linears,
+        norms=norms,
     )
 
 
+def _known_layers(c: Any) -> tuple[list[Linear], int, int]:
+    """The linear layers of a usual family, the parameters of its norms, and the width of its MLP."""
+    hidden, inner, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    bias, output_bias = ATTENTION_BIAS[c.model_type]
+    if hasattr(c, "attention_bias") and c.model_type != "qwen2":
+        bias = output_bias = bool(c.attention_bias)
+    size, mlp_bias = getattr(c, "head_dim", None) or hidden // heads, bool(getattr(c, "mlp_bias", False))
+    query, key_value = heads * size, (getattr(c, "num_key_value_heads", None) or heads) * size
+    if c.model_type == "gpt_neox":
+        prefix, norms, last_norm = "gpt_neox.layers", 4 * hidden, 2 * hidden
+        layer = {
+            "attention.query_key_value": (hidden, 3 * hidden, bias),
+            "attention.dense": (hidden, hidden, bias),
+            "mlp.dense_h_to_4h": (hidden, inner, True),
+            "mlp.dense_4h_to_h": (inner, hidden, True),
+        }
+    else:
+        prefix, norms, last_norm = "model.layers", 2 * (hidden + size * (c.model_type == "qwen3")), hidden
+        layer = {
+            "self_attn.q_proj": (hidden, query, bias),
+            "self_attn.k_proj": (hidden, key_value, bias),
+            "self_attn.v_proj": (hidden, key_value, bias),
+            "self_attn.o_proj": (query, hidden, output_bias),
+            "mlp.gate_proj": (hidden, inner, mlp_bias),
+            "mlp.up_proj": (hidden, inner, mlp_bias),
+            "mlp.down_proj": (inner, hidden, mlp_bias),
+        }
+    count = c.num_hidden_layers
+    linears = [Linear(f"{prefix}.{i}.{name}", *shape) for i in range(count) for name, shape in layer.items()]
+    return linears, count * norms + last_norm, inner
+
+
+def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int, int]:
+    """Build the model on the meta device. Returns its text config, linear layers, other parameters and vocabulary."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    text, head, table = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
+    linears = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            shape = module.weight.shape
+            inputs, outputs = shape if isinstance(module, Conv1D) else reversed(shape)
+            linears.append(Linear(name, inputs, outputs, module.bias is not None))
+    counted = sum(linear.weights + linear.outputs * linear.bias for linear in linears) + table.weight.numel()
+    counted += 0 if text.tie_word_embeddings else head.weight.numel()
+    return text, linears, sum(p.numel() for p in model.parameters()) - counted, table.weight.shape[0]
+
+
+class TrainingSpec:
+    """What memory depends on besides the model, for a GPU with bfloat16, or for a CPU with `--use_cpu`.
+
+    Args:
+        values: `RunSettings.values()`.
+        trained_further: Whether training starts from an adapter.
+    """
+
+    def __init__(self, values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False) -> None:
+        tuning, dpo, engine = values["tuning"], step == "dpo", sharding_engine()
+        bits = {"4bit": 4, "8bit": 8, "none": 16, "auto": 4 if tuning == "qlora" else 16}
+        self.on_gpu = not values.get("use_cpu", False)
+        self.full, self.dora = tuning == "full", tuning == "dora"
+        self.bits = bits[values["quantization"]]  # of the frozen base's linear layers
+        self.compute = 2 if self.on_gpu and values.get("bf16", True) is not False else 4  # bytes, as computed with
+        self.adapter = 2 if values["adapter_dtype"] == "bf16" and self.bits == 4 else 4  # bytes, as kept
+        self.rank = int(values["lora_r"])
+        self.targets = [] if self.full else decoder.targets(values["lora_target_modules"])
+        self.modules_to_save = tuple(values["lora_modules_to_save"])
+        self.batch = int(values["per_device_train_batch_size"])
+        self.length = int(values["max_length"] or decoder.positions)
+        self.tokens = (2 if dpo else 1) * self.batch * self.length
+        self.checkpointing = values.get("gradient_checkpointing", True)
+        self.optimizer = str(values.get("optim", "paged_adamw_8bit" if self.on_gpu and not engine else "adamw_torch"))
+        self.frozen_copy = trained_further and dpo  # of the adapter, as the reference
+        self.reference = self.full and dpo and not values.get("precompute_ref_log_probs", False)
+        self.flash = "flash" in values["attn_implementation"]
+        self.stage = _stage(values, engine)  # of ZeRO; FSDP shards like stage 3
+        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _stage(values: Mapping[str, Any], engine: str) -> int:
-    """ZeRO's stage: that of --deepspeed FILE, of the file that accelerate was given, or of its own settings."""
-    if engine == "FSDP":
-        return 3
+    """ZeRO's stage, from --deepspeed FILE, or else from accelerate's configuration."""
+    if engine != "DEEPSPEED":
+        return 3 if engine else 0
     file = values.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if not file:
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     try:
         content = json.loads(Path(file).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise SettingsError(f"--deepspeed {file} cannot be read: {error}") from None
+        raise SettingsError(f"`--deepspeed {file}` cannot be read: {error}") from None
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def estimate_memory(decoder: Decoder, job: TrainingSpec) -> dict[str, float]:
-    """Bytes on one device by part, with `peak` their sum.
+def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
+    """Bytes on one device by part; `peak` is their sum.
 
-    Weights, adapters, gradients and optimizer states are counted. Activations follow what autograd keeps of a layer of
-    these widths, read from traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py compares); prompts that DPO
-    computes once for both answers make them less.
+    Weights, adapters, gradients and optimizer states are counted. Activations follow what autograd keeps per layer,
+    read from traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py compares). Sharing a pair's prompt, which
+    is not counted, reduces them.
     """
-    trained, mixed = trained_sizes(decoder, job), job.full and job.stage > 0 and job.compute == 2
-    share = {name: job.processes if job.stage >= stage else 1 for name, stage in (("optimizer", 1), ("gradients", 2))}
-    weights = weight_bytes(decoder, job) / (job.processes if job.stage >= 3 else 1)
-    table, count = trained_embeddings(decoder, job), sum(trained) + trained_embeddings(decoder, job)
-    states = sum(state_bytes(n, job) for n in trained) + state_bytes(table, job, embedding=True)
-    adapter = 0.0 if job.full else count * job.adapter
-    part = {
+    trained, embeddings = trained_sizes(decoder, spec), trained_embeddings(decoder, spec)
+    count = sum(trained) + embeddings
+    # DeepSpeed and FSDP keep trained weights in bfloat16, and float32 copies with the optimizer
+    mixed = spec.full and spec.stage > 0 and spec.compute == 2
+    states = sum(state_bytes(n, spec) for n in trained) + state_bytes(embeddings, spec, embedding=True)
+    weights = weight_bytes(decoder, spec) / (spec.processes if spec.stage >= 3 else 1)
+    adapter = 0.0 if spec.full else count * spec.adapter
+    gradients = count * (2 if mixed else 4 if spec.full else spec.adapter)
+    parts = {
         "weights": weights,
-        "adapter": adapter * (2 if job.frozen_copy else 1),
-        "gradients": count * (2 if mixed else 4 if job.full else job.adapter) / share["gradients"],
-        # DeepSpeed and FSDP keep the weights that are trained in bfloat16, and the exact ones with the optimizer
-        "optimizer": (states + 4 * mixed * count) / share["optimizer"],
-        "reference": weights if job.full and job.step == "dpo" and not job.precomputed else 0.0,
-        "activations": activation_bytes(decoder, job),
-        "logits": logit_bytes(decoder, job),
+        "adapter": adapter * (2 if spec.frozen_copy else 1),
+        "gradients": gradients / (spec.processes if spec.stage >= 2 else 1),
+        "optimizer": (states + 4 * mixed * count) / (spec.processes if spec.stage >= 1 else 1),
+        "reference": weights if spec.reference else 0.0,
+        "activations": activation_bytes(decoder, spec),
+        "logits": logit_bytes(decoder, spec),
     }
-    return part | {"peak": sum(part.values())}
+    return parts | {"peak": sum(parts.values())}
 
 
-def weight_bytes(decoder: Decoder, job: TrainingSpec) -> float:
-    """The base as it is loaded: float32 where it is trained; bitsandbytes leaves embeddings, head and norms alone."""
-    if job.full:
-        return (2.0 if job.stage and job.compute == 2 else 4.0) * decoder.parameters
-    if job.bits == 16:
-        return float(job.compute * decoder.parameters)
-    quantized = sum(quantized_bytes(linear, job.bits) for linear in decoder.linears)
-    rest = decoder.parameters - sum(linear.weights for linear in decoder.linears)
-    return quantized + job.compute * rest
+def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
+    """The loaded base: float32 if it is trained. bitsandbytes does not quantize embeddings, LM head and norms.
 
-
-def quantized_bytes(linear: Linear, bits: int) -> float:
-    """bitsandbytes 0.50: NF4 in blocks of 64, whose constants are 8 bits each in blocks of 256; or int8 by rows."""
-    if bits == 8:
-        return linear.weights + 4 * linear.outputs
-    blocks = math.ceil(linear.weights / 64)
-    tables = 4 * 16 + 4 * 256 + 4  # the two codes and the offset
-    return linear.weights / 2 + blocks + 4 * math.ceil(blocks / 256) + tables
-
-
-def trained_sizes(decoder: Decoder, job: TrainingSpec) -> list[int]:
-    """The number of parameters of each weight that is trained, but for the input embeddings."""
-    if job.full:
-        biases = [linear.outputs for linear in decoder.linears if linear.bias]
-        head = [] if decoder.tied else [decoder.vocabulary * decoder.hidden]
-        return [*(linear.weights for linear in decoder.linears), *biases, *head, decoder.norms]
-    targets = decoder.targets(job.targets)
-    sizes = [job.rank * side for linear in targets for side in (linear.inputs, linear.outputs)]
-    sizes += [linear.outputs for linear in targets] if job.tuning == "dora" else []
-    return sizes + [decoder.vocabulary * decoder.hidden for name in job.whole if "embed" not in name]
-
-
-def trained_embeddings(decoder: Decoder, job: TrainingSpec) -> int:
-    """Parameters of the input embeddings, where they are trained."""
-    return decoder.vocabulary * decoder.hidden if job.full or any("embed" in name for name in job.whole) else 0
-
-
-def state_bytes(size: int, job: TrainingSpec, embedding: bool = False) -> float:
-    """What the optimizer keeps of a weight with so many parameters; one that is not in STATES counts as AdamW.
-
-    8-bit states have a constant to each block of 256; small weights and embeddings (transformers 5.23, trainer.py,
-    create_optimizer) have float32 ones nevertheless.
+    bitsandbytes 0.50: int8 has a constant per row; NF4 has one per 64 weights, in 8 bits, with one per 256 of those.
     """
-    name = job.optimizer.removeprefix("paged_")
-    states = next((n for kind, n in OPTIMIZER_STATES.items() if name.startswith(kind)), 2)
-    in_8bit = "8bit" in name and size >= SMALL and not embedding
+    if spec.full:
+        return (2.0 if spec.stage and spec.compute == 2 else 4.0) * decoder.parameters
+    if spec.bits == 16:
+        return float(spec.compute * decoder.parameters)
+    quantized = 0.0
+    for linear in decoder.linears:
+        blocks = math.ceil(linear.weights / 64)
+        tables = 4 * 16 + 4 * 256 + 4  # two codebooks and an offset
+        nf4 = linear.weights / 2 + blocks + 4 * math.ceil(blocks / 256) + tables
+        quantized += linear.weights + 4 * linear.outputs if spec.bits == 8 else nf4
+    return quantized + spec.compute * (decoder.parameters - sum(linear.weights for linear in decoder.linears))
+
+
+def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
+    """Parameters of each trained weight, except the input embeddings."""
+    head = decoder.vocabulary * decoder.hidden
+    if spec.full:
+        biases = [linear.outputs for linear in decoder.linears if linear.bias]
+        return [*(n.weights for n in decoder.linears), *biases, *([] if decoder.tied else [head]), decoder.norms]
+    sizes = [spec.rank * side for linear in spec.targets for side in (linear.inputs, linear.outputs)]
+    sizes += [linear.outputs for linear in spec.targets] if spec.dora else []
+    return sizes + [head for name in spec.modules_to_save if "embed" not in name]
+
+
+def trained_embeddings(decoder: Decoder, spec: TrainingSpec) -> int:
+    """Parameters of the input embeddings, if they are trained."""
+    trained = spec.full or any("embed" in name for name in spec.modules_to_save)
+    return decoder.vocabulary * decoder.hidden if trained else 0
+
+
+def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
+    """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW.
+
+    8-bit states have a constant per 256 numbers. Small weights and embeddings have float32 states nevertheless
+    (transformers 5.23, trainer.py, create_optimizer).
+    """
+    name = spec.optimizer.removeprefix("paged_")
+    states = next((n for prefix, n in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
+    in_8bit = "8bit" in name and size >= MIN_8BIT_SIZE and not embedding
     return states * size * ((1 + 4 / 256) if in_8bit else 4.0)
 
 
-def activation_bytes(decoder: Decoder, job: TrainingSpec) -> float:
-    """The larger of two moments: the forward's end, with adapters cast for autocast; and the first layer's backward."""
-    tokens = (2 if job.step == "dpo" else 1) * job.batch * job.length
-    targets = decoder.targets(job.targets) if not job.full else []
-    # float32 weights as autocast has them; under an engine they are in bfloat16 already
-    casts = 2.0 * sum(trained_sizes(decoder, job)) if job.compute == 2 and not (job.full and job.stage) else 0.0
-    inner = job.compute * decoder.inner * (4 if decoder.gated else 2)
-    attention = job.compute * 2 * (decoder.key_value if job.flash else decoder.query)  # keys and values, by head
-    # the residual stream and both norms: norms are computed in float32
-    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[job.compute, job.full]
+def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
+    """The larger of two moments: the end of the forward pass, with adapters cast for autocast; the first backward."""
+    # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
+    casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
+    inner = spec.compute * decoder.inner * (4 if decoder.gated else 2)
+    attention = spec.compute * 2 * (decoder.key_value if spec.flash else decoder.query)  # keys and values, by head
+    # the residual stream and both norms, which are computed in float32
+    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full]
     width -= 0 if decoder.gated else 8
-    layer = attention + inner + width * decoder.hidden + job.compute * job.rank * len(targets) / decoder.layers
-    work = job.compute * (4 * decoder.inner + 2 * decoder.hidden)  # what a layer needs for the moment
+    layer = attention + inner + width * decoder.hidden + spec.compute * spec.rank * len(spec.targets) / decoder.layers
+    work = spec.compute * (4 * decoder.inner + 2 * decoder.hidden)  # temporary, within one layer
     ends = 6 * decoder.hidden
-    if job.checkpointing:
-        held = decoder.layers * decoder.hidden * (4 if job.full else job.compute) + ends
-        forward, backward = held + work, held + layer + work
-        return max(tokens * forward + casts, tokens * backward + casts / decoder.layers)
-    return tokens * (decoder.layers * layer + ends + work) + casts
+    if not spec.checkpointing:
+        return spec.tokens * (decoder.layers * layer + ends + work) + casts
+    kept = decoder.layers * decoder.hidden * (4 if spec.full else spec.compute) + ends
+    forward, backward = kept + work, kept + layer + work
+    return max(spec.tokens * forward + casts, spec.tokens * backward + casts / decoder.layers)
 
 
-def logit_bytes(decoder: Decoder, job: TrainingSpec) -> float:
-    """TRL scores answers in tiles and never has all logits; a CPU has a tile several times over."""
-    tokens = (2 if job.step == "dpo" else 1) * job.batch * job.length
-    rows = min(tokens, TILE[0])
-    tile = float(rows * TILE[1] * job.compute)
-    if not job.on_gpu:
-        tile += 16.0 * rows * min(decoder.vocabulary, TILE[1])
-    return tile + 6.0 * tokens * decoder.hidden + (4.0 * decoder.vocabulary * decoder.hidden if job.full else 0)
+def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
+    """TRL scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile."""
+    rows = min(spec.tokens, LOGIT_TILE[0])
+    tile = float(rows * LOGIT_TILE[1] * spec.compute)
+    if not spec.on_gpu:
+        tile += 16.0 * rows * min(decoder.vocabulary, LOGIT_TILE[1])
+    return tile + 6.0 * spec.tokens * decoder.hidden + (4.0 * decoder.vocabulary * decoder.hidden if spec.full else 0)
 
 
-def suggest_changes(decoder: Decoder, job: TrainingSpec, accumulation: int, limit: float) -> list[tuple[str, float]]:
-    """Flags that bring the peak under `limit` bytes, each with its peak: those that do it alone, or else one upon
-    another, those first that leave the result as it is. Where nothing does, all together, whose peak is above it.
+def suggest_changes(
+    decoder: Decoder, values: dict[str, Any], step: str, limit: float, trained_further: bool = False
+) -> list[tuple[str, float]]:
+    """Flags that reduce the peak to `limit` bytes, each with its peak.
 
-    `accumulation` is 0 where it follows from --global_batch_size.
+    Returns every kind of change that is enough alone, else one combination, those first that do not change the result.
+    If nothing is enough, returns all together, with a peak above `limit`.
     """
-    alone, upon, words = [], job, list[str]()
-    for kind in _changes(job, accumulation):
-        tried = [(said, _peak(decoder, dataclasses.replace(job, **fields))) for said, fields in kind]
-        alone += [(said, peak) for said, peak in tried if peak <= limit][:1]
-    if alone:
-        return alone
-    for kind in _changes(job, accumulation):
-        for said, fields in kind:
-            peak = _peak(decoder, dataclasses.replace(upon, **fields))
-            if peak <= limit:
-                return [(" ".join([*words, said]), peak)]
-        said, fields = kind[-1]
-        if _peak(decoder, dataclasses.replace(upon, **fields)) < _peak(decoder, upon):
-            upon, words = dataclasses.replace(upon, **fields), [*words, said]
-    return [(" ".join(words), _peak(decoder, upon))]
+
+    def peak(change: dict[str, Any]) -> float:
+        return memory_by_part(decoder, TrainingSpec(values | change, step, decoder, trained_further))["peak"]
+
+    kinds = [list(kind) for kind in _changes(values, TrainingSpec(values, step, decoder, trained_further)) if kind]
+    enough = [next((change for change in kind if peak(change) <= limit), None) for kind in kinds]
+    options, combined = [change for change in enough if change], dict[str, Any]()
+    for kind in kinds if not options else ():
+        options = [combined | change for change in kind if peak(combined | change) <= limit][:1]
+        if options:
+            break
+        if peak(combined | kind[-1]) < peak(combined):
+            combined |= kind[-1]
+    return [(_flags(change), peak(change)) for change in options or [combined]]
 
 
-def _peak(decoder: Decoder, job: TrainingSpec) -> float:
-    return estimate_memory(decoder, job)["peak"]
+def _flags(change: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in change.items())
 
 
-def _changes(job: TrainingSpec, accumulation: int) -> list[list[tuple[str, dict[str, Any]]]]:
-    """What may be changed, each from the mildest to the strongest."""
-    kinds: list[list[tuple[str, dict[str, Any]]]] = []
-    if not job.checkpointing:
-        kinds.append([("--gradient_checkpointing True", {"checkpointing": True})])
-    halves = [job.batch >> i for i in range(1, job.batch.bit_length())]
-    batches = [(f"--per_device_train_batch_size {n}", math.ceil(accumulation * job.batch / n), n) for n in halves]
-    steps = " --gradient_accumulation_steps"
-    kinds.append([(f"{said}{steps} {more}" if accumulation else said, {"batch": n}) for said, more, n in batches])
-    if job.full and job.step == "dpo" and not job.precomputed:
-        kinds.append([("--precompute_ref_log_probs True", {"precomputed": True})])
-    if "8bit" not in job.optimizer and job.stage == 0 and job.on_gpu:
-        kinds.append([("--optim paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"})])
-    if job.full:
-        kinds.append([("--tuning qlora", {"tuning": "qlora", "bits": 4})])
-    elif job.bits > 4:
-        kinds.append([("--quantization 4bit", {"bits": 4})])
-    ranks = [job.rank >> i for i in range(1, job.rank.bit_length() - 3)]
-    if not job.full and not job.frozen_copy:  # an adapter that is trained further keeps its rank
-        kinds.append([(f"--lora_r {n}", {"rank": n}) for n in ranks])
-    shorter = range(job.length // 128 * 128 - (job.length % 128 == 0) * 128, 255, -128)
-    kinds.append([(f"--max_length {n}", {"length": n}) for n in shorter])
-    return [kind for kind in kinds if kind]
+def _changes(values: Mapping[str, Any], spec: TrainingSpec) -> Iterator[list[dict[str, Any]]]:
+    """The kinds of changes to the settings, each from the mildest to the strongest."""
+    if not spec.checkpointing:
+        yield [{"gradient_checkpointing": True}]
+    batches = [{"per_device_train_batch_size": spec.batch >> i} for i in range(1, spec.batch.bit_length())]
+    if not values["global_batch_size"]:  # which would set the accumulation itself
+        rows = values["gradient_accumulation_steps"] * spec.batch
+        batches = [b | {"gradient_accumulation_steps": math.ceil(rows / n)} for b in batches for n in b.values()]
+    yield batches
+    if spec.reference:
+        yield [{"precompute_ref_log_probs": True}]
+    if "8bit" not in spec.optimizer and spec.stage == 0 and spec.on_gpu:
+        yield [{"optim": "paged_adamw_8bit"}]
+    if spec.full:
+        yield [{"tuning": "qlora"} | ({"quantization": "4bit"} if values["quantization"] == "none" else {})]
+    elif spec.bits > 4:
+        yield [{"quantization": "4bit"}]
+    if not spec.full and not spec.frozen_copy:  # an adapter that is trained further keeps its rank
+        yield [{"lora_r": spec.rank >> i} for i in range(1, spec.rank.bit_length() - 3)]
+    yield [{"max_length": length} for length in range((spec.length - 1) // 128 * 128, 255, -128)]
 
 
-def estimate_fit(settings: TrainSettings, parent: Run | None = None) -> list[Any]:
-    """What `settings` would need and do, for `display.show`: a table of memory by part, and lines.
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device by part (none for an unknown type of model), a note on each, and lines on what to do."""
 
-    The memory is that of a GPU with bfloat16, unless they say --use_cpu; steps and tokens are about, and known where
-    the rows are here. Nothing is written. Raises UserError where there is no such model, or a set is here that cannot
-    be used, and SettingsError where the settings contradict each other.
+    parts: dict[str, float]
+    notes: dict[str, str]
+    lines: list[str]
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("memory of one device", "", "", box=None, pad_edge=False)
+        for name, size in self.parts.items():
+            if size:
+                style = "bold" if name == "peak" else ""
+                table.add_row(name, _format_bytes(size), self.notes.get(name, ""), style=style)
+        lines = [Text(line, no_wrap=True, overflow="ignore") for line in self.lines]  # so that flags can be copied
+        return Group(*([table] if self.parts else []), *lines)
+
+
+def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
+    """Estimate what `settings` need on one GPU with bfloat16, or on a CPU with `--use_cpu`.
+
+    Raises UserError if there is no such model, and SettingsError if the settings contradict each other or it.
     """
-    values, whole = settings.values(), parent is not None and not parent.is_adapter
-    folder = parent.folder if parent and whole else find_path(values["model_id"])
-    has_config = folder is not None and (folder / "config.json").is_file()  # nothing more is read of it
-    root = str(folder) if has_config else resolve_model(values["model_id"], values["revision"])
-    accumulation = settings.accumulation_steps()
-    notes = []
-    if has_config and (lacking := missing_weights(Path(root))):
-        notes.append(f"The weights are not here yet: {Path(root).name} {lacking}.")
+    values, lines = settings.values(), list[str]()
+    settings.accumulation_steps()  # raises if they contradict each other
+    config, folder = json.loads(start.config_file.read_text()), find_path(start.model)
+    if folder and (missing := missing_weights(folder)):
+        lines = [f"The weights are not here yet: {folder.name} {missing}."]
     try:
-        decoder = read_decoder(json.loads(_config_file(root, values["revision"]).read_text()))
+        decoder = read_decoder(config)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        return [f"Memory: unknown, because its config.json is of a kind that is not known here: {reason}", *notes]
-    job = training_spec(values, settings.step, decoder, parent is not None and parent.is_adapter)
-    if not job.full and not decoder.targets(job.targets):
-        raise SettingsError(
-            f"--lora_target_modules {job.targets!r} is the name of no linear layer of {values['model_id']}"
-        )
-    parts, limit = estimate_memory(decoder, job), values["memory_gb"] * GB
-    lines = []
-    if parts["peak"] > limit:
-        found = suggest_changes(decoder, job, 0 if values["global_batch_size"] else accumulation, limit)
-        lines = [f"  {words}  ({_format_bytes(peak)})" for words, peak in found]
-        fits = found[0][1] <= limit
-        lines = [
-            "What would make it fit:" if fits else "Nothing makes it fit. It needs least with:",
-            *lines,
-        ]
-    return [_table(parts, job, limit), *lines, *notes]
-
-
-def _table(parts: dict[str, float], job: TrainingSpec, limit: float) -> Any:
-    from rich.table import Table
-
-    plain = "float32" if job.compute == 4 or (job.full and not job.stage) else "bfloat16"
-    known = any(job.optimizer.removeprefix("paged_").startswith(kind) for kind in OPTIMIZER_STATES)
-    pages = ", which may page to the CPU" if "paged" in job.optimizer else ""
-    shape = f"batch {job.batch}, {job.length:,} tokens"
-    said = {
-        "weights": {4: "4-bit NF4", 8: "8-bit"}.get(job.bits, plain) if not job.full else plain,
-        "adapter": "and its frozen copy, the reference" if job.frozen_copy else f"rank {job.rank}",
-        "optimizer": job.optimizer + (pages if known else ", counted as AdamW"),
-        "activations": shape if job.checkpointing else f"{shape}, no checkpointing",
+        return MemoryEstimate({}, {}, [f"Memory: unknown, because its config.json is not supported: {reason}", *lines])
+    spec = TrainingSpec(values, settings.step, decoder, start.adapter is not None)
+    if not spec.full and not spec.targets:
+        name = values["lora_target_modules"]
+        raise SettingsError(f"`--lora_target_modules {name}` matches no linear layer of {start.base_model}.")
+    parts, limit = memory_by_part(decoder, spec), values["memory_gb"] * GB
+    fits = parts["peak"] <= limit
+    if not fits:
+        options = suggest_changes(decoder, values, settings.step, limit, start.adapter is not None)
+        heading = "What would make it fit:" if options[0][1] <= limit else "Nothing makes it fit. It needs least with:"
+        lines = [heading, *(f"  {flags}  ({_format_bytes(peak)})" for flags, peak in options), *lines]
+    plain = "float32" if spec.compute == 4 or (spec.full and not spec.stage) else "bfloat16"
+    known = spec.optimizer.removeprefix("paged_").startswith(tuple(OPTIMIZER_STATES))
+    pages = ", which may page to the CPU" if "paged" in spec.optimizer else ""
+    shape = f"batch {spec.batch}, {spec.length:,} tokens"
+    notes = {
+        "weights": plain if spec.full else {4: "4-bit NF4", 8: "8-bit"}.get(spec.bits, plain),
+        "adapter": "and its frozen copy, the reference" if spec.frozen_copy else f"rank {spec.rank}",
+        "optimizer": spec.optimizer + (pages if known else ", counted as AdamW"),
+        "activations": shape if spec.checkpointing else f"{shape}, no checkpointing",
         "reference": "another copy of the weights",
-        "peak": f"{'fits' if parts['peak'] <= limit else 'does not fit'} into {limit / GB:g} GB (--memory_gb)",
+        "peak": f"{'fits' if fits else 'does not fit'} into {limit / GB:g} GB (--memory_gb)",
     }
-    table = Table("memory of one device", "", "", box=None, pad_edge=False)
-    for name, size in parts.items():
-        if size:
-            table.add_row(name, _format_bytes(size), said.get(name, ""), style="bold" if name == "peak" else "")
-    return table
-
-
-def _config_file(root: str, revision: str) -> Path:
-    """config.json of a folder, or of a Hub id where `local_or_hub` has fetched it."""
-    from huggingface_hub import hf_hub_download
-
-    file = Path(root) / "config.json"
-    return file if file.is_file() else Path(hf_hub_download(root, "config.json", revision=revision or None))
+    return MemoryEstimate(parts, notes, lines)
 
 
 def _format_bytes(count: float) -> str:

@@ -1,74 +1,178 @@
-"""What a name means: a model or an adapter, in a folder, on the Hub or behind an endpoint, and what it started from."""
+"""What a name refers to: a model or an adapter, in a folder, on the Hub or behind an endpoint, and where it is from."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from helpers.core import UserError, describe_error, find_path, fingerprint
-from helpers.runs.run import find_run, read_run
+from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint
+from helpers.models.chat import TEMPLATE_TOKENS, set_chat_template
+from helpers.runs.run import Run, find_run, parent_of, read_run
 from helpers.settings.credentials import hf_token
+from helpers.settings.fields import RunSettings
 
-BASE_KEEPING_INITS = ("gaussian", "orthogonal", "eva")  # ways to begin an adapter that leave its base as it is
-# What must stand beside a configuration, for a folder to be a model or an adapter.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BASE_KEEPING_INITS = ("gaussian", "orthogonal", "eva")  # ways to initialize an adapter that do not change its base
+# The weights that a folder needs besides its configuration.
 WEIGHT_PATTERNS = {
     "config.json": ("*.safetensors", "pytorch_model*.bin"),
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 
 
-def resolve_model(model_id: str, revision: str = "", file: str = "config.json") -> str:
-    """The path of a local folder as one can open it from here, or the Hub id as it is.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a training starts from: a model, a finished run of 01_sft.py, or that run's adapter on its base.
 
-    Raises UserError where neither has `file`, before anything large is fetched. A gated model asks for a token.
+    Attributes:
+        model: Folder or Hub id of the weights, as it was named.
+        revision: Branch, tag or commit of `model` on the Hub; None for the default branch.
+        base_model: The model at the root of the lineage.
+        parent: The run of 01_sft.py, if any.
+        adapter: Folder of an adapter to train further, if any.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
+    model: str
+    revision: str | None
+    base_model: str
+    parent: Run | None = None
+    adapter: Path | None = None
+
+    @functools.cached_property
+    def path(self) -> str:
+        """`model`, ready for from_pretrained. Checked when first used: a finished run does not need the Hub."""
+        return resolve_model(self.model, self.revision)
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.parent.folder) if self.parent else self.path
+
+    @property
+    def config_file(self) -> Path:
+        """The model's config.json; its weights may still be missing."""
+        folder = find_path(self.model)
+        if folder and (folder / "config.json").is_file():
+            return folder / "config.json"
+        return fetch_file(self.model, self.revision, "config.json")
+
+
+def resolve_start(settings: RunSettings) -> Start:
+    """Find out what `settings` start from: `model_id`, or a run of 01_sft.py whose settings are taken over.
+
+    Raises UserError for a missing run, SettingsError for settings that contradict its adapter.
+    """
+    values = settings.values()
+    if not values.get("sft_run"):
+        return Start(values["model_id"], values["revision"] or None, values["model_id"])
+    parent = find_run(settings.output_dir, values["sft_run"], "sft")
+    settings.override("parent", model_id=parent.base_model)
+    if not parent.is_adapter:
+        return Start(str(parent.folder), values["revision"] or None, parent.base_model, parent)
+    config = adopt_adapter_settings(parent.folder, settings)
+    base, revision = config["base_model_name_or_path"], config.get("revision") or None
+    return Start(base, revision, parent.base_model, parent, parent.folder)
+
+
+def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
+    """Take over rank, scale and targets of an adapter that is trained further, and return its adapter_config.json.
+
+    Raises SettingsError if a setting given by hand differs. A recipe's may: they are for the adapters it creates.
+    """
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    values = settings.values()
+    if values["tuning"] == "full":
+        raise SettingsError(f"`--tuning full` cannot train the adapter in {folder.name}. Use `--tuning lora` or qlora.")
+    template = str(values.get("chat_template"))
+    tokenizer = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json"))
+    if missing := [token for token in TEMPLATE_TOKENS.get(template, ()) if token not in tokenizer]:
+        raise SettingsError(
+            f"`--chat_template {template}` needs {', '.join(missing)}, which the adapter in {folder.name} was trained "
+            f"without. Train 01_sft.py with `--chat_template {template}`."
+        )
+    dora = config.get("use_dora", False)
+    adopted = {
+        "lora_r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_target_modules": read_run(folder)
+        .get("settings", {})
+        .get("lora_target_modules", config["target_modules"]),
+        "use_rslora": config.get("use_rslora", False),
+        "lora_modules_to_save": tuple(config.get("modules_to_save") or ()),
+    }
+    if (values["tuning"] == "dora") != dora and values["tuning"] != "qlora":  # on 4-bit weights, qlora is either
+        adopted["tuning"] = "dora" if dora else "lora"
+    for name, value in adopted.items():
+        by_hand = not settings.sources.get(name, "default").startswith(("default", "recipe"))
+        # `--tuning lora` is right for a DoRA adapter: it means that the base is not quantized
+        if by_hand and values[name] != value and not (name == "tuning" and dora):
+            raise SettingsError(
+                f"`--{name} {values[name]}` contradicts the adapter in {folder.name}, which has {value}. "
+                f"Remove `--{name}`."
+            )
+    settings.override("parent", **adopted)
+    return config
+
+
+def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template."""
+    from transformers import AutoTokenizer
+
+    values = settings.values()
+    tokenizer = AutoTokenizer.from_pretrained(
+        start.tokenizer, revision=start.revision or "main", trust_remote_code=values["trust_remote_code"]
+    )
+    name, new_tokens = set_chat_template(tokenizer, values["chat_template"])
+    print("Chat template:", name, *new_tokens)
+    return tokenizer, new_tokens
+
+
+def resolve_model(model_id: str, revision: str | None = None, file: str = "config.json") -> str:
+    """Return a local folder's path, as seen from here, or the Hub id unchanged.
+
+    Raises UserError if `file` or a local folder's weights are missing, before anything large is downloaded.
+    """
     path = find_path(model_id)
     if path and (path / file).is_file():
-        if lacking := missing_weights(path, file):
-            raise UserError(f"{model_id!r} {lacking}")
+        if missing := missing_weights(path, file):
+            raise UserError(f"{model_id!r} {missing}")
         return str(path)
-    try:
-        if path:
-            raise FileNotFoundError(f"the folder has no {file}")
-        if not try_to_load_from_cache(model_id, file, revision=revision or None):
-            _ask_for_the_hub()
-        try:
-            hf_hub_download(model_id, file, revision=revision or None)
-        except GatedRepoError:
-            os.environ["HF_TOKEN"] = hf_token(
-                f"{model_id} is gated (its page asks to accept its terms), and reading it"
-            )
-            hf_hub_download(model_id, file, revision=revision or None)
-    except HFValidationError:
-        raise UserError(f"{model_id!r} is neither a folder here nor a Hub id") from None
-    except GatedRepoError:
-        raise UserError(f"{model_id} is gated, and your token may not read it: accept its terms on its page") from None
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{model_id!r} cannot be loaded: {describe_error(error)}") from None
+    fetch_file(model_id, revision, file)
     return model_id
 
 
-def missing_weights(folder: Path, file: str = "config.json") -> str:
-    """What of the weights beside `file` is not there, as "has ... and no weights"; "" where nothing is missing."""
-    weights = WEIGHT_PATTERNS.get(file, ("*",))
-    if not any(True for pattern in weights for _ in folder.glob(pattern)):
-        return f"has a {file} and no weights ({' or '.join(weights)})"
-    for index in folder.glob("*.index.json"):
-        names = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        if missing := sorted(name for name in names if not (folder / name).is_file()):
-            return f"lacks {', '.join(missing)}, which its {index.name} names"
-    return ""
+def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
+    """Download one file from the Hub. Asks for a token if the model is gated; raises UserError if it cannot."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
+    try:
+        if find_path(model_id):
+            raise FileNotFoundError(f"the folder has no {file}")
+        if not try_to_load_from_cache(model_id, file, revision=revision or None):
+            _check_connection()
+        try:
+            return Path(fetch())
+        except GatedRepoError:
+            os.environ["HF_TOKEN"] = hf_token(f"{model_id} is gated (its page asks to accept terms), and reading it")
+            return Path(fetch())
+    except HFValidationError:
+        raise UserError(f"{model_id!r} is neither a folder here nor a Hub id") from None
+    except GatedRepoError:
+        raise UserError(f"{model_id} is gated and your token may not read it. Accept its terms on its page.") from None
+    except (OSError, HfHubHTTPError) as error:
+        raise UserError(f"{model_id!r} cannot be loaded: {describe_error(error)}") from None
 
 
-def _ask_for_the_hub() -> None:
-    """Raise LocalEntryNotFoundError where the Hub cannot be reached: huggingface_hub 2.4 asks for a file six times,
-    for 24 seconds, before it says so."""
-    import httpx2 as httpx  # what huggingface_hub speaks through
+def _check_connection() -> None:
+    """Raise LocalEntryNotFoundError if the Hub cannot be reached: huggingface_hub 2.4 retries for 24 seconds first."""
+    import httpx2 as httpx  # the HTTP client of huggingface_hub
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -76,30 +180,41 @@ def _ask_for_the_hub() -> None:
         get_session().head(constants.ENDPOINT, timeout=10)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise LocalEntryNotFoundError("the Hub cannot be reached") from error
-    except httpx.HTTPError:  # it is there, and slow or busy: huggingface_hub asks it again
+    except httpx.HTTPError:  # slow or busy: huggingface_hub's retries handle it
         pass
+
+
+def missing_weights(folder: Path, file: str = "config.json") -> str:
+    """Describe missing weights, as "has ... and no weights" or "lacks ..."; "" if none are missing."""
+    patterns = WEIGHT_PATTERNS.get(file, ("*",))
+    if not any(True for pattern in patterns for _ in folder.glob(pattern)):
+        return f"has a {file} and no weights ({' or '.join(patterns)})"
+    for index in folder.glob("*.index.json"):
+        names = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            return f"lacks {', '.join(missing)}, which its {index.name} names"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRef:
-    """A model that answers: a whole one, an adapter on its base, or the model `base` behind an endpoint.
+    """A model that answers: a full model, an adapter on its base, or the model `base` behind an endpoint.
 
-    `revision` is the base's; "" means main. `changes_base`: the adapter takes a part of the base into itself when it is
-    loaded, so that the base is another once it is taken off.
+    `revision` is the base's; "" means main. `mutates_base`: loading the adapter changes the base's weights, so the base
+    must be loaded again after it.
     """
 
     name: str
     base: str
     adapter: str | None = None
     revision: str = ""
-    changes_base: bool = False
+    mutates_base: bool = False
     base_url: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other weights, of a run (wherever it is kept) or a folder; a Hub id and an endpoint's model
-        are what they are."""
-        parts: list[object] = [self.revision]  # a server may have another address tomorrow
+        """Identifies the weights of a run (wherever its folder is) or a folder; a Hub id or endpoint model by name."""
+        parts: list[object] = [self.revision]  # without the address, which may change
         for name in (self.base, self.adapter or ""):
             folder = None if self.base_url else find_path(name)
             files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if folder else []
@@ -109,15 +224,15 @@ class ModelRef:
 
     @property
     def tokenizer(self) -> str:
-        """Where its tokenizer is: an adapter from elsewhere may have come without one."""
+        """Where its tokenizer is: the base's, if the adapter has none of its own."""
         folder = find_path(self.adapter or "")
         return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
 
 
-def find_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
-    """An adapter, in a folder or on the Hub, and the base that it names. Raises UserError where it is none.
+def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
+    """Resolve an adapter, in a folder or on the Hub, and the base model it names.
 
-    `base_model_id` is the setting that names another base, which may be ""; None where there is no such setting.
+    `base_model_id` is the setting for another base and may be ""; None if there is no such setting. Raises UserError.
     """
     from peft import PeftConfig
 
@@ -127,77 +242,64 @@ def find_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
         raise UserError(f"there is no adapter to merge: {error}") from None
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
-    start = getattr(config, "init_lora_weights", True)
     try:
         base = resolve_model(base_model_id or str(config.base_model_name_or_path), revision)
     except UserError as error:
-        mend = "bring it back, or make that run again" if base_model_id is None else "--base_model_id names another"
-        raise UserError(f"the base of the adapter in {name!r}: {error}; {mend}") from None
-    return ModelRef(
-        Path(name).name, base, adapter, revision, not isinstance(start, bool) and start not in BASE_KEEPING_INITS
-    )
+        fix = "Restore it, or repeat that run." if base_model_id is None else "Use `--base_model_id` for another base."
+        raise UserError(f"the base of the adapter in {name!r} is missing: {error}. {fix}") from None
+    init = getattr(config, "init_lora_weights", True)
+    mutates_base = not isinstance(init, bool) and init not in BASE_KEEPING_INITS
+    return ModelRef(Path(name).name, base, adapter, revision, mutates_base)
 
 
 def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
-    """What each of `names` means: a run, an adapter, a model, "latest"; what it started from stands before it.
+    """Resolve runs, adapters, models and "latest", each after the model it was trained from.
 
-    NAME@http://... is the model NAME behind that endpoint; with `base_url` every name is one behind it.
+    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Each model appears once.
+    Models with the same name are numbered.
     """
-    found: list[ModelRef] = []
+    models: dict[ModelRef, ModelRef] = {}
     for name in names:
-        model, at, url = (name, "@", base_url) if base_url else name.partition("@http")
-        if at:
-            url = base_url or f"http{url}"
-            found.append(ModelRef(Path(model).name, model, base_url=url))
-            continue
-        folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
-        folder = folder or find_path(str(output_dir / name))
-        if folder is None:
-            if _is_adapter_on_hub(name):
-                me = find_adapter(name)
-                found += [dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False), me]
-            else:
-                found.append(ModelRef(Path(name).name, name))
-            continue
-        parent = Path(read_run(folder).get("parent_folder") or "")
-        if (folder / "adapter_config.json").is_file():
-            me = dataclasses.replace(find_adapter(str(folder)), name=folder.name)
-            if (parent / "adapter_config.json").is_file():
-                found.append(dataclasses.replace(me, name=parent.name, adapter=str(parent), changes_base=False))
-            else:
-                found.append(dataclasses.replace(me, name=Path(me.base).name, adapter=None, changes_base=False))
-            found.append(me)
-        elif parent.name and (parent / "config.json").is_file():
-            found += [ModelRef(parent.name, str(parent)), ModelRef(folder.name, str(folder))]
+        model, separator, url = (name, "@", base_url) if base_url else name.partition("@http")
+        if separator:
+            resolved = [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
         else:
-            found.append(ModelRef(folder.name, str(folder)))
-    found = _once(found)
-    names_so_far = [c.name for c in found]
-    if "tie" in names_so_far:
-        raise UserError("a model called 'tie' cannot win: give its folder another name")
-    return [  # two models of one name are told apart
-        dataclasses.replace(c, name=f"{c.name} ({names_so_far[: i + 1].count(c.name)})")
-        if names_so_far.count(c.name) > 1
-        else c
-        for i, c in enumerate(found)
+            resolved = _resolve_with_start(name, output_dir)
+        for each in resolved:
+            models.setdefault(dataclasses.replace(each, name="", mutates_base=False), each)
+    used = [model.name for model in models.values()]
+    if "tie" in used:
+        raise UserError("a model is called 'tie', which is also a verdict. Rename its folder.")
+    return [
+        dataclasses.replace(m, name=f"{m.name} ({used[: i + 1].count(m.name)})") if used.count(m.name) > 1 else m
+        for i, m in enumerate(models.values())
     ]
 
 
-def _once(found: list[ModelRef]) -> list[ModelRef]:
-    """Each model once, under the first name that it has."""
-    seen: dict[tuple[str, str | None, str, str], ModelRef] = {}
-    for candidate in found:
-        seen.setdefault((candidate.base, candidate.adapter, candidate.revision, candidate.base_url), candidate)
-    return list(seen.values())
+def _resolve_with_start(name: str, output_dir: Path) -> list[ModelRef]:
+    """The model `name`, after the one that it was trained from, if that is known."""
+    folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
+    folder = folder or find_path(str(output_dir / name))
+    parent = parent_of(folder, read_run(folder)) if folder else None
+    if (folder / "adapter_config.json").is_file() if folder else _is_adapter_on_hub(name):
+        adapter = resolve_adapter(str(folder or name))
+        start = dataclasses.replace(adapter, name=Path(adapter.base).name, adapter=None, mutates_base=False)
+        if parent and (parent / "adapter_config.json").is_file():
+            start = dataclasses.replace(start, name=parent.name, adapter=str(parent))
+        return [start, adapter]
+    model = ModelRef(Path(folder or name).name, str(folder or name))
+    if parent and (parent / "config.json").is_file():
+        return [ModelRef(parent.name, str(parent)), model]
+    return [model]
 
 
 def _is_adapter_on_hub(name: str) -> bool:
-    """Whether a Hub id is an adapter's; where that cannot be found out, loading it will say why."""
+    """Whether a Hub id is an adapter's. False if that is unknown: loading the model will report why."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         if cached := try_to_load_from_cache(name, "adapter_config.json"):
             return isinstance(cached, str)
         return any(file.rfilename == "adapter_config.json" for file in HfApi().model_info(name).siblings or ())
-    except Exception:  # whatever it is: no such repository, no network, not a Hub id
+    except Exception:  # no such repository, no network, not a Hub id
         return False

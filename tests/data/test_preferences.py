@@ -16,7 +16,7 @@ from helpers.core import UserError
 from helpers.data.conversations import LengthLimits, truncate_prompt
 from helpers.data.formats import FORMAT_READERS, REQUIRED_COLUMNS, PairingConfig
 from helpers.data.prepare import prepare_preferences
-from helpers.models.chat import MISTRAL, render, set_chat_template
+from helpers.models.chat import read_template, render, set_chat_template
 from tests.data.test_formats import JUNK, ROWS, bot, user
 
 NO_LIMITS = LengthLimits()
@@ -267,7 +267,9 @@ def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedT
 
 def test_all_that_was_changed_in_a_row_is_counted(demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
-    tokenizer.chat_template = MISTRAL.replace("messages[0]['content'] + '\\n\\n'", "raise_exception('no system')")
+    tokenizer.chat_template = read_template("mistral").replace(
+        "messages[0]['content'] + '\\n\\n'", "raise_exception('no system')"
+    )
     row = {"system": "Be kind.", "question": "What? " * 60 + "Why?", "chosen": "x " * 9, "rejected": "y"}
     rows = Dataset.from_list([row])
     pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(40, 60, "truncate_prompt"))

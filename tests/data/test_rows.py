@@ -14,7 +14,7 @@ from helpers.core import UserError, read_jsonl
 from helpers.data.conversations import LengthLimits
 from helpers.data.prepare import prepare_instructions, prepare_preferences
 from helpers.data.row_report import Split, split_by_prompt
-from helpers.models.chat import MISTRAL, render
+from helpers.models.chat import read_template, render
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -48,7 +48,9 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     strict = AutoTokenizer.from_pretrained(tmp_path)
-    strict.chat_template = "{{ raise_exception('no odd talk') if 'odd' in messages[0]['content'] }}" + MISTRAL
+    strict.chat_template = "{{ raise_exception('no odd talk') if 'odd' in messages[0]['content'] }}" + read_template(
+        "mistral"
+    )
     odd = [user("an odd question")]
     rows = [{"prompt": p, "chosen": [bot("5.")], "rejected": [bot("6.")]} for p in (ASK, odd, ASK)]
     rows[2]["chosen"] = [bot("7.")]

@@ -25,7 +25,7 @@ from helpers.models.resolve import ModelRef, resolve_models
 from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.judge_server import judge_server
-from tests.models.test_helpers import tiny_mistral
+from tests.tiny import tiny_mistral
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 QUESTIONS = [

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from helpers.core import UserError
 from helpers.models.chat import (
     CHAT_TEMPLATES,
-    MISTRAL,
+    read_template,
     render,
     set_chat_template,
     tokenize,
@@ -24,6 +24,7 @@ from helpers.models.chat import (
 )
 from helpers.models.plan import resize_embeddings, trainable_token_indices
 
+MISTRAL = read_template("mistral")
 TALK = [
     {"role": "user", "content": "What is 2 plus 3?"},
     {"role": "assistant", "content": "Of course, it is 5."},
@@ -98,9 +99,9 @@ def test_every_format_is_safe_to_train_on(name: str, demo_folder: Path) -> None:
     ("change", "fault"),
     [
         (("{{- bos_token -}}", "{{- bos_token + bos_token -}}"), "it has more than one beginning-of-sequence token"),
-        (("{{- bos_token -}}", ""), "it lacks <s>, which this tokenizer puts before every other text"),
+        (("{{- bos_token -}}", ""), "<s> is missing, which this tokenizer puts before any other text"),
         ((" + eos_token", ""), "the end of the answer is not learned: </s> does not close it"),
-        (("' [/INST]'", "' [/INST] '"), "the prompt at generation is not what stands before the answer in training"),
+        (("' [/INST]'", "' [/INST] '"), "the prompt at generation differs from the text before the answer in training"),
         (("+ message['content'] + ' [/INST]'", "+ message['content'][:5] + ' [/INST]'"), "a turn is missing"),
     ],
 )  # fmt: skip
@@ -164,7 +165,7 @@ def test_a_format_that_is_not_known_is_refused_and_a_file_is_taken(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="--chat_template 'chatlm' is not one of mistral, chatml"):
+    with pytest.raises(UserError, match=r"`--chat_template chatlm` is unknown\. Use one of mistral, chatml"):
         set_chat_template(other, "chatlm")
     assert other.chat_template == tokenizer.chat_template
     (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}")

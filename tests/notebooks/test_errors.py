@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.core import describe_error
-from helpers.models import resolve as sources
+from helpers.models import resolve
 from tests import fake_hub as local
 from tests.conftest import Project
 
@@ -76,11 +76,11 @@ def test_a_hub_that_is_not_there_is_asked_once_and_one_that_hangs_up_is_left_to_
 
         answering = threading.Thread(target=hang_up)
         answering.start()
-        sources._ask_for_the_hub()
+        resolve._check_connection()
         answering.join()
         assert asked == [b"HEAD"]
     with pytest.raises(LocalEntryNotFoundError, match="the Hub cannot be reached"):
-        sources._ask_for_the_hub()
+        resolve._check_connection()
 
 
 def test_each_mistake_is_one_line_and_nothing_is_written(
@@ -115,7 +115,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
         ([*dpo, "--loss_type", "sigmoyd"], 2, "--loss_type sigmoyd is none of TRL's losses: aot, "),
         ([*dpo, "--early_stopping_patience", "2", "--eval_strategy", "no"], 2, "TRL refuses these settings: "),
         ([*dpo, "--lora_target_modules", "q_proj"], 2, "--lora_target_modules: Target modules q_proj not found"),
-        ([*dpo, "--lora_modules_to_save", "foo"], 2, "--lora_modules_to_save foo is the name of no module; there are "),
+        ([*dpo, "--lora_modules_to_save", "foo"], 2, "`--lora_modules_to_save foo` is not a module of the model. Use "),
         ([*dpo, "--attn_implementation", "nope"], 2,
          '--attn_implementation: Specified `attn_implementation="nope"` is not supported'),
         ([*dpo, "--dataset_id", "nowhere.jsonl"], 1, "dataset 'nowhere.jsonl'"),

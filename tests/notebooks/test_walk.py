@@ -23,7 +23,9 @@ def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: P
         "01_sft.py", "--recipe", "recipes/demo.yaml", "--tuning", "qlora", "--lora_r", "4", "--run_name", "lora", *SFT
     )
     refused = project.run("02_dpo.py", "--recipe", "recipes/demo.yaml", "--sft_run", "lora", "--lora_r", "8", status=2)
-    assert refused.stderr.strip().endswith("error: --lora_r 8, but the adapter in lora has 4: leave it out")
+    assert refused.stderr.strip().endswith(
+        "error: `--lora_r 8` contradicts the adapter in lora, which has 4. Remove `--lora_r`."
+    )
 
     small = {name: value for name, value in DPO.items() if name != "recipe"}
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]

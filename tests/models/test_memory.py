@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 
 from helpers.core import SettingsError
 from helpers.models import memory
-from helpers.models.decoder import read_decoder
-from helpers.models.memory import GB, TrainingSpec, estimate_memory, suggest_changes
+from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
 from helpers.settings import trl_fields
 from tests import fake_hub as local
 from tests.conftest import Project
@@ -21,10 +19,11 @@ MISTRAL_7B = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
 }  # fmt: skip
-QLORA = TrainingSpec(
-    step="dpo", tuning="qlora", bits=4, compute=2, rank=256, targets="all-linear", adapter=4, batch=1, length=1512,
-    checkpointing=True, optimizer="paged_adamw_8bit", frozen_copy=False, precomputed=False, flash=False, on_gpu=True,
-)  # fmt: skip
+QLORA = {
+    "tuning": "qlora", "quantization": "auto", "lora_r": 256, "lora_target_modules": "all-linear",
+    "lora_modules_to_save": (), "adapter_dtype": "fp32", "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2, "global_batch_size": 0, "max_length": 1512, "attn_implementation": "auto",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Pr
         {"tuning": "lora", "quantization": "8bit", "optim": "sgd"},
         {"tuning": "full"},
         {"tuning": "full", "precompute_ref_log_probs": True, "optim": "adamw_8bit"},
-        {"tuning": "lora", "optim": "adamw_8bit", "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"tuning": "lora", "optim": "adamw_8bit", "lora_modules_to_save": ["embed_tokens", "lm_head"]},
         {"tuning": "full", "optim": "adafactor", "precompute_ref_log_probs": True},
     ]
     flags = []
@@ -99,53 +98,64 @@ def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Pr
     assert len(counted) == len(jobs)
     decoder = read_decoder(json.loads((model / "config.json").read_text()))
     for job, (sizes, values) in zip(jobs, counted, strict=True):
-        expected = estimate_memory(decoder, memory.training_spec(values, "dpo", decoder))
+        expected = memory_by_part(decoder, TrainingSpec(values, "dpo", decoder))
         for part, size in sizes.items():
             rows_and_columns = 0.02 * sizes["weights"] if job.get("optim") == "adafactor" else 0
             assert expected[part] == pytest.approx(size, rel=0.02, abs=rows_and_columns), (job, part)
 
 
 def test_eight_bit_states_are_counted_in_blocks_and_small_weights_in_float32() -> None:
-    job = dataclasses.replace(QLORA, optimizer="adamw_8bit")
-    assert memory.state_bytes(1 << 20, job) == (1 << 20) * 2 + 2 * 4 * (1 << 20) / 256
-    assert memory.state_bytes(4095, job) == 8 * 4095
-    assert memory.state_bytes(1 << 20, dataclasses.replace(job, optimizer="paged_lion_8bit")) == (1 << 20) * (
-        1 + 4 / 256
-    )
-    assert memory.state_bytes(1 << 20, dataclasses.replace(job, optimizer="adamw_torch_fused")) == 8 << 20
+    def state_bytes(size: int, optimizer: str) -> float:
+        return memory.state_bytes(size, TrainingSpec(QLORA | {"optim": optimizer}, "dpo", read_decoder(MISTRAL_7B)))
+
+    assert state_bytes(1 << 20, "adamw_8bit") == (1 << 20) * 2 + 2 * 4 * (1 << 20) / 256
+    assert state_bytes(4095, "adamw_8bit") == 8 * 4095
+    assert state_bytes(1 << 20, "paged_lion_8bit") == (1 << 20) * (1 + 4 / 256)
+    assert state_bytes(1 << 20, "adamw_torch_fused") == 8 << 20
 
 
-def test_engines_share_out_what_their_stage_says() -> None:
-    decoder = read_decoder(MISTRAL_7B)
-    full = dataclasses.replace(QLORA, tuning="full", optimizer="adamw_torch", processes=8)
-    one, zero1, zero2, zero3 = (estimate_memory(decoder, dataclasses.replace(full, stage=stage)) for stage in range(4))
+def test_engines_share_out_what_their_stage_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, full = read_decoder(MISTRAL_7B), QLORA | {"tuning": "full", "optim": "adamw_torch"}
     count = decoder.parameters
+    one = memory_by_part(decoder, TrainingSpec(full, "dpo", decoder))
     assert (one["weights"], one["gradients"], one["optimizer"]) == (4 * count, 4 * count, 8 * count)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    stages = []
+    for stage in (1, 2, 3):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+        stages.append(memory_by_part(decoder, TrainingSpec(full, "dpo", decoder)))
+    zero1, zero2, zero3 = stages
     assert (zero1["weights"], zero1["gradients"], zero1["optimizer"]) == (2 * count, 2 * count, 12 * count / 8)
     assert zero2["gradients"] == zero3["gradients"] == 2 * count / 8
     assert zero3["weights"] == zero3["reference"] == 2 * count / 8
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert memory_by_part(decoder, TrainingSpec(full, "dpo", decoder)) == zero3
 
 
 def test_advice_names_what_alone_makes_it_fit_and_else_several_together() -> None:
     decoder = read_decoder(MISTRAL_7B)
-    large = dataclasses.replace(QLORA, batch=8)
-    alone = suggest_changes(decoder, large, 2, 24 * GB)
+    large = QLORA | {"per_device_train_batch_size": 8}
+    alone = suggest_changes(decoder, large, "dpo", 24 * GB)
     assert alone[0][0] == "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"
     assert any(words.startswith("--max_length") for words, _ in alone)
     assert all(peak <= 24 * GB for _, peak in alone)
-    ((together, peak),) = suggest_changes(decoder, dataclasses.replace(large, checkpointing=False), 2, 20 * GB)
+    ((together, peak),) = suggest_changes(decoder, large | {"gradient_checkpointing": False}, "dpo", 20 * GB)
     assert together.startswith("--gradient_checkpointing True --per_device_train_batch_size")
-    assert peak <= 20 * GB < estimate_memory(decoder, large)["peak"]
-    ((least, peak),) = suggest_changes(decoder, QLORA, 16, 3 * GB)  # the weights alone are larger
+    assert peak <= 20 * GB < memory_by_part(decoder, TrainingSpec(large, "dpo", decoder))["peak"]
+    ((least, peak),) = suggest_changes(decoder, QLORA, "dpo", 3 * GB)  # the weights alone are larger
     assert least == "--lora_r 8 --max_length 256"
     assert peak > 3 * GB
-    kept = suggest_changes(decoder, dataclasses.replace(large, frozen_copy=True), 0, 30 * GB)
+    kept = suggest_changes(decoder, large | {"global_batch_size": 16}, "dpo", 30 * GB, trained_further=True)
     assert kept[0][0] == "--per_device_train_batch_size 4"  # --global_batch_size has its own accumulation
     assert not any("--lora_r" in words for words, _ in kept)  # an adapter that is trained further keeps its rank
-    (full, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 40 * GB)
-    assert full[0] == "--tuning qlora"
-    (without, *_) = suggest_changes(decoder, dataclasses.replace(QLORA, tuning="full", bits=16), 16, 100 * GB)
-    assert without[0] == "--precompute_ref_log_probs True"
+    full = QLORA | {"tuning": "full"}
+    assert suggest_changes(decoder, full, "dpo", 40 * GB)[0][0] == "--tuning qlora"
+    assert suggest_changes(decoder, full | {"quantization": "none"}, "dpo", 40 * GB)[0][0] == (
+        "--tuning qlora --quantization 4bit"
+    )
+    assert suggest_changes(decoder, full, "dpo", 100 * GB)[0][0] == "--precompute_ref_log_probs True"
 
 
 def test_a_dry_run_reads_values_as_trl_does() -> None:
@@ -231,10 +241,10 @@ def test_a_dry_run_of_what_cannot_work_is_one_line(project: Project, demo_folder
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "unheard_of"}')
     tiny, pairs = str(demo_folder / "tiny-mistral"), str(demo_folder / "preferences")
     out, _, _ = dry_run(project, "02_dpo.py", "--model_id", str(tmp_path / "odd"), "--dataset_id", pairs)
-    assert "Memory: unknown, because its config.json is of a kind that is not known here: " in out
+    assert "Memory: unknown, because its config.json is not supported: " in out
     assert "The weights are not here yet: odd has a config.json and no weights" in out
     for words, status, said in (
-        (["--lora_target_modules", "q_prj"], 2, "--lora_target_modules 'q_prj' is the name of no linear layer"),
+        (["--lora_target_modules", "q_prj"], 2, "`--lora_target_modules q_prj` matches no linear layer of"),
         (["--max_grad_norm", "much"], 2, "--max_grad_norm takes float, not 'much' (from flag)"),
         (["--global_batch_size", "7", "--per_device_train_batch_size", "2"], 2, "is not a multiple of"),
         (["--dataset_id", "nothing.jsonl"], 1, "there is no such file"),
@@ -261,15 +271,10 @@ def test_several_sets_and_long_prompts_are_counted_as_they_are_trained(
 
 
 def test_the_stage_of_deepspeed_s_own_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = read_decoder(MISTRAL_7B)
-    values = {
-        "tuning": "full", "quantization": "auto", "lora_r": 8, "lora_target_modules": "all-linear", "adapter_dtype": "fp32",
-        "per_device_train_batch_size": 1, "max_length": 512, "attention": "auto", "modules_to_save": (),
-        "deepspeed": str(tmp_path / "ds.json"),
-    }  # fmt: skip
+    decoder, values = read_decoder(MISTRAL_7B), QLORA | {"tuning": "full", "deepspeed": str(tmp_path / "ds.json")}
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    assert memory.training_spec(values, "dpo", decoder).stage == 3
+    assert TrainingSpec(values, "dpo", decoder).stage == 3
     (tmp_path / "ds.json").unlink()
-    with pytest.raises(SettingsError, match=r"--deepspeed .* cannot be read"):
-        memory.training_spec(values, "dpo", decoder)
+    with pytest.raises(SettingsError, match=r"`--deepspeed .*` cannot be read"):
+        TrainingSpec(values, "dpo", decoder)

@@ -1,0 +1,109 @@
+"""What a name refers to: models and adapters, in folders, on the Hub, and the run that they came from."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.core import SettingsError, UserError
+from helpers.models import resolve
+from tests.tiny import settings_of
+
+
+def test_a_model_that_lacks_a_shard_says_which(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(
+        UserError, match=r"lacks model-00002-of-00002\.safetensors, which its model\.safetensors\.index"
+    ):
+        resolve.resolve_model(str(tmp_path))
+
+
+def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    for name in ("empty", "bare", "gone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    for name, said in (
+        (str(tmp_path / "empty"), "has no config.json"),
+        ("not/a/model", "neither a folder here nor"),
+        (str(tmp_path / "bare"), r"has a config.json and no weights \(\*.safetensors or pytorch_model\*.bin\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            resolve.resolve_model(name)
+    adapter = '{"peft_type": "LORA", "base_model_name_or_path": "BASE"}'.replace("BASE", str(tmp_path / "nowhere"))
+    (tmp_path / "gone" / "adapter_config.json").write_text(adapter)
+    with pytest.raises(UserError, match=r"adapter_config.json and no weights"):
+        resolve.resolve_adapter(str(tmp_path / "gone"))
+    (tmp_path / "gone" / "adapter_model.safetensors").write_bytes(b"x")
+    gone = str(tmp_path / "gone")
+    said = "nowhere' is neither a folder here nor a Hub id"
+    with pytest.raises(UserError, match=f"{said}. Restore it, or repeat that run"):
+        resolve.resolve_models((gone,), tmp_path)
+    with pytest.raises(UserError, match=f"{said}. Use `--base_model_id`"):
+        resolve.resolve_adapter(gone, "")
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="'org/m' cannot be loaded: it is not in the cache, and the Hub cannot be"):
+        resolve.resolve_model("org/m")
+    assert time.monotonic() - began < 5
+
+
+def test_rank_and_targets_of_an_adapter_that_goes_on_cannot_be_changed(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}')
+    settings = settings_of(tmp_path)
+    resolve.adopt_adapter_settings(tmp_path, settings)
+    assert (settings.lora_r, settings.lora_target_modules, settings.sources["lora_r"]) == (4, ["q_proj"], "parent")
+    with pytest.raises(SettingsError, match="`--lora_target_modules all-linear` contradicts the adapter"):
+        resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_target_modules", "all-linear"))
+    with pytest.raises(SettingsError, match="`--tuning full` cannot train the adapter"):
+        resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "full"))
+    assert resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path))["r"] == 4
+    assert resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "4"))["r"] == 4
+    with pytest.raises(
+        SettingsError, match=f"`--lora_r 64` contradicts the adapter in {tmp_path.name}, which has 4. Remove"
+    ):
+        resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--lora_r", "64"))
+    with pytest.raises(SettingsError, match=r"`--tuning dora` contradicts the adapter in .*, which has lora\. Remove"):
+        resolve.adopt_adapter_settings(tmp_path, settings_of(tmp_path, "--tuning", "dora"))
+    theirs = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(theirs))
+    resolve.adopt_adapter_settings(tmp_path, settings := settings_of(tmp_path, "--tuning", "lora"))
+    assert (settings.tuning, settings.lora_modules_to_save) == ("dora", ("lm_head",))
+
+
+def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> None:
+    base = tmp_path / "sft-full"
+    made = {"sft-full": None, "dpo-a": "sft-full", "sft-lora": None, "dpo-b": "sft-lora", "dpo-full": "sft-full"}
+    for name, parent in made.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if name.endswith("full"):
+            (folder / "config.json").write_text("{}")
+            (folder / "model.safetensors").write_bytes(b"x")
+        else:
+            (folder / "adapter_model.safetensors").write_bytes(b"x")
+            config = {"base_model_name_or_path": str(base), "revision": "v2", "peft_type": "LORA"}
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        record = {"step": name[:3], "status": "finished", "finished": "2026", "base_model": "org/m"}
+        record["parent_folder"] = str(tmp_path / parent) if parent else None
+        (folder / "run.json").write_text(json.dumps(record))
+    names = [c.name for c in resolve.resolve_models((str(tmp_path / "dpo-a"), "org/other", "us/other"), tmp_path)]
+    assert names == ["sft-full", "dpo-a", "other (1)", "other (2)"]
+    before, after = resolve.resolve_models(("dpo-b",), tmp_path)
+    assert (before.name, before.adapter, before.base) == ("sft-lora", str(tmp_path / "sft-lora"), str(base))
+    assert (after.name, after.adapter, after.revision) == ("dpo-b", str(tmp_path / "dpo-b"), "v2")
+    assert after.tokenizer == str(base)  # the adapter came without one
+    (tmp_path / "dpo-b" / "tokenizer_config.json").write_text("{}")
+    assert after.tokenizer == str(tmp_path / "dpo-b")
+    before, after = resolve.resolve_models(("dpo-full",), tmp_path)
+    assert (before.base, after.base, after.adapter) == (str(base), str(tmp_path / "dpo-full"), None)

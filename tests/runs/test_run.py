@@ -1,0 +1,112 @@
+"""Run folders: which settings find which run, and what happens to a run that stops or is replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.core import CleanExit, SettingsError, UserError
+from helpers.runs import run as runs
+from tests.tiny import settings_of
+
+
+def test_the_same_settings_find_the_same_run_and_others_another(tmp_path: Path) -> None:
+    first = runs.start_run(settings_of(tmp_path), "org/Some-7B")
+    assert first.name == f"dpo-Some-7B-{settings_of(tmp_path).digest('')}"
+    assert not first.folder.exists()  # nothing is written before there is something to write
+    first.save(data={"read": 1})
+    assert runs.start_run(settings_of(tmp_path), "org/Some-7B").folder == first.folder
+    assert runs.start_run(settings_of(tmp_path, "--lora_r", "4"), "org/Some-7B").folder != first.folder
+    record = json.loads((first.folder / "run.json").read_text())
+    assert record["status"] == "running"
+    assert (record["base_model"], record["parent"]) == ("org/Some-7B", None)
+    assert record["settings"]["lora_r"] == 8
+    assert record["sources"]["lora_r"] == "default"
+    assert record["versions"]["trl"] == "1.16.0"
+
+
+def test_a_finished_run_is_not_started_again_unless_told(tmp_path: Path) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.save()
+    (run.folder / "adapter_model.safetensors").write_bytes(b"weights")
+    run.finish(metrics={"eval_loss": 1.0})
+    with pytest.raises(CleanExit, match=r"is finished: nothing to do\. --resume never"):
+        runs.start_run(settings_of(tmp_path), "org/m")
+    anew = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
+    assert (run.folder / "adapter_model.safetensors").exists()  # until the new run has something to write
+    anew.save()
+    assert not (run.folder / "adapter_model.safetensors").exists()
+
+
+def test_a_name_by_hand_with_other_settings_is_refused_with_the_differences(tmp_path: Path) -> None:
+    runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m").save()
+    runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--report_to", "tensorboard"), "org/m")
+    with pytest.raises(SettingsError, match="lora_r 8 → 4"):
+        runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--lora_r", "4"), "org/m")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    for more in ([], ["--resume", "never"]):
+        with pytest.raises(SettingsError, match="is not empty and not a run"):
+            runs.start_run(settings_of(tmp_path, "--run_name", "thesis", *more), "org/m")
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CleanExit, match=r"Dry run: .*\(new\) would start from org/m"):
+        runs.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_trains_says_what_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = runs.Run(tmp_path / "sft-x", {"fingerprint": "f"})
+    settings = settings_of(tmp_path, "--run_name", "a")
+    runs.start_run(settings, "org/m")
+    assert capsys.readouterr().out.splitlines()[-1] == f"Run: {tmp_path / 'a'}"
+    monkeypatch.setattr(settings, "rows_per_step", lambda: 8)
+    runs.start_run(settings, "org/m")
+    assert capsys.readouterr().out.splitlines() == [f"Run: {tmp_path / 'a'}", "Starts from org/m"]
+    runs.start_run(settings, "org/m", parent)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Starts from {tmp_path / 'sft-x'}"
+    monkeypatch.setattr(settings, "dry_run", True)
+    monkeypatch.setattr(type(settings), "step", "judge")
+    with pytest.raises(CleanExit, match=r"Dry run: .*a \(new\)\.$"):
+        runs.start_run(settings, "gpt-4")
+
+
+def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished dpo run"):
+        runs.find_run(tmp_path, "latest", "dpo")
+    for name, status in (("a", "finished"), ("b", "finished"), ("c", "running")):
+        run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
+        run.save()
+        if status == "finished":
+            run.finish()
+    assert runs.find_run(tmp_path, "latest", "dpo").name == "b"
+    assert runs.find_run(tmp_path, "a", "dpo").name == "a"
+    assert runs.find_run(tmp_path, str(tmp_path / "a"), "dpo").name == "a"
+    with pytest.raises(UserError, match="'c' is a dpo run with status running, not a finished dpo run"):
+        runs.find_run(tmp_path, "c", "dpo")
+    with pytest.raises(UserError, match="'x' is not the folder of a run"):
+        runs.find_run(tmp_path, "x", "dpo")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")])
+def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseException], status: str) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    with pytest.raises(error), run.training() as checkpoint:  # noqa: PT012
+        assert checkpoint is None
+        raise error
+    assert runs.read_run(run.folder)["status"] == status
+
+
+def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path: Path) -> None:
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.save()
+    (run.folder / "checkpoint-2").mkdir()
+    (run.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    with runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m").training() as checkpoint:
+        assert checkpoint is None
+    assert not (run.folder / "checkpoint-2").exists()
