@@ -90,7 +90,7 @@ def test_a_gated_model_says_what_to_do(online: local.Hub, monkeypatch: pytest.Mo
     from helpers.models.resolve import resolve_model
 
     online.fail["/org/gated/"] = (403, {"X-Error-Code": "GatedRepo"})
-    with pytest.raises(UserError, match="org/gated is gated and your token may not read it. Accept its terms"):
+    with pytest.raises(UserError, match=r"org/gated is gated and your token may not read it\. Accept its terms"):
         resolve_model("org/gated")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match=r"org/gated is gated .* needs a Hub token: set HF_TOKEN"):

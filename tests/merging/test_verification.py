@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from helpers.core import UserError
 from helpers.merging.merge import (
@@ -18,12 +20,13 @@ from helpers.merging.merge import (
     merge_adapter,
     staging_dir,
 )
-from helpers.merging.verify import Verification, compare_layers, verify_merge
+from helpers.merging.verify import Verification, compare_layers, compare_logits, last_logits, verify_merge
 from helpers.merging.weights import (
     StreamingMerger,
 )
 from helpers.runs.run import Run, read_run
 from tests.merging.models import LORA, build, our_merge, save, tensors
+from tests.tiny import tiny_mistral
 
 
 def printed(thing: Any) -> str:
@@ -106,3 +109,23 @@ def test_a_merge_of_before_is_verified_by_its_record(tmp_path: Path) -> None:
         assert text.splitlines()[0] == f"Merge verified: {verdict}"
     layers = Run(tmp_path, {"status": "finished", "metrics": {"layers": 2, "relative": 1e-7}, "merge_base": "original"})
     assert printed(verify_merge(merge_adapter(Adapter(tmp_path, layers), output=layers), Adapter(tmp_path, layers)))
+
+
+def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    talks = [[{"role": "user", "content": "What is 2 plus 3?"}], [{"role": "user", "content": "And 4?"}]]
+    base = last_logits(tiny_mistral(len(tokenizer)), tokenizer, talks)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    policy = get_peft_model(tiny_mistral(len(tokenizer)), config)
+    adapted = last_logits(policy, tokenizer, talks)
+    assert [logits.shape[1] for logits in adapted] == [len(tokenizer)] * 2
+    same = compare_logits(adapted, last_logits(policy.merge_and_unload(), tokenizer, talks))
+    other = compare_logits(adapted, base)
+    assert same["max_abs"] < 1e-4
+    assert same["top1"] == 1
+    assert same["kl"] < 1e-8
+    assert other["kl"] > 1e-3
+    p, q = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]]))
+    expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
+    assert compare_logits([p], [q])["kl"] == pytest.approx(expected.item(), abs=1e-6)
