@@ -167,4 +167,4 @@ evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --
 
 # %%
 show_report(merge_run.folder)  # of the run that was merged, with the verification
-print("Next:", merge_run.next_command(settings.recipe) if adapter.is_from_run else "python notebooks/04_vibes.py")
+print("Next:", "python notebooks/04_vibes.py" if settings.adapter else merge_run.next_command(settings.recipe))

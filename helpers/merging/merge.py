@@ -79,18 +79,14 @@ class Adapter:
         return resolve_adapter(str(self.source), self.base_model_id)
 
     @property
-    def is_from_run(self) -> bool:
-        return "step" in self.run.record
-
-    @property
     def folder(self) -> Path:
         return Path(str(self.ref.adapter))
 
     @property
     def base_model(self) -> str:
-        """The model at the root of the lineage."""
-        base = self.ref.base  # raises UserError if there is no adapter, or no base
-        return self.run.base_model if self.is_from_run else base
+        """The model at the root of the lineage. Raises UserError if there is no adapter, or no base of it."""
+        base = self.ref.base
+        return str(self.run.record.get("base_model", base))
 
     @functools.cached_property
     def base_folder(self) -> Path:
@@ -99,8 +95,8 @@ class Adapter:
     @functools.cached_property
     def tokenizer(self) -> Any:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
-        folder = self.folder if has_tokenizer else self.base_folder
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
         set_chat_template(tokenizer, "auto")
         return tokenizer
 
@@ -111,13 +107,9 @@ class Adapter:
 
     def load_policy(self, precision: LoadPrecision, device: str) -> Any:
         """Load the base as in training, with the adapter on it."""
-        base = AutoModelForCausalLM.from_pretrained(
-            self.base_folder,
-            dtype=precision.dtype,
-            quantization_config=precision.quantization,
-            device_map={"": device},
-            trust_remote_code=self.trust_remote_code,
-        )
+        options = {"dtype": precision.dtype, "quantization_config": precision.quantization, "device_map": {"": device}}
+        code = self.trust_remote_code
+        base = AutoModelForCausalLM.from_pretrained(self.base_folder, trust_remote_code=code, **options)
         disable_cpu_4bit_repacking(base)
         resize_embeddings(base, self.tokenizer)  # rows for tokens that the chat template added
         return PeftModel.from_pretrained(base, self.folder).eval()
@@ -129,11 +121,13 @@ def find_adapter(settings: Any) -> Adapter:
     Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found.
     """
     parse_size(settings.max_shard_size)
-    if not settings.adapter:
+    if settings.adapter:
+        source = local_folder(settings.adapter)
+        run = adapter_as_run(source)
+    else:
         run = find_run(settings.output_dir, settings.run, "dpo")
-        return Adapter(run.folder, run, settings.base_model_id, settings.trust_remote_code)
-    folder = local_folder(settings.adapter)
-    return Adapter(folder, adapter_as_run(folder), settings.base_model_id, settings.trust_remote_code)
+        source = run.folder
+    return Adapter(source, run, settings.base_model_id, settings.trust_remote_code)
 
 
 def local_folder(model: str, revision: str = "") -> Path:
@@ -235,9 +229,8 @@ def merge_adapter(
         save_config(merged.folder, merged.merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
     except UnsupportedAdapter as reason:
         if base == "dequantized":
-            raise UserError(
-                f"{reason} cannot be merged into dequantized weights. Use `--merge_base original`."
-            ) from None
+            text = f"{reason} cannot be merged into dequantized weights"
+            raise UserError(f"{text}. Use `--merge_base original`.") from None
         print(f"PEFT merges {reason}. It needs the memory of the full model.")
         merge_with_peft(merged.folder, adapter, merged.dtype, parse_size(max_shard_size))
     return merged
@@ -264,9 +257,8 @@ def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, m
     """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            adapter.base_folder, dtype="auto", trust_remote_code=adapter.trust_remote_code
-        )
+        code = adapter.trust_remote_code
+        model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
         resize_embeddings(model, adapter.tokenizer)
         merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
         (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)

@@ -1,7 +1,6 @@
 """Merged weights, one tensor at a time: read from safetensors files, added to their adapter, and written again.
 
-The memory needed is that of a few tensors, for a model of any size. Files are complete or absent: an interrupted merge
-continues with the missing ones. Tensors are planned as meta tensors, which have a shape and dtype but no data.
+Tensors are planned as meta tensors, which have a shape and a dtype but no data.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import Linear
 from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from helpers.core import SettingsError, UserError
 from helpers.models.resolve import BASE_KEEPING_INITS
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
 Transform = Callable[[str, torch.Tensor], torch.Tensor]  # changes a base weight, given its name, before it is merged
@@ -116,8 +116,6 @@ def write_merged(
     `identity` distinguishes one merge from another: the files of another merge are deleted first. Raises UserError if
     the disk has too little space.
     """
-    from tqdm import tqdm
-
     specs = merger.specs(dtype)
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
@@ -135,9 +133,8 @@ def write_merged(
     written = {f for f, size in sizes.items() if (folder / f).is_file() and (folder / f).stat().st_size == size}
     done, total = sum(sizes[file] for file in written), sum(sizes.values())
     if (free := shutil.disk_usage(folder).free) < (needed := total - done + 2**20):
-        raise UserError(
-            f"The merged weights need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. Free some space."
-        )
+        space = f"{needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+        raise UserError(f"The merged weights need {space}. Free some space.")
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
         for file in [file for file in shards if file not in written]:
             try:
@@ -156,12 +153,10 @@ class UnsupportedAdapter(Exception):
 class StreamingMerger:
     """The tensors of the model in folder `base` with the adapter in folder `adapter` added, one at a time.
 
-    Model and adapter are built on the meta device. Each adapted layer gets its weights when it is needed and is merged
-    by PEFT itself, so that any LoRA variant is merged as PEFT would. Read in PEFT 0.21 (tuners/tuners_utils.py,
-    _unload_and_optionally_merge; utils/save_and_load.py).
-
-    Embeddings get the rows of `resize_embeddings` up to `vocabulary`. `make_transform` returns a Transform for a model.
-    Raises UnsupportedAdapter.
+    Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it,
+    which covers every LoRA variant. Read in PEFT 0.21 (tuners/tuners_utils.py, _unload_and_optionally_merge;
+    utils/save_and_load.py). Embeddings get the rows of `resize_embeddings` up to `vocabulary`. `make_transform` returns
+    a Transform for a model. Raises UnsupportedAdapter.
     """
 
     def __init__(
@@ -169,12 +164,9 @@ class StreamingMerger:
         base: Path,
         adapter: Path,
         vocabulary: int = 0,
-        make_transform: Callable[[PreTrainedModel], Transform] | None = None,
+        make_transform: Any = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         peft_config = PeftConfig.from_pretrained(str(adapter))
         self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         _check_supported(peft_config, base, adapter, self.config)
@@ -262,12 +254,11 @@ class StreamingMerger:
 
     def _stored(self, name: str) -> str:
         """The name of a weight in the base's files, which contain tied weights once."""
-        if name in self.base:
-            return name
-        other = {**self.tied, **{target: name for name, target in self.tied.items()}}.get(name, name)
-        if other not in self.base:
+        aliases = {**self.tied, **{target: source for source, target in self.tied.items()}}
+        stored = name if name in self.base else aliases.get(name, name)
+        if stored not in self.base:
             raise UnsupportedAdapter(f"a base without {name}")
-        return other
+        return stored
 
     def _needs_rows(self, name: str) -> bool:
         return self.vocabulary > self.rows and name in self._embeddings
@@ -311,7 +302,7 @@ class StreamingMerger:
 
     def layer(self, owner: str, merged: bool = False) -> Any:
         """The adapted layer `owner` with its weights in float32, or the layer that PEFT merges it to."""
-        layer = copy.deepcopy(self._wrapped[owner])
+        layer: Any = copy.deepcopy(self._wrapped[owner])
         for path, parameter in dict(self._wrapped[owner].named_parameters()).items():
             parent, _, kind = path.rpartition(".")
             key = self._names.get(id(parameter))
@@ -320,13 +311,11 @@ class StreamingMerger:
             if key is None and value is stored:
                 value = value.clone()  # PEFT adds in place, which must not change the memory of the file
             layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value, False)
-        if not merged:
-            return layer
-        if hasattr(layer, "unload_and_optionally_merge_module"):
-            unload: Any = layer.unload_and_optionally_merge_module
-            return unload(merge=True, safe_merge=False, adapter_names=None)
-        layer.merge(safe_merge=False, adapter_names=None)
-        return layer.get_base_layer()
+        if merged and hasattr(layer, "unload_and_optionally_merge_module"):
+            return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        if merged:
+            layer.merge(safe_merge=False, adapter_names=None)
+        return layer.get_base_layer() if merged else layer
 
 
 def _owner(name: str) -> str:
@@ -334,8 +323,6 @@ def _owner(name: str) -> str:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    from peft.tuners.lora import Linear
-
     (adapter,) = layer.active_adapters
     return type(layer) is Linear and not layer.lora_variant and not layer.fan_in_fan_out and adapter in layer.lora_A
 
@@ -355,8 +342,8 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
     usual = {"bias": "none", "lora_bias": False, "target_parameters": None, "layer_replication": None}
     usual |= {"megatron_config": None, "alora_invocation_tokens": None}
     for name, default in usual.items():
-        value = getattr(peft_config, name, default)
-        problems[f"an adapter with {name}={value!r}"] = bool(value) and value != default
+        value = getattr(peft_config, name, default) or default
+        problems[f"an adapter with {name}={value!r}"] = value != default
     problems |= {
         "a base that is not in safetensors format": not any(base.glob("*.safetensors")),
         "an adapter that is not in safetensors format": not (adapter / "adapter_model.safetensors").is_file(),
@@ -369,19 +356,15 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
 
 def _check_token_rows(peft_config: Any, vocabulary: int) -> None:
     rows = getattr(peft_config, "trainable_token_indices", None) or []
-    last = max((max(each, default=0) for each in (rows.values() if isinstance(rows, dict) else [rows])), default=0)
+    last = max((row for each in (rows.values() if isinstance(rows, dict) else [rows]) for row in each), default=0)
     if last >= vocabulary:
-        raise UserError(
-            f"The adapter has a row for token {last}, but the tokenizer has {vocabulary:,} tokens. Put the tokenizer "
-            "that it was trained with into its folder."
-        )
+        sizes = f"The adapter has a row for token {last}, but the tokenizer has {vocabulary:,} tokens."
+        raise UserError(f"{sizes} Put the tokenizer that it was trained with into its folder.")
 
 
 class QuantizedBase:
-    """A Transform to the weights that training with quantization `config` computed with.
-
-    `model` may be on the meta device. Training loaded the weights in dtype `stored` before it quantized them.
-    """
+    """A Transform to the weights that training with quantization `config` computed with; it loaded them in dtype
+    `stored`. `model` may be on the meta device."""
 
     def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
         from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -389,9 +372,8 @@ class QuantizedBase:
         from transformers.quantizers.base import HfQuantizer
 
         self.config, self.stored = config, stored
-        keep = HfQuantizer.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, getattr(model, "_keep_in_fp32_modules", None)
-        )
+        in_float32 = getattr(model, "_keep_in_fp32_modules", None)
+        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, in_float32)
         twin = replace_with_bnb_linear(copy.deepcopy(model), keep, config)
         self.quantized = {n for n, m in twin.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
@@ -408,11 +390,9 @@ class QuantizedBase:
             rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
             whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
             return whole.to(weight.dtype).float()
+        options = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
         packed, state = functional.quantize_4bit(
-            weight.contiguous(),
-            compress_statistics=config.bnb_4bit_use_double_quant,
-            quant_type=config.bnb_4bit_quant_type,
-            quant_storage=config.bnb_4bit_quant_storage,
+            weight.contiguous(), quant_storage=config.bnb_4bit_quant_storage, **options
         )
         whole = functional.dequantize_4bit(packed, state)
         return whole.to(config.bnb_4bit_compute_dtype).float()

@@ -1,7 +1,4 @@
-"""Callbacks of a run: logs, live curves, sampled completions, diagnostics, verified checkpoints and clean stops.
-
-They read what transformers 5.23 calls while it trains (trainer.py, trainer_callback.py).
-"""
+"""Callbacks of a run: logs, live curves, completions, diagnostics, checkpoints and clean stops (transformers 5.23)."""
 
 from __future__ import annotations
 
@@ -17,14 +14,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    EarlyStoppingCallback,
-    GenerationConfig,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, GenerationConfig, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.core import Interrupted, UserError, figure_to_image, is_main_process, is_notebook, wait_for_everyone
@@ -37,18 +27,12 @@ from helpers.training.diagnostics import diagnose
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DIAGNOSTIC_CODE = 128  # plus a diagnostic's index: above the number of every signal
-CONSOLE_VALUES = {
-    "loss": "loss",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "mean_token_accuracy": "token accuracy",
-    "grad_norm": "grad norm",
-    "learning_rate": "lr",
-}
+CONSOLE_VALUES = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy",
+                  "mean_token_accuracy": "token accuracy", "grad_norm": "grad norm", "learning_rate": "lr"}  # fmt: skip
 COMPLETION_PROMPTS = 8
 
 
-def add_callbacks(trainer: Trainer, run: Run, settings: TrainSettings, eval_set: Any) -> None:
+def add_callbacks(trainer: Any, run: Run, settings: TrainSettings, eval_set: Any) -> None:
     """Add all callbacks that `settings` ask for; completions are sampled for the first rows of `eval_set`."""
     patch_step_comparison()
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
@@ -173,7 +157,6 @@ class CheckpointCallback(TrainerCallback):
         raise Interrupted(message, 3 if is_main_process() else 0)
 
     def restore_handlers(self) -> None:
-        """Restore the signal handlers of before training."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         self.previous_handlers = {}
@@ -320,13 +303,9 @@ def generate_greedily(
 ) -> list[list[int]]:
     """Return the tokens of an answer to each prompt, with its end token; the model's mode is not changed."""
     ends = eos_token_ids(tokenizer, model.generation_config)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,  # gradient checkpointing disables it in the model's config
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-    )
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    # gradient checkpointing disables the cache in the model's config
+    config = GenerationConfig(do_sample=False, use_cache=True, **options)
     batch = tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
     training = model.training

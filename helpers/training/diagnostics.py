@@ -1,9 +1,8 @@
 """Training problems that a run's log history shows, each with its numbers and with settings to try.
 
 A threshold compares the run with its own beginning, on the same held-out rows or over a window of logs, so that one
-noisy log reports nothing. Thresholds without a citation are our own. They were set on the demo, where the defaults
-report nothing and a learning rate 100 times too high, flipped labels or a β of 0.001 report what they should, and on
-curves shaped like those in the cards of 7B models, with answers of 300 tokens.
+noisy log reports nothing. Thresholds without a citation are our own, set on demo runs with and without a problem and on
+curves like those in the cards of 7B models.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ Texts = tuple[str, str, str]  # a diagnostic's observation, reason and suggestio
 
 
 def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Diagnostic]:
-    """Return every diagnostic of a history.
+    """Return every diagnostic of a history. `max_steps` is the planned length; 0 means that the history is complete.
 
-    `max_steps` is the planned length of the run; 0 means that the history is complete. The IPO loss asks for a margin
-    of 1 / 2β nats a token, so `runaway_margin` does not apply to it.
+    The IPO loss asks for a margin of 1 / 2β nats a token, so `runaway_margin` does not apply to it.
     """
     end = max_steps or max((log["step"] for log in history), default=0)
     checks = [check for check in DIAGNOSTICS.values() if check is not runaway_margin or "ipo" not in loss_types]
@@ -33,10 +31,9 @@ def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str]
 def displacement(history: History, end: float) -> Texts | None:
     """Likelihood displacement: chosen answers become less likely.
 
-    DPO's loss depends on a difference, and also falls when both likelihoods fall (Pal et al., 2024, arXiv:2402.13228).
-    The answers that gain can even have the opposite meaning (Razin et al., 2024, arXiv:2410.08847). Reported when the
-    log-probability of chosen answers (nats an answer) is a twentieth, and half a nat, below its beginning, and their
-    reward is negative, so that they are less likely than under the reference on the same rows.
+    DPO's loss also falls when both likelihoods fall (Pal et al., 2024, arXiv:2402.13228; Razin et al., 2024,
+    arXiv:2410.08847). Reported when the log-probability of chosen answers (nats an answer) is a twentieth, and half a
+    nat, below its beginning, and their reward is negative: they are less likely than under the reference.
     """
     logps, rewards = first_and_last(history, "logps/chosen", max), first_and_last(history, "rewards/chosen", max)
     if not logps or not rewards or rewards[1] >= 0 or logps[0] - logps[1] < max(0.5, 0.05 * abs(logps[0])):
@@ -50,12 +47,11 @@ def displacement(history: History, end: float) -> Texts | None:
 
 
 def runaway_margin(history: History, end: float) -> Texts | None:
-    """The policy moves far from its reference.
+    """The policy moves far from its reference, and gets worse while the loss still falls.
 
-    Far from the reference, policies get worse while the loss still falls (Rafailov et al., 2024, arXiv:2406.02900).
-    Reported when the reward margin is above 10 over a window: a pair's weight in the gradient of the sigmoid loss is
-    then below 5e-5. Reported for any β when the log-probabilities of chosen and rejected answers moved apart by 100
-    nats, by more than an answer has at first, and by three times their first distance.
+    See Rafailov et al., 2024, arXiv:2406.02900. Reported when the reward margin is above 10 over a window (a pair's
+    weight in the gradient of the sigmoid loss is then below 5e-5), or when the log-probabilities of chosen and rejected
+    answers moved apart by 100 nats, by more than an answer has at first, and by three times their first distance.
     """
     _, margins = series(history, "rewards/margins")
     chosen, rejected = first_and_last(history, "logps/chosen", max), first_and_last(history, "logps/rejected", max)
@@ -73,9 +69,8 @@ def runaway_margin(history: History, end: float) -> Texts | None:
 def saturated(history: History, end: float) -> Texts | None:
     """All pairs are ranked correctly before half of the run is over.
 
-    Reported when the training accuracy has a median of at least 0.99 and never falls below 0.98, for two windows and
-    200 pairs or longer until now, and the first of these windows ended in the first half of the run. The smallest drop
-    below 1 in the history shows how many pairs a log has.
+    Reported when the training accuracy has a median of at least 0.99 and stays above 0.98 for the last two windows and
+    200 pairs or longer, starting in the first half of the run. Its smallest drop below 1 is one pair of a log.
     """
     steps, values = series(history, "rewards/accuracies")
     since = len(values)
@@ -96,8 +91,7 @@ def overfitting(history: History, end: float) -> Texts | None:
     """Held-out margins fall, or the held-out loss rises, while the same value improves in training.
 
     Reported when the last two evaluations are at least a tenth worse than the best one, and the last window of training
-    is better than the one before the best evaluation. The held-out loss can also rise while margins grow on both sides:
-    the pairs that are ranked wrongly are then ranked with more confidence.
+    is better than the one before the best evaluation.
     """
     for label, name, sign in (("margin", "rewards/margins", 1), ("loss", "loss", -1)):
         (at, held_out), (steps, training) = series(history, f"eval_{name}"), series(history, name)
@@ -130,11 +124,7 @@ def diverged(history: History, end: float) -> Texts | None:
 
 
 def entropy(history: History, end: float) -> Texts | None:
-    """The entropy of the next token (nats) collapses or explodes.
-
-    Reported when it is above two and a half times its beginning, or for DPO below a quarter of it. SFT is meant to
-    become certain about the format.
-    """
+    """The entropy of the next token (nats) is above 2.5 times its beginning, or for DPO below a quarter of it."""
     low, high = first_and_last(history, "entropy", max), first_and_last(history, "entropy", min)
     is_dpo = is_dpo_history(history)
     is_collapsed = bool(low) and low[1] < low[0] / 4 and is_dpo
@@ -148,10 +138,9 @@ def entropy(history: History, end: float) -> Texts | None:
 
 
 def grad_norm_spikes(history: History, end: float) -> Texts | None:
-    """The gradient norm, before clipping, jumps.
+    """The gradient norm, before clipping, is above 10 times the median of all logs before it twice, or 100 times once.
 
-    Reported when two logs are more than 10 times, or one is more than 100 times, the median of all logs before it.
-    Batches differ by a small factor; a step of this size stays in Adam's second moments for long.
+    Batches differ by a small factor. A step of this size stays in Adam's second moments for long.
     """
     steps, norms = series(history, "grad_norm")
     before, ratios = norms[:1], [0.0] * len(norms[:1])
@@ -188,8 +177,7 @@ def length_drift(history: History, end: float) -> Texts | None:
 
     DPO confuses length with quality where longer answers were chosen (Park et al., 2024, arXiv:2403.19159). Reported
     for DPO when the mean length (tokens) of the last two samples is above 1.5 times the first or below a third of it,
-    or when half of the answers more than at first are cut off by --completion_tokens. Base models that SFT starts from
-    do not end their answers yet.
+    or when half of the answers more than at first are cut off.
     """
     steps, lengths = series(history, "samples/mean_length")
     cut = series(history, "samples/cut")[1] or [0.0]
@@ -210,8 +198,7 @@ def no_learning(history: History, end: float) -> Texts | None:
     """Half of the run is over and nothing is learned.
 
     Reported for DPO when fewer than 55 % of pairs are ranked correctly (half is chance) or the reward margin is below
-    0.01, where the loss is still log 2; for SFT when the loss is within 1 % of its beginning. Step 0 of DPO is ignored:
-    policy and reference are equal there, so margins and accuracy are 0.
+    0.01, where the loss is still log 2; for SFT when the loss is within 1 % of its beginning.
     """
     last = max((log["step"] for log in history if "loss" in log), default=0)
     loss, at = first_and_last(history, "loss", min), f"at step {last:.0f} of {end:.0f}"
