@@ -88,15 +88,15 @@ settings = load_settings(Settings, globals())
 # %%
 from helpers.core import show
 from helpers.data.workload import estimate_work
-from helpers.hub.push import merge_and_push
+from helpers.hub import check_push, merge_and_push
 from helpers.models import estimate_memory, load_tokenizer, plan_model, resolve_start
 from helpers.runs.run import start_run
-from helpers.settings.credentials import hf_token, prepare_tracker
+from helpers.settings.credentials import prepare_tracker
 
 one_of(settings, "model_id", "sft_run")
 start = resolve_start(settings)
 if settings.push_to_hub:
-    hf_token("--push_to_hub")  # now, and not after hours of training
+    check_push(settings)  # before hours of training
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
     show(estimate_memory(settings, start), *estimate_work(settings, start.parent))
 run = start_run(settings, base_model=start.base_model, parent=start.parent, when_finished=merge_and_push)
@@ -122,7 +122,7 @@ from helpers.data.loading import parse_dataset_specs
 from helpers.data.prepare import load_preferences
 from helpers.data.report import DataReport
 from helpers.data.row_report import Split
-from helpers.hub.push import merge_and_push
+from helpers.hub import merge_and_push
 from helpers.models import lora_modules_to_save, prepare_model, save_model, trainable_token_indices, upcast_adapter
 from helpers.models.chat import render
 from helpers.runs.curves import Curves, final_metrics, log_to_wandb

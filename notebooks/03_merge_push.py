@@ -72,22 +72,15 @@ settings = load_settings(Settings, globals())
 # A run knows its base and how it was trained. An adapter from elsewhere names its base in its configuration.
 
 # %%
-from helpers.core import CleanExit, short_path, show
-from helpers.hub.push import file_line, files_to_push, prepare_push, preview_push, push_folder
+from helpers.core import short_path, show
+from helpers.hub import print_files, push_before_merge, push_model
 from helpers.merging import compare_merges, find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 from helpers.settings.load import one_of
 
 one_of(settings, "run", "adapter")
 adapter = find_adapter(settings)
-publishing = dict(licence=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
-if settings.push_to_hub and settings.dry_run:
-    preview_push(adapter.source, settings.output_dir, settings.push, settings.hub_repo_id, settings.license)
-elif settings.push_to_hub and settings.push == "adapter":
-    push_folder(adapter.source, settings.hub_repo_id, settings.private, **publishing)
-    raise CleanExit("Nothing was merged for that.")
-elif settings.push_to_hub and settings.push == "both":
-    prepare_push(adapter.source, settings.hub_repo_id, settings.license)
+push_before_merge(settings, adapter.source)  # --dry_run prints what would be sent; --push adapter ends here
 
 # %%
 merge_run = start_run(settings, base_model=adapter.base_model, parent=adapter.run)
@@ -121,8 +114,7 @@ merged = merge_adapter(
 verification = verify_merge(merged, adapter)
 show(verification)
 merged.finalize(verification, max_kl=settings.max_kl)
-for file in files_to_push(merged.folder):
-    print(file_line(file.name, file.stat().st_size))
+print_files(merged.folder)
 
 # %% [markdown]
 # `--compare_merges` also merges a quantized run in the other ways. PEFT's own merge into 4-bit weights rounds most of
@@ -142,9 +134,7 @@ if settings.compare_merges:
 
 # %%
 if settings.push_to_hub:
-    push_folder(merged.folder, settings.hub_repo_id, settings.private, **publishing)
-if settings.push_to_hub and settings.push == "both":
-    push_folder(adapter.source, f"{settings.hub_repo_id or merge_run.name}-adapter", settings.private, **publishing)
+    push_model(merged.folder, settings)
 
 # %% [markdown]
 # ## Use it

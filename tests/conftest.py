@@ -53,7 +53,10 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_processes() -> Iterator[None]:
+def warm_processes(request: pytest.FixtureRequest, own_caches: None) -> Iterator[None]:
+    """Stop them in the end; start one now, while the first tests run, where a test is going to need it."""
+    if any("project" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        warm.start(os.environ)
     yield
     warm.stop_all()
 
@@ -126,6 +129,20 @@ def dpo_run(project: Project, sft_run: str) -> str:
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
     project.run("02_dpo.py", *flags, "--run_name", "command")
     return "command"
+
+
+def run_demo(folder: Path) -> tuple[Project, str]:
+    """`make demo` in a project of its own, and what 05 printed."""
+    project = Project(folder)
+    for notebook in ("01_sft.py", "02_dpo.py", "03_merge_push.py", "04_vibes.py", "05_judge.py"):
+        shown = project.run(notebook, "--recipe", "recipes/demo.yaml").stdout
+    return project, shown
+
+
+@pytest.fixture(scope="session")
+def full_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str]:
+    """`run_demo`, some minutes long: of the long tests alone."""
+    return run_demo(tmp_path_factory.mktemp("full-demo"))
 
 
 def code_cells(notebook: Path) -> list[Any]:

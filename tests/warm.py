@@ -89,6 +89,12 @@ def _server(env: Mapping[str, str]) -> Server:
     return server
 
 
+def start(env: Mapping[str, str]) -> None:
+    """Let a warm process with this environment import the libraries, and do not wait for it."""
+    if sys.platform == "linux":
+        _server(env)
+
+
 def stop_all() -> None:
     while _servers:
         _servers.popitem()[1].stop()
@@ -199,10 +205,10 @@ def execute(words: list[str], plain: list[str]) -> int:
             sys.argv[0] = "-m"
             runpy._run_module_as_main(rest[0])  # type: ignore[attr-defined]  # what `python -m` itself calls
         else:
-            source = rest[0] if first == "-c" else Path(first).read_bytes()
+            file = "<string>" if first == "-c" else os.path.abspath(first)
             if first != "-c":
-                main.__file__ = first
-            exec(compile(source, "<string>" if first == "-c" else first, "exec"), main.__dict__)
+                main.__file__ = file
+            exec(compile(rest[0] if first == "-c" else Path(file).read_bytes(), file, "exec"), main.__dict__)
     except SystemExit as error:
         return _status(error)
     except BaseException as error:

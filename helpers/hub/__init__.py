@@ -1,8 +1,7 @@
-"""The Hub: what is uploaded, the model card, and the scan for secrets."""
+"""Publishing on the Hub: upload, model card, scan for secrets."""
 
 from helpers.core import lazy_door
 
 __all__, __getattr__ = lazy_door(
-    __name__,
-    {},
+    __name__, {"push": ["check_push", "merge_and_push", "print_files", "push_before_merge", "push_model"]}
 )

@@ -1,4 +1,4 @@
-"""What docs/ says is so: its commands run, in a form that a laptop can do; its links, quotes and tables are true."""
+"""The pages of docs/ are correct: their commands run in a form that suits a laptop; links, quotes and tables hold."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ STARTS = ("python", "accelerate", "deepspeed", "make", "vllm", "transformers", "
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Settings of a DeepSpeed command say so in the environment: not to the tests that follow."""
+    """A DeepSpeed command changes the environment: restore it for the tests that follow."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
 
 
-# What stands in a command for something of the reader's own, and what takes its place here.
+# Placeholders in commands, and what the tests use instead.
 STAND_IN = {
     "outputs/sft-...": "outputs/sft-lora",
     "outputs/dpo-...": "latest",
@@ -47,7 +47,7 @@ STAND_IN = {
 PLAIN = "--recipe recipes/demo.yaml --max_steps 2 --save_steps 2 --eval_steps 2 --completion_tokens 4"
 LORA = f"{PLAIN} --sft_run None --model_id outputs/demo/tiny-mistral --tuning lora --lora_r 4"
 SHORT = f"{PLAIN} --tuning lora --lora_r 4"
-# Each command that is run, in this order, and what is added to it: the demo's model, few steps, a name of its own.
+# Commands that are run, in this order, with the flags that are added: the demo's model, few steps, another run name.
 DEMO = {
     "notebooks/01_sft.py --recipe recipes/demo.yaml": " ".join(SFT),
     "notebooks/01_sft.py --dataset_id my_pairs.jsonl": (
@@ -83,13 +83,13 @@ DEMO = {
     "-m helpers data --recipe recipes/demo.yaml --dataset_id my_pairs.jsonl --out report": "",
     "docs/make_pictures.py house packed": "",
 }
-# Each that is read by the parser it is for, and the test that runs the like.
+# Commands that only go through their parser, and the test that runs a similar one.
 READ = {
     "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/notebooks/test_judge_notebook.py",
-    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/hub/test_hub.py",
-    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --push both": "tests/hub/test_hub.py",
+    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/hub/test_push.py",
+    "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --push both": "tests/hub/test_push.py",
 }
-# Programs that are not ours, and are not installed here: nothing of these lines is checked.
+# Commands of other programs, which are not installed here: not checked.
 OTHERS = {
     "vllm serve outputs/merge-...",
     "transformers serve outputs/merge-...",
@@ -104,20 +104,20 @@ def blocks(page: Path) -> list[str]:
 
 @cache
 def commands() -> dict[str, str]:
-    """Each command of the pages, on one line and without its comment, and the page where it stands."""
-    found = {}
+    """Each command of the pages, on one line and without its comment, and its page."""
+    pages = {}
     for page in PAGES:
         for block in blocks(page):
             for line in block.replace("\\\n", " ").splitlines():
                 words = line.partition(" #")[0].split()
                 first = next((word for word in words if "=" not in word), "")
                 if first in STARTS:
-                    found[" ".join(words)] = page.name
-    return found
+                    pages[" ".join(words)] = page.name
+    return pages
 
 
 def of_python() -> dict[str, str]:
-    """What follows `python` in those that are ours."""
+    """What follows `python` in our own commands."""
     own = {command: page for command, page in commands().items() if command not in OTHERS}
     return {command.removeprefix("python "): page for command, page in own.items() if command.startswith("python ")}
 
@@ -126,8 +126,8 @@ def launched() -> list[str]:
     return [command for command in commands() if {"accelerate", "deepspeed"} & set(command.split()[:2])]
 
 
-def read_by_settings(words: list[str]) -> Any:
-    """What the notebook `words[0]` makes of the rest; nothing is prepared and nothing started."""
+def parse_command(words: list[str]) -> Any:
+    """The settings of the notebook `words[0]` with the other words as flags; nothing is run."""
     return load_settings(settings_of(REPO / words[0]), {}, [*words[1:], "--setup_module", "None"])
 
 
@@ -136,21 +136,21 @@ def test_every_command_has_a_demo_form() -> None:
     new = {command: page for command, page in of_python().items() if command not in known}
     assert not new, f"no demo form: add one to the tables at the top of tests/docs/test_docs.py for {new}"
     gone = (known - set(of_python())) | (OTHERS - set(commands()))
-    assert not gone, f"no page has these any more: take them out of the tables of tests/docs/test_docs.py: {gone}"
+    assert not gone, f"no page has these any more: remove them from the tables of tests/docs/test_docs.py: {gone}"
     rest = {c for c in commands() if c.split()[0] not in ("python", "make")} - OTHERS - set(launched())
-    assert not rest, f"nothing here says how these are checked: {rest}"
+    assert not rest, f"no test checks these: {rest}"
 
 
 def test_flags_of_every_command_are_settings(capsys: pytest.CaptureFixture[str]) -> None:
     for command in of_python():
         if command.startswith("notebooks/"):
-            settings = read_by_settings(shlex.split(command))
+            settings = parse_command(shlex.split(command))
             given = [name for name in settings.sources if settings.sources[name] == "flag"]
             assert len(given) == len(re.findall(r" --\w", command)) + 1, command
     capsys.readouterr()
 
 
-def test_launched_commands_name_configurations_and_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launched_commands_name_configurations_and_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     assert len(launched()) >= 5
@@ -160,12 +160,12 @@ def test_launched_commands_name_configurations_and_flags_that_there_are(capsys: 
             assert words.pop(0) == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
         if words[0] == "deepspeed":  # its launcher's own flags: tests/notebooks/test_recipes.py starts it
             words = words[words.index("notebooks/02_dpo.py") :]
-            assert read_by_settings(words).trl["deepspeed"] == "ds_config_stage1.json"
+            assert parse_command(words).trl["deepspeed"] == "ds_config_stage1.json"
             continue
         given = launch_command_parser().parse_args(words[2:])
         content = yaml.safe_load((REPO / given.config_file).read_text())
         assert content["distributed_type"] in ("MULTI_GPU", "DEEPSPEED", "FSDP")
-        read_by_settings([given.training_script, *given.training_script_args])
+        parse_command([given.training_script, *given.training_script_args])
     capsys.readouterr()
 
 
@@ -173,7 +173,7 @@ def test_a_flag_that_is_misspelt_would_be_found() -> None:
     from helpers.core import SettingsError
 
     with pytest.raises(SettingsError, match="did you mean --dataset_id"):
-        read_by_settings(shlex.split("notebooks/02_dpo.py --datset_id my_pairs.jsonl"))
+        parse_command(shlex.split("notebooks/02_dpo.py --datset_id my_pairs.jsonl"))
 
 
 def test_make_targets_exist() -> None:
@@ -182,7 +182,7 @@ def test_make_targets_exist() -> None:
         assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets, page.name
 
 
-def test_links_pictures_and_files_that_are_named_exist() -> None:
+def test_links_pictures_and_files_exist() -> None:
     for page in PAGES:
         text = page.read_text()
         for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
@@ -200,53 +200,53 @@ def test_links_pictures_and_files_that_are_named_exist() -> None:
 
 
 def texts_in(*files: Path) -> list[str]:
-    """Every text of a program, as it is put together from its pieces; what is filled in is "…"."""
-    found = []
+    """Every string of a program; the replacement fields of f-strings are "…"."""
+    texts = []
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(" ".join(node.value.split()))
+                texts.append(" ".join(node.value.split()))
             elif isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
-                found.append(" ".join("".join(map(str, parts)).split()))
-    return found
+                texts.append(" ".join("".join(map(str, parts)).split()))
+    return texts
 
 
 def quotes(section: str) -> list[list[str]]:
-    """The rows of the tables of a part of troubleshooting.md: the line that is quoted, and the other cells."""
+    """Rows of the tables of a part of troubleshooting.md: the quoted message, and the other cells."""
     rows = re.findall(r"^\| (.+) \|$", section, re.MULTILINE)
     cells = [row.split(" | ") for row in rows if row.startswith("`")]
     return [[re.findall(r"(`+)(.+?)\1", first)[0][1].strip(), *rest] for first, *rest in cells]
 
 
 def troubleshooting() -> tuple[str, str, str]:
-    """Its parts: our own lines, those of others, and symptoms."""
+    """Its parts: our own messages, those of libraries, and symptoms."""
     text = (REPO / "docs" / "troubleshooting.md").read_text()
-    ours, _, rest = text.partition("## What others say")
+    ours, _, rest = text.partition("## Messages from libraries")
     others, _, symptoms = rest.partition("## The loss is fine")
     assert others
     assert symptoms
     return ours, others, symptoms
 
 
-def test_every_line_that_is_quoted_is_said_by_our_code() -> None:
-    said = texts_in(*(REPO / "helpers").rglob("*.py"), *(REPO / "notebooks").glob("*.py"))
+def test_every_quoted_message_is_in_our_code() -> None:
+    texts = texts_in(*(REPO / "helpers").rglob("*.py"), *(REPO / "notebooks").glob("*.py"))
     lines = [row[0] for row in quotes(troubleshooting()[0])]
     assert len(lines) > 30
-    for line in lines:
-        assert len(line.replace("…", "").strip()) > 8, line
-        assert any(line in text for text in said), f"nothing says {line!r}"
+    assert min(len(line.replace("…", "").strip()) for line in lines) > 8
+    unknown = [line for line in lines if not any(line in text for text in texts)]
+    assert not unknown, "our code does not print:\n" + "\n".join(unknown)
 
 
-def test_every_line_of_a_library_is_said_where_the_table_says() -> None:
+def test_every_message_of_a_library_is_in_the_file_of_the_table() -> None:
     packages = Path(inspect.getfile(yaml)).parents[1]
     rows = quotes(troubleshooting()[1])
     assert rows
     for line, file, _ in rows:
-        assert any(line in text for text in texts_in(packages / file)), f"{file} does not say {line!r}"
+        assert any(line in text for text in texts_in(packages / file)), f"{file} does not have {line!r}"
 
 
-def test_what_to_try_is_what_the_findings_say() -> None:
+def test_the_suggestions_are_those_of_the_diagnostics() -> None:
     rows = re.findall(r"^\| .+ \| `(\w+)` \| (.+) \|$", troubleshooting()[2], re.MULTILINE)
     assert [name for name, _ in rows] == list(DIAGNOSTICS)
     for name, advice in rows:
@@ -255,7 +255,7 @@ def test_what_to_try_is_what_the_findings_say() -> None:
         assert flags == set(re.findall(r"--\w+", source[source.index("return (") :])), name
 
 
-def test_every_method_of_trl_that_is_overridden_is_in_the_design() -> None:
+def test_the_design_page_names_every_overridden_method_of_trl() -> None:
     from trl import DPOTrainer
 
     from helpers.training.trainer import SharedPrefixDPOTrainer, TokenizedDPOTrainer
@@ -270,7 +270,7 @@ def test_every_method_of_trl_that_is_overridden_is_in_the_design() -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project of these tests' own, with what the commands take for granted: pairs, a set with splits, MT-Bench."""
+    """A project with the files that the commands assume: pairs, a dataset with splits, MT-Bench."""
     from datasets import Dataset, DatasetDict
 
     project = Project(tmp_path_factory.mktemp("project"))

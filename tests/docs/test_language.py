@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPO
 
-# What to write in their place: see CONTRIBUTING.md.
+# Write "is", "continues", "again", "next to", "fix", "all of", "entire", or simply nothing in their place.
 AVOIDED = {
     "stands": r"\b(stands?|stood)\b",
     "goes on": r"\b(goes|go|going|gone|went) on\b",

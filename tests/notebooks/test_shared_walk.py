@@ -13,20 +13,21 @@ pytestmark = pytest.mark.long
 TIMES = ("runtime", "per_second", "seconds")
 
 
-def test_the_demo_is_the_same_with_prompts_shared_and_without(project: Project) -> None:
+def test_the_demo_is_the_same_with_prompts_shared_and_without(full_demo: tuple[Project, str]) -> None:
     demo = ["--recipe", "recipes/demo.yaml"]
-    project.run("01_sft.py", *demo, "--run_name", "walk-sft")
+    project, _ = full_demo
+    (sft_run,) = (folder.name for folder in project.root.glob("outputs/sft-*"))
     histories, answers, verdicts = {}, {}, {}
     for mode in ("on", "off"):
-        flags = ["--sft_run", "walk-sft", "--shared_prefix", mode, "--run_name", f"walk-{mode}"]
+        flags = ["--sft_run", sft_run, "--shared_prefix", mode, "--run_name", f"walk-{mode}"]
         said = project.run("02_dpo.py", *demo, *flags).stdout
         assert ("Shared prefix: on" in said) == (mode == "on")
         lines = (project.root / "outputs" / f"walk-{mode}" / "metrics.jsonl").read_text().splitlines()
         histories[mode] = [json.loads(line) for line in lines]
-        project.run("04_vibes.py", *demo, "--models", f"outputs/walk-{mode}", "--run_name", f"vibes-{mode}")
-        vibes = project.root / "outputs" / f"vibes-{mode}"
-        project.run("05_judge.py", *demo, "--answers_dir", f"outputs/vibes-{mode}", "--run_name", f"judge-{mode}")
-        verdicts[mode] = project.record(f"judge-{mode}")["metrics"]
+        project.run("04_vibes.py", *demo, "--models", f"outputs/walk-{mode}", "--run_name", f"answers-{mode}")
+        vibes = project.root / "outputs" / f"answers-{mode}"
+        project.run("05_judge.py", *demo, "--answers_dir", f"outputs/answers-{mode}", "--run_name", f"verdicts-{mode}")
+        verdicts[mode] = project.record(f"verdicts-{mode}")["metrics"]
         rows = read_jsonl(vibes / "model_answer" / f"walk-{mode}.jsonl")
         answers[mode] = [row["choices"][0]["turns"] for row in sorted(rows, key=lambda row: row["question_id"])]
     assert len(histories["on"]) == len(histories["off"]) > 30

@@ -74,7 +74,7 @@ def _settings_class(cells: list[Any]) -> Any:
 
 def test_every_cell_of_a_notebook_describes_a_setting(project: Project) -> None:
     for notebook in NOTEBOOKS:
-        shown = project.run(notebook.name, "--help").stdout
+        shown = project.run(notebook.name, "--help", real=True).stdout
         settings = _settings_class(code_cells(notebook))
         for field in dataclasses.fields(settings):
             if field.init:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.runs.report import SECTIONS
-from tests.conftest import DPO, SFT, Project
-
-DEMO = ["--recipe", "recipes/demo.yaml"]
+from tests.conftest import DPO, SFT, Project, run_demo
 
 
 @pytest.mark.long
@@ -57,17 +54,9 @@ def test_an_adapter_of_sft_is_trained_further_against_its_frozen_copy(project: P
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_the_whole_demo_keeps_the_readme_s_promise_twice(tmp_path: Path) -> None:
+def test_the_full_demo_keeps_the_readme_s_promise_twice(full_demo: tuple[Project, str], tmp_path: Path) -> None:
     runs = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        project = Project(tmp_path / name)
-        start = time.monotonic()
-        for notebook in ("01_sft.py", "02_dpo.py", "03_merge_push.py"):
-            project.run(notebook, *DEMO)
-        project.run("04_vibes.py", "--recipe", "recipes/demo.yaml")
-        shown = project.run("05_judge.py", "--recipe", "recipes/demo.yaml").stdout
-        print(f"the demo took {time.monotonic() - start:.0f} s")
+    for project, shown in (full_demo, run_demo(tmp_path)):
         (record,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/judge-*/run.json")]
         verdicts = record["metrics"]
         assert "480 comparisons by rules recipes.demo.questions" in shown

@@ -1,0 +1,80 @@
+"""The model card: facts of a run and the runs that it started from, in the Hub's own format."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from helpers.core import UserError
+from helpers.hub.model_card import write_card
+
+
+def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_path: Path) -> None:
+    from helpers.evaluation.answers import AnswerSet
+    from helpers.evaluation.judgments import Judgments, pair_row
+    from helpers.evaluation.results import PairwiseResults
+
+    common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
+    data = {"read": 10, "kept": 8, "dropped": 2, "train": 6, "eval": 2}
+    settings = {"dataset_id": ["org/talks"], "dataset_revision": "abc", "revision": "v2", "learning_rate": 1e-5}
+    dpo = {"dpo_beta": 0.2, "loss_type": ["ipo"], "dataset_id": ["org/pairs", "mine.jsonl"], "max_steps": 7}
+    runs: dict[str, dict[str, Any]] = {
+        "sft": {"settings": settings, "data": data, "sources": {}},
+        "dpo": {"settings": dpo, "sources": {"max_steps": "flag"}, "data": data, "metrics": {"eval_loss": 0.5}},
+        "merge": {"settings": {}, "metrics": {"kl": 1e-6, "top1": 1.0, "max_abs": 0.1, "mean_abs": 0.01}},
+    }
+    parent = None
+    for step, record in runs.items():
+        (tmp_path / step).mkdir()
+        record |= common | {"step": step, "parent_folder": parent}
+        (tmp_path / step / "run.json").write_text(json.dumps(record))
+        parent = str(tmp_path / step)
+    (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
+    (tmp_path / "judge").mkdir()
+    rows = [
+        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [{"winner": w}] * 2)
+        for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
+    ]
+    verdict = PairwiseResults.from_judgments(Judgments("gpt", rows), AnswerSet([], {})).as_dict()
+    (tmp_path / "judge" / "run.json").write_text(
+        json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
+    )
+    text = write_card(tmp_path / "merge", "me/x", "mit")
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/base", "merge", "mit")
+    assert card.data.datasets == ["org/pairs", "org/talks"]
+    assert "[org/base](https://huggingface.co/org/base) at revision `v2`: instruction-tuned, then aligned" in text
+    assert "with β = 0.2 and the ipo loss." in text
+    assert "Data: org/pairs, mine.jsonl.\n10 rows were read, 8 kept and 2 dropped.\n6 were used for training" in text
+    assert "Data: org/talks at revision `abc`" in text
+    assert "| max_steps | 7 |" in text
+    assert "KL 1.00e-06 nats" in text
+    assert "Compared with sft on the same prompts, judged by gpt." in text
+    assert re.search(r"\| 5 \| 1 \| 2 \| 75.0% \| \d+\.\d% to \d+\.\d% \|", text)
+    assert str(tmp_path) not in text
+    assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
+    assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"
+
+
+def test_a_card_names_no_unknown_base_and_no_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    assert "None" not in write_card(tmp_path, "me/x")
+    record = {"step": "dpo", "base_model": "org/base", "versions": {}, "metrics": {"eval_loss": float("nan")}}
+    record["settings"] = {"dpo_beta": 0.1, "loss_type": ["sigmoid"], "deepspeed": "/data/me/zero3.json"}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"sources": {"deepspeed": "flag"}}))
+    text = write_card(tmp_path, "me/x")
+    assert "| deepspeed | zero3.json |" in text
+    assert ModelCard(text).data.eval_results is None
+
+
+def test_an_invalid_card_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tmp_path / "broken.jinja"
+    template.write_text("---\n- a list\n---\n")
+    monkeypatch.setattr("helpers.hub.model_card.TEMPLATE", template)
+    with pytest.raises(UserError, match="The card of me/x is not valid for the Hub: "):
+        write_card(tmp_path, "me/x")
