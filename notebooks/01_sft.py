@@ -77,14 +77,14 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import show
-from helpers.data.workload import estimate_work
+from helpers.data import estimate_workload
 from helpers.models.memory import estimate_fit
 from helpers.models.plan import plan_model
 from helpers.runs.run import start_run
 from helpers.settings.credentials import prepare_tracker
 
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings), *estimate_work(settings))
+    show(*estimate_fit(settings), estimate_workload(settings))
 run = start_run(settings, base_model=settings.model_id)
 prepare_tracker(settings.report_to, settings.wandb_project)
 plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
@@ -96,12 +96,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers.data.conversations import LengthLimits
-from helpers.data.loading import parse_dataset_specs
-from helpers.data.prepare import load_instructions
-from helpers.data.report import DataReport
-from helpers.data.row_report import Split
-from helpers.models.chat import set_chat_template, show_labels
+from helpers.data import DataReport, load_instructions, show_example
+from helpers.models.chat import set_chat_template
 from helpers.models.plan import (
     check_modules_to_save,
     disable_cpu_4bit_repacking,
@@ -129,30 +125,22 @@ template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
 print("chat format:", template, *new_tokens)
 
 # %%
-train_set, eval_set, account = load_instructions(
-    parse_dataset_specs(settings),
-    tokenizer,
-    LengthLimits(total=settings.max_length, overlong=settings.overlong),
-    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
-    settings.strict,
-    settings.dataset_num_proc,
-    settings.system_prompt,
-)
-run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
-show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+train_set, eval_set, row_report = load_instructions(settings, tokenizer)
+run.set(data=row_report.as_dict())
+show(row_report)
 
 # %% [markdown]
 # How long the conversations are, what stands there twice, and what that will teach.
 
 # %%
-report = DataReport.of(train_set, eval_set, account, settings.max_length)
+report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
 show(report, report.figure)
 
 # %% [markdown]
 # One row as the model sees it. What it learns is bold; the rest it only reads.
 
 # %%
-show(show_labels(tokenizer, train_set[0]))
+show_example(tokenizer, train_set[0])
 
 # %% [markdown]
 # ## How it is trained

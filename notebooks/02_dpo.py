@@ -87,7 +87,7 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import show
-from helpers.data.workload import estimate_work
+from helpers.data import estimate_workload
 from helpers.hub.push import merge_and_push
 from helpers.models.memory import estimate_fit
 from helpers.models.plan import adopt_adapter_settings, plan_model
@@ -102,7 +102,7 @@ if settings.push_to_hub:
     hf_token("--push_to_hub")  # now, and not after hours of training
 from_adapter = adopt_adapter_settings(parent.folder, settings) if parent and parent.is_adapter else None
 if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(*estimate_fit(settings, parent), *estimate_work(settings, parent))
+    show(*estimate_fit(settings, parent), estimate_workload(settings, parent))
 run = start_run(settings, base_model=settings.model_id, parent=parent, when_finished=merge_and_push)
 prepare_tracker(settings.report_to, settings.wandb_project)
 plan = plan_model(settings.model_id, settings.tuning, settings.quantization, settings.attn_implementation, settings.trl)
@@ -114,14 +114,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig
 
-from helpers.data.conversations import LengthLimits
-from helpers.data.formats import PairingConfig
-from helpers.data.loading import parse_dataset_specs
-from helpers.data.prepare import load_preferences
-from helpers.data.report import DataReport
-from helpers.data.row_report import Split
+from helpers.data import DataReport, load_preferences, show_example
 from helpers.hub.push import merge_and_push
-from helpers.models.chat import render, set_chat_template
+from helpers.models.chat import set_chat_template
 from helpers.models.plan import (
     check_modules_to_save,
     disable_cpu_4bit_repacking,
@@ -155,23 +150,14 @@ template, new_tokens = set_chat_template(tokenizer, settings.chat_template)
 print("chat format:", template, *new_tokens)
 
 # %%
-train_set, eval_set, account = load_preferences(
-    parse_dataset_specs(settings),
-    tokenizer,
-    LengthLimits(settings.max_prompt_length, settings.max_length, settings.overlong),
-    PairingConfig(settings.pairing, settings.recommended, settings.min_margin, settings.system_prompt, settings.seed),
-    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
-    settings.strict,
-    settings.dataset_num_proc,
-)
-run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
-show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+train_set, eval_set, row_report = load_preferences(settings, tokenizer)
+run.set(data=row_report.as_dict())
+show(row_report)
 
 # %%
-report = DataReport.of(train_set, eval_set, account, settings.max_length)
+report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
 show(report, report.figure)
-print(render(tokenizer, (pair := train_set[0])["prompt"], prompt=True))  # one pair as the model sees it
-print("  chosen:  ", tokenizer.decode(pair["chosen_ids"]), "\n  rejected:", tokenizer.decode(pair["rejected_ids"]))
+show_example(tokenizer, train_set[0])
 
 # %% [markdown]
 # ## How it is trained

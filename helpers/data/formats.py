@@ -271,7 +271,8 @@ def _pair(
         _validated([*prompt, *side])
     if chosen.strip() == rejected.strip():
         raise DropRow("chosen equals rejected")
-    return Example(prompt, *sides, None if better is None or worse is None else better - worse)
+    margin = None if better is None or worse is None else better - worse
+    return Example(prompt, sides[0], sides[1], margin)
 
 
 def _rate(answers: list[Any], score_keys: Sequence[str], scores: list[Any]) -> list[tuple[str, float]]:

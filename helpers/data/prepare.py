@@ -74,7 +74,7 @@ def tokenize_dataset(rows: Dataset, tokenizer: Tokenizer, num_proc: int, **confi
 
 
 def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, Any]) -> str:
-    """A name for the prepared rows. It changes with the rows, the tokenizer, the config and the code that prepares them.
+    """A name for the prepared rows. It changes with the rows, the tokenizer, the config and the code.
 
     datasets makes such names by pickling, which for tokenizers changes from one process to the next.
     """
@@ -193,11 +193,11 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str
     for i in range(count):
         prompt_ids, chosen, rejected = ids[i::count]
         start = len(prompt_ids)
-        error = next((error for _, error in texts[i::count] if error), "")
-        if not error and not chosen[:start] == rejected[:start] == prompt_ids:
-            error = "first token of the answer merges with the prompt"
+        reason = next((error for _, error in texts[i::count] if error), "")
+        if not reason and not chosen[:start] == rejected[:start] == prompt_ids:
+            reason = "first token of the answer merges with the prompt"
         columns = {"prompt_ids": prompt_ids, "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
-        encoded.append(error or columns)
+        encoded.append(reason or columns)
     return encoded
 
 

@@ -186,7 +186,9 @@ def find_data_issues(
         findings += [length_bias(both), *near_ties(both), *prefix_shortcuts(train)]
     counts = Counter(train.prompts)
     if share := sum(n for n in counts.values() if n > 1) / len(train.prompts):
-        text = f"{share:.0%} of training rows share their prompt with another row (one prompt has {max(counts.values())} rows)."
+        text = (
+            f"{share:.0%} of training rows share their prompt with others (one has {max(counts.values())} rows)."
+        )
         more = " The model sees these prompts more often than others." if share >= OFTEN else ""
         findings.append(DataFinding("repeated prompts", share, text + more, share >= OFTEN))
     findings += train_eval_overlap(train, held_out)
@@ -194,7 +196,7 @@ def find_data_issues(
 
 
 def length_bias(rows: AnswerTexts) -> DataFinding:
-    """How often the chosen answer has more tokens. Ties count half in the score of a judge that looks at length only."""
+    """How often the chosen answer has more tokens. Ties count half in the score of a judge of length."""
     more = rows.lengths["chosen"] - rows.lengths["rejected"]
     longer, score = float((more > 0).mean()), float((more > 0).mean() + (more == 0).mean() / 2)
     ratio = rows.lengths["chosen"].mean() / rows.lengths["rejected"].mean()
@@ -282,7 +284,9 @@ def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
         if count := rows.dropped[reason] + rows.dropped_pairs[f"{reason} {OTHERS_KEPT}"]:
             share, enough = rows.dropped[reason] / rows.read, tokens[math.ceil(0.9 * count) - 1]
             text = f"{count:,} were dropped as longer than {flag} ({tokens[0]:,} to {tokens[-1]:,} tokens)."
-            more = f" `{flag.split()[0]} {enough}` would keep most of them, `--overlong truncate_prompt` those with a long prompt."
+            more = (
+                f" `{flag.split()[0]} {enough}` would keep most, `--overlong truncate_prompt` long prompts."
+            )
             is_warning = share >= OFTEN / 2
             findings.append(DataFinding(reason, share, text + (more if is_warning else ""), is_warning))
     if cut := rows.changed[TRUNCATED_ANSWER]:
@@ -358,7 +362,7 @@ def _label(text: str) -> str:
 
 
 def show_example(tokenizer: Tokenizer, row: dict[str, Any]) -> None:
-    """Print one row as the model sees it: prompt, chosen and rejected, or a conversation with what is learned in bold."""
+    """Print one row as the model sees it. In a conversation, what is learned is bold."""
     from rich.text import Text
 
     text = Text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ Count = Callable[[list[Message]], int]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Rows to train on, optimizer steps and tokens; None for what is unknown. `note` says why, or how it was counted."""
+    """Rows to train on, optimizer steps and tokens; None is unknown. `note` says why, or how it was counted."""
 
     rows: int | None
     steps: int | None
@@ -36,21 +35,22 @@ class Workload:
     note: str = ""
     speed: tuple[float, str] | None = None  # tokens per second, and the run that had it
 
-    def __str__(self) -> str:
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
         if self.steps is None:
-            return f"Steps, tokens and time: unknown, because {self.note}."
+            return Text(f"Steps, tokens and time: unknown, because {self.note}.")
         if self.tokens is None:
-            return f"{self.steps:,} steps; tokens and time unknown, because {self.note}."
+            return Text(f"{self.steps:,} steps; tokens and time unknown, because {self.note}.")
         note = f" ({self.note})" if self.note else ""
-        lines = [f"About {self.rows:,} rows to train on, {self.steps:,} steps, {self.tokens:,.0f} tokens{note}."]
+        text = f"About {self.rows:,} rows to train on, {self.steps:,} steps, {self.tokens:,.0f} tokens{note}."
         if self.speed:
             speed, run = self.speed
-            seconds = self.tokens / speed
-            minutes = round(seconds / 60)
-            time = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 90 else f"{minutes} min"
-            time = f"{seconds:.0f} s" if seconds < 90 else time
-            lines.append(f"About {time}, at {speed:,.0f} tokens per second as in {run}.")
-        return "\n".join(lines)
+            minutes = round(self.tokens / speed / 60)
+            time = f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+            time = time if minutes > 1 else f"{self.tokens / speed:.0f} s"
+            text += f"\nAbout {time}, at {speed:,.0f} tokens per second as in {run}."
+        return Text(text)
 
 
 def estimate_workload(settings: Any, parent: Run | None = None) -> Workload:
@@ -87,7 +87,6 @@ def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Coun
     """Tokens to compute for each usable example of a sample, and how many examples each of them stands for."""
     limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
     max_prompt, max_total = limits.bounds
-    is_truncated = limits.overlong.startswith("truncate")
     row_format = choose_format(rows, spec.format, use_pairs=settings.step == "dpo")
     sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS)))
     lengths: list[float] = []
@@ -96,10 +95,11 @@ def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Coun
             continue
         prompt = count(add_system_prompt(example.prompt, settings.system_prompt))
         answers = [count(side) for side in (example.chosen, example.rejected) if side]
-        longest = max(answers)
-        if is_truncated:
-            prompt = max(1, min(prompt, max_prompt, max_total - longest))
-        if prompt <= max_prompt and prompt + longest <= max_total:
+        if limits.overlong == "truncate_prompt":
+            prompt = max(1, min(prompt, max_prompt, max_total - max(answers)))
+        elif limits.overlong == "truncate_completion":
+            answers = [min(answer, max(1, max_total - prompt)) for answer in answers]
+        if prompt <= max_prompt and prompt + max(answers) <= max_total:
             lengths.append(sum(prompt + answer for answer in answers))
     return lengths, spec.fraction * len(rows) / len(sample)
 

@@ -145,7 +145,7 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
 )
 def test_a_fault_is_named(name: str, change: dict[str, Any], reason: str) -> None:
     read, row, _ = ROWS[name]
-    assert FORMAT_READERS[read](row | change, PairingConfig()) == reason
+    assert RowFormat(read).read(row | change, PairingConfig()) == [reason]
 
 
 def test_the_recommended_rows_of_distilabel_s_card() -> None:
@@ -153,7 +153,8 @@ def test_the_recommended_rows_of_distilabel_s_card() -> None:
     options = PairingConfig(recommended=True)
     assert read_orca(row, options) == pairs
     for change in ({"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}):
-        assert read_orca(row | change, options) == "not recommended by its card"
+        with pytest.raises(DropRow, match="not recommended by the dataset card"):
+            read_orca(row | change, options)
         assert read_orca(row | change, PairingConfig()) == pairs
 
 
@@ -164,9 +165,13 @@ def test_ranked_answers_pair_best_against_worst_random_or_all() -> None:
     assert [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in everything] == [
         ("Because.", "Maybe."), ("Because.", "No."), ("Maybe.", "No."),
     ]  # fmt: skip
-    drawn = {read_ranked(row, PairingConfig("best_vs_random", seed=seed))[0].rejected[0]["content"] for seed in range(20)}
+    drawn = {
+        read_ranked(row, PairingConfig("best_vs_random", seed=seed))[0].rejected[0]["content"] for seed in range(20)
+    }
     assert drawn == {"Maybe.", "No."}
-    assert read_ranked(row, PairingConfig("best_vs_random", seed=3)) == read_ranked(row, PairingConfig("best_vs_random", seed=3))
+    assert read_ranked(row, PairingConfig("best_vs_random", seed=3)) == read_ranked(
+        row, PairingConfig("best_vs_random", seed=3)
+    )
     scored = ROWS["openbmb/UltraFeedback"][1]
     assert [p.margin for p in read_scored(scored, PairingConfig("all_pairs"))] == [3.5, 6.5, 3.0]
 
@@ -190,37 +195,39 @@ NAMES = ["prompt", "chosen", "rejected", "system", "question", "input", "answers
 
 
 @settings(max_examples=400, deadline=None)
-@given(row=st.dictionaries(st.sampled_from(NAMES), JUNK), pairing=st.sampled_from(["best_vs_worst", "best_vs_random", "all_pairs"]))
-def test_no_junk_makes_an_adapter_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
-    for adapter in FORMAT_READERS.values():
-        found = adapter(row, PairingConfig(pairing, recommended=True))
-        if isinstance(found, str):
-            assert found
-            continue
-        assert found
-        for made in found:
-            assert made.prompt[-1]["role"] == "user"
-            assert [m["role"] for m in made.chosen + made.rejected] == ["assistant", "assistant"]
-            assert made.chosen[0]["content"].strip() != made.rejected[0]["content"].strip()
-            assert all(m["content"].strip() for m in made.prompt[-1:] + made.chosen + made.rejected)
+@given(
+    row=st.dictionaries(st.sampled_from(NAMES), JUNK),
+    pairing=st.sampled_from(["best_vs_worst", "best_vs_random", "all_pairs"]),
+)
+def test_no_junk_makes_a_reader_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
+    for name in FORMAT_READERS:
+        examples = RowFormat(name).read(row, PairingConfig(pairing, recommended=True))
+        assert all(examples)
+        for example in examples:
+            if isinstance(example, Example):
+                assert example.prompt[-1]["role"] == "user"
+                assert [m["role"] for m in example.chosen + example.rejected] == ["assistant", "assistant"]
+                assert example.chosen[0]["content"].strip() != example.rejected[0]["content"].strip()
+                assert all(m["content"].strip() for m in example.prompt[-1:] + example.chosen + example.rejected)
 
 
 def test_a_column_that_instructions_lack_is_named() -> None:
-    read = {name: reader for name, (_, reader) in READERS.items()}
-    assert read["messages"]({"messages": None}) == "no messages"
-    assert read["completion"]({"prompt": "Why?", "completion": None}) == "no completion"
-    assert read["alpaca"]({"instruction": "Why?", "output": 7}) == "a number or a date, not text"
+    def reason(name: str, row: dict[str, Any]) -> list[Example | str]:
+        return RowFormat(name, "conversations").read(row, PairingConfig())
+
+    assert reason("messages", {"messages": None}) == ["no messages"]
+    assert reason("completion", {"prompt": "Why?", "completion": None}) == ["no completion"]
+    assert reason("alpaca", {"instruction": "Why?", "output": 7}) == ["a number or a date, not text"]
 
 
 @settings(max_examples=300, deadline=None)
 @given(row=st.dictionaries(st.sampled_from([*NAMES, "messages", "completion", "output", "label"]), JUNK))
 def test_no_junk_makes_an_instruction_reader_raise(row: dict[str, Any]) -> None:
-    for _, reader in READERS.values():
-        found = reader(row)
-        assert found
-        if not isinstance(found, str):
-            assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in found)
-            assert isinstance(validation_error(found), str)
-    for name in FORMAT_READERS:
-        found = read_chosen(row, name)
-        assert isinstance(found, str) or not validation_error(found)
+    formats = [RowFormat(name, "conversations") for name in INSTRUCTION_READERS]
+    for row_format in formats + [RowFormat(name, "chosen") for name in FORMAT_READERS]:
+        (example,) = row_format.read(row, PairingConfig())
+        assert example
+        if isinstance(example, Example):
+            messages = example.prompt + example.chosen
+            assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages)
+            assert (validation_error(messages), example.rejected) == ("", [])
