@@ -186,9 +186,7 @@ def find_data_issues(
         findings += [length_bias(both), *near_ties(both), *prefix_shortcuts(train)]
     counts = Counter(train.prompts)
     if share := sum(n for n in counts.values() if n > 1) / len(train.prompts):
-        text = (
-            f"{share:.0%} of training rows share their prompt with others (one has {max(counts.values())} rows)."
-        )
+        text = f"{share:.0%} of training rows share their prompt with others (one has {max(counts.values())} rows)."
         more = " The model sees these prompts more often than others." if share >= OFTEN else ""
         findings.append(DataFinding("repeated prompts", share, text + more, share >= OFTEN))
     findings += train_eval_overlap(train, held_out)
@@ -284,9 +282,7 @@ def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
         if count := rows.dropped[reason] + rows.dropped_pairs[f"{reason} {OTHERS_KEPT}"]:
             share, enough = rows.dropped[reason] / rows.read, tokens[math.ceil(0.9 * count) - 1]
             text = f"{count:,} were dropped as longer than {flag} ({tokens[0]:,} to {tokens[-1]:,} tokens)."
-            more = (
-                f" `{flag.split()[0]} {enough}` would keep most, `--overlong truncate_prompt` long prompts."
-            )
+            more = f" `{flag.split()[0]} {enough}` would keep most, `--overlong truncate_prompt` long prompts."
             is_warning = share >= OFTEN / 2
             findings.append(DataFinding(reason, share, text + (more if is_warning else ""), is_warning))
     if cut := rows.changed[TRUNCATED_ANSWER]:
