@@ -69,8 +69,8 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl.trainer.dpo_trainer import DPOTrainer  # by both, before the clock starts: a notebook has it anyway
 
-    from helpers.data.conversations import LengthLimits
-    from helpers.data.prepare import prepare_preferences
+    from helpers.data.prepare import LengthLimits
+    from helpers.data.row_report import prepare_rows
     from helpers.models.chat import set_chat_template
 
     disable_progress_bars()
@@ -79,7 +79,7 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / which))
     start = time.perf_counter()
     if which == "ours":
-        made, _ = prepare_preferences(rows, tokenizer, LengthLimits(), num_proc=processes)
+        made, _ = prepare_rows(rows, tokenizer, LengthLimits(), num_proc=processes)
     else:
         args = SimpleNamespace(
             dataset_num_proc=processes if processes > 1 else None, max_length=None, truncation_mode="keep_start"

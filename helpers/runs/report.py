@@ -558,7 +558,7 @@ def data_section(subject: Subject) -> Iterator[Part]:
             yield table("what became of rows", ["what", "because of", "rows", "as rows"], reasons)
     if found := report.get("findings"):
         yield heading("What the data will teach")
-        yield notes((each["text"], bool(each.get("matters"))) for each in found)
+        yield notes((each["text"], bool(each.get("is_warning"))) for each in found)
     if (file := subject.folder / "data_report.png").is_file():
         said = [f"{name} median {number(n.get('median', n.get('half')), ',.0f')}, "  # half: of older runs
                 f"longest {number(n.get('longest'), ',.0f')}"
