@@ -1,11 +1,11 @@
-"""How long preparing preference pairs takes, beside stock DPOTrainer on the same rows and the same number of processes.
+"""Measure the preparation of preference pairs, compared with TRL's DPOTrainer on the same rows and number of processes.
 
     python benchmarks/prepare.py [ROWS] [PROCESSES]
 
-Each measurement is a fresh process, the two alternate. Rows have about the lengths of UltraFeedback (prompts and
-answers drawn from log-normal distributions), in the columns of trl-lib/ultrafeedback_binarized, which both take as they
-are; the tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process and of its
-largest worker, added.
+Each measurement is a fresh process; the two alternate. Rows have about the lengths of UltraFeedback: prompts and
+answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which both read
+unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process plus
+that of its largest worker.
 """
 
 from __future__ import annotations
