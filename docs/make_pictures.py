@@ -1,12 +1,15 @@
-"""The pictures of README and docs: `make pictures`, after `make demo`, whose newest runs two of them show.
+"""Draw the pictures of README and docs. Run `make demo` first: most show its newest runs.
 
-python docs/make_pictures.py house packed    # only these, which need no run
+python docs/make_pictures.py house packed    # only these two, which need no run
+
+Screenshots of report.html and answers.html, at 1400 and 400 pixels, need playwright and Chromium.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,38 +18,34 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from rich.console import Console
 
 from helpers.core import REPO
-from helpers.evaluation.answers import AnswerStore, SideBySide
-from helpers.evaluation.questions import read_bench
-from helpers.runs.curves import Curves
-from helpers.runs.run import find_run
+from helpers.evaluation import AnswerStore, SideBySide, read_bench
+from helpers.runs import Curves, find_run
 
 PICTURES = Path(__file__).parent / "pictures"
-COLOURS = {"prompt": "#7a8ca8", "chosen": "#5a9e6f", "rejected": "#c56a5c", "padding": "#eeeeee"}
+COLOURS = {"prompt": "#7a8ca8", "chosen": "#0072b2", "rejected": "#d55e00", "padding": "#eeeeee"}
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 HOUSE = {"notebook": "#dbe4f3", "run": "#dcefe2", "helpers": "#f1ece2"}
-WALK = (  # each notebook, what it does, the folder it leaves and what is in it
-    ("01_sft.py", "instruction-tune\na base model", "sft-…", "model or adapter\nrun.json, curves"),
-    ("02_dpo.py", "align it on\npreference pairs", "dpo-…", "adapter, samples\nrun.json, curves"),
-    ("03_merge_push.py", "adapter + base, proved\nand published", "merge-…", "one model\nits proof"),
-    ("04_vibes.py", "the same questions\nto several models", "vibes-…", "answers, and\na page to vote on"),
-    ("05_judge.py", "which is better,\nand how surely", "judge-…", "judgments\nwin, loss, tie"),
+WALK = (  # each notebook, what it does, its run folder and what is in it
+    ("01_sft.py", "instruction-tune\na base model", "sft-…", "model or adapter\nrun.json, report"),
+    ("02_dpo.py", "align it on\npreference pairs", "dpo-…", "adapter, completions\nrun.json, report"),
+    ("03_merge_push.py", "merge, verify\nand publish", "merge-…", "one model\nits verification"),
+    ("04_vibes.py", "ask several models\nthe same questions", "vibes-…", "answers, and\na page to vote on"),
+    ("05_judge.py", "judge which\nanswers are better", "judge-…", "judgments\nwin, loss, tie"),
 )
-GROUPS = {
-    "settings": "settings fields layers trl_fields credentials paths errors processes display",
-    "data": "loading columns formats preferences instructions chat chat_formats lengths rows accounts split "
-    "data_report data_findings",
-    "training": "models embeddings trainer shared_prefix prefix_attention prefix_packing guard checkpoints fit "
-    "memory decoder workload",
-    "runs, seeing": "runs sources provenance history curves health live samples tracking sweep "
-    "report report_training report_results report_parts",
-    "merging, publishing": "merging quantized_base weight_files merge_proof merged_folder publishing hub model_card "
-    "secret_scan hub_errors",
-    "answers, judging": "questions generation endpoint answers ledger vote_page bench judge_prompts judging judgments "
-    "rules verdicts win_rates verdict_table",
-}
+ROOMS = (  # helpers/, in the order of their imports
+    ("settings", "flags,\nenvironment,\nrecipes"),
+    ("runs", "run folders,\ncheckpoints,\ncurves, report"),
+    ("models", "loading, chat\ntemplates,\nmemory"),
+    ("data", "formats, filters,\nlength limits,\ndata report"),
+    ("training", "shared prefix,\ncallbacks,\ndiagnostics"),
+    ("merging", "merge,\nverification"),
+    ("hub", "upload,\nmodel card,\nsecret scan"),
+    ("evaluation", "answers,\nvote page,\njudges, results"),
+)
 
 
 def draw_packed() -> Figure:
-    """A batch of two pairs as stock DPOTrainer computes it, and as one row in which each prompt stands once."""
+    """A batch of two pairs as stock DPOTrainer computes it, and as one row with each prompt once."""
     pairs = [(9, 3, 6), (5, 7, 2)]  # tokens of prompt, chosen and rejected
     width = max(p + max(c, r) for p, c, r in pairs)
     rows = [[("prompt", p), (side, n), ("padding", width - p - n)] for i, side in ((1, "chosen"), (2, "rejected"))
@@ -74,10 +73,10 @@ def draw_packed() -> Figure:
 
 
 def draw_house() -> Figure:
-    """Notebooks above, the folders they leave to each other in the middle, and below what they share."""
-    figure = Figure(figsize=(11, 6.4), dpi=105, layout="constrained")
+    """Notebooks at the top, their run folders in the middle, and the rooms of helpers/ below."""
+    figure = Figure(figsize=(11, 5.3), dpi=105, layout="constrained")
     axis = figure.subplots()
-    axis.set(xlim=(-0.3, 109.8), ylim=(4, 61))
+    axis.set(xlim=(-0.3, 109.8), ylim=(15, 61))
     axis.set_axis_off()
 
     def box(x: float, y: float, width: float, height: float, colour: str, title: str, text: str = "") -> None:
@@ -101,10 +100,13 @@ def draw_house() -> Figure:
         arrow((x + 12, 50), (x + 12, 42.7))  # what a notebook writes
         if i < len(WALK) - 1:  # the next one reads
             arrow((x + 17, 42.7), (x + 27, 50))
-    for i, (group, modules) in enumerate(GROUPS.items()):
-        box(i * 18.5, 7, 17, 22.6, HOUSE["helpers"], group, modules.replace(" ", "\n"))
-    says = "a notebook imports helpers; no helper imports a notebook, and no notebook another"
-    axis.text(54.7, 5.2, says, ha="center", va="center", fontsize=8.5, style="italic")
+    for i, (room, holds) in enumerate(ROOMS):
+        x = i * 13.9
+        box(x, 19, 11.5, 10.4, HOUSE["helpers"], room, holds)
+        if i < len(ROOMS) - 1:
+            arrow((x + 13.8, 22.5), (x + 11.6, 22.5))  # imports
+    note = "a notebook imports from rooms; a room imports only from rooms to its left, and never from a notebook"
+    axis.text(54.7, 16.6, note, ha="center", va="center", fontsize=8.5, style="italic")
     return figure
 
 
@@ -116,7 +118,7 @@ def main(names: list[str]) -> None:
 
 
 def draw_demo() -> None:
-    """The curves of the newest DPO run, and what the newest run of 04 answered."""
+    """The curves of the newest DPO run, its report, and the answers of the newest run of 04."""
     dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
     Curves.read(dpo.folder).figure.savefig(PICTURES / "curves.png", dpi=110)
 
@@ -124,13 +126,29 @@ def draw_demo() -> None:
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(SideBySide.of(answers, list(vibes.record["metrics"]["characters"]), rows=8))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
-    svg = re.sub(
-        r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL
-    )  # rich's fonts come from a server: use the reader's
-    (PICTURES / "answers.svg").write_text(svg)
+    fonts = r"@font-face \{.*?\}\s*"  # of rich's server: use the reader's own
+    (PICTURES / "answers.svg").write_text(re.sub(fonts, "", svg, flags=re.DOTALL))
+    take_screenshots({"report": dpo.folder / "report.html", "answers": vibes.folder / "answers.html"})
 
 
-DRAWN = {"packed": draw_packed, "house": draw_house}  # from nothing but this file
+def take_screenshots(pages: dict[str, Path], folder: Path = PICTURES) -> None:
+    """The top of each page as NAME_1400.png and NAME_400.png, in Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    if chromium is None:
+        raise SystemExit(f"Chromium is not installed. Install one of {', '.join(CHROMIUMS)}.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, height in ((1400, 1600), (400, 1600)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            for name, file in pages.items():
+                page.goto(file.resolve().as_uri())
+                page.screenshot(path=folder / f"{name}_{width}.png")
+        browser.close()
+
+
+DRAWN = {"packed": draw_packed, "house": draw_house}  # need no run
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers.core import UserError, find_path
-from helpers.runs.run import STEPS, _is_hub_id, dataset_names, lineage, read_run
+from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, read_run
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 RELATION_TO_BASE = {"adapter": "adapter", "merged": "merge", "full": "finetune"}  # the Hub's `base_model_relation`
@@ -64,7 +64,7 @@ def _metadata(
         )
         for n, value in metrics.items() if math.isfinite(value)
     ]  # fmt: skip
-    datasets = [name for run in runs for name in dataset_names(run) if _is_hub_id(name)]
+    datasets = [name for run in runs for name in dataset_names(run) if is_hub_id(name)]
     methods = [run["step"] for run in runs if run["step"] in ("dpo", "sft")]
     return ModelCardData(
         base_model=base or None,

@@ -21,7 +21,7 @@ from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from helpers.core import REPO, CleanExit, SettingsError, UserError, describe_error, find_path, is_main_process
 from helpers.hub.model_card import base_on_hub, write_card
-from helpers.runs.run import lineage, parent_of, read_run
+from helpers.runs.run import find_parent, lineage, read_run
 from helpers.settings.credentials import hf_token
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def push_model(source: Run | Path, settings: Any) -> None:
     if settings.push == "both":
         record = read_run(folder)
         adapter = Path(record["parent_folder"])
-        adapter = adapter if adapter.is_dir() else parent_of(folder, record) or adapter
+        adapter = adapter if adapter.is_dir() else find_parent(folder, record) or adapter
         push_folder(adapter, f"{settings.hub_repo_id or folder.name}-adapter", settings.private, **options)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint
 from helpers.models.chat import TEMPLATE_TOKENS, set_chat_template
-from helpers.runs.run import Run, find_run, parent_of, read_run
+from helpers.runs.run import Run, find_parent, find_run, read_run
 from helpers.settings.credentials import hf_token
 from helpers.settings.fields import RunSettings
 
@@ -280,7 +280,7 @@ def _resolve_with_start(name: str, output_dir: Path) -> list[ModelRef]:
     """The model `name`, after the one that it was trained from, if that is known."""
     folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
     folder = folder or find_path(str(output_dir / name))
-    parent = parent_of(folder, read_run(folder)) if folder else None
+    parent = find_parent(folder, read_run(folder)) if folder else None
     if (folder / "adapter_config.json").is_file() if folder else _is_adapter_on_hub(name):
         adapter = resolve_adapter(str(folder or name))
         start = dataclasses.replace(adapter, name=Path(adapter.base).name, adapter=None, mutates_base=False)

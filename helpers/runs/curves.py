@@ -1,4 +1,7 @@
-"""What a run wrote down while it trained: its log history in metrics.jsonl, and answers in samples.jsonl."""
+"""Training curves: read what a run has logged, and plot it.
+
+python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,29 +19,28 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, find_path, install_error_hook, print_help_if_asked, short_path
-from helpers.runs.run import read_run
+from helpers.runs.run import Run, read_run
 from helpers.settings.load import split_flags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import Trainer
+    from transformers.trainer_utils import TrainOutput
 
-    from helpers.runs.run import Run
-
-
-History = list[dict[str, float]]  # what the Trainer logged, one dictionary a log
+History = list[dict[str, float]]  # what the Trainer logged, one dictionary per log
 SAMPLES_FILE = "samples.jsonl"
-WINDOW = 5  # logs of training that are looked at together
+WINDOW = 5  # training logs that are summarized together
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: readable with any colour vision
 
 
 def read_history(file: Path) -> History:
-    """The logs of a run, oldest first; a last line cut short by a crash is left out."""
+    """The logs of a run, oldest first, without a last line that a crash has cut off."""
     return _read_rows(file)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Each answer sampled in a run: its step, prompt, answer and number of tokens; [] where there is none."""
+    """Each completion sampled during training: step, prompt, answer, and number of tokens."""
     return _read_rows(folder / SAMPLES_FILE)
 
 
@@ -52,7 +55,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def series(history: History, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one logged name, without those that are not numbers."""
+    """Steps and finite values of one logged name."""
     points = [(log["step"], log[name]) for log in history if name in log and math.isfinite(log[name])]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -62,9 +65,11 @@ def is_dpo_history(history: History) -> bool:
 
 
 def first_and_last(history: History, name: str, of: Callable[..., float]) -> list[float]:
-    """Where a value began and where it is now: the first evaluation and `of` (min or max) the last two of the others,
-    which are of the same rows. Without those, or where the first came after logs of training, medians of the first and
-    last window of training. [] before that."""
+    """A value at the start and now: its first evaluation, and `of` (min or max) the last two of the others.
+
+    Medians of the first and last window of training if there are no evaluations, or the first came after training
+    logs. [] before that.
+    """
     (at, held_out), (steps, training) = series(history, f"eval_{name}"), series(history, name)
     if len(held_out) > 1 and at[0] <= min(steps, default=math.inf):
         return [held_out[0], of(held_out[1:][-2:])]
@@ -72,42 +77,69 @@ def first_and_last(history: History, name: str, of: Callable[..., float]) -> lis
 
 
 def with_speed(history: History) -> History:
-    """The history with `tokens_per_second` in each log of training: since the log before, evaluations left out.
+    """The history with `tokens_per_second` in each training log: since the log before, without evaluations.
 
-    transformers 5.23 (trainer.py, log) gives tokens and seconds since the run was started or resumed; a resumed run
-    begins to count anew, which is where its tokens do not grow by as many as all that were seen.
+    transformers 5.23 (trainer.py, log) logs tokens and seconds since the start or resume. A resume shows as tokens that
+    grow by less than those of `num_input_tokens_seen`.
     """
-    found, before, evaluating = [], (0.0, 0.0, 0.0), 0.0
+    logs, before, evaluating = [], (0.0, 0.0, 0.0), 0.0
     for log in history:
         evaluating += log.get("eval_runtime", 0.0)
         if "loss" in log and "train_tokens_per_second" in log:
             seconds, seen = log["train_runtime"], log["num_input_tokens_seen"]
             tokens = log["train_tokens_per_second"] * seconds
-            if tokens - before[0] < (seen - before[2]) / 2:  # another start than the log before's
+            if tokens - before[0] < (seen - before[2]) / 2:  # resumed since the log before
                 before, evaluating = (0.0, 0.0, seen), 0.0
-            took = seconds - before[1] - evaluating
-            if took > 0 and tokens > before[0]:
-                log = log | {"tokens_per_second": (tokens - before[0]) / took}
+            elapsed = seconds - before[1] - evaluating
+            if elapsed > 0 and tokens > before[0]:
+                log = log | {"tokens_per_second": (tokens - before[0]) / elapsed}
             before, evaluating = (tokens, seconds, seen), 0.0
-        found.append(log)
-    return found
+        logs.append(log)
+    return logs
 
 
-# Panel title → the values drawn in it; each is drawn for training, and for evaluation behind "eval_".
-PANELS = {
-    "loss": ("loss",),
-    "token accuracy": ("mean_token_accuracy",),
-    "reward margin": ("rewards/margins",),
-    "reward accuracy": ("rewards/accuracies",),
-    "rewards": ("rewards/chosen", "rewards/rejected"),
-    "log-probabilities": ("logps/chosen", "logps/rejected"),
-    "entropy": ("entropy",),
-    "gradient norm": ("grad_norm",),
-    "learning rate": ("learning_rate",),
-    "tokens per second": ("tokens_per_second",),
-    "tokens of a sampled answer": ("samples/mean_length",),
-}
-DPO_ONLY = "rewards/margins"
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One plot: the logged names it draws (for evaluation behind "eval_"), their unit, and its y axis."""
+
+    title: str
+    names: tuple[str, ...]
+    unit: str
+    includes: tuple[float, ...] = ()  # values that are always in view
+    span: float = 0.1  # least height, so that noise does not look like a trend
+    guide: tuple[float, str] | None = None  # a reference line of DPO
+
+    def describe(self, history: History) -> str:
+        """The curves in words, as alternative text; "" if nothing was logged."""
+        texts = []
+        for name in self.names:
+            label = self.title if len(self.names) == 1 else f"{self.title}, {name.rpartition('/')[2]}"
+            logged = {kind: series(history, prefix + name)[1] for kind, prefix in (("train", ""), ("eval", "eval_"))}
+            ends = [f"{kind} from {v[0]:.3g} to {v[-1]:.3g}" for kind, v in logged.items() if v]
+            texts += [f"{label}: {', '.join(ends)}"] if ends else []
+        return "; ".join(texts)
+
+
+PANELS = (  # the first four that were logged are the key panels of a report
+    Panel("loss", ("loss",), "nats", (0,), guide=(math.log(2), "log 2")),
+    Panel("reward margin", ("rewards/margins",), "nats scaled by β", (0,)),
+    Panel("reward accuracy", ("rewards/accuracies",), "share of pairs", (0, 1), guide=(0.5, "chance")),
+    Panel("log-probabilities", ("logps/chosen", "logps/rejected"), "nats per completion", span=2),
+    Panel("token accuracy", ("mean_token_accuracy",), "share of tokens", (0, 1)),
+    Panel("entropy", ("entropy",), "nats per token", (0,)),
+    Panel("rewards", ("rewards/chosen", "rewards/rejected"), "nats scaled by β", (0,)),
+    Panel("gradient norm", ("grad_norm",), "L2 norm", (0,)),
+    Panel("learning rate", ("learning_rate",), "", (0,), span=0),
+    Panel("speed", ("tokens_per_second",), "tokens/s", (0,)),
+    Panel("completion length", ("samples/mean_length",), "tokens", (0,)),
+)
+
+
+def logged_panels(*histories: History) -> list[Panel]:
+    """The panels that these runs have values for."""
+    logged = {name for history in histories for log in history for name in log}
+    hidden = "mean_token_accuracy" if "rewards/margins" in logged else ""
+    return [panel for panel in PANELS if logged & (set(panel.names) - {hidden})]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +157,7 @@ class Diagnostic:
 
 @dataclasses.dataclass
 class Curves:
-    """A run's logs, what is wrong with them, and the answers sampled on the way."""
+    """A run's logs, its diagnostics, and the completions sampled during training."""
 
     name: str
     history: History
@@ -134,23 +166,19 @@ class Curves:
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
-        """Of the folder of a run, finished or not. Raises UserError where it has no logs."""
-        history, record = read_history(folder / "metrics.jsonl"), read_run(folder)
+        """The curves of a run in any state. Raises UserError if it has no logs."""
+        history = read_history(folder / "metrics.jsonl")
         if not history:
-            raise UserError(f"{short_path(folder)} is not the folder of a run that has begun: it has no metrics.jsonl")
-        known = [Diagnostic(**each) for each in record.get("diagnostics") or ()]
-        return cls(folder.resolve().name, history, known, read_samples(folder))
+            raise UserError(f"{short_path(folder)} is not the folder of a started run: it has no metrics.jsonl.")
+        diagnostics = [Diagnostic(**each) for each in read_run(folder).get("diagnostics") or ()]
+        return cls(folder.resolve().name, history, diagnostics, read_samples(folder))
 
     @property
     def figure(self) -> Figure:
         return plot_run(self.history, self.name, self.diagnostics)
 
-    def as_png(self) -> bytes:
-        self.figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
-        return picture.getvalue()
-
     def __rich__(self) -> Any:
-        """The diagnostics in words, and what was sampled first and last."""
+        """The diagnostics in words, then the first and last completion of each prompt."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -160,100 +188,125 @@ class Curves:
         for prompt in dict.fromkeys(row["prompt"] for row in self.samples):
             answers = [row["answer"] for row in self.samples if row["prompt"] == prompt]
             table.add_row(*map(Text, [prompt, *answers[:1], *answers[1:][-1:]]))
-        words = Text("\n".join(map(str, self.diagnostics)) or "Health: nothing is wrong with these curves.")
+        words = Text("\n".join(map(str, self.diagnostics)) or "No training problems detected.")
         return Group(words, table) if steps else words
 
 
 def plot_run(history: History, title: str = "", diagnostics: Sequence[Diagnostic] = ()) -> Figure:
-    """A run: a panel for each thing that was logged, over the same steps, and under them what is wrong.
-
-    Lines are training, dots are evaluations.
-    """
+    """A panel for each logged value over the same steps: training as lines, evaluation as dots; diagnostics below."""
     return _draw({"": history}, title, diagnostics)
 
 
+def plot_panel(history: History, panel: Panel) -> Figure:
+    """One panel of a run, to be read at the width of a phone."""
+    return _draw({"": history}, panels=[panel])
+
+
 def plot_runs(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Several runs over one another, a colour each, by the names that they have in `histories`."""
+    """Several runs over one another in one colour each, by their names in `histories`."""
     return _draw(histories, title)
 
 
-def _colours(count: int) -> list[Any]:
-    """A colour a run: matplotlib's own, of which there are ten, or as many as it takes of a scale."""
+def figure_to_png(figure: Figure) -> bytes:
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw(
+    histories: Mapping[str, History],
+    title: str = "",
+    diagnostics: Sequence[Diagnostic] = (),
+    panels: Sequence[Panel] = (),
+) -> Figure:
     from matplotlib import colormaps
-
-    if count <= 10:
-        return [f"C{i}" for i in range(count)]
-    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
-
-
-def _draw(histories: Mapping[str, History], title: str, diagnostics: Sequence[Diagnostic] = ()) -> Figure:
-    import textwrap
-
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     runs = {name: with_speed(history) for name, history in histories.items()}
-    logged = {name for history in runs.values() for log in history for name in log}
-    hidden = {"token accuracy"} if DPO_ONLY in logged else set()
-    panels = {panel: names for panel, names in PANELS.items() if logged & set(names) and panel not in hidden}
-    columns = 3 if len(panels) <= 9 else 4
-    rows, colours = max(1, math.ceil(len(panels) / columns)), _colours(len(runs))
-    words = [line for f in diagnostics for line in textwrap.wrap(f"{f.name}: {f.observation}", 45 * columns)]
-    figure = Figure(figsize=(3.8 * columns, 2.3 * rows + 0.2 * len(words)), layout="constrained")
+    panels = panels or logged_panels(*runs.values())
+    columns = min(max(1, len(panels)), 3 if len(panels) <= 9 else 4)
+    rows = max(1, math.ceil(len(panels) / columns))
+    words = [line for d in diagnostics for line in textwrap.wrap(f"{d.name}: {d.observation}", 45 * columns)]
+    figure = Figure(figsize=(3.8 * columns, 2.4 * rows + 0.2 * len(words) + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
-    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
-        for (run, history), colour in zip(runs.items(), colours, strict=True):
-            _draw_run(axis, history, names, colour if run else "")
-        axis.set_title(panel, loc="left", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:  # over one another, a run keeps its colour and the second value is dashed
-            axis.legend([name.rpartition("/")[2] for name in names], frameon=False, fontsize=8)
+    few: list[Any] = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+    many = [colormaps["viridis"](0.9 * i / max(1, len(runs) - 1)) for i in range(len(runs))]
+    colours = dict(zip(runs, few if len(runs) <= len(few) else many, strict=False)) if any(runs) else {}
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, runs, colours)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
-        axis.set_xlabel("step")
+        axis.set_xlabel("step", fontsize=9)
         axis.xaxis.set_tick_params(labelbottom=True)
-    if any(runs):
-        lines = [Line2D([], [], color=colour, label=run) for run, colour in zip(runs, colours, strict=True)]
-        figure.legend(handles=lines, loc="outside upper right", ncols=min(4, len(runs)), frameon=False, fontsize=9)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    train, held_out = (BLUE, ORANGE) if not colours else (GREY, GREY)
+    lines = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+    lines += [Line2D([], [], color=train, label="train")]
+    lines += [Line2D([], [], color=held_out, marker="o", markersize=5, linestyle="", label="eval")]
+    legend = figure.legend(
+        handles=lines, loc="outside upper right", ncols=min(5, len(lines)), frameon=False, fontsize=9
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may contain $
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
     if words:
-        figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=9, color="C3")
+        figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=9, color="#8a3c00", parse_math=False)
     return figure
 
 
-def _draw_run(axis: Axes, history: History, names: Sequence[str], colour: Any) -> None:
-    """One run's values in one panel: in `colour`, or else a colour a value."""
-    for i, name in enumerate(names):
-        of_value = "C0" if len(names) == 1 else ("C2", "C3")[i]
-        style: Any = {"color": colour or of_value, "linestyle": "--" if colour and i else "-"}
-        axis.plot(*series(history, name), **style, marker="." if name.startswith("samples") else "")
-    for i, name in enumerate(names):
-        hollow: Any = {"markerfacecolor": "none"} if colour and i else {}
-        of_value = "C0" if len(names) == 1 else ("C2", "C3")[i]
-        axis.plot(*series(history, f"eval_{name}"), "o", color=colour or of_value, markersize=4, **hollow)
+def _draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, History], colours: Mapping[str, Any]) -> None:
+    """Draw each run in its colour; without `colours`, training in blue and evaluation in orange, or chosen in blue and
+    rejected in orange."""
+    is_single = len(panel.names) == 1
+    values = list(panel.includes)
+    for run, history in runs.items():
+        for i, name in enumerate(panel.names):
+            line = colours.get(run) or (BLUE, ORANGE)[i]
+            dots = colours.get(run) or (ORANGE if is_single else line)
+            hollow = "none" if colours and i else dots
+            trained, held_out = series(history, name), series(history, f"eval_{name}")
+            if name == "rewards/accuracies" and held_out[0][:1] == [0]:  # all margins are 0: there is nothing to rank
+                held_out = held_out[0][1:], held_out[1][1:]
+            label = name.rpartition("/")[2]
+            axis.plot(*trained, color=line, linestyle="--" if colours and i else "-", label=label,
+                      marker="." if name.startswith("samples") else "")  # fmt: skip
+            axis.plot(*held_out, "o", color=dots, markersize=4.5, markerfacecolor=hollow)
+            values += trained[1] + held_out[1]
+    if panel.guide and any(map(is_dpo_history, runs.values())):
+        level, text = panel.guide
+        axis.axhline(level, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
+        axis.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=GREY)
+        values.append(level)
+    if values:
+        low, high = min(values), max(values)
+        missing = max(0, max(panel.span, 0.1 * max(-low, high)) - (high - low))
+        pad = missing / 2 + 0.05 * (missing + high - low or 1)
+        axis.set_ylim(low - pad, high + pad)
+    axis.set_title(panel.title, loc="left", fontsize=10)
+    axis.set_ylabel(panel.unit, fontsize=8, color=GREY)
+    axis.tick_params(labelsize=8)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if not is_single:
+        axis.legend(frameon=False, fontsize=8)
 
 
-def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """Tokens seen, and a second; and the held-out metrics of the weights that are saved."""
-    logged = [log for log in trainer.state.log_history if "train_tokens_per_second" in log]
-    speed = {"tokens_per_second": logged[-1]["train_tokens_per_second"]} if logged else {}
-    held_out = {name: value for name, value in _held_out(trainer).items() if name != "num_input_tokens_seen"}
-    return {"tokens_seen": float(trainer.state.num_input_tokens_seen)} | speed | held_out
-
-
-def _held_out(trainer: Trainer) -> dict[str, float]:
-    """The metrics just logged, or an evaluation made now."""
-    if trainer.args.load_best_model_at_end:  # these are other weights than those of the last step
-        return trainer.evaluate()
-    last = trainer.state.log_history[-2:]  # the end-of-training summary follows the last evaluation
-    done = [log for log in last if "eval_loss" in log and log["step"] == trainer.state.global_step]
-    return done[-1] if done else trainer.evaluate()
+def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
+    """The training loss, tokens, tokens per second, and held-out metrics of the weights that are saved."""
+    history, state = trainer.state.log_history, trainer.state
+    speed = [log["train_tokens_per_second"] for log in history if "train_tokens_per_second" in log]
+    # the end-of-training summary follows the last evaluation
+    last = [log for log in history[-2:] if "eval_loss" in log and log["step"] == state.global_step]
+    is_evaluated = last and not trainer.args.load_best_model_at_end  # which loads the weights of an earlier step
+    held_out = last[-1] if is_evaluated else trainer.evaluate()
+    metrics = {"train_loss": result.training_loss, "tokens_seen": float(state.num_input_tokens_seen)}
+    metrics |= {"tokens_per_second": speed[-1]} if speed else {}
+    return metrics | {name: value for name, value in held_out.items() if name != "num_input_tokens_seen"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the runs whose folders are named, and say of each what is wrong with it."""
+    """Plot the runs whose folders are named, and print their diagnostics."""
     install_error_hook()
     print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
@@ -261,57 +314,52 @@ def main(argv: Sequence[str]) -> None:
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
         raise SettingsError("usage: python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
-    _refuse_out(out)
-    runs = {folder: Curves.read(folder) for folder in ((find_path(name) or Path(name)).resolve() for name in argv[:at])}
-    labelled = dict(zip(shortest_names(list(runs)), runs.values(), strict=True))
-    several = {label: run.history for label, run in labelled.items()}
+    _check_out(out)
+    folders = dict.fromkeys((find_path(name) or Path(name)).resolve() for name in argv[:at])
+    runs = dict(zip(shortest_names(list(folders)), map(Curves.read, folders), strict=True))
+    several = {label: run.history for label, run in runs.items()}
     figure = plot_runs(several) if len(several) > 1 else next(iter(runs.values())).figure
     figure.savefig(out, dpi=120)
-    for label, run in labelled.items():
+    for label, run in runs.items():
         for diagnostic in run.diagnostics:
             print(f"{label}: {diagnostic}")
-    print(f"Drawn: {short_path(out)}")
+    print(f"Wrote {short_path(out)}.")
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """For each of these folders the shortest end of its path that no other one has."""
-    first_and_last = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
-    shared = Counter(end for of_one in first_and_last for end in of_one)
-    return [next((end for end in of_one if shared[end] == 1), of_one[-1]) for of_one in first_and_last]
+    """For each folder the shortest end of its path that no other folder has."""
+    ends = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
+    counts = Counter(end for own in ends for end in own)
+    return [next((end for end in own if counts[end] == 1), own[-1]) for own in ends]
 
 
-def _refuse_out(out: Path) -> None:
+def _check_out(out: Path) -> None:
     """Raise SettingsError for a picture that cannot be written, before anything is read."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if out.suffix.lower().removeprefix(".") not in formats:
-        raise SettingsError(f"--out {out} is no picture: its name ends in .png, .svg, .pdf ({', '.join(formats)})")
+        raise SettingsError(f"--out {out} is not a picture. End its name in .png, .svg or .pdf ({', '.join(formats)}).")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SettingsError(f"--out {out}: there is no folder {out.parent}, or none that can be written")
+        raise SettingsError(f"--out {out}: the folder {out.parent} is missing or not writable. Name another.")
 
 
 def log_to_wandb(run: Run) -> None:
-    """Add to the open wandb run, if there is one (--report_to wandb, main process), what makes it readable on its own.
-
-    `settings` of its config, tables `settings`, `rows` (the account) and `samples`, the picture `curves`, and in its
-    summary the names of the diagnostics.
-    """
+    """Add settings, row counts, completions, curves and diagnostics to the open wandb run, if there is one."""
     wandb = sys.modules.get("wandb")  # imported by the Trainer's callback, or not at all
     if wandb is None or wandb.run is None:
         return
     record, samples = run.record, read_samples(run.folder)
-    account = {name: record["data"][name] for name in ("read", "kept", "changed", "dropped", "train", "eval")}
-    account |= {f"dropped: {reason}": count for reason, count in record["data"]["reasons"].items()}
-    sources = record["sources"]
-    settings = [[name, str(value), sources.get(name, "")] for name, value in record["settings"].items()]
-    given = {
+    counts = {name: record["data"][name] for name in ("read", "kept", "changed", "dropped", "train", "eval")}
+    counts |= {f"dropped: {reason}": count for reason, count in record["data"]["reasons"].items()}
+    settings = [[name, str(value), record["sources"].get(name, "")] for name, value in record["settings"].items()]
+    tables = {
         "settings": wandb.Table(["setting", "value", "from"], settings),
-        "rows": wandb.Table(["rows", "count"], [[name, count] for name, count in account.items()]),
+        "rows": wandb.Table(["rows", "count"], [[name, count] for name, count in counts.items()]),
         "curves": wandb.Image(str(run.folder / "curves.png")),
     }
     if samples:
-        given["samples"] = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
+        tables["samples"] = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
     wandb.run.config.update({"settings": record["settings"]}, allow_val_change=True)
     wandb.run.summary["diagnostics"] = [diagnostic["name"] for diagnostic in record.get("diagnostics", [])]
-    wandb.log(given)
+    wandb.log(tables)

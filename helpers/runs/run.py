@@ -1,4 +1,4 @@
-"""The run folder: what was asked, what was read, what came out, and where a stopped run goes on."""
+"""Run folders: run.json, how a run starts, resumes and finishes, and which run it came from."""
 
 from __future__ import annotations
 
@@ -32,21 +32,15 @@ from helpers.core import (
     wait_for_everyone,
     write_json,
 )
-from helpers.runs.checkpoints import (
-    check_process_count,
-    check_same_settings,
-    check_writable,
-    explain_failure,
-    last_complete_checkpoint,
-    quarantine_incomplete,
-    quarantine_later,
-    remove_quarantined,
-    resolve_checkpoint,
-)
+from helpers.runs import checkpoints
+from helpers.settings.credentials import prepare_tracker
 from helpers.settings.fields import RunSettings
 
+STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
+TRAINING_STEPS = ("sft", "dpo")
+NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
-WEIGHTS = "*.safetensors"
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 @dataclasses.dataclass
@@ -55,9 +49,9 @@ class Run:
 
     folder: Path
     record: dict[str, Any]
-    overwrite: bool = False  # the folder holds an older run, which goes when this one has something to write
-    resume_from: Path | None = None  # a checkpoint that was named by hand
-    restart: bool = False  # --resume never: the same command would not go on
+    overwrite: bool = False  # delete the older run in the folder with the first `save`
+    resume_from: Path | None = None  # the checkpoint that --resume names
+    restart: bool = False  # --resume never: the same command would start over
 
     @property
     def name(self) -> str:
@@ -77,11 +71,11 @@ class Run:
         return (self.folder / "adapter_config.json").is_file()
 
     def set(self, **fields: Any) -> None:
-        """Add `fields` to the record; they are written with the next `update`."""
+        """Add `fields` to the record; the next `save` writes them."""
         self.record |= fields
 
     def save(self, **fields: Any) -> None:
-        """Add `fields` to run.json, which is never seen half written."""
+        """Add `fields` to the record and write run.json atomically."""
         self.set(**fields)
         if is_main_process():
             if self.overwrite:
@@ -92,32 +86,33 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
-        """Mark what happens to the run; gives the checkpoint to resume from, if there is one.
+        """Record the status of the training inside; yields the checkpoint to resume from, or None.
 
-        Raises UserError for what a user can mend: see `checkpoints.explain`.
+        Raises UserError for what the user can fix: see `checkpoints.explain_failure`.
         """
         main = threading.current_thread() is threading.main_thread()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
             before = self.record.get("resumed_from")
-            named = self.resume_from if str(self.resume_from) != before else None  # it holds for its first start only
-            # before anything else: a run that this one overwrite goes, and its checkpoints with it
-            self.save(status="running", resumed_from=str(named) if named else before)
+            named = self.resume_from if str(self.resume_from) != before else None  # only for its first start
+            self.save(status="running", resumed_from=str(named) if named else before)  # first: it may delete a run
             if is_main_process():
-                quarantine_later(self.folder, named) if named else quarantine_incomplete(self.folder)
+                if named:
+                    checkpoints.quarantine_later(self.folder, named)
+                else:
+                    checkpoints.quarantine_incomplete(self.folder)
             wait_for_everyone()
-            checkpoint = named or last_complete_checkpoint(self.folder)
-            if checkpoint:
-                print(f"Going on from {short_path(checkpoint)}.")
+            if checkpoint := named or checkpoints.last_complete_checkpoint(self.folder):
+                print(f"Resuming from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            explained = None if stopped else explain_failure(error, self.folder)
-            told = explained or (error if isinstance(error, Interrupted) else None)
-            if told and self.restart and last_complete_checkpoint(self.folder):
-                told.args = (f"{told} (leave out --resume never, which would begin restart)",)
+            is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+            explained = None if is_stopped else checkpoints.explain_failure(error, self.folder)
+            message = explained or (error if isinstance(error, Interrupted) else None)
+            if message and self.restart and checkpoints.last_complete_checkpoint(self.folder):
+                message.args = (f"{str(message).rstrip('.')}. Omit `--resume never`: it would start over.",)
             with contextlib.suppress(OSError):  # a full disk has no room for this either
-                if stopped:
+                if is_stopped:
                     self.save(status="interrupted")
                 else:
                     self.save(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
@@ -128,29 +123,39 @@ class Run:
                 raise explained from None
             raise
         finally:
-            for number, handler in handlers.items():  # whatever ended it
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def finish(self, **fields: Any) -> None:
-        """The run is whole: its weights are in the folder."""
+        """Mark the run as finished, with a fingerprint of the weights in its folder."""
         weights = hashlib.sha256()
-        for file in sorted(self.folder.glob(WEIGHTS)) if is_main_process() else ():
+        for file in sorted(self.folder.glob("*.safetensors")) if is_main_process() else ():
             with file.open("rb") as content:
                 weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
         if is_main_process():
-            remove_quarantined(self.folder)
+            checkpoints.remove_quarantined(self.folder)
         self.save(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
-        """The command of the step that follows, ready to paste; `place` is how to name this run's folder in it."""
-        words = f"python notebooks/{NEXT[self.record['step']]} "
-        if self.record["step"] == "dpo" and not self.is_adapter:
-            words = f"python notebooks/{NEXT['merge']} "  # a model tuned in full is whole already
-        # what a merge changed shows beside its adapter
-        merged = self.record["step"] == "merge" and self.record.get("parent_folder")
-        words += place or short_path(self.record["parent_folder"] if merged else self.folder)
-        return words + (f" --recipe {recipe}" if recipe else "")
+        """The command of the next step; `place` is how it names this run's folder."""
+        step, folder = self.record["step"], self.folder
+        if step == "dpo" and not self.is_adapter:
+            step = "merge"  # a fully tuned model needs no merge
+        elif step == "merge" and self.record.get("parent_folder"):
+            folder = self.record["parent_folder"]  # answers are compared with those of the adapter's run
+        command = f"python notebooks/{NEXT[step]} {place or short_path(folder)}"
+        return command + (f" --recipe {recipe}" if recipe else "")
+
+    def metrics_table(self) -> Any:
+        """The run's metrics as a table for `show`."""
+        from rich.table import Table
+
+        table = Table("metric", "value", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, value in self.record.get("metrics", {}).items():
+            table.add_row(name, f"{value:.6g}")
+        return table
 
 
 def start_run(
@@ -160,53 +165,45 @@ def start_run(
     origin: str = "",
     when_finished: Callable[[Run, Any], None] | None = None,
 ) -> Run:
-    """The run that these settings name: a new one, or the one that stopped or finished under the same settings.
+    """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
 
-    Nothing is written, and nothing replaced, before the first `run.save`: a model or dataset that cannot be loaded
-    leaves things as they were. `base_model` is the root of the lineage; `parent` the run this one starts from; else
-    `origin` tells apart what the same settings may start from.
-    A finished run raises Stop, after merging or pushing it where that is asked for. It is returned in a kernel, where
-    its cells may be run again, and to 03 where it is to be pushed: `run.finished` says what not to repeat.
-    Raises SettingsError where a name given by hand belongs to a run with other settings.
+    Args:
+        base_model: the model at the root of the lineage, a Hub id or a folder.
+        parent: the run that this one starts from.
+        origin: without a parent, what else tells apart runs of the same settings.
+        when_finished: called for a finished run of 01 or 02 if the settings ask for a merge or a push.
+
+    A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
+    by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
-    check_writable(settings.output_dir)
+    checkpoints.check_writable(settings.output_dir)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     origin = parent.record.get("fingerprint", "") if parent else origin
-    digest = settings.digest(origin)
-    folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{digest}")
-    run = Run(folder, read_run(folder))
+    folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
+    run = Run(folder, read_run(folder), restart=settings.resume == "never")
     if settings.resume not in ("auto", "never"):
-        run.resume_from = resolve_checkpoint(settings.resume)
+        run.resume_from = checkpoints.resolve_checkpoint(settings.resume)
     start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
-        begin = f" would start from {start}" if settings.step in NEXT else ""  # the others make nothing of a model
+        begin = f" would start from {start}" if settings.step in NEXT else ""
         raise CleanExit(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
-    if run.record and settings.resume == "never":
-        run = Run(folder, {}, overwrite=True)
+    if run.record and run.restart:
+        run.record, run.overwrite = {}, True
     elif run.record:
-        check_same_settings(folder, run.record, settings.hashed_settings(), origin)
+        checkpoints.check_same_settings(folder, run.record, settings.hashed_settings(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
-        raise SettingsError(f"{short_path(folder)} is not empty and not a run: give another --run_name")
+        raise SettingsError(f"{short_path(folder)} is not empty and not a run. Use another --run_name.")
     if run.finished:
-        message = f"{short_path(folder)} is finished: nothing to do. --resume never does it anew."
-        push = getattr(settings, "push_to_hub", False)
-        if settings.step == "merge" and push:
-            return run
-        if not is_notebook() and settings.step in NEXT:  # of others there are tables to look at
-            if when_finished and (push or getattr(settings, "merge_adaptors", False)):
-                when_finished(run, settings)
-                message = f"{short_path(folder)} was finished before; it was not trained again."
-            raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
-        print(message)
-        return run
-    run.restart = settings.resume == "never"
+        return _open_finished(run, settings, when_finished)
     run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = settings.rows_per_step()
-    check_process_count(folder, run.record.get("processes"), processes, rows == run.record.get("rows_per_step"))
-    run.record |= dict(
+    processes, rows = int(os.environ.get("WORLD_SIZE", "1")), settings.rows_per_step()
+    is_same_batch = rows == run.record.get("rows_per_step")
+    checkpoints.check_process_count(folder, run.record.get("processes"), processes, is_same_batch)
+    if settings.step in TRAINING_STEPS:
+        prepare_tracker(settings.report_to, settings.wandb_project)
+    run.set(
         settings=settings.values(),
-        identity=settings.hashed_settings(),
+        hashed_settings=settings.hashed_settings(),
         sources=settings.sources,
         base_model=base_model,
         parent=parent.name if parent else None,
@@ -214,34 +211,54 @@ def start_run(
         origin=origin,
         processes=processes,
         rows_per_step=rows,
-        versions=package_versions(),
-        commit=git_commit(),
+        versions=_package_versions(),
+        commit=_git_commit(),
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
 
 
+def _open_finished(run: Run, settings: RunSettings, when_finished: Callable[[Run, Any], None] | None) -> Run:
+    """A finished run, for a notebook's cells or a push by 03; else raises CleanExit with the next command."""
+    message = f"{short_path(run.folder)} is already finished. Use `--resume never` to run it again."
+    has_push = getattr(settings, "push_to_hub", False)
+    if settings.step == "merge" and has_push:
+        return run
+    if is_notebook() or settings.step not in NEXT:  # later steps print their tables again
+        print(message)
+        return run
+    if when_finished and (has_push or getattr(settings, "merge_adaptors", False)):
+        when_finished(run, settings)
+        message = f"{short_path(run.folder)} was already finished and was not retrained."
+    raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
+
+
 def find_run(output_dir: Path, which: str, step: str) -> Run:
     """A finished run of `step`: the newest for "latest", or the one in the folder `which`. Raises UserError."""
     if which == "latest":
-        runs = [Run(f.parent, read_run(f.parent)) for f in output_dir.glob("[!.]*/run.json")]
-        runs = [run for run in runs if run.finished and run.record["step"] == step]
-        if runs:
-            return max(runs, key=lambda run: str(run.record["finished"]))
-        raise UserError(f"no finished {step} run in {short_path(output_dir)}: make one, or name its folder")
+        if finished := [run for run in list_runs(output_dir, step) if run.finished]:
+            return finished[0]
+        make = f"Run `python notebooks/{NOTEBOOKS[step]}`" if step in NOTEBOOKS else "Make one"
+        raise UserError(f"There is no finished {step} run in {short_path(output_dir)}. {make}, or name a run's folder.")
     folder = find_path(which) or find_path(str(output_dir / which))
     record = read_run(folder) if folder else {}
     if folder is None or not record:
-        raise UserError(f"{which!r} is not the folder of a run: it has no run.json")
-    if record.get("status") != "finished" or record["step"] != step:
-        raise UserError(
-            f"{which!r} is a {record['step']} run with status {record.get('status')}, not a finished {step} run"
-        )
+        raise UserError(f"{which!r} is not the folder of a run: it has no run.json.")
+    status = record.get("status")
+    if status != "finished" or record["step"] != step:
+        raise UserError(f"{which!r} is a {record['step']} run with status {status}, not a finished {step} run.")
     return Run(folder.resolve(), record)
 
 
+def list_runs(output_dir: Path, step: str) -> list[Run]:
+    """The runs of `step` in a folder: the one that finished last first, unfinished ones at the end."""
+    runs = [Run(file.parent, read_run(file.parent)) for file in output_dir.glob("[!.]*/run.json")]
+    matching = [run for run in runs if run.record.get("step") == step]
+    return sorted(matching, key=lambda run: str(run.record.get("finished") or ""), reverse=True)
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json says; {} where there is none, or none that can be read."""
+    """The content of run.json; {} if it is missing or not readable."""
     try:
         record = json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -249,65 +266,63 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def lineage(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run and its ancestors, newest first, each with its "folder"; [] if `folder` is not a run."""
+    records: list[dict[str, Any]] = []
+    parent: Path | None = folder
+    while parent and (record := read_run(parent)) and record not in records:
+        records.append(record | {"folder": str(parent)})
+        parent = find_parent(parent, record)
+    return records
+
+
+def find_parent(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The folder of the run that this one started from: in the same outputs/, so that copies stay together, else where
+    it was when this run started. None without a parent."""
+    sibling = folder.resolve().parent / str(record["parent"]) if record.get("parent") else None
+    if sibling and read_run(sibling):
+        return sibling
+    return Path(record["parent_folder"]) if record.get("parent_folder") else None
+
+
+def list_merges(folder: Path) -> list[Run]:
+    """The merges of the run in `folder`, newest first."""
+    here = folder.resolve()
+    parents = [(run, find_parent(run.folder, run.record)) for run in list_runs(here.parent, "merge")]
+    return [run for run, parent in parents if parent and parent.resolve() == here]
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and find_path(name) is None
+
+
+def dataset_names(record: dict[str, Any]) -> list[str]:
+    """The datasets of a run: Hub ids in full, of files and folders the last part of the path."""
+    value = record.get("settings", {}).get("dataset_id", ())
+    specs = [value] if isinstance(value, str) else value
+    names = [str(spec["id"] if isinstance(spec, dict) else spec) for spec in specs]
+    return [name if is_hub_id(name) else Path(name).name for name in names]
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-
-
-def package_versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide on a run's numbers."""
-    found = {"python": platform.python_version()}
+def _package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that determine a run's numbers."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+            versions[name] = "none"
+    return versions
 
 
-def git_commit() -> str:
-    """The repository's commit, with "+" behind it when files differ from it."""
+def _git_commit() -> str:
+    """The repository's commit; a "+" follows if files differ from it."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=REPO, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        return subprocess.run(describe, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return text.strip()
-
-
-STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
-
-
-def lineage(folder: Path) -> list[dict[str, Any]]:
-    """Records of the runs that led to `folder`, the newest first; [] for a folder that is no run."""
-    found: list[dict[str, Any]] = []
-    place: Path | None = folder
-    while place and (record := read_run(place)) and record not in found:
-        found.append(record | {"folder": str(place)})
-        place = parent_of(place, record)
-    return found
-
-
-def parent_of(folder: Path, record: dict[str, Any]) -> Path | None:
-    """The folder of the run that this one started from: beside it, so that a copy of both keeps to itself, or else
-    where it was then. None where it started from none."""
-    beside = folder.resolve().parent / str(record["parent"]) if record.get("parent") else None
-    if beside and read_run(beside):
-        return beside
-    return Path(record["parent_folder"]) if record.get("parent_folder") else None
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and find_path(name) is None
-
-
-def dataset_names(run: dict[str, Any]) -> list[str]:
-    """Names of a run's sets: Hub ids as they are, of files and folders the last part."""
-    given = run.get("settings", {}).get("dataset_id", ())
-    listed = [given] if isinstance(given, str) else given
-    names = [str(each["id"] if isinstance(each, dict) else each) for each in listed]
-    return [name if _is_hub_id(name) else Path(name).name for name in names]

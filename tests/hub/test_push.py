@@ -119,7 +119,7 @@ def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
     online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": local.TOKEN, "HF_HUB_DISABLE_XET": "1"}
     done = project.run("02_dpo.py", *flags, "--hub_repo_id", "me/pushed", **online)
     again = project.run("02_dpo.py", *flags, "--hub_repo_id", "me/again", **online)
-    assert "was finished before; it was not trained again" in again.stderr
+    assert "was already finished and was not retrained" in again.stderr
     cards = [hub.repos[f"models/me/{name}"]["files"].pop("README.md").decode() for name in ("again", "pushed")]
     assert cards[0] == cards[1].replace("me/pushed", "me/again").replace("# pushed", "# again").replace(
         "name: pushed", "name: again"

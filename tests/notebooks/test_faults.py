@@ -100,8 +100,9 @@ def test_a_truncated_checkpoint_is_not_resumed_from(project: Project, undisturbe
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     done = project.run("02_dpo.py", *words)
-    assert f"outputs/truncated/{newest.name} is set aside as broken-{newest.name}" in done.stdout
-    assert f"Going on from outputs/truncated/{before.name}." in done.stdout
+    assert f"outputs/truncated/{newest.name} is incomplete (" in done.stdout
+    assert f"Renamed to broken-{newest.name}." in done.stdout
+    assert f"Resuming from outputs/truncated/{before.name}." in done.stdout
     assert held_out(project, "truncated") == undisturbed
 
 
@@ -142,7 +143,7 @@ def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
         assert process.wait(timeout=300) == 1
         done = project.run("02_dpo.py", *words, status=1)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "the disk is full: free some space for" in line
+        assert "The disk is full. Free some space for" in line
         assert "Traceback" not in done.stderr
         assert any(not checkpoint_error(c) for c in list_checkpoints(folder))
         filler.unlink()

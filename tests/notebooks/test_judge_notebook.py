@@ -195,11 +195,11 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     assert ended[1] == "well"
     export(3)
     counted = project.run("05_judge.py", *here, *votes).stdout
-    assert "nothing to do" not in counted
+    assert "already finished" not in counted
     assert "3 comparisons by human" in counted
     runs = [json.loads(f.read_text())["metrics"]["win"] for f in (tmp_path / "outputs").glob("judge-human-*/run.json")]
     assert sorted(runs) == [1, 3]
-    assert "nothing to do" in project.run("05_judge.py", *here, *votes).stdout
+    assert "already finished" in project.run("05_judge.py", *here, *votes).stdout
 
 
 def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Project, dpo_run: str) -> None:

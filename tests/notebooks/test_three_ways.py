@@ -241,7 +241,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, d
     assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2"}
 
     done = project.run("02_dpo.py", *flags)
-    assert "Going on from outputs/killed/checkpoint-2" in done.stdout
+    assert "Resuming from outputs/killed/checkpoint-2" in done.stdout
     ended, expected = results(project, "killed"), results(project, dpo_run)
     for counted in ("train_loss", "eval_num_tokens"):  # the Trainer's mean and TRL's counter begin at the resume
         del ended[counted], expected[counted]
@@ -252,7 +252,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, d
     assert steps == [1, 2, 3, 4, 5, 6]
 
     again = project.run("02_dpo.py", *flags)
-    assert "outputs/killed is finished: nothing to do" in again.stderr
+    assert "outputs/killed is already finished" in again.stderr
     assert "Next: python notebooks/03_merge_push.py --run outputs/killed" in again.stderr
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.runs.report import SECTIONS
 from tests.conftest import DPO, SFT, Project, run_demo
+from tests.runs.test_report import SECTIONS
 
 
 @pytest.mark.long
@@ -64,8 +64,8 @@ def test_the_full_demo_keeps_the_readme_s_promise_twice(full_demo: tuple[Project
         assert f"Page of the answers: {page.relative_to(project.root)}" in shown
         report = project.root / "outputs" / verdicts["candidate"] / "report.html"
         assert shown.splitlines()[-1] == f"Report: {report.relative_to(project.root)}"
-        assert re.findall(r'<section id="([\w-]+)"', text := report.read_text()) == list(SECTIONS)
-        assert "could not be shown" not in text
+        assert re.findall(r'data-section="([\w-]+)"', text := report.read_text()) == SECTIONS
+        assert "could not be rendered" not in text
         assert "Merged and compared." in text
         before, after = verdicts["baseline"], verdicts["candidate"]
         assert verdicts["win"] + verdicts["tie"] + verdicts["loss"] >= 400
@@ -74,7 +74,7 @@ def test_the_full_demo_keeps_the_readme_s_promise_twice(full_demo: tuple[Project
         assert verdicts["scores"][after]["correct"] >= verdicts["scores"][before]["correct"] - 0.02
         assert verdicts["scores"][before]["correct"] > 0.9
         (dpo,) = [json.loads(f.read_text()) for f in project.root.glob("outputs/dpo-*/run.json")]
-        assert dpo["findings"] == []
+        assert dpo["diagnostics"] == []
         timeless = {k: v for k, v in dpo["metrics"].items() if not k.endswith(("runtime", "per_second"))}
         runs.append((verdicts, timeless))
     assert runs[0] == runs[1]

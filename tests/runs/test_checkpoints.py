@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not resumed from, and what ends a long run is one line that says what to do."""
+"""Checkpoints are complete or not resumed from, and what ends a long run is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -74,42 +74,42 @@ def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(bytes(100)), "model.safetensors is not what was saved"),
-        (lambda f: (f / "model.safetensors").write_bytes(bytes(200)), "model.safetensors is not what was saved"),
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(100)), "model.safetensors differs from what was saved"),
+        (lambda f: (f / "model.safetensors").write_bytes(bytes(200)), "model.safetensors differs from what was saved"),
         (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
-        (lambda f: (f / MANIFEST).unlink(), "it was not written to its end"),
-        (lambda f: (f / MANIFEST).write_text("{"), "it was not written to its end"),
+        (lambda f: (f / MANIFEST).unlink(), "no complete checkpoint_manifest.json"),
+        (lambda f: (f / MANIFEST).write_text("{"), "no complete checkpoint_manifest.json"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_set_aside(
     harm: Any, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint(tmp_path, 4, marked=False)  # older than a whole one: nobody asks
+    checkpoint(tmp_path, 4, marked=False)  # older than a complete one: not looked at
     whole = checkpoint(tmp_path, 9)
     broken = checkpoint(tmp_path, 10)
     harm(broken)
     assert checkpoint_error(broken) == fault
-    with pytest.raises(UserError, match="cannot be resumed from: "):
+    with pytest.raises(UserError, match="is not a complete checkpoint: "):
         resolve_checkpoint(str(broken))
     quarantine_incomplete(tmp_path)
     assert fault in capsys.readouterr().out
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-9", "broken-checkpoint-10"}
     assert last_complete_checkpoint(tmp_path) == whole
     assert resolve_checkpoint(str(whole)) == whole
-    with pytest.raises(UserError, match="neither auto nor never"):
+    with pytest.raises(UserError, match="is not auto, never, or the folder"):
         resolve_checkpoint("sometimes")
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space for"),
-        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "the disk is full"),
-        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied", "/no"), "/no cannot be written: give another --output_dir"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "/file/x cannot be written"),
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full. Free some space for"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "The disk is full"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "The disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/no"), "/no is not writable. Use another --output_dir"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "/file/x is not writable"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --per_device_train_batch_size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "Out of memory"),
     ],
 )  # fmt: skip
 def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Exception, said: str, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_ends_a_run_is_one_line_and_leaves_whole_checkpoints(error: Excepti
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["status"], record["error"]) == ("failed", str(raised.value))
     if "disk" in said:
-        assert "goes on from checkpoint-9" in str(raised.value)
+        assert "to resume from checkpoint-9" in str(raised.value)
         assert not (tmp_path / "checkpoint-11").exists()  # what was cut short makes room
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_the_user_s_stays_a_traceback(tmp_path: Path) -> None:
 FLAGS = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
 
 
-def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run: str) -> None:
+def test_a_run_told_to_stop_saves_says_so_and_resumes(project: Project, dpo_run: str) -> None:
     folder = project.root / "outputs" / "told"
     words = [*FLAGS, "--save_steps", "5", "--run_name", "told"]
     process = subprocess.Popen(
@@ -172,7 +172,7 @@ def test_a_run_told_to_stop_saves_says_so_and_goes_on(project: Project, dpo_run:
     assert (folder / "curves.png").is_file()
     assert "interrupted" in (folder / "report.html").read_text(encoding="utf-8")
     done = project.run("02_dpo.py", *words)
-    assert f"Going on from outputs/told/{saved.name}." in done.stdout
+    assert f"Resuming from outputs/told/{saved.name}." in done.stdout
     ended, expected = results(project, "told"), results(project, dpo_run)
     for counted in ("train_loss", "eval_num_tokens"):  # the Trainer's mean and TRL's counter begin at the resume
         del ended[counted], expected[counted]
@@ -194,17 +194,17 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
         assert all(bool(t.isfinite().all()) for t in load_file(saved / "adapter_model.safetensors").values())
 
 
-def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_taken_once_and_later_ones_are_renamed(tmp_path: Path) -> None:
     first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
     quarantine_later(tmp_path, first.resolve())
-    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "left-checkpoint-8"}
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "superseded-checkpoint-8"}
     assert not second.exists()
     run = Run(tmp_path, {"status": "interrupted"}, resume_from=first.resolve())
     with run.training() as begun:
         assert begun == str(first.resolve())
     later = checkpoint(tmp_path, 6)
     with Run(tmp_path, run.record, resume_from=first.resolve()).training() as begun:
-        assert begun == str(later)  # a second start of the same command goes on
+        assert begun == str(later)  # a second start of the same command resumes
     with Run(tmp_path, run.record).training() as begun:
         assert begun == str(later)
     other = checkpoint(tmp_path / "another", 2)
@@ -213,24 +213,24 @@ def test_a_named_checkpoint_is_taken_once_and_what_comes_after_it_is_left(tmp_pa
     assert later.is_dir()
 
 
-def test_a_run_begun_anew_says_what_to_leave_out(tmp_path: Path) -> None:
+def test_a_restarted_run_says_which_flag_to_omit(tmp_path: Path) -> None:
     checkpoint(tmp_path, 4)
-    run = Run(tmp_path, {}, anew=True)
-    said = r"stopped \(leave out --resume never, which would begin anew\)$"
+    run = Run(tmp_path, {}, restart=True)
+    said = r"^stopped\. Omit `--resume never`: it would start over\.$"
     with pytest.raises(Interrupted, match=said), run.training():
         raise Interrupted("stopped", 143)
-    with pytest.raises(UserError, match=r"the disk is full: .* --resume never"), run.training():
+    with pytest.raises(UserError, match=r"The disk is full\. .* Omit `--resume never`"), run.training():
         raise OSError(errno.ENOSPC, "No space left on device", "x")
-    assert "leave out --resume never" in run.record["error"]
+    assert "Omit `--resume never`" in run.record["error"]
 
 
-def test_a_step_of_other_rows_is_refused_where_a_run_goes_on(tmp_path: Path) -> None:
-    check_process_count(tmp_path, 1, 8, False)  # nothing to go on from
+def test_a_step_of_other_rows_is_refused_when_a_run_is_resumed(tmp_path: Path) -> None:
+    check_process_count(tmp_path, 1, 8, False)  # nothing to resume
     checkpoint(tmp_path, 4)
     check_process_count(tmp_path, None, 8, False)
     check_process_count(tmp_path, 8, 8, False)
     check_process_count(tmp_path, 1, 8, True)  # a step is the same with any number
-    with pytest.raises(UserError, match="was begun with 1 processes: with 8 a step would have other rows"):
+    with pytest.raises(UserError, match=r"was started with 1 processes\. With 8, a step would have other rows"):
         check_process_count(tmp_path, 1, 8, False)
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from helpers.core import SettingsError, UserError
 from helpers.runs import curves, report, sweep
-from helpers.runs import curves as history
 from helpers.training import callbacks as live
-from helpers.training import diagnostics as health
 
 HISTORY = [
     {"step": 1, "loss": 0.7, "rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "grad_norm": 1.0},
@@ -24,43 +27,94 @@ HISTORY = [
     {"step": 2, "eval_loss": 0.6, "eval_rewards/margins": 0.2},
     {"step": 2, "train_runtime": 9.0},
 ]
+COLD = curves.Diagnostic(
+    "lr_never_warm", "the learning rate is rising", "It hardly trains.", "a smaller --warmup_steps"
+)
+
+
+def panels_of(figure: Figure) -> dict[str, Axes]:
+    return {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
 
 
 def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
     figure = curves.plot_run(HISTORY, "run")
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
+    panels = panels_of(figure)
     assert list(panels) == ["loss", "reward margin", "rewards", "gradient norm"]
-    training, held_out = panels["loss"].lines
+    training, held_out, guide = panels["loss"].lines
     assert training.get_xydata().tolist() == [[1, 0.7], [2, 0.5]]
     assert held_out.get_xydata().tolist() == [[2, 0.6]]
+    assert guide.get_ydata() == [math.log(2)] * 2
     assert panels["loss"].get_shared_x_axes().joined(panels["loss"], panels["gradient norm"])
     assert curves.plot_run([]).axes  # a run without logs still draws
+
+
+def test_a_legend_tells_training_from_evaluation_and_axes_have_units() -> None:
+    figure = curves.plot_run(HISTORY)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "eval"]
+    training, held_out, _ = panels_of(figure)["loss"].lines
+    assert (training.get_color(), held_out.get_color()) == (curves.BLUE, curves.ORANGE)
+    chosen, rejected = panels_of(figure)["rewards"].lines[::2]
+    assert (chosen.get_color(), rejected.get_color()) == (curves.BLUE, curves.ORANGE)
+    assert [axis.get_ylabel() for axis in panels_of(figure).values()] == [
+        "nats",
+        "nats scaled by β",
+        "nats scaled by β",
+        "L2 norm",
+    ]
+    assert panels_of(figure)["gradient norm"].get_xlabel() == "step"
+
+
+def test_no_axis_makes_noise_look_like_a_collapse() -> None:
+    logs = [{"step": i, "loss": 0.69 + i % 2 / 1000, "rewards/margins": i % 2 / 1000, "rewards/accuracies": 0.95,
+             "logps/chosen": -200 - i % 2 / 10, "logps/rejected": -200.0} for i in range(1, 20)]  # fmt: skip
+    limits = {title: axis.get_ylim() for title, axis in panels_of(curves.plot_run(logs)).items()}
+    assert limits["loss"][0] < 0 < 0.69 < limits["loss"][1]
+    assert limits["reward accuracy"][0] < 0 < 1 < limits["reward accuracy"][1] < 1.1
+    assert limits["reward margin"][1] - limits["reward margin"][0] > 0.1  # noise of 0.001 is flat
+    assert limits["log-probabilities"][1] - limits["log-probabilities"][0] > 20
+
+
+def test_guides_are_only_for_dpo_and_the_accuracy_before_the_first_step_is_not_drawn() -> None:
+    (loss,) = panels_of(curves.plot_run([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}])).values()
+    assert len(loss.lines) == 2
+    logs = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0},
+            {"step": 1, "rewards/accuracies": 0.5, "rewards/margins": 0.1},
+            {"step": 2, "eval_rewards/accuracies": 0.8, "eval_rewards/margins": 0.2}]  # fmt: skip
+    _, held_out, guide = panels_of(curves.plot_run(logs))["reward accuracy"].lines
+    assert held_out.get_xydata().tolist() == [[2, 0.8]]
+    assert guide.get_ydata() == [0.5, 0.5]
 
 
 def test_several_runs_are_drawn_over_one_another_a_colour_each() -> None:
     other = [{**log, "loss": log["loss"] / 2} for log in HISTORY[:2]]
     figure = curves.plot_runs({"beta 0.1": HISTORY, "beta 0.3": other})
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.axison}
+    panels = panels_of(figure)
     drawn = {
         line.get_color(): line.get_ydata().tolist() for line in panels["loss"].lines if line.get_linestyle() == "-"
     }
-    assert drawn == {"C0": [0.7, 0.5], "C1": [0.35, 0.25]}
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["beta 0.1", "beta 0.3"]
+    assert drawn == {curves.BLUE: [0.7, 0.5], curves.ORANGE: [0.35, 0.25]}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["beta 0.1", "beta 0.3", "train", "eval"]
     dashed = [line for line in panels["rewards"].lines if line.get_linestyle() == "--"]
     assert [line.get_ydata().tolist() for line in dashed] == [[0.0, -0.3], [0.0, -0.3]]  # rejected
 
 
-def test_more_than_ten_runs_have_a_colour_each_too() -> None:
+def test_many_runs_have_a_colour_each_too() -> None:
     figure = curves.plot_runs({f"run {i}": HISTORY for i in range(25)})
-    colours = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
+    colours = [to_hex(line.get_color()) for line in figure.legends[0].get_lines()[:25]]
     assert len(set(colours)) == 25
-    (loss,) = (axis for axis in figure.axes if axis.get_title(loc="left") == "loss")
+    loss = panels_of(figure)["loss"]
     assert [to_hex(line.get_color()) for line in loss.lines if line.get_linestyle() == "-"] == colours
 
 
-def test_findings_stand_in_the_figure() -> None:
-    diagnostic = health.Diagnostic("margin", "the reward margin is 12", "", "")
+def test_diagnostics_are_listed_below_the_figure() -> None:
+    diagnostic = curves.Diagnostic("margin", "the reward margin is 12", "", "")
     assert curves.plot_run(HISTORY, "run", [diagnostic]).get_supxlabel() == "margin: the reward margin is 12"
+
+
+def test_names_with_dollar_signs_are_text(tmp_path: Path) -> None:
+    diagnostic = curves.Diagnostic("margin", "$x_{ is not closed", "", "")
+    for figure in (curves.plot_run(HISTORY, "$a_{", [diagnostic]), curves.plot_runs({"$b_{": HISTORY, "c$^": HISTORY})):
+        figure.savefig(tmp_path / "figure.png")  # as mathematics these would raise
 
 
 def test_tokens_per_second_are_those_since_the_log_before_without_evaluations() -> None:
@@ -72,44 +126,34 @@ def test_tokens_per_second_are_those_since_the_log_before_without_evaluations() 
 
     logs = [log(1, 100, 2.0, 100), {"step": 1, "eval_loss": 1.0, "eval_runtime": 5.0}, log(2, 300, 9.0, 300)]
     resumed = [log(3, 400, 4.0, 100), log(4, 600, 6.0, 300)]  # its clock and its count begin anew
-    found = history.with_speed(logs + resumed)
+    found = curves.with_speed(logs + resumed)
     assert [log["tokens_per_second"] for log in found if "loss" in log] == pytest.approx([50, 100, 25, 100])
 
 
-def test_the_curves_of_a_run_come_with_findings_and_samples(tmp_path: Path) -> None:
+def test_the_curves_of_a_run_come_with_diagnostics_and_completions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has no metrics\.jsonl"):
         curves.Curves.read(tmp_path)
-    rates = [{"step": i, "loss": 1 / i, "learning_rate": 1e-6 * i} for i in range(1, 11)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in rates))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in HISTORY))
     answers = [{"step": step, "prompt": "Why?", "answer": f"answer {step}", "tokens": 2} for step in (0, 5, 10)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    assert curves.Curves.read(tmp_path).diagnostics == []  # nobody knows how long it is to be
-    (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
+    read = curves.Curves.read(tmp_path)  # without run.json
+    assert read.diagnostics == []
+    assert "No training problems detected." in printed(read)
+    (tmp_path / "run.json").write_text(json.dumps({"diagnostics": [dataclasses.asdict(COLD)]}))
     read = curves.Curves.read(tmp_path)
-    assert [diagnostic.name for diagnostic in read.diagnostics] == ["cold"]
-    for status in ("interrupted", "finished"):  # by early stopping, say: half of what was planned is not over
-        (tmp_path / "run.json").write_text(json.dumps({"status": status, "max_steps": 21}))
-        assert curves.Curves.read(tmp_path).diagnostics == []
-        (tmp_path / "run.json").write_text(json.dumps({"status": status, "max_steps": 20}))
-        assert [
-            diagnostic.observation.partition(" the")[0] for diagnostic in curves.Curves.read(tmp_path).diagnostics
-        ] == ["at step 10 of 20"]
+    assert read.diagnostics == [COLD]
+    text = printed(read)
+    assert "lr_never_warm: the learning rate is rising. It hardly trains. Try a smaller --warmup_steps." in text
+    assert [f"answer {step}" in text for step in (0, 5, 10)] == [True, False, True]
+
+
+def printed(thing: Any) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(read)
-    said = console.export_text()
-    assert "cold: at step 10 of 10 the learning rate is 1e-05 and rising." in said
-    assert [f"answer {step}" in said for step in (0, 5, 10)] == [True, False, True]
+    console.print(thing)
+    return console.export_text()
 
 
-def test_findings_are_those_that_the_run_s_loss_has(tmp_path: Path) -> None:
-    logs = [{"step": i, "loss": 1 / i, "rewards/margins": 2.0 * i} for i in range(1, 11)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
-    for losses, found in ((["sigmoid"], ["margin"]), (["ipo"], [])):
-        (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "settings": {"loss_type": losses}}))
-        assert [diagnostic.name for diagnostic in curves.Curves.read(tmp_path).diagnostics] == found
-
-
-def test_the_module_draws_runs_and_says_what_is_wrong(
+def test_the_command_plots_runs_and_prints_their_diagnostics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
@@ -118,22 +162,22 @@ def test_the_module_draws_runs_and_says_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     curves.main(["a", "b", "--out", "both.png"])
     assert (tmp_path / "both.png").read_bytes()[1:4] == b"PNG"
-    assert capsys.readouterr().out == "Drawn: both.png\n"
+    assert capsys.readouterr().out == "Wrote both.png.\n"
     (tmp_path / "z" / "a").mkdir(parents=True)
     (tmp_path / "z" / "a" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in HISTORY[:1]))
     drawn: list[list[str]] = []
-    monkeypatch.setattr(curves, "draw_over", lambda runs: drawn.append(list(runs)) or curves.plot_run([]))
+    monkeypatch.setattr(curves, "plot_runs", lambda runs: drawn.append(list(runs)) or curves.plot_run([]))
     curves.main(["a", "z/a", "b", "./a"])
-    assert drawn == [[f"{tmp_path.name}/a", "z/a", "b"]]  # one of them stood there twice
+    assert drawn == [[f"{tmp_path.name}/a", "z/a", "b"]]  # one of them was named twice
     for out, said in {
-        "nodir/x.png": "--out nodir/x.png: there is no folder nodir",
-        "x.xyz": "--out x.xyz is no picture: its name ends in .png",
-        "x": "--out x is no picture",
+        "nodir/x.png": "--out nodir/x.png: the folder nodir is missing",
+        "x.xyz": "--out x.xyz is not a picture. End its name in .png",
+        "x": "--out x is not a picture",
     }.items():
         with pytest.raises(SettingsError, match=re.escape(said)):
             curves.main(["no-run", "--out", out])  # before anything is read
     for words in ([], ["a", "--colour", "red"]):
-        with pytest.raises(SettingsError, match=r"usage: python -m helpers\.curves"):
+        with pytest.raises(SettingsError, match="usage: python -m helpers curves"):
             curves.main(words)
 
 
@@ -144,7 +188,7 @@ def test_help_has_the_commands_and_ends_well(module: ModuleType, capsys: pytest.
             module.main(words)
         assert end.value.code == 0
         said = capsys.readouterr()
-        assert re.search(rf"^ *python -m {module.__name__} \w+", said.out, re.MULTILINE)
+        assert re.search(rf"^ *python -m helpers {module.__name__.rpartition('.')[2]} \w+", said.out, re.MULTILINE)
         assert said.err == ""
 
 
@@ -156,9 +200,26 @@ def test_a_log_is_one_short_line() -> None:
 
 def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    assert history.read_history(file) == []
+    assert curves.read_history(file) == []
     file.write_text(json.dumps(HISTORY[0]) + "\n" + '{"step": 2, "lo')
-    assert history.read_history(file) == HISTORY[:1]
+    assert curves.read_history(file) == HISTORY[:1]
     (tmp_path / "samples.jsonl").write_text('{"answer": "one\u2028two\u0085three"}\n{"answer": "four"}\n', "utf-8")
-    assert [row["answer"] for row in history.read_samples(tmp_path)] == ["one\u2028two\u0085three", "four"]
-    assert history.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
+    assert [row["answer"] for row in curves.read_samples(tmp_path)] == ["one\u2028two\u0085three", "four"]
+    assert curves.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
+
+
+def test_final_metrics_begin_with_the_training_loss_and_are_of_the_saved_weights() -> None:
+    history = [{"step": 4, "train_tokens_per_second": 9.0}, {"step": 4, "eval_loss": 0.5, "num_input_tokens_seen": 7},
+               {"step": 4, "train_loss": 0.6}]  # fmt: skip
+    state = SimpleNamespace(log_history=history, global_step=4, num_input_tokens_seen=7)
+    args = SimpleNamespace(load_best_model_at_end=False)
+    trainer: Any = SimpleNamespace(state=state, args=args, evaluate=lambda: {"eval_loss": 0.1})
+    result: Any = SimpleNamespace(training_loss=0.6)
+    metrics = curves.final_metrics(trainer, result)
+    assert list(metrics.items()) == [
+        ("train_loss", 0.6), ("tokens_seen", 7.0), ("tokens_per_second", 9.0), ("step", 4), ("eval_loss", 0.5),
+    ]  # fmt: skip
+    args.load_best_model_at_end = True
+    assert curves.final_metrics(trainer, result)["eval_loss"] == 0.1
+    args.load_best_model_at_end, state.global_step = False, 5  # no evaluation at the last step
+    assert curves.final_metrics(trainer, result)["eval_loss"] == 0.1

@@ -1,4 +1,4 @@
-"""Run folders: which settings find which run, and what happens to a run that stops or is replaced."""
+"""Starting, resuming, finishing and finding runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import CleanExit, SettingsError, UserError
+from helpers.core import CleanExit, SettingsError, UserError, show
 from helpers.runs import run as runs
 from tests.tiny import settings_of
 
@@ -32,11 +32,11 @@ def test_a_finished_run_is_not_started_again_unless_told(tmp_path: Path) -> None
     run.save()
     (run.folder / "adapter_model.safetensors").write_bytes(b"weights")
     run.finish(metrics={"eval_loss": 1.0})
-    with pytest.raises(CleanExit, match=r"is finished: nothing to do\. --resume never"):
+    with pytest.raises(CleanExit, match=r"is already finished\. Use `--resume never`"):
         runs.start_run(settings_of(tmp_path), "org/m")
-    anew = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
+    again = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
     assert (run.folder / "adapter_model.safetensors").exists()  # until the new run has something to write
-    anew.save()
+    again.save()
     assert not (run.folder / "adapter_model.safetensors").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_trains_says_what_it_starts_from(
 
 
 def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished dpo run"):
+    with pytest.raises(UserError, match=r"There is no finished dpo run in .* Run `python notebooks/02_dpo.py`"):
         runs.find_run(tmp_path, "latest", "dpo")
     for name, status in (("a", "finished"), ("b", "finished"), ("c", "running")):
         run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
@@ -110,3 +110,24 @@ def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_pat
     with runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m").training() as checkpoint:
         assert checkpoint is None
     assert not (run.folder / "checkpoint-2").exists()
+
+
+def test_the_tracker_is_settled_before_a_run_trains_and_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(runs, "prepare_tracker", lambda *words: asked.append(words))
+    runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m").finish()
+    with pytest.raises(CleanExit):
+        runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m")
+    settings = settings_of(tmp_path, "--run_name", "judged")
+    monkeypatch.setattr(type(settings), "step", "judge")
+    runs.start_run(settings, "gpt")
+    assert asked == [("wandb", "mine")]
+
+
+def test_metrics_are_a_table_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(runs.Run(tmp_path, {"metrics": {"train_loss": 0.123456789, "eval_loss": 2.0}}).metrics_table())
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["metric", "value"], ["train_loss", "0.123457"], ["eval_loss", "2"],
+    ]  # fmt: skip

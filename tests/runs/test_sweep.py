@@ -59,10 +59,10 @@ def test_a_setting_of_several_words_is_an_axis_where_it_is_given_again() -> None
 
 def test_what_is_no_sweep_is_refused_before_anything_runs() -> None:
     for words, said in (
-        (["--dpo_beta", "0.1"], "nothing varies"),
-        (["--dpo_beta", "0.1", "0.3", "--run_name", "x"], "a run's name follows from its settings"),
-        (["--dpo_beta", "0.1", "0.1"], "a value stands twice"),
-        (["--report_to", "none", "wandb"], "changes no run"),
+        (["--dpo_beta", "0.1"], "No flag has several values"),
+        (["--dpo_beta", "0.1", "0.3", "--run_name", "x"], "settings name the runs"),
+        (["--dpo_beta", "0.1", "0.1"], "are the same run"),
+        (["--report_to", "none", "wandb"], "flags that change no run"),
         (["--dpo_beta", "0.1", "high"], "--dpo_beta takes float"),
         (["--dpo_bata", "0.1", "0.3"], "did you mean --dpo_beta"),
     ):
@@ -71,8 +71,8 @@ def test_what_is_no_sweep_is_refused_before_anything_runs() -> None:
     for argv in ([], ["--dpo_beta", "1", "2"], [str(REPO / "README.md")], ["notebooks/09.py"]):
         with pytest.raises(SettingsError, match="usage: python -m helpers"):
             sweep.main(argv)
-    with pytest.raises(SettingsError, match="has no cell of Settings"):
-        sweep.settings_of(REPO / "helpers" / "paths.py")
+    with pytest.raises(SettingsError, match="has no Settings in a cell"):
+        sweep.settings_of(REPO / "helpers" / "core.py")
 
 
 def test_dpo_keeps_the_reference_s_log_probabilities_unless_told_otherwise() -> None:
@@ -93,7 +93,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_finished_ones_are_not_made_agai
     assert started(tmp_path) == ["0.05 sigmoid", "2.0 sigmoid", "0.1 sigmoid"]
     (folder,) = tmp_path.glob("sweep-*")
     (line,) = done.stderr.strip().splitlines()
-    assert line == f"error: 1 of 3 runs did not finish: dpo_beta 2 (status 1); see {folder.name}/*.log"
+    assert line == f"error: 1 of 3 runs failed: dpo_beta 2 (status 1). See {folder.name}/*.log."
     assert "[2/3] dpo_beta 2\n" in done.stdout
     assert "  step 10/10  loss 0.1\n" in done.stdout
     assert "ValueError: too stiff" in (folder / "2.log").read_text()
@@ -136,9 +136,9 @@ def test_a_sweep_that_is_killed_half_way_does_only_what_is_missing(tmp_path: Pat
 
     again = subprocess.Popen(command(tmp_path, *words), env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert again.stdout is not None
-    assert again.stdout.readline() == "Waiting for a run that an earlier start of this sweep has left.\n"
+    assert again.stdout.readline() == "Waiting for a run that an earlier start of this sweep has left running.\n"
     time.sleep(0.2)
-    assert len(started(tmp_path)) == 2  # no second process in the folder of a run that goes on
+    assert len(started(tmp_path)) == 2  # no second process in the folder of a run
     (tmp_path / "go").touch()
     said = again.stdout.read()
     assert again.wait() == 0
@@ -158,7 +158,7 @@ def test_a_sweep_that_is_told_to_stop_tells_its_run_and_says_so_in_one_line(tmp_
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "error: stopped by SIGINT: the same command goes on\n"
+    assert said == "error: Stopped by SIGINT. Run the same command again to resume.\n"
     with pytest.raises(ProcessLookupError):
         os.kill(run, 0)
 
@@ -193,6 +193,6 @@ def test_three_betas_on_the_demo_are_three_runs_one_figure_one_table(project: Pr
     margins = [point["record"]["metrics"]["eval_rewards/margins"] for point in found]
     assert len(set(margins)) == 3
     assert (folder / "curves.png").stat().st_size > 20_000
-    assert "finished: nothing to do" in (folder / "1.log").read_text()
+    assert "is already finished" in (folder / "1.log").read_text()
     assert first
     assert {file: file.stat().st_mtime for file in set(cached.rglob("cache-*.arrow")) - before} == first

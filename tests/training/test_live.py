@@ -79,7 +79,7 @@ def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(pr
     assert {"observation", "reason", "suggestion"} < set(found["displacement"])
 
     done = project.run("02_dpo.py", *flags(**gone_wrong))
-    assert "Going on from outputs/wrong/checkpoint-3" in done.stdout
+    assert "Resuming from outputs/wrong/checkpoint-3" in done.stdout
     assert "displacement: the log-probability of chosen answers fell" in done.stdout
     record = project.record("wrong")
     assert record["status"] == "finished"
