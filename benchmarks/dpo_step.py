@@ -1,17 +1,19 @@
-"""How long a DPO step takes, and what it needs of memory, beside stock DPOTrainer on the same model, rows and seed.
+"""Measure time and memory of a DPO step, compared with TRL's DPOTrainer on the same model, rows and seed.
 
     python benchmarks/dpo_step.py                      # every case
     python benchmarks/dpo_step.py --short              # what `make bench` runs
-    python benchmarks/dpo_step.py --pairs FILE.jsonl   # with rows of AlpacaFarm's columns beside the others
+    python benchmarks/dpo_step.py --pairs FILE.jsonl   # also rows with the columns of AlpacaFarm
     python benchmarks/dpo_step.py --large              # Mistral-7B with random weights, QLoRA, on a GPU
 
-Each measurement is a fresh process, and the two alternate. Its time is that of its steps after the first, in which
-shared prompts are compared with stock; a ratio is one of medians over processes, with the lowest and highest of the
-pairs beside it. The limit is what the count of tokens allows: padded ones that stock computes, over those that stand in
-a packed row. Memory is the largest resident size on a CPU, and what PyTorch had allocated on a GPU. On a GPU of known
-speed, utilisation counts what must be computed at least once: forward of the reference, forward and backward of the
-policy by 2 operations each for every weight outside embeddings and every token of a packed row. Results go to
-results/dpo_step-<machine>.json, and into the table of docs/performance.md.
+Each measurement is a fresh process; the two alternate. The first step is not timed: it compares shared prompts with
+TRL. The speedup is the ratio of medians over processes, followed by its range over pairs. The token
+ratio is the limit: padded tokens that TRL computes, divided by the tokens of packed rows.
+
+Memory is the largest resident size on a CPU, and PyTorch's allocated memory on a GPU. On a GPU of known speed,
+utilization counts what must be computed at least once: the reference's forward and the policy's forward and backward,
+with 2 operations for each weight outside embeddings and each token of a packed row.
+
+Results go to results/dpo_step-<machine>.json and into the table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ TABLE_OF = {  # in docs/performance.md
 
 
 def make_rows(name: str, vocabulary: int, count: int) -> list[dict[str, list[int]]]:
-    """Rows of tokens: of one shape, with the lengths of UltraFeedback's (drawn from log-normal distributions), or of a
-    file, in pieces of at most five letters."""
+    """Rows of tokens: of one shape, with UltraFeedback's lengths (log-normal), or from a file in pieces of at most five
+    letters."""
     draw = random.Random(0)
     if name.endswith(".jsonl"):
         read = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
@@ -222,7 +224,7 @@ def table(content: dict[str, Any]) -> str:
     peak = next((peak for name, peak in PEAK.items() if name in content["machine"]), None)
     lines = [
         f"{content['date']}, {content['machine']}, Python {content['python']}, {have};\n{content['model']}.\n",
-        "| prompt : answer tokens | batch | checkpointing | faster | pairs of processes | by tokens | memory, MiB |"
+        "| prompt : answer tokens | batch | checkpointing | speedup | range (pairs) | token ratio | memory, MiB |"
         + " tokens/s | utilisation |" * bool(peak),
         "| --- | --- | --- | --- | --- | --- | --- |" + " --- | --- |" * bool(peak),
     ]

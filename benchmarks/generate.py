@@ -1,11 +1,11 @@
-"""Generation of 04_vibes.py: batches against one prompt at a time; one base and its adapter against two models.
+"""Measure the answers of 04_vibes.py: batches compared with single prompts, an adapter compared with two models.
 
     python benchmarks/generate.py
 
-Each measurement is a fresh process on random Mistrals in float32, and the kinds alternate. Throughput: 32 prompts, 64
+Each measurement is a fresh process on random Mistrals in float32; the variants alternate. Throughput: 32 prompts of 64
 tokens each, timed from the first to the last token. Memory: the largest resident size (VmHWM, Linux) of a process that
-has answered with the base and with the adapter, and of one that holds the base and the merged model at once. Weights
-are mapped from their files and count in full, as every token reads them all.
+answers with the base and with the adapter. It is compared with a process that holds the base and the merged model at
+once. Weights are mapped from their files and count too, since every token reads all of the weights.
 """
 
 from __future__ import annotations

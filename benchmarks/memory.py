@@ -1,12 +1,14 @@
-"""What 02_dpo.py needs of memory, measured, beside what --dry_run says of it.
+"""Measure the memory of 02_dpo.py and compare it with the estimate of --dry_run.
 
     python benchmarks/memory.py
 
-On a GPU: QLoRA DPO of Mistral-7B with random weights, at two lengths and two batch sizes; the peak is PyTorch's
-max_memory_allocated, which leaves out an optimizer that pages (so does the estimate it is compared with), and tokens a
-second are those of the steps measured. On a CPU: small models of the same kinds, computed in bfloat16 as a GPU would;
-every tensor's storage is followed from its making to its end. TRL's tiles of logits are made small there, since
-without Triton they take several times their size: logits are not compared.
+On a GPU: QLoRA DPO of Mistral-7B with random weights, at two lengths and two batch sizes. The peak is PyTorch's
+max_memory_allocated. It excludes a paged optimizer, and so does the estimate it is compared with. Tokens per second are
+those of the measured steps.
+
+On a CPU: small models of the same architectures, computed in bfloat16 as on a GPU. The storage of every tensor is
+traced. Logits are not compared: TRL's tiles of logits are made small, because without Triton they take several times
+their size.
 
 Each measurement is a fresh process. Results are written to results/memory-<machine>.json.
 """

@@ -1,11 +1,11 @@
-"""Memory and time of a merge, compared with PEFT's merge_and_unload of the same adapter.
+"""Measure memory and time of merging, compared with PEFT's merge_and_unload of the same adapter.
 
     python benchmarks/merge.py            # a Mistral of 1.2 billion weights in bfloat16, and one twice as deep
-    python benchmarks/merge.py LAYERS     # of another depth
+    python benchmarks/merge.py LAYERS     # another depth
 
-Each measurement is a new process, and the two alternate. Time is that of the merge without imports, from the files of
-base and adapter to those of the merged model, with rank 64 on all linear layers and files of 1 GB. Memory is the
-largest anonymous resident size (RssAnon), without pages of the files, which the system can drop at any time.
+Each measurement is a fresh process; the two alternate. Time is from the files of base and adapter to those of the
+merged model, without imports. The adapter has rank 64 on all linear layers, and files have 1 GB. Memory is the largest
+anonymous resident size (RssAnon). Pages of the files do not count, since they can be dropped at any time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How long preparing preference pairs takes, beside stock DPOTrainer on the same rows and the same number of processes.
+"""Measure the preparation of preference pairs, compared with TRL's DPOTrainer on the same rows and number of processes.
 
     python benchmarks/prepare.py [ROWS] [PROCESSES]
 
-Each measurement is a fresh process, the two alternate. Rows have about the lengths of UltraFeedback (prompts and
-answers drawn from log-normal distributions), in the columns of trl-lib/ultrafeedback_binarized, which both take as they
-are; the tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process and of its
-largest worker, added.
+Each measurement is a fresh process; the two alternate. Rows have about the lengths of UltraFeedback: prompts and
+answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which both read
+unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process plus
+that of its largest worker.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl.trainer.dpo_trainer import DPOTrainer  # by both, before the clock starts: a notebook has it anyway
 
-    from helpers.data.conversations import LengthLimits
-    from helpers.data.prepare import prepare_preferences
+    from helpers.data.prepare import LengthLimits
+    from helpers.data.row_report import prepare_rows
     from helpers.models.chat import set_chat_template
 
     disable_progress_bars()
@@ -79,7 +79,7 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / which))
     start = time.perf_counter()
     if which == "ours":
-        made, _ = prepare_preferences(rows, tokenizer, LengthLimits(), num_proc=processes)
+        made, _ = prepare_rows(rows, tokenizer, LengthLimits(), num_proc=processes)
     else:
         args = SimpleNamespace(
             dataset_num_proc=processes if processes > 1 else None, max_length=None, truncation_mode="keep_start"

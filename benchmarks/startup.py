@@ -1,4 +1,4 @@
-"""How long the command line takes to answer, beside `trl dpo`: CPU seconds, median of several alternating starts.
+"""Measure how fast the command line answers, compared with `trl dpo`: CPU seconds, median of alternating starts.
 
 python benchmarks/startup.py [ROUNDS]
 """
@@ -26,12 +26,12 @@ COMMANDS = {
 
 
 def cpu_seconds(words: list[str], status: int) -> float:
-    """User and system time of one start, children included."""
+    """User and system time of one start, including child processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *words], capture_output=True, env=os.environ | {"COLUMNS": "120"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != status:
-        raise SystemExit(f"{words} ended with {done.returncode}: {done.stderr.decode()[-500:]}")
+        raise SystemExit(f"{words} exited with {done.returncode}: {done.stderr.decode()[-500:]}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 

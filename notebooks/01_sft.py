@@ -66,25 +66,30 @@ class Settings(TrainSettings):  # which has some more: --help lists them
 
 
 # %%
-# recipe = "recipes/demo.yaml"  # without a GPU: take away the first "#"
+# recipe = "recipes/demo.yaml"  # without a GPU: remove the first "#"
 settings = load_settings(Settings, globals())
 
 # %% [markdown]
-# ## The machine and the run
+# ## Starting point and run folder
 #
-# One decision on device, dtype, quantization and attention. Then the run's folder: its name follows from the settings,
-# so the same command finds its own run again, and goes on where it stopped.
+# The run's name follows from the settings, so the same command finds its own run: an interrupted run resumes, a
+# finished run is not trained again. `--dry_run` stops here, with an estimate of memory, steps and time.
 
 # %%
 from helpers.core import show
-from helpers.data.workload import estimate_work
-from helpers.models import estimate_memory, load_tokenizer, plan_model, resolve_start
-from helpers.runs.run import start_run
+from helpers.data import estimate_workload
+from helpers.models import estimate_memory, plan_model, resolve_start
+from helpers.runs import start_run
 
 start = resolve_start(settings)
-if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(estimate_memory(settings, start), *estimate_work(settings))
+if settings.dry_run:
+    show(estimate_memory(settings, start), estimate_workload(settings, start.parent))
 run = start_run(settings, base_model=start.base_model)
+
+# %% [markdown]
+# One decision on device, dtype, quantization and attention, from what this machine has.
+
+# %%
 plan = plan_model(
     start.base_model,
     tuning=settings.tuning,
@@ -100,61 +105,46 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers.data.conversations import LengthLimits
-from helpers.data.loading import parse_dataset_specs
-from helpers.data.prepare import load_instructions
-from helpers.data.report import DataReport
-from helpers.data.row_report import Split
-from helpers.models import lora_modules_to_save, prepare_model, save_model, trainable_token_indices, upcast_adapter
-from helpers.models.chat import show_labels
-from helpers.runs.curves import Curves, final_metrics, log_to_wandb
-from helpers.runs.report import show_report
+from helpers.data import DataReport, load_instructions, show_example
+from helpers.models import (
+    load_tokenizer,
+    lora_modules_to_save,
+    prepare_model,
+    save_model,
+    trainable_token_indices,
+    upcast_adapter,
+)
+from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
 from helpers.training import add_callbacks
 
 # %% [markdown]
 # ## Data
 #
-# Every row is kept or dropped with a reason, and the table adds up. Rows with the same first prompt stay on one side of
-# the split. A recipe may mix sets, with a `fraction` of each.
+# Every row is kept or dropped with a reason, and the counts add up. Rows with the same first prompt are on one side of
+# the split. A recipe can mix several datasets, with a `fraction` of each.
 
 # %%
 tokenizer, new_tokens = load_tokenizer(start, settings)
-
-# %%
-train_set, eval_set, account = load_instructions(
-    parse_dataset_specs(settings),
-    tokenizer,
-    LengthLimits(total=settings.max_length, overlong=settings.overlong),
-    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
-    settings.strict,
-    settings.dataset_num_proc,
-    settings.system_prompt,
-)
-run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
-show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
+train_set, eval_set, row_report = load_instructions(settings, tokenizer)
+run.set(data=row_report.as_dict())
+show(row_report)
 
 # %% [markdown]
-# How long the conversations are, what stands there twice, and what that will teach.
+# The data report shows lengths, duplicates and what they will teach. Below it is one row as the model sees it: the
+# tokens it learns are highlighted, the others are only read.
 
 # %%
-report = DataReport.of(train_set, eval_set, account, settings.max_length)
-show(report, report.figure)
+data_report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
+show(data_report, data_report.figure)
+show_example(tokenizer, train_set[0])
 
 # %% [markdown]
-# One row as the model sees it. What it learns is bold; the rest it only reads.
-
-# %%
-show(show_labels(tokenizer, train_set[0]))
-
-# %% [markdown]
-# ## How it is trained
+# ## Training arguments
 #
-# `SFTConfig` in full view; any field of it that is a flag comes last and wins.
+# `SFTConfig` in full view. Any of its fields that you set as a flag, a variable or a recipe key comes last and wins.
 
 # %%
-config = dict(
-    output_dir=str(run.folder),
-    run_name=run.name,
+optimization = dict(
     num_train_epochs=settings.num_train_epochs,
     learning_rate=settings.learning_rate,
     lr_scheduler_type="cosine",
@@ -162,28 +152,33 @@ config = dict(
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_eval_batch_size,
     gradient_accumulation_steps=settings.accumulation_steps(),
-    max_length=settings.max_length or None,  # what packing fills; no row is longer
+    max_length=settings.max_length or None,  # the length of packed rows
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
-    **plan.device_args,
+    seed=settings.seed,
+)
+
+# %%
+evaluation = dict(
     eval_strategy="steps",
     eval_steps=0.2,
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
+    logging_nan_inf_filter=False,  # a NaN loss is shown and ends the run
     include_num_input_tokens_seen="non_padding",
-    logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
     report_to=settings.report_to,
-    seed=settings.seed,
 )
-training_args = SFTConfig(**config | settings.early_stopping() | settings.trl)
+
+# %%
+config = optimization | evaluation | plan.device_args | settings.early_stopping() | settings.trl
+training_args = SFTConfig(output_dir=str(run.folder), run_name=run.name, **config)
 
 # %% [markdown]
 # ## Model
 #
-# With `qlora` the weights are loaded in 4 bits (NF4, its constants quantized again) and stay frozen; only the adapter
-# learns.
+# With `qlora` the base is loaded in 4 bits (NF4 with double quantization) and frozen; only the adapter learns.
 
 # %%
 set_seed(settings.seed)
@@ -196,25 +191,28 @@ model = AutoModelForCausalLM.from_pretrained(
     attn_implementation=plan.attn_implementation,
     device_map=plan.device_map,
 )
-prepare_model(model, tokenizer)  # adds rows for the chat template's new tokens
-adapter = None
+prepare_model(model, tokenizer)  # adds embedding rows for new tokens
+
+# %%
+peft_config = None
 if settings.tuning != "full":
-    adapter = LoraConfig(
+    peft_config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
         modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
-        task_type="CAUSAL_LM",
         trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
-        revision=start.revision,  # of the base, for whoever loads the adapter
+        task_type="CAUSAL_LM",
+        revision=start.revision,  # of the base
     )
 
 # %% [markdown]
 # ## Trainer
 #
-# TRL's own, which packs conversations into full rows with `--packing`, apart from each other.
+# The trainer is TRL's own. `--packing` fills rows of `max_length` tokens with several conversations, which do not see
+# each other.
 
 # %%
 trainer = SFTTrainer(
@@ -223,45 +221,44 @@ trainer = SFTTrainer(
     train_dataset=train_set.select_columns(["input_ids", "labels"]),
     eval_dataset=eval_set.select_columns(["input_ids", "labels"]),
     processing_class=tokenizer,
-    peft_config=adapter,
+    peft_config=peft_config,
 )
-add_callbacks(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
-if adapter is not None and settings.adapter_dtype == "fp32":
+add_callbacks(trainer, run, settings, eval_set)  # logs, curves, diagnostics, sampled answers, safe checkpoints
+if peft_config and settings.adapter_dtype == "fp32":
     upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
 # %% [markdown]
 # ## Train
 #
-# The loss falls quickly at first, while the form of an answer is learned, then slowly. A run that has finished is not
-# trained again, and one that was stopped goes on from its newest checkpoint.
+# The loss falls quickly at first, while the model learns the form of an answer, then slowly.
 
 # %%
 if not run.finished:
     with run.training() as checkpoint:
-        report.save(run.folder)
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = final_metrics(trainer, trained)
+        data_report.save(run.folder)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = final_metrics(trainer, result)
         save_model(trainer, run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]
 # ## Curves
 #
-# The line is training, the dots are the held-out rows: while both fall, the model learns something that holds beyond
-# its rows. Dots that rise again say that it has begun to learn them by heart. What is wrong stands under the figure,
-# and then answers to a few held-out prompts, before and after.
+# While training and held-out loss both fall, the model learns something that generalizes. A held-out loss that rises
+# again means that it starts to memorize its rows. Detected problems and suggested fixes are listed below the figure,
+# then answers to held-out prompts.
 
 # %%
 curves = Curves.read(run.folder)
 show(curves.figure, curves, save_as=run.folder / "curves.png")
-log_to_wandb(run)  # its settings, rows, curves and samples, where it is tracked there
+log_to_wandb(run)
 show(run.metrics_table())
 
 # %% [markdown]
 # ## Next
 #
-# The model answers now, in whatever manner its data had. The next notebook teaches it which answers are preferred.
+# The model now answers, in the style of its data. The next notebook teaches it which answers are preferred.
 
 # %%
-show_report(run.folder)  # all of this on one page
+show_report(run.folder)
 print("Next:", run.next_command(settings.recipe))

@@ -77,28 +77,35 @@ class Settings(TrainSettings):  # which has some more: --help lists them
 
 
 # %%
-# recipe = "recipes/demo.yaml"  # without a GPU: take away the first "#"
+# recipe = "recipes/demo.yaml"  # without a GPU: remove the first "#"
 settings = load_settings(Settings, globals())
 
 # %% [markdown]
-# ## Where it starts, the machine, and the run
+# ## Starting point and run folder
 #
-# From a published model, or a run of `01_sft.py`. The same command finds its run again, and goes on where it stopped.
+# The policy starts from a published model or from a run of `01_sft.py`. The run's name follows from the settings, so
+# the same command finds its own run: an interrupted run resumes, a finished run is not trained again. `--dry_run`
+# stops here, with an estimate of memory, steps and time.
 
 # %%
 from helpers.core import show
-from helpers.data.workload import estimate_work
+from helpers.data import estimate_workload
 from helpers.hub import check_push, merge_and_push
-from helpers.models import estimate_memory, load_tokenizer, plan_model, resolve_start
-from helpers.runs.run import start_run
+from helpers.models import estimate_memory, plan_model, resolve_start
+from helpers.runs import start_run
 
 one_of(settings, "model_id", "sft_run")
-start = resolve_start(settings)
+start = resolve_start(settings)  # a Hub id, a folder, or an SFT run with its adapter
 if settings.push_to_hub:
-    check_push(settings)  # before hours of training
-if settings.dry_run:  # how much memory, how many steps; then start_run stops
-    show(estimate_memory(settings, start), *estimate_work(settings, start.parent))
+    check_push(settings)  # token and repository, before hours of training
+if settings.dry_run:
+    show(estimate_memory(settings, start), estimate_workload(settings, start.parent))
 run = start_run(settings, base_model=start.base_model, parent=start.parent, when_finished=merge_and_push)
+
+# %% [markdown]
+# One decision on device, dtype, quantization and attention, from what this machine has.
+
+# %%
 plan = plan_model(
     start.base_model,
     tuning=settings.tuning,
@@ -114,60 +121,47 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 
-from helpers.data.conversations import LengthLimits
-from helpers.data.formats import PairingConfig
-from helpers.data.loading import parse_dataset_specs
-from helpers.data.prepare import load_preferences
-from helpers.data.report import DataReport
-from helpers.data.row_report import Split
-from helpers.hub import merge_and_push
-from helpers.models import lora_modules_to_save, prepare_model, save_model, trainable_token_indices, upcast_adapter
-from helpers.models.chat import render
-from helpers.runs.curves import Curves, final_metrics, log_to_wandb
-from helpers.runs.report import show_report
+from helpers.data import DataReport, load_preferences, show_example
+from helpers.models import (
+    load_tokenizer,
+    lora_modules_to_save,
+    prepare_model,
+    save_model,
+    trainable_token_indices,
+    upcast_adapter,
+)
+from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
 from helpers.training import SharedPrefixDPOTrainer, add_callbacks
 
 # %% [markdown]
 # ## Data
 #
-# Every row becomes a pair or is dropped with a reason, and the table adds up: pairs whose answers are the same teach
-# nothing, and pairs that are too long would lose the end of their answers (`--overlong truncate_prompt` shortens their
-# prompts instead). A prompt is on one side of the split only. A report says what the pairs will teach beside that.
+# Every row becomes a pair or is dropped with a reason, and the counts add up. Pairs with identical answers teach
+# nothing and are dropped. So are pairs above `max_length`; `--overlong truncate_prompt` shortens their prompts
+# instead. All pairs of a prompt are on one side of the split.
 
 # %%
 tokenizer, new_tokens = load_tokenizer(start, settings)
-
-# %%
-train_set, eval_set, account = load_preferences(
-    parse_dataset_specs(settings),
-    tokenizer,
-    LengthLimits(settings.max_prompt_length, settings.max_length, settings.overlong),
-    PairingConfig(settings.pairing, settings.recommended, settings.min_margin, settings.system_prompt, settings.seed),
-    Split(settings.train_rows, settings.eval_rows, settings.eval_fraction, settings.seed),
-    settings.strict,
-    settings.dataset_num_proc,
-)
-run.set(data=account.as_dict() | {"train": len(train_set), "eval": len(eval_set)})
-show(account, f"train {len(train_set):,}, held out {len(eval_set):,}")
-
-# %%
-report = DataReport.of(train_set, eval_set, account, settings.max_length)
-show(report, report.figure)
-print(render(tokenizer, (pair := train_set[0])["prompt"], prompt=True))  # one pair as the model sees it
-print("  chosen:  ", tokenizer.decode(pair["chosen_ids"]), "\n  rejected:", tokenizer.decode(pair["rejected_ids"]))
+train_set, eval_set, row_report = load_preferences(settings, tokenizer)
+run.set(data=row_report.as_dict())
+show(row_report)
 
 # %% [markdown]
-# ## How it is trained
-#
-# `DPOConfig` in full view; any field of it that is a flag comes last and wins.
+# The data report shows what the pairs teach besides preference: length, repeated prompts, answers that share an
+# opening. Lines that start with `!` deserve a look. Below it is one pair as the model sees it.
 
 # %%
-config = dict(
-    output_dir=str(run.folder),
-    run_name=run.name,
-    beta=settings.dpo_beta,
-    loss_type=list(settings.loss_type),
-    max_length=settings.max_length or None,
+data_report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
+show(data_report, data_report.figure)
+show_example(tokenizer, train_set[0])
+
+# %% [markdown]
+# ## Training arguments
+#
+# `DPOConfig` in full view. Any of its fields that you set as a flag, a variable or a recipe key comes last and wins.
+
+# %%
+optimization = dict(
     num_train_epochs=settings.num_train_epochs,
     learning_rate=settings.learning_rate,
     lr_scheduler_type="cosine",
@@ -179,24 +173,32 @@ config = dict(
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
-    **plan.device_args,
+    seed=settings.seed,
+)
+
+# %%
+evaluation = dict(
     eval_strategy="steps",
-    eval_on_start=True,  # the curves begin where policy and reference are one
+    eval_on_start=True,  # the curves start where policy and reference are equal
     eval_steps=0.2,
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
+    logging_nan_inf_filter=False,  # a NaN loss is shown and ends the run
     include_num_input_tokens_seen="non_padding",
-    logging_nan_inf_filter=False,  # a loss that is not a number is shown, and ends the run
     report_to=settings.report_to,
-    seed=settings.seed,
 )
-training_args = DPOConfig(**config | settings.early_stopping() | settings.trl)
+
+# %%
+objective = dict(beta=settings.dpo_beta, loss_type=list(settings.loss_type), max_length=settings.max_length or None)
+config = objective | optimization | evaluation | plan.device_args | settings.early_stopping() | settings.trl
+training_args = DPOConfig(output_dir=str(run.folder), run_name=run.name, **config)
 
 # %% [markdown]
 # ## Model
 #
-# The reference is the base with its adapter off, a frozen copy of an adapter of `01_sft.py`, or (full) a second model.
+# With `qlora` the base is loaded in 4 bits and frozen; only the adapter learns. The reference is the base with the
+# adapter switched off, a frozen copy of the SFT adapter, or (full tuning) a second model.
 
 # %%
 set_seed(settings.seed)
@@ -209,82 +211,91 @@ loading = dict(
     device_map=plan.device_map,
 )
 model = AutoModelForCausalLM.from_pretrained(start.path, **loading)
-prepare_model(model, tokenizer)  # adds rows for the chat template's new tokens
-adapter = reference = None
+prepare_model(model, tokenizer)  # adds embedding rows for new tokens
+
+# %%
+peft_config = reference = None
 if start.adapter:
     model = PeftModel.from_pretrained(model, start.adapter, is_trainable=True)
 elif settings.tuning != "full":
-    adapter = LoraConfig(
+    peft_config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
         modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
-        task_type="CAUSAL_LM",
         trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
-        revision=start.revision,  # of the base, for whoever loads the adapter
+        task_type="CAUSAL_LM",
+        revision=start.revision,  # of the base
     )
-if settings.tuning == "full" and not training_args.precompute_ref_log_probs:
+elif not training_args.precompute_ref_log_probs:
     reference = AutoModelForCausalLM.from_pretrained(start.path, **loading)
     prepare_model(reference, tokenizer)
 
+# %% [markdown]
+# ## Trainer
+#
+# The trainer is TRL's `DPOTrainer` on tokenized rows. It computes the prompt shared by a pair once instead of twice,
+# and compares its first batch with TRL's own computation (`--shared_prefix off` is TRL's own way).
+
 # %%
-trainer = SharedPrefixDPOTrainer(  # TRL's DPOTrainer, on tokens, and with each prompt computed once
+trainer = SharedPrefixDPOTrainer(
     model=model,
     ref_model=reference,
     args=training_args,
     train_dataset=train_set,
     eval_dataset=eval_set,
     processing_class=tokenizer,
-    peft_config=adapter,
+    peft_config=peft_config,
     shared_prefix=settings.shared_prefix,
 )
-add_callbacks(trainer, run, settings, eval_set)  # logs, curves, findings, samples, marked checkpoints, signals
+add_callbacks(trainer, run, settings, eval_set)  # logs, curves, diagnostics, sampled answers, safe checkpoints
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
-    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds most of DPO's updates away
+    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 
 # %% [markdown]
 # ## Train
 #
-# The sigmoid loss starts at log 2 = 0.693, where policy and reference are one, and falls as the margin between chosen
-# and rejected rewards grows. A run that has finished is not trained again, and one that was stopped goes on.
+# The sigmoid loss starts at log 2 = 0.693, where policy and reference are equal. It falls as the margin between chosen
+# and rejected rewards grows.
 
 # %%
 if not run.finished:
     with run.training() as checkpoint:
-        report.save(run.folder)
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = final_metrics(trainer, trained)
+        data_report.save(run.folder)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = final_metrics(trainer, result)
         save_model(trainer, run.folder)
     run.finish(metrics=metrics)
 
 # %% [markdown]
 # ## Curves
 #
-# The margin should rise, on the held-out dots as on the line, and the chosen answers stay as likely as they were. What
-# went wrong stands under the figure with what to try (`--stop_on_diagnostic displacement` ends such a run), then what was sampled.
+# The margin should rise on the held-out pairs as on the training pairs, and the chosen answers should stay as likely
+# as they were. Detected problems and suggested fixes are listed below the figure, then answers to held-out prompts.
 
 # %%
-show((curves := Curves.read(run.folder)).figure, curves, save_as=run.folder / "curves.png")
-log_to_wandb(run)  # its settings, rows, curves and samples, where it is tracked there
+curves = Curves.read(run.folder)
+show(curves.figure, curves, save_as=run.folder / "curves.png")
+log_to_wandb(run)
 show(run.metrics_table())
 
 # %% [markdown]
-# ## Merge and publish, if asked
+# ## Merge and publish (optional)
 #
-# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` do here what the next notebook does, privately.
+# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` run the next notebook from here.
 
 # %%
 if settings.merge_adaptors or settings.push_to_hub:
-    trainer = model = reference = None  # makes room: the merge is a process of its own
+    trainer = model = reference = None  # frees memory for the merge, which runs as its own process
     merge_and_push(run, settings)
 
 # %% [markdown]
 # ## Next
 #
-# The adapter needs its base. The next notebook merges the two, and shows that nothing changed on the way.
+# The adapter needs its base model. The next notebook merges the two and verifies the result.
 
 # %%
-show_report(run.folder)  # all of this on one page
+show_report(run.folder)
 print("Next:", run.next_command(settings.recipe))

@@ -1,223 +1,106 @@
-"""The account of every row of every set that is mixed."""
+"""Load datasets for training: mix, deduplicate and split them, and report what happened to every row."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import SettingsError, UserError
-from helpers.data.loading import DatasetSpec, load_rows, subsample
+from helpers.data.formats import PairingConfig
+from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs, subsample
+from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, LengthLimits, tokenize_dataset
+from helpers.models.chat import VALIDATED_ROWS, validate_chat_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-EXAMPLES = 3
-INTERNAL_COLUMNS = ("row", "fault", "change", "chosen_key", "rejected_key")
+EXAMPLES = 3  # row numbers that are shown for a reason
+INTERNAL_COLUMNS = ["source_index", "drop_reason", "modification", "chosen_hash", "rejected_hash"]
+OTHERS_KEPT = "(other pairs of the row are kept)"
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass
 class RowReport:
-    """What became of every row: `kept + sum(dropped) == read`, each reason with a count and up to three row numbers.
+    """What happened to every row: `kept + sum(dropped) == read`.
 
-    Rows are counted from 0; with several sets, the number stands behind its set's name. A row that gives several pairs
-    is kept while one of them is; the others are `lost_pairs`. `over_long` and `long_prompts` are the tokens of what was
-    dropped for its length, or for its prompt's. Of several sets, `sets` has for each what was read, kept, changed and
-    dropped, and "dropped: " with each reason.
+    `examples` has up to three row numbers for each reason, counted from 0 and behind the dataset's name if there are
+    several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `long_rows`
+    and `long_prompts` are token counts of what was dropped for its length; `sets` has the counts of each dataset.
     """
 
     read: int = 0
     kept: int = 0
+    train: int = 0
+    eval: int = 0
+    format: str = ""
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
-    noted: Counter[str] = dataclasses.field(default_factory=Counter)
-    examples: dict[str, list[int | str]] = dataclasses.field(default_factory=dict)
-    format: str = ""
-    over_long: list[int] = dataclasses.field(default_factory=list)
-    long_prompts: list[int] = dataclasses.field(default_factory=list)
+    flagged: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
     changed_rows: int = 0
-    lost_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
+    examples: dict[str, list[int | str]] = dataclasses.field(default_factory=dict)
+    long_rows: list[int] = dataclasses.field(default_factory=list)
+    long_prompts: list[int] = dataclasses.field(default_factory=list)
     sets: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
-    def count(self, what: Counter[str], reason: str, row: int | str) -> None:
-        """One more of `what` (changed, dropped, lost_pairs or noted) for this reason, with the row's number."""
-        what[reason] += 1
-        if len(numbers := self.examples.setdefault(reason, [])) < EXAMPLES:
-            numbers.append(row)
+    def count(self, counter: Counter[str], reason: str, row: int | str) -> None:
+        """Count one more row or pair for this reason."""
+        counter[reason] += 1
+        if len(rows := self.examples.setdefault(reason, [])) < EXAMPLES:
+            rows.append(row)
 
     def check(self, strict: bool) -> None:
-        """Raise SettingsError where nothing is left, or where `strict` and a row was dropped."""
-        if self.kept and not (strict and (self.dropped or self.lost_pairs)):
-            return
-        reasons = "; ".join(
-            f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in (self.dropped + self.lost_pairs).items()
-        )
-        lost = self.dropped.total()
-        who = f"{lost} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
-        raise SettingsError(f"{who} be used. {reasons}")
+        """Raise SettingsError if no row is left, or if `strict` and a row or pair was dropped."""
+        dropped = self.dropped + self.dropped_pairs
+        if not self.kept or (strict and dropped):
+            reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in dropped.items())
+            rows = f"{self.dropped.total()} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
+            raise SettingsError(f"{rows} be used. {reasons}")
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def by_kind(self) -> dict[str, Counter[str]]:
+        """Counts by reason of what was changed, dropped or flagged, and of dropped pairs of kept rows."""
         return {
-            "format": self.format,
-            "read": self.read,
-            "kept": self.kept,
-            "changed": self.changed_rows,
-            "dropped": sum(self.dropped.values()),
-            "reasons": dict(self.changed + self.dropped + self.lost_pairs + self.noted),
-            "by": {label: dict(reasons) for label, reasons in self._by_what_became().items()},
-            "sets": self.sets,
-            "examples": self.examples,
+            "changed": self.changed,
+            "dropped": self.dropped,
+            "dropped pairs": self.dropped_pairs,
+            "flagged": self.flagged,
         }
 
-    def _by_what_became(self) -> dict[str, Counter[str]]:
-        return {"changed": self.changed, "dropped": self.dropped, "lost": self.lost_pairs, "noted": self.noted}
+    def as_dict(self) -> dict[str, Any]:
+        """All counts, ready for JSON."""
+        counts = {name: getattr(self, name) for name in ("format", "read", "kept", "train", "eval", "sets", "examples")}
+        return counts | {
+            "changed": self.changed_rows,
+            "dropped": self.dropped.total(),
+            "reasons": {reason: n for reasons in self.by_kind.values() for reason, n in reasons.items()},
+            "by": {kind: dict(reasons) for kind, reasons in self.by_kind.items()},
+        }
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
         table = Table("rows", "count", "example rows", box=None, pad_edge=False)
         table.add_row(f"read ({self.format})", f"{self.read:,}", "")
-        for label, reasons in self._by_what_became().items():
+        for kind, reasons in self.by_kind.items():
             for reason, count in reasons.most_common():
-                table.add_row(f"  {label}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
+                table.add_row(f"  {kind}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
+        table.add_row("  train", f"{self.train:,}", "")
+        table.add_row("  eval", f"{self.eval:,}", "")
         return table
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedSplit:
-    """Prepared rows of one split of one set: a dataset with BOOKKEEPING and prompt_key, whose `row` is an index into
-    `numbers`, the numbers of the rows that were read."""
-
-    made: Dataset
-    numbers: list[int]
-    label: str = ""
-    held_out: bool = False
-
-    def number(self, row: int) -> int | str:
-        return f"{self.label}{self.numbers[row]}" if self.label else self.numbers[row]
-
-
-Prepare = Callable[["Dataset", str], tuple["Dataset", str]]
-
-
-def load_and_split(
-    sources: list[DatasetSpec], prepare: Prepare, split: Split, strict: bool
-) -> tuple[Dataset, Dataset, RowReport]:
-    """Train and evaluation rows of all sources, no prompt in both, and the account of every row that was read.
-
-    `prepare` takes rows and the name of their format, and gives prepared rows (see Part) and the format they had.
-    Raises UserError where a set cannot be read, where nothing is left, or where `strict` and a row was dropped.
-    """
-    parts, formats = [], []
-    several = len(sources) > 1 or any(source.eval_split for source in sources)
-    names = [source.name for source in sources]
-    for source in sources:
-        shown = source.name if names.count(source.name) == 1 else source.id
-        for name in filter(None, (source.eval_split, source.split)):
-            held_out = name == source.eval_split
-            rows, numbers = subsample(load_rows(source, name), 1 if held_out else source.fraction, split.seed)
-            made, found = prepare(rows, source.format)
-            parts.append(PreparedSplit(made, numbers, f"{shown} {name} " if several else "", held_out))
-            formats.append(found)
-    account, train, held_out_rows = deduplicate(parts)
-    account.format = ", ".join(dict.fromkeys(formats))
-    account.check(strict)
-    if held_out_rows is None:
-        train, held_out_rows = split_by_prompt(train, split)
-    else:
-        if not len(train) or not len(held_out_rows):
-            raise UserError(f"no row of {'--dataset_split' if len(held_out_rows) else '--eval_split'} can be used")
-        held_out_rows = first_rows(held_out_rows, split.eval_rows, split.seed)
-        train = first_rows(train, split.train_rows, split.seed)
-    return train, held_out_rows, account
-
-
-def deduplicate(parts: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
-    """The account, with what only shows between rows; the rows that are kept; and those held out, if a part is.
-
-    A pair is kept once. One that stands there with both labels is dropped both times, and a prompt that is evaluated
-    on is not trained on. A row that gave several pairs is kept while one of them is.
-    """
-    from datasets import concatenate_datasets
-
-    parts = sorted(parts, key=lambda part: not part.held_out)
-    account = RowReport(read=sum(len(part.numbers) for part in parts))
-    labels = {
-        key for part in parts for fault, key in zip(part.made["fault"], _keys(part.made), strict=True) if not fault
-    }
-    seen: set[tuple[str, str, str]] = set()
-    first: dict[str, int | str] = {}  # row of each prompt
-    sets = []
-    for part in parts:
-        evaluated = set(first) if not part.held_out and any(p.held_out for p in parts) else set()
-        good: list[int] = []
-        kept: dict[int, str] = {}
-        dropped: dict[int, list[str]] = {}
-        columns = [part.made[name][:] for name in ("row", "fault", "change")]
-        for i, (row, fault, change, key) in enumerate(zip(*columns, _keys(part.made), strict=True)):
-            if fault := fault or _fault_between(key, labels, seen, evaluated):
-                dropped.setdefault(row, []).append(fault)
-                continue
-            seen.add(key)
-            number = part.number(row)
-            if first.setdefault(key[0], number) != number:
-                account.count(account.noted, "duplicate prompt", number)
-            kept[row] = kept.get(row) or change
-            good.append(i)
-        for row, row_faults in dropped.items():
-            if row not in kept:
-                account.count(account.dropped, row_faults[0], part.number(row))
-            for fault in row_faults if row in kept else ():
-                account.count(account.lost_pairs, f"a pair of a kept row: {fault}", part.number(row))
-        for row, change in kept.items():
-            account.changed_rows += bool(change)
-            for reason in change.split("; ") if change else ():
-                account.count(account.changed, reason, part.number(row))
-        account.kept += len(kept)
-        if part.label:
-            gone = Counter(f"dropped: {row_faults[0]}" for row, row_faults in dropped.items() if row not in kept)
-            own = account.sets.setdefault(part.label.strip(), Counter())
-            own.update(read=len(part.numbers), kept=len(kept), changed=sum(map(bool, kept.values())))
-            own.update(gone, dropped=gone.total())
-        account.over_long += _where(part.made, columns[1], "over-long")["tokens"][:]
-        if "prompt_ids" in part.made.column_names:
-            long = _where(part.made, columns[1], "prompt over-long")
-            account.long_prompts += map(len, long["prompt_ids"][:])
-        sets.append(part.made.select(good).remove_columns(list(INTERNAL_COLUMNS)))
-    count = sum(part.held_out for part in parts)
-    held_out = concatenate_datasets(sets[:count]) if count else None
-    return account, concatenate_datasets(sets[count:]), held_out
-
-
-def _where(made: Dataset, faults: list[str], fault: str) -> Dataset:
-    return made.select([i for i, found in enumerate(faults) if found == fault])
-
-
-def _keys(made: Dataset) -> list[tuple[str, str, str]]:
-    return list(zip(made["prompt_key"][:], made["chosen_key"][:], made["rejected_key"][:], strict=True))
-
-
-def _fault_between(
-    key: tuple[str, str, str], labels: set[tuple[str, str, str]], seen: set[tuple[str, str, str]], evaluated: set[str]
-) -> str:
-    """What is wrong with a pair beside others, or ""; a conversation has no rejected side, and its key is ""."""
-    prompt, chosen, rejected = key
-    if (prompt, rejected, chosen) in labels:
-        return "the same pair with both labels"
-    if prompt in evaluated:
-        return "its prompt is evaluated on"
-    if key in seen:
-        return "duplicate pair" if rejected else "duplicate conversation"
-    return ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Split:
-    """How many rows are trained on (0: all) and held out (0: `eval_fraction` of them), in the order of `seed`."""
+    """Rows to train on (0: all) and to hold out (0: `eval_fraction` of them), in the order of `seed`."""
 
     train_rows: int = 0
     eval_rows: int = 0
@@ -225,31 +108,220 @@ class Split:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedSplit:
+    """Prepared rows of one split of a dataset. `indices` are the row numbers that their source_index stands for."""
+
+    rows: Dataset
+    indices: list[int]
+    label: str = ""
+    is_eval: bool = False
+
+    def row_number(self, source_index: int) -> int | str:
+        """The number of a row in its dataset, behind the label if there is one."""
+        return f"{self.label} {self.indices[source_index]}" if self.label else self.indices[source_index]
+
+
+def load_preferences(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
+    """Pairs to train on, pairs to evaluate on, and the report on every row. No prompt is in both.
+
+    Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids, the tokens that
+    DPOTrainer trains on; margin of the ratings, or null; prompt_hash; tokens of the prompt and the longer answer.
+    Raises UserError if a dataset cannot be read or used, if the chat template is not safe to train on (see
+    `validate_chat_template`), or with `settings.strict` if a row was dropped.
+    """
+    return _load(settings, tokenizer, use_pairs=True)
+
+
+def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
+    """As `load_preferences`, for conversations. A preference dataset gives its chosen answers.
+
+    Columns: messages; input_ids and labels, which SFTTrainer takes as they are and which learn every assistant turn;
+    prompt_hash; tokens.
+    """
+    return _load(settings, tokenizer, use_pairs=False)
+
+
+def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
+    prepare = functools.partial(
+        prepare_dataset,
+        tokenizer=tokenizer,
+        use_pairs=use_pairs,
+        limits=config_from(settings, LengthLimits),
+        pairing=config_from(settings, PairingConfig),
+        system_prompt=settings.system_prompt,
+        num_proc=settings.dataset_num_proc,
+    )
+    split = config_from(settings, Split)
+    train, held_out, report = load_and_split(parse_dataset_specs(settings), prepare, split, settings.strict)
+    first = train.select(range(min(VALIDATED_ROWS, len(train))))
+    conversations = (
+        [row["prompt"] + row[side] for row in first for side in SIDES[1:]] if use_pairs else first["messages"]
+    )
+    validate_chat_template(tokenizer, list(conversations))
+    return train, held_out, report
+
+
+def config_from(settings: Any, cls: type[Config]) -> Config:
+    """A dataclass filled from the settings of the same names; what the settings lack keeps its default."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+
+def prepare_dataset(
+    rows: Dataset,
+    data_format: str,
+    tokenizer: Tokenizer,
+    use_pairs: bool,
+    limits: LengthLimits,
+    pairing: PairingConfig | None = None,
+    system_prompt: str = "",
+    num_proc: int = 0,
+) -> tuple[Dataset, str]:
+    """Prepared rows with INTERNAL_COLUMNS, and the name of their format. Raises UserError."""
+    pairing, row_format = pairing or PairingConfig(), choose_format(rows, data_format, use_pairs)
+    if use_pairs and pairing.recommended and "status" not in rows.column_names:
+        example = "argilla/distilabel-intel-orca-dpo-pairs"
+        raise SettingsError(f"--recommended needs a dataset with a status column, such as {example}. Leave it out.")
+    config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
+    return tokenize_dataset(rows, tokenizer, num_proc, **config), str(row_format)
+
+
+def prepare_rows(
+    rows: Dataset, tokenizer: Tokenizer, limits: LengthLimits, data_format: str = "auto", **options: Any
+) -> tuple[Dataset, RowReport]:
+    """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `prepare_dataset`."""
+    prepared, name = prepare_dataset(rows, data_format, tokenizer, limits=limits, **{"use_pairs": True} | options)
+    report, kept, _ = deduplicate([PreparedSplit(prepared, list(range(len(rows))))])
+    report.format = name
+    return kept, report
+
+
+def load_and_split(
+    specs: list[DatasetSpec], prepare: Callable[[Dataset, str], tuple[Dataset, str]], split: Split, strict: bool
+) -> tuple[Dataset, Dataset, RowReport]:
+    """Train and evaluation rows of all datasets, with no prompt in both, and the report on every row.
+
+    `prepare` takes rows and the name of their format, and returns what `prepare_dataset` does. Raises UserError.
+    """
+    splits, formats = [], []
+    has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        label = spec.name if names.count(spec.name) == 1 else spec.id
+        for name in filter(None, (spec.eval_split, spec.split)):
+            is_eval = name == spec.eval_split
+            rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
+            prepared, row_format = prepare(rows, spec.format)
+            splits.append(PreparedSplit(prepared, indices, f"{label} {name}" if has_labels else "", is_eval))
+            formats.append(row_format)
+    report, train, held_out = deduplicate(splits)
+    report.format = ", ".join(dict.fromkeys(formats))
+    report.check(strict)
+    if held_out is None:
+        train, held_out = split_by_prompt(train, split)
+    elif not len(train) or not len(held_out):
+        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
+    else:
+        train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
+        held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
+    report.train, report.eval = len(train), len(held_out)
+    return train, held_out, report
+
+
+def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
+    """The report, the rows to train on, and the rows of evaluation splits, if there are any.
+
+    A pair is kept once. A pair that also occurs with swapped labels is dropped both times. A prompt of an evaluation
+    split is not trained on.
+    """
+    from datasets import concatenate_datasets
+
+    splits = sorted(splits, key=lambda split: not split.is_eval)
+    report = RowReport(read=sum(len(split.indices) for split in splits))
+    names = ("source_index", "drop_reason", "modification", *(f"{side}_hash" for side in SIDES))
+    tables = [list(zip(*(split.rows[name][:] for name in names), strict=True)) for split in splits]
+    usable = {tuple(hashes) for table in tables for _, reason, _, *hashes in table if not reason}
+    seen: set[tuple[str, str, str]] = set()
+    first_rows: dict[str, int | str] = {}  # of each prompt
+    eval_prompts: set[str] = set()
+    kept_sets: dict[bool, list[Dataset]] = {True: [], False: []}
+    for split, table in zip(splits, tables, strict=True):
+        selected: list[int] = []
+        kept: dict[int, str] = {}  # modification by source_index
+        dropped: dict[int, list[str]] = defaultdict(list)  # reasons by source_index
+        for i, (source_index, reason, modification, prompt, chosen, rejected) in enumerate(table):
+            if not reason:
+                if (prompt, rejected, chosen) in usable:
+                    reason = "the same pair with both labels"
+                elif prompt in eval_prompts and not split.is_eval:
+                    reason = "prompt is in the evaluation split"
+                elif (prompt, chosen, rejected) in seen:
+                    reason = "duplicate pair" if rejected else "duplicate conversation"
+            if reason:
+                dropped[source_index].append(reason)
+                continue
+            seen.add((prompt, chosen, rejected))
+            row = split.row_number(source_index)
+            if first_rows.setdefault(prompt, row) != row:
+                report.count(report.flagged, "duplicate prompt", row)
+            if split.is_eval:
+                eval_prompts.add(prompt)
+            kept[source_index] = kept.get(source_index) or modification
+            selected.append(i)
+        _count_rows(report, split, kept, dropped)
+        reasons = [row[1] for row in table]
+        for reason, column, counts in (
+            (TOO_LONG, "tokens", report.long_rows),
+            (PROMPT_TOO_LONG, "prompt_ids", report.long_prompts),
+        ):
+            if reason in reasons:
+                values = split.rows.select([i for i, r in enumerate(reasons) if r == reason])[column]
+                counts += values if column == "tokens" else map(len, values)
+        kept_sets[split.is_eval].append(split.rows.select(selected).remove_columns(INTERNAL_COLUMNS))
+    train, held_out = (concatenate_datasets(sets) if sets else None for sets in (kept_sets[False], kept_sets[True]))
+    return report, train, held_out
+
+
+def _count_rows(report: RowReport, split: PreparedSplit, kept: dict[int, str], dropped: dict[int, list[str]]) -> None:
+    for source_index, reasons in dropped.items():
+        row = split.row_number(source_index)
+        if source_index in kept:
+            for reason in reasons:
+                report.count(report.dropped_pairs, f"{reason} {OTHERS_KEPT}", row)
+        else:
+            report.count(report.dropped, reasons[0], row)
+    for source_index, modification in kept.items():
+        for change in modification.split("; ") if modification else ():
+            report.count(report.changed, change, split.row_number(source_index))
+    changed = sum(map(bool, kept.values()))
+    report.kept += len(kept)
+    report.changed_rows += changed
+    if split.label:
+        lost = Counter(f"dropped: {reasons[0]}" for index, reasons in dropped.items() if index not in kept)
+        counts = report.sets.setdefault(split.label, Counter())
+        counts.update(read=len(split.indices), kept=len(kept), changed=changed, dropped=lost.total(), **lost)
+
+
 def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:
-    """Train and evaluation rows with no prompt in both; the order is the seed's, not the file's."""
-    order, prompts = _order(rows, split.seed)
+    """Train and evaluation rows with no prompt in both, in an order that depends on the seed, not on the file."""
     if not (split.eval_rows or split.eval_fraction):
-        raise UserError("--eval_rows 0 and --eval_fraction 0: something has to be held out, to see what is learned")
+        raise SettingsError("--eval_rows and --eval_fraction are both 0. Set one: evaluation needs rows.")
+    order, prompts = shuffled_indices(rows, split.seed), rows["prompt_hash"][:]
     share = max(1, round(split.eval_fraction * len(order)))
-    wanted = min(split.eval_rows or share, max(share, len(order) // 4), len(order) - 1)
-    if wanted < split.eval_rows:
-        print(f"Held out: {wanted:,} rather than --eval_rows {split.eval_rows:,}, of {len(order):,} that there are.")
-    while 0 < wanted < len(order) and prompts[order[wanted]] == prompts[order[wanted - 1]]:
-        wanted += 1  # the prompt at the border goes to the evaluation rows as a whole
-    chosen = order[wanted : wanted + split.train_rows] if split.train_rows else order[wanted:]
-    if not chosen:
-        raise UserError(f"{len(prompts)} rows are too few for --eval_rows {wanted}: nothing is left to train on")
-    return rows.select(chosen), rows.select(order[:wanted])
+    count = min(split.eval_rows or share, max(share, len(order) // 4), len(order) - 1)
+    if count < split.eval_rows:
+        print(f"`--eval_rows {split.eval_rows}` is more than a quarter of {len(order)} rows; using {count}.")
+    while 0 < count < len(order) and prompts[order[count]] == prompts[order[count - 1]]:
+        count += 1  # all rows of a prompt go to one side
+    train = order[count:][: split.train_rows or None]
+    if not train:
+        raise UserError(f"{len(order)} rows are too few for --eval_rows {count}: none is left to train on")
+    return rows.select(train), rows.select(order[:count])
 
 
-def first_rows(rows: Dataset, count: int, seed: int) -> Dataset:
-    """The first `count` rows in the seed's order; 0 takes all."""
-    order, _ = _order(rows, seed)
-    return rows.select(order[:count] if count else order)
-
-
-def _order(rows: Dataset, seed: int) -> tuple[list[int], list[str]]:
-    """Row numbers with rows of one prompt together, in an order that the seed and the prompts decide."""
-    prompts = rows["prompt_key"][:]
-    rank = {p: hashlib.sha256(f"{seed} {p}".encode()).digest() for p in set(prompts)}
-    return sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i)), prompts
+def shuffled_indices(rows: Dataset, seed: int) -> list[int]:
+    """Row indices in an order given by the seed and the prompts; rows of one prompt are neighbours."""
+    prompts = rows["prompt_hash"][:]
+    rank = {prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in set(prompts)}
+    return sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i))

@@ -1,144 +1,130 @@
-"""How many rows, steps and tokens training has, about, where its rows are here already: nothing is downloaded."""
+"""Estimate rows, steps, tokens and time of a training run without downloading anything."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import UserError, find_path
-from helpers.data.conversations import Message
-from helpers.data.formats import FORMAT_READERS, PairingConfig, check_columns, detect_format, list_columns
-from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs
-from helpers.data.prepare import INSTRUCTION_READERS, read_chosen
+from helpers.data.formats import Message, PairingConfig
+from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
+from helpers.data.prepare import LengthLimits, add_system_prompt
+from helpers.data.row_report import Split, config_from
 from helpers.runs.run import Run, read_run
-from helpers.settings.fields import TrainSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-LOOKED_AT = 200  # rows of a set that stand for all
-CHARACTERS = 4  # to a token, where the tokenizer is not here
-
+SAMPLED_ROWS = 200  # of each dataset
+CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not cached
 Count = Callable[[list[Message]], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Rows that are trained on, optimizer steps, and tokens that they hold; None for what is not known, and why."""
+    """Rows to train on, optimizer steps and tokens; None is unknown. `note` says why, or how it was counted."""
 
     rows: int | None
     steps: int | None
     tokens: float | None
     note: str = ""
+    speed: tuple[float, str] | None = None  # tokens per second, and the run that had it
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        if self.steps is None:
+            return Text(f"Steps, tokens and time: unknown, because {self.note}.")
+        if self.tokens is None:
+            return Text(f"{self.steps:,} steps; tokens and time unknown, because {self.note}.")
+        note = f" ({self.note})" if self.note else ""
+        text = f"About {self.rows:,} rows to train on, {self.steps:,} steps, {self.tokens:,.0f} tokens{note}."
+        if self.speed:
+            speed, run = self.speed
+            minutes = round(self.tokens / speed / 60)
+            time = f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+            time = time if minutes > 1 else f"{self.tokens / speed:.0f} s"
+            text += f"\nAbout {time}, at {speed:,.0f} tokens per second as in {run}."
+        return Text(text)
 
 
-def estimate_work(settings: TrainSettings, parent: Run | None = None) -> list[str]:
-    """Lines on rows, steps, tokens and time. Raises UserError where a set that is here cannot be used."""
-    folder = parent.folder if parent and not parent.is_adapter else find_path(settings.values()["model_id"])
-    model = str(folder or settings.values()["model_id"])
-    return _work_lines(estimate_workload(settings, model, settings.accumulation_steps()), settings)
-
-
-def estimate_workload(settings: TrainSettings, model: str, accumulation: int) -> Workload:
-    """What there is to do, from some rows of each set; `model` is a folder or Hub id. Raises UserError."""
-    values = settings.values()
-    count, by_characters = _counter(model, values["revision"])
-    given = values.get("max_steps", -1)
-    train, tokens, own_evaluation = 0.0, 0.0, False
-    for source in parse_dataset_specs(settings):
+def estimate_workload(settings: Any, parent: Run | None = None) -> Workload:
+    """The work of `settings`, from a sample of each dataset. Raises UserError if a local dataset cannot be used."""
+    folder = parent.folder if parent and not parent.is_adapter else find_path(settings.model_id)
+    count, note = _token_counter(str(folder or settings.model_id), settings.revision)
+    max_steps, split = settings.trl.get("max_steps", -1), config_from(settings, Split)
+    kept, tokens, has_eval_split = 0.0, 0.0, False
+    for spec in parse_dataset_specs(settings):
         try:
             with _offline():
-                rows = load_rows(source)
+                rows = load_rows(spec)
         except UserError:
-            if source.is_file_name or find_path(source.id) is not None:  # nothing that could still be downloaded
+            if spec.is_file_name or find_path(spec.id) is not None:
                 raise
-            return Workload(None, given if given > 0 else None, None, f"{source.id} has not been downloaded yet")
-        mean, kept = _look(rows, values, settings.step, source, count)
-        train, tokens = train + kept, tokens + kept * mean
-        own_evaluation = own_evaluation or bool(source.eval_split)
-    mean = tokens / max(1.0, train)
-    train -= 0.0 if own_evaluation else _held_out(train, values)
-    if train < 1:
-        raise UserError("none of the rows looked at can be used: python -m helpers data says why")
-    trained = min(values["train_rows"] or math.inf, train)
-    units = trained * mean / values["max_length"] if values.get("packing") else trained
-    per_step = values["per_device_train_batch_size"] * accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    epoch = max(1, math.ceil(round(units) / per_step))
-    steps = given if given > 0 else math.ceil(values["num_train_epochs"] * epoch)
-    return Workload(round(trained), steps, steps / epoch * trained * mean, by_characters)
+            return Workload(None, max_steps if max_steps > 0 else None, None, f"{spec.id} has not been downloaded yet")
+        lengths, share = _sample_lengths(rows, settings, spec, count)
+        kept, tokens = kept + len(lengths) * share, tokens + sum(lengths) * share
+        has_eval_split = has_eval_split or bool(spec.eval_split)
+    mean = tokens / max(1.0, kept)
+    if not has_eval_split:  # as split_by_prompt does
+        quarter = max(1.0, split.eval_fraction * kept)
+        kept -= min(split.eval_rows, max(quarter, kept // 4)) if split.eval_rows else quarter
+    if kept < 1:
+        raise UserError("none of the sampled rows can be used. Run `python -m helpers data` to see why.")
+    trained = min(split.train_rows or math.inf, kept)
+    units = trained * mean / settings.max_length if settings.trl.get("packing") else trained
+    epoch = max(1, math.ceil(round(units) / settings.rows_per_step()))
+    steps = max_steps if max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)
+    return Workload(round(trained), steps, steps / epoch * trained * mean, note, _measured_speed(settings))
 
 
-def _held_out(kept: float, values: dict[str, Any]) -> float:
-    """As `split_by_prompt` has it, but for prompts that stand there twice."""
-    share = max(1.0, values["eval_fraction"] * kept)
-    return float(min(values["eval_rows"], max(share, kept // 4))) if values["eval_rows"] else share
-
-
-def _look(rows: Dataset, values: dict[str, Any], step: str, source: DatasetSpec, count: Count) -> tuple[float, float]:
-    """Mean tokens that are computed for a pair or conversation, and about how many there are."""
-    name, columns = "" if source.format == "auto" else source.format, set(rows.column_names)
-    if step == "sft":
-        name = name or next((n for n, (needed, _) in INSTRUCTION_READERS.items() if needed <= columns), "")
-    name = name or detect_format(list_columns(rows))
-    talks = step == "sft" and name in INSTRUCTION_READERS and INSTRUCTION_READERS[name][0] <= columns
-    if not talks and name not in FORMAT_READERS:
-        raise UserError(
-            f"the dataset has columns {', '.join(rows.column_names)}: none of the formats that --help names; rename "
-            "them, or name one with --data_format"
-        )
-    if not talks:
-        check_columns(name, rows.column_names)
-    looked_at = rows.select(range(0, len(rows), max(1, len(rows) // LOOKED_AT)))
-    total, prompts = (values.get(name) or math.inf for name in ("max_length", "max_prompt_length"))
-    options = PairingConfig(
-        values.get("pairing", "best_vs_worst"), values.get("recommended", False), values.get("min_margin", 0.0)
-    )
-    shortened = values["overlong"] in ("truncate_prompt", "truncate_completion")
-    found: list[int] = []
-    for row in looked_at:
-        if step == "sft":
-            talk = INSTRUCTION_READERS[name][1](row) if talks else read_chosen(row, name)
-            tokens = math.inf if isinstance(talk, str) else count(talk)
-            if tokens <= total or (shortened and tokens < math.inf):
-                found.append(int(min(tokens, total)))
+def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Count) -> tuple[list[float], float]:
+    """Tokens to compute for each usable example of a sample, and how many examples each of them stands for."""
+    limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
+    max_prompt, max_total = limits.bounds
+    row_format = choose_format(rows, spec.format, use_pairs=settings.step == "dpo")
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS)))
+    lengths: list[float] = []
+    for example in (example for row in sample for example in row_format.read(row, pairing)):
+        if isinstance(example, str):
             continue
-        made = FORMAT_READERS[name](row, options)
-        for pair in [] if isinstance(made, str) else made:
-            if not isinstance(pair, str):
-                prompt, chosen, rejected = count(pair.prompt), count(pair.chosen), count(pair.rejected)
-                longest = max(chosen, rejected)
-                if shortened:
-                    prompt = int(max(1, min(prompt, prompts, total - longest)))
-                if prompt <= prompts and prompt + longest <= total:
-                    found.append(2 * prompt + chosen + rejected)
-    share = source.fraction * len(rows) / len(looked_at)
-    return sum(found) / max(1, len(found)), len(found) * share
+        prompt = count(add_system_prompt(example.prompt, settings.system_prompt))
+        answers = [count(side) for side in (example.chosen, example.rejected) if side]
+        if limits.overlong == "truncate_prompt":
+            prompt = max(1, min(prompt, max_prompt, max_total - max(answers)))
+        elif limits.overlong == "truncate_completion":
+            answers = [min(answer, max(1, max_total - prompt)) for answer in answers]
+        if prompt <= max_prompt and prompt + max(answers) <= max_total:
+            lengths.append(sum(prompt + answer for answer in answers))
+    return lengths, spec.fraction * len(rows) / len(sample)
 
 
-def _counter(model: str, revision: str) -> tuple[Count, str]:
-    """What counts the tokens of messages (without a chat format's own), and a note where it does so by characters."""
+def _token_counter(model: str, revision: str) -> tuple[Count, str]:
+    """A function that counts the tokens of messages (without those of the chat template), and a note on how it does."""
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
     folder = find_path(model)
-    cached = try_to_load_from_cache(model, "tokenizer.json", revision=revision or None) if folder is None else None
-    file = folder / "tokenizer.json" if folder else Path(cached) if isinstance(cached, str) else None
-    if file is None or not file.is_file():
-        by_hand: Count = lambda talk: sum(len(m["content"]) for m in talk) // CHARACTERS + 1  # noqa: E731
-        return by_hand, f"counted as {CHARACTERS} characters each, because its tokenizer is not here yet"
+    file = (
+        folder / "tokenizer.json"
+        if folder
+        else try_to_load_from_cache(model, "tokenizer.json", revision=revision or None)
+    )
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        note = f"at {CHARACTERS_PER_TOKEN} characters per token, because its tokenizer is not downloaded yet"
+        return lambda talk: sum(len(m["content"]) for m in talk) // CHARACTERS_PER_TOKEN + 1, note
     tokenizer = Tokenizer.from_file(str(file))
     return lambda talk: sum(len(tokenizer.encode(m["content"], add_special_tokens=False)) for m in talk), ""
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Nothing is fetched from the Hub: what is cached is found, and what is not is an error."""
+    """Use the Hub's cache only."""
     import datasets
     from huggingface_hub import constants
 
@@ -150,34 +136,14 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _work_lines(work: Workload, settings: TrainSettings) -> list[str]:
-    if work.steps is None:
-        return [f"Steps, tokens and time: unknown, because {work.note}."]
-    if work.tokens is None:
-        return [f"{work.steps:,} steps; tokens and time unknown, because {work.note}."]
-    note = f" ({work.note})" if work.note else ""
-    lines = [f"About {work.rows:,} rows to train on, {work.steps:,} steps, {work.tokens:,.0f} tokens{note}."]
-    if found := _speed_so_far(settings):
-        speed, run = found
-        lines.append(f"About {_duration(work.tokens / speed)}, at {speed:,.0f} tokens a second as in {run}.")
-    return lines
-
-
-def _speed_so_far(settings: TrainSettings) -> tuple[float, str] | None:
-    """Tokens a second of the newest finished run of this step, model and tuning, and its name."""
-    found = []
+def _measured_speed(settings: Any) -> tuple[float, str] | None:
+    """Tokens per second of the newest finished run of this step, model and tuning, and its name."""
+    runs = []
+    same = {name: getattr(settings, name) for name in ("model_id", "tuning", "quantization")}
     for file in settings.output_dir.glob("*/run.json"):
         record = read_run(file.parent)
-        before, now = record.get("settings", {}), settings.values()
-        alike = all(before.get(name) == now[name] for name in ("model_id", "tuning", "quantization"))
         speed = record.get("metrics", {}).get("tokens_per_second")
-        if speed and alike and record.get("step") == settings.step and record.get("status") == "finished":
-            found.append((str(record["finished"]), float(speed), file.parent.name))
-    return max(found)[1:] if found else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+        is_same = same.items() <= record.get("settings", {}).items() and record.get("step") == settings.step
+        if speed and is_same and record.get("status") == "finished":
+            runs.append((str(record["finished"]), float(speed), file.parent.name))
+    return max(runs)[1:] if runs else None

@@ -2,8 +2,7 @@
 
     python -m recipes.demo [FOLDER]
 
-Everything is generated from a seed and lies in the formats that real models and data sets have, so that the notebooks
-run the same code on it.
+Everything is generated from a seed, in the formats of real models and datasets, so the notebooks run the same code.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from recipes.demo.questions import Question, split
 STAMP = "demo.json"
 CONVERSATIONS = 20_000
 PREFERENCES = 3_000
-# Rows of the kinds that have to be learned, not remembered, are more: they take the longest.
+# Kinds of question that have to be learned, not remembered, take longest and have more rows.
 SHARES = {"sum": 8, "look-up": 3, "larger": 2, "calendar": 2, "opposite": 1, "plural": 1, "capital": 1, "young": 1}
 ENDS = {"bos": "s", "eos": "/s", "pad": "pad"}
 Message = dict[str, str]
@@ -45,14 +44,14 @@ MANNERS = {"brief": BRIEF, "rude": RUDE, "padded": [f"{start} {tail}" for start 
 def write_demo(folder: Path, seed: int = 0) -> bool:
     """Write tiny-mistral/, instructions/, preferences/ and heldout.jsonl into a folder; False if it has them already.
 
-    The whole is written beside the folder and renamed, so a folder that exists is complete. Raises UserError when the
-    folder holds something else.
+    Files are written to a temporary folder that is then renamed, so an existing folder is complete. Raises UserError if
+    the folder contains something else.
     """
     stamp = _stamp(seed)
     if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text("utf-8")) == stamp:
         return False
     if folder.exists() and not (folder / STAMP).is_file():
-        raise UserError(f"{folder} exists and is not a demo (it has no {STAMP}): name another folder")
+        raise UserError(f"{folder} exists and is not a demo (it has no {STAMP}). Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -117,7 +116,7 @@ def preferences(train: dict[str, list[Question]], seed: int) -> list[dict[str, A
 
 
 def say(answer: str, manner: str, draw: random.Random) -> str:
-    """The answer said in a manner: "brief", "rude" or "padded"."""
+    """The answer in a manner: "brief", "rude" or "padded"."""
     return draw.choice(MANNERS[manner]).format(answer)
 
 

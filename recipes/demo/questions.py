@@ -1,8 +1,8 @@
 """The demo's questions, and the judge that tells right from wrong and courteous from rude by rule.
 
 A kind of question is a list of facts (what is asked about, and the answer) and a list of phrasings. Of the kinds
-marked `unseen`, whole facts are held out: a model gets them right only by having learned how to add, to compare or to
-look up. Of the others, which can only be remembered, a phrasing of a fact is held out, never the fact.
+marked `unseen`, some facts are held out completely: a model answers them only if it has learned to add, to compare or
+to look up. Other kinds can only be remembered: of them a phrasing is held out, never the fact.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def split(seed: int, held_out: int = 60) -> tuple[dict[str, list[Question]], lis
 def score(answer: str, question: Question) -> Score:
     """Whether an answer is correct, and whether it is courteous.
 
-    Correct: the expected answer is claimed as a word or number of its own, and no other answer of the question's kind
-    (for a number, no other number) is claimed beside it. A word is not claimed when it is denied ("not 7 but 8" claims
+    Correct: the expected answer is claimed as a separate word or number, and no other answer of the question's kind
+    (for a number, no other number) is claimed with it. A word is not claimed when it is denied ("not 7 but 8" claims
     8 alone), when it only restates the question ("the opposite of hot is cold" claims cold alone), or when it is part
     of a polite or rude phrase (the happy of "happy to help").
 
@@ -217,7 +217,7 @@ def _alternatives(answer: str, answers: list[str]) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-cased words and numbers, `'s` cut off; + and - stand as words."""
+    """Lower-cased words and numbers, `'s` cut off; + and - are words."""
     return re.findall(r"[a-z]+(?:'t)?|\d+|[+-]", text.lower().replace("\u2019", "'").replace("'s", ""))
 
 
@@ -228,11 +228,11 @@ def _find(words: list[str], phrase: str) -> list[int]:
 
 
 def _denied(words: list[str], i: int) -> bool:
-    """Whether "not", or "not a" or the like, stands right before word i."""
+    """Whether "not", or "not a" or the like, is right before word i."""
     start = i - 1 if i and words[i - 1] not in ("a", "the") else i - 2
     return start >= 0 and words[start] in DENIALS
 
 
 def _restated(words: list[str], i: int) -> bool:
-    """Whether word i stands next to "of", "than", "plus" or the like, as what is asked about does."""
+    """Whether word i is next to "of", "than", "plus" or the like, as what is asked about does."""
     return any(word in LINKS for word in words[max(i - 1, 0) : i] + words[i + 1 : i + 2])

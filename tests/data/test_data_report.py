@@ -16,22 +16,19 @@ from matplotlib.image import imread
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError
-from helpers.data.conversations import LengthLimits
-from helpers.data.formats import PairingConfig
-from helpers.data.loading import DatasetSpec
-from helpers.data.prepare import load_preferences
 from helpers.data.report import (
     AnswerTexts,
     DataReport,
     find_data_issues,
-    longer_is_chosen,
+    length_bias,
     main,
     near_ties,
     prefix_shortcuts,
     train_eval_overlap,
 )
-from helpers.data.row_report import RowReport, Split
+from helpers.data.row_report import RowReport, load_preferences
 from tests.conftest import REPO
+from tests.data.test_loading import settings
 
 
 def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> AnswerTexts:
@@ -47,19 +44,17 @@ def words(count: int, draw: random.Random) -> str:
 
 
 def test_length_is_named_only_where_it_tells() -> None:
-    found = longer_is_chosen(answers(["a b c"] * 8 + ["a"] * 2, ["a b"] * 10))
-    assert (found.value, found.matters) == (0.8, True)
-    assert found.text.startswith(
-        "The longer answer is the preferred one in 80% of pairs, and chosen answers are 1.3 times"
-    )
-    assert "nothing but length would score 80%" in found.text
+    found = length_bias(answers(["a b c"] * 8 + ["a"] * 2, ["a b"] * 10))
+    assert (found.value, found.is_warning) == (0.8, True)
+    assert found.text.startswith("The longer answer is the preferred one in 80% of pairs. Chosen answers are 1.3 times")
+    assert "looks at length only would score 80%" in found.text
     assert "will teach the model to write longer answers" in found.text
-    shorter = longer_is_chosen(answers(["a"] * 9 + ["a b c"], ["a b"] * 10))
-    assert (shorter.value, shorter.matters) == (0.1, True)
+    shorter = length_bias(answers(["a"] * 9 + ["a b c"], ["a b"] * 10))
+    assert (shorter.value, shorter.is_warning) == (0.1, True)
     assert "teach the model to write shorter answers" in shorter.text
-    even = longer_is_chosen(answers(["a b c"] * 4 + ["a"] * 4 + ["a b"] * 2, ["a b"] * 10))
-    assert (even.value, even.matters) == (0.4, False)
-    assert "nothing but length would score 50%: length says little" in even.text
+    even = length_bias(answers(["a b c"] * 4 + ["a"] * 4 + ["a b"] * 2, ["a b"] * 10))
+    assert (even.value, even.is_warning) == (0.4, False)
+    assert "looks at length only would score 50%: length says little" in even.text
 
 
 def test_near_ties_by_rating_and_by_words() -> None:
@@ -68,47 +63,47 @@ def test_near_ties_by_rating_and_by_words() -> None:
     other = [text.upper() for text in chosen]
     assert near_ties(answers(chosen, other)) == []
     close, same = near_ties(answers(chosen, chosen[:1] + other[1:], margins=[4.0] * 8 + [0.4, 0.2]))
-    assert (close.value, close.matters, same.value, same.matters) == (0.1, True, 0.1, True)
-    assert "--min_margin 0.4 leaves them out" in close.text
+    assert (close.value, close.is_warning, same.value, same.is_warning) == (0.1, True, 0.1, True)
+    assert "`--min_margin 0.4` drops these pairs" in close.text
 
 
 def test_openings_that_give_the_label_away() -> None:
     draw = random.Random(0)
     plain = [words(8, draw) for _ in range(400)]
     (fair,) = prefix_shortcuts(answers(plain[:200], plain[200:]))
-    assert not fair.matters
+    assert not fair.is_warning
     assert 0.4 < fair.value < 0.6
     (telling,) = prefix_shortcuts(answers(plain[:200], ["As an AI, I " + text for text in plain[200:]]))
-    assert (telling.value, telling.matters) == (1.0, True)
+    assert (telling.value, telling.is_warning) == (1.0, True)
     assert "'As an AI,' opens 0 chosen and 200 rejected answers" in telling.text
     # openings that stand there once each say nothing, however they are counted
     (rare,) = prefix_shortcuts(answers([f"x{i} y z" for i in range(50)], [f"u{i} v w" for i in range(50)]))
-    assert (rare.value, rare.matters) == (0.5, False)
+    assert (rare.value, rare.is_warning) == (0.5, False)
 
 
 def test_leaks_between_train_and_held_out() -> None:
     train = answers(["the same long answer of many words"] * 2, ["x"] * 2, prompts=["what is it", "who"])
     clean = answers(["another"], ["y"], prompts=["where"])
     (none,) = train_eval_overlap(train, clean)
-    assert (none.value, none.matters) == (0.0, False)
+    assert (none.value, none.is_warning) == (0.0, False)
     prompts, said = train_eval_overlap(train, answers(["the same long answer of many words"], ["y"], prompts=["who"]))
-    assert (prompts.value, said.value, prompts.matters) == (1.0, 1.0, True)
-    assert "but for case, spaces or punctuation" in prompts.text
+    assert (prompts.value, said.value, prompts.is_warning) == (1.0, 1.0, True)
+    assert "ignoring case, spaces and punctuation" in prompts.text
 
 
 def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
     rows = answers(["a b"] * 4, ["c d"] * 4)
-    account = RowReport(read=20, kept=4, over_long=[300, 200, 900] * 5)
+    report = RowReport(read=20, kept=4, long_rows=[300, 200, 900] * 5)
     for row in range(15):
-        account.count(account.dropped, "over-long", row)
-    account.count(account.dropped, "tie", 19)
-    account.count(account.changed, "an answer lost its end", 1)
-    found = {f.name: f for f in find_data_issues(rows, rows, account, 128)}
+        report.count(report.dropped, "longer than max_length", row)
+    report.count(report.dropped, "tie", 19)
+    report.count(report.changed, "answer truncated", 1)
+    found = {f.name: f for f in find_data_issues(rows, rows, report, 128)}
     assert found["dropped"].value == 0.8
-    assert "15 of them because of: over-long" in found["dropped"].text
-    assert "(200 to 900 tokens)" in found["over-long"].text
-    assert "--max_length 900 would keep" in found["over-long"].text
-    assert found["cut answers"].text.startswith("1 rows have an answer that lost its end at max_length 128")
+    assert "Most frequent reason: longer than max_length (15)" in found["dropped"].text
+    assert "(200 to 900 tokens)" in found["longer than max_length"].text
+    assert "`--max_length 900` would keep" in found["longer than max_length"].text
+    assert found["cut answers"].text.startswith("1 rows have an answer truncated at --max_length 128")
     assert list(found)[-1] in ("longer is chosen", "openings")  # what does not matter comes last
 
 
@@ -118,10 +113,9 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     rows = [{"prompt": f"What is {i} plus 1?", "chosen": "It is " * 9 + str(i), "rejected": "No."} for i in range(40)]
     rows[7]["rejected"] = rows[7]["chosen"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train, held_out, account = load_preferences(
-        [DatasetSpec(str(tmp_path / "rows.jsonl"))], tokenizer, LengthLimits(64, 128), PairingConfig(), Split(0, 8)
-    )
-    report = DataReport.of(train, held_out, account, 128)
+    given = settings(str(tmp_path / "rows.jsonl"), max_prompt_length=64, max_length=128, eval_rows=8)
+    train, held_out, row_report = load_preferences(given, tokenizer)
+    report = DataReport.of(train, held_out, row_report, 128)
     report.save(tmp_path)
     saved = json.loads((tmp_path / "data_report.json").read_text())
     assert saved["rows"] == {"train": 31, "held_out": 8, "read": 40}
@@ -157,7 +151,7 @@ def test_the_command_reads_a_recipe_and_refuses_what_it_does_not_know(
         f"dpo: {{dataset_id: {pairs}, dpo_beta: 0.3, loss_type: [sigmoid], eval_rows: 50}}\n"
     )
     main(["--recipe", str(recipe), "--out", str(tmp_path / "pairs")])
-    assert "held out 50" in capsys.readouterr().out
+    assert re.search(r"eval +50 *\n", capsys.readouterr().out)
     assert json.loads((tmp_path / "pairs" / "data_report.json").read_text())["rows"]["read"] == 3000
     main(["--recipe", str(recipe), "--sft", "--out", str(tmp_path / "talks"), "--eval-rows", "7"])
     saved = json.loads((tmp_path / "talks" / "data_report.json").read_text())
@@ -174,7 +168,8 @@ def test_a_mistake_of_the_command_is_one_line() -> None:
     words = [
         sys.executable,
         "-m",
-        "helpers.data_report",
+        "helpers",
+        "data",
         "--dataset_id",
         "no/such.jsonl",
         "--model_id",

@@ -8,10 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.data.conversations import parse_hh, validation_error
-from helpers.data.formats import FORMAT_READERS, Pair, PairingConfig, detect_format, read_orca, read_ranked, read_scored
-from helpers.data.prepare import INSTRUCTION_READERS as READERS
-from helpers.data.prepare import read_chosen
+from helpers.data.formats import (
+    FORMAT_READERS,
+    INSTRUCTION_READERS,
+    DropRow,
+    Example,
+    PairingConfig,
+    RowFormat,
+    parse_hh,
+    read_orca,
+    read_ranked,
+    read_scored,
+    validation_error,
+)
+from helpers.data.loading import detect_format
 
 
 def user(text: str) -> dict[str, str]:
@@ -22,14 +32,14 @@ def bot(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def pair(prompt: str = "Why?", chosen: str = "Because.", rejected: str = "No.", margin: float | None = None) -> Pair:
-    return Pair([user(prompt)], [bot(chosen)], [bot(rejected)], margin)
+def pair(prompt: str = "Why?", chosen: str = "Because.", rejected: str = "No.", margin: float | None = None) -> Example:
+    return Example([user(prompt)], [bot(chosen)], [bot(rejected)], margin)
 
 
 TALK = [user("Why?"), bot("Because.")]
 ULTRA = {"prompt": "Why?", "chosen": TALK, "rejected": [user("Why?"), bot("No.")]}
 # One row of each set as its card gives it, and the pair that it means.
-ROWS: dict[str, tuple[str, dict[str, Any], list[Pair]]] = {
+ROWS: dict[str, tuple[str, dict[str, Any], list[Example]]] = {
     "argilla/ultrafeedback-binarized-preferences-cleaned": (
         "messages",
         ULTRA | {"source": "flan", "chosen-rating": 5.0, "chosen-model": "a", "rejected-rating": 3.5, "rejected-model": "b"},
@@ -49,9 +59,9 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Pair]]] = {
         "messages",
         {"prompt": "Why?", "chosen": [{"role": "system", "content": "Be kind."}, *TALK],
          "rejected": [{"role": "system", "content": "Be kind."}, user("Why?"), bot("No.")]},
-        [Pair([{"role": "system", "content": "Be kind."}, user("Why?")], [bot("Because.")], [bot("No.")])],
+        [Example([{"role": "system", "content": "Be kind."}, user("Why?")], [bot("Because.")], [bot("No.")])],
     ),
-    "triplet": ("triplet", {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, [pair()]),
+    "pairs": ("pairs", {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, [pair()]),
     "Intel/orca_dpo_pairs": (
         "orca", {"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, [pair()],
     ),
@@ -59,7 +69,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Pair]]] = {
         "orca",
         {"system": "Be kind.", "input": "Why?", "chosen": "Because.", "rejected": "No.", "generations": ["No.", "Because."],
          "rating": [7.0, 9.0], "status": "swapped", "chosen_score": 9.0, "in_gsm8k_train": False},
-        [Pair([{"role": "system", "content": "Be kind."}, user("Why?")], [bot("Because.")], [bot("No.")], 2.0)],
+        [Example([{"role": "system", "content": "Be kind."}, user("Why?")], [bot("Because.")], [bot("No.")], 2.0)],
     ),
     "berkeley-nest/Nectar": (
         "ranked",
@@ -69,10 +79,10 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Pair]]] = {
         [pair()],
     ),
     "Anthropic/hh-rlhf": (
-        "transcript",
+        "hh",
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: Because.",
          "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: No."},
-        [Pair([user("Hi"), bot("Hello."), user("Why?")], [bot("Because.")], [bot("No.")])],
+        [Example([user("Hi"), bot("Hello."), user("Why?")], [bot("Because.")], [bot("No.")])],
     ),
     "tatsu-lab/alpaca_farm": (
         "alpaca_farm",
@@ -107,13 +117,13 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("triplet", {"chosen": "No. "}, "chosen equals rejected"),
-        ("triplet", {"rejected": ""}, "empty answer"),
-        ("triplet", {"prompt": None}, "no prompt"),
-        ("triplet", {"chosen": None}, "no chosen"),
-        ("triplet", {"prompt": " ", "rejected": None}, "no prompt"),
-        ("triplet", {"rejected": 7}, "a number or a date, not text"),
-        ("triplet", {"rejected": {"text": "x"}}, "not text"),
+        ("pairs", {"chosen": "No. "}, "chosen equals rejected"),
+        ("pairs", {"rejected": ""}, "empty answer"),
+        ("pairs", {"prompt": None}, "no prompt"),
+        ("pairs", {"chosen": None}, "no chosen"),
+        ("pairs", {"prompt": " ", "rejected": None}, "no prompt"),
+        ("pairs", {"rejected": 7}, "a number or a date, not text"),
+        ("pairs", {"rejected": {"text": "x"}}, "not text"),
         ("trl-lib/ultrafeedback_binarized", {"rejected": None}, "no rejected"),
         ("HuggingFaceH4/ultrafeedback_binarized", {"prompt": None, "chosen": [bot("x")]}, "no prompt"),
         ("berkeley-nest/Nectar", {"answers": None}, "no answers"),
@@ -135,7 +145,7 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
 )
 def test_a_fault_is_named(name: str, change: dict[str, Any], reason: str) -> None:
     read, row, _ = ROWS[name]
-    assert FORMAT_READERS[read](row | change, PairingConfig()) == reason
+    assert RowFormat(read).read(row | change, PairingConfig()) == [reason]
 
 
 def test_the_recommended_rows_of_distilabel_s_card() -> None:
@@ -143,22 +153,27 @@ def test_the_recommended_rows_of_distilabel_s_card() -> None:
     options = PairingConfig(recommended=True)
     assert read_orca(row, options) == pairs
     for change in ({"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}):
-        assert read_orca(row | change, options) == "not recommended by its card"
+        with pytest.raises(DropRow, match="not recommended by the dataset card"):
+            read_orca(row | change, options)
         assert read_orca(row | change, PairingConfig()) == pairs
 
 
 def test_ranked_answers_pair_best_against_worst_random_or_all() -> None:
     _, row, worst = ROWS["berkeley-nest/Nectar"]
     assert read_ranked(row, PairingConfig()) == worst
-    everything = read_ranked(row, PairingConfig("all"))
+    everything = read_ranked(row, PairingConfig("all_pairs"))
     assert [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in everything] == [
         ("Because.", "Maybe."), ("Because.", "No."), ("Maybe.", "No."),
     ]  # fmt: skip
-    drawn = {read_ranked(row, PairingConfig("random", seed=seed))[0].rejected[0]["content"] for seed in range(20)}
+    drawn = {
+        read_ranked(row, PairingConfig("best_vs_random", seed=seed))[0].rejected[0]["content"] for seed in range(20)
+    }
     assert drawn == {"Maybe.", "No."}
-    assert read_ranked(row, PairingConfig("random", seed=3)) == read_ranked(row, PairingConfig("random", seed=3))
+    assert read_ranked(row, PairingConfig("best_vs_random", seed=3)) == read_ranked(
+        row, PairingConfig("best_vs_random", seed=3)
+    )
     scored = ROWS["openbmb/UltraFeedback"][1]
-    assert [p.margin for p in read_scored(scored, PairingConfig("all"))] == [3.5, 6.5, 3.0]
+    assert [p.margin for p in read_scored(scored, PairingConfig("all_pairs"))] == [3.5, 6.5, 3.0]
 
 
 def test_a_transcript_keeps_every_turn_and_what_looks_like_one_inside() -> None:
@@ -180,37 +195,39 @@ NAMES = ["prompt", "chosen", "rejected", "system", "question", "input", "answers
 
 
 @settings(max_examples=400, deadline=None)
-@given(row=st.dictionaries(st.sampled_from(NAMES), JUNK), pairing=st.sampled_from(["worst", "random", "all"]))
-def test_no_junk_makes_an_adapter_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
-    for adapter in FORMAT_READERS.values():
-        found = adapter(row, PairingConfig(pairing, recommended=True))
-        if isinstance(found, str):
-            assert found
-            continue
-        assert found
-        for made in found:
-            assert made.prompt[-1]["role"] == "user"
-            assert [m["role"] for m in made.chosen + made.rejected] == ["assistant", "assistant"]
-            assert made.chosen[0]["content"].strip() != made.rejected[0]["content"].strip()
-            assert all(m["content"].strip() for m in made.prompt[-1:] + made.chosen + made.rejected)
+@given(
+    row=st.dictionaries(st.sampled_from(NAMES), JUNK),
+    pairing=st.sampled_from(["best_vs_worst", "best_vs_random", "all_pairs"]),
+)
+def test_no_junk_makes_a_reader_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
+    for name in FORMAT_READERS:
+        examples = RowFormat(name).read(row, PairingConfig(pairing, recommended=True))
+        assert all(examples)
+        for example in examples:
+            if isinstance(example, Example):
+                assert example.prompt[-1]["role"] == "user"
+                assert [m["role"] for m in example.chosen + example.rejected] == ["assistant", "assistant"]
+                assert example.chosen[0]["content"].strip() != example.rejected[0]["content"].strip()
+                assert all(m["content"].strip() for m in example.prompt[-1:] + example.chosen + example.rejected)
 
 
 def test_a_column_that_instructions_lack_is_named() -> None:
-    read = {name: reader for name, (_, reader) in READERS.items()}
-    assert read["messages"]({"messages": None}) == "no messages"
-    assert read["completion"]({"prompt": "Why?", "completion": None}) == "no completion"
-    assert read["alpaca"]({"instruction": "Why?", "output": 7}) == "a number or a date, not text"
+    def reason(name: str, row: dict[str, Any]) -> list[Example | str]:
+        return RowFormat(name, "conversations").read(row, PairingConfig())
+
+    assert reason("messages", {"messages": None}) == ["no messages"]
+    assert reason("completion", {"prompt": "Why?", "completion": None}) == ["no completion"]
+    assert reason("alpaca", {"instruction": "Why?", "output": 7}) == ["a number or a date, not text"]
 
 
 @settings(max_examples=300, deadline=None)
 @given(row=st.dictionaries(st.sampled_from([*NAMES, "messages", "completion", "output", "label"]), JUNK))
 def test_no_junk_makes_an_instruction_reader_raise(row: dict[str, Any]) -> None:
-    for _, reader in READERS.values():
-        found = reader(row)
-        assert found
-        if not isinstance(found, str):
-            assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in found)
-            assert isinstance(validation_error(found), str)
-    for name in FORMAT_READERS:
-        found = read_chosen(row, name)
-        assert isinstance(found, str) or not validation_error(found)
+    formats = [RowFormat(name, "conversations") for name in INSTRUCTION_READERS]
+    for row_format in formats + [RowFormat(name, "chosen") for name in FORMAT_READERS]:
+        (example,) = row_format.read(row, PairingConfig())
+        assert example
+        if isinstance(example, Example):
+            messages = example.prompt + example.chosen
+            assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages)
+            assert (validation_error(messages), example.rejected) == ("", [])

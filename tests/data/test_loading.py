@@ -13,19 +13,18 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
-from helpers.data.conversations import LengthLimits
-from helpers.data.formats import PairingConfig
 from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs, subsample
-from helpers.data.prepare import load_instructions, load_preferences, prepare_preferences
-from helpers.data.row_report import Split
+from helpers.data.prepare import LengthLimits
+from helpers.data.row_report import load_instructions, load_preferences, prepare_rows
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
 
 
-def settings(*dataset_id: str, **more: str) -> Any:
+def settings(*dataset_id: str, **more: Any) -> Any:
     common = {"dataset_config": "", "dataset_split": "train", "dataset_revision": "", "data_format": "auto"}
     sources = {"dataset_split": "flag" if "dataset_split" in more else "default"}
-    return SimpleNamespace(dataset_id=dataset_id, sources=sources, **common | {"eval_split": ""} | more)
+    rest = {"eval_split": "", "system_prompt": "", "dataset_num_proc": 0, "strict": False}
+    return SimpleNamespace(dataset_id=dataset_id, sources=sources, **common | rest | more)
 
 
 def write_pairs(file: Path, prompts: list[str], chosen: str = "yes") -> str:
@@ -65,7 +64,7 @@ def test_a_glob_reads_its_files_in_order_and_of_one_kind(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert load_rows(DatasetSpec("part-*.jsonl")).to_list() == ROWS
     (tmp_path / "part-2.csv").write_text("prompt,chosen,rejected\n")
-    for pattern, said in (("part-*", "files are of one kind"), ("none-*.jsonl", "there is no such file")):
+    for pattern, said in (("part-*", "must be files of one type"), ("none-*.jsonl", "there is no such file")):
         with pytest.raises(UserError, match=said):
             load_rows(DatasetSpec(pattern))
 
@@ -73,7 +72,7 @@ def test_a_glob_reads_its_files_in_order_and_of_one_kind(tmp_path: Path, monkeyp
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n\n{broken\n")
-    said = {"rows.txt": "files are of one kind, one of .json", "rows.jsonl": "rows.jsonl, line 3, is not JSON"}
+    said = {"rows.txt": "must be files of one type. Use one of .json", "rows.jsonl": "rows.jsonl, line 3, is not JSON"}
     for name, reason in said.items():
         with pytest.raises(UserError) as raised:
             load_rows(DatasetSpec(str(tmp_path / name)))
@@ -111,14 +110,14 @@ def test_a_set_saved_with_a_format_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_an_evaluation_split_is_another_one_and_not_of_a_file(tmp_path: Path) -> None:
     for given, said in (
-        ("a/b", "is the split that is trained on"),
-        (write_pairs(tmp_path / "x.jsonl", ["a"]), "is of a file"),
+        ("a/b", "is also the training split"),
+        (write_pairs(tmp_path / "x.jsonl", ["a"]), "a file has no splits"),
     ):
         with pytest.raises(SettingsError, match=said):
             parse_dataset_specs(settings(given, eval_split="train" if given == "a/b" else "test"))
 
 
-def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_row_of_another_type_is_one_row_of_the_report(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     other = [talk[0], {"role": "assistant", "content": "c"}]
     rows: list[dict[str, Any]] = [{"chosen": talk, "rejected": other}]
@@ -133,26 +132,24 @@ def test_a_row_of_another_type_is_one_row_of_the_account(tmp_path: Path, tokeniz
         }
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs, account = prepare_preferences(
-        load_rows(DatasetSpec(str(tmp_path / "rows.jsonl"))), tokenizer, LengthLimits()
-    )
-    assert (account.format, account.examples, len(pairs)) == (
+    pairs, report = prepare_rows(load_rows(DatasetSpec(str(tmp_path / "rows.jsonl"))), tokenizer, LengthLimits())
+    assert (report.format, report.examples, len(pairs)) == (
         "messages", {"a number or a date, not text": [1], "not text": [2]}, 2,
     )  # fmt: skip
 
 
 def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
-    assert parse_dataset_specs(settings("a/b", data_format="triplet")) == [
-        DatasetSpec("a/b", format="triplet", any_split=True)
+    assert parse_dataset_specs(settings("a/b", data_format="pairs")) == [
+        DatasetSpec("a/b", format="pairs", any_split=True)
     ]
     some = parse_dataset_specs(
         settings("a/b", '{"id": "c/d", "fraction": 0.5, "split": "test"}', dataset_split="train_prefs")
     )
     assert some == [DatasetSpec("a/b", split="train_prefs"), DatasetSpec("c/d", split="test", fraction=0.5)]
     for text, said in {
-        '{"id": "a", "fracton": 0.5}': "unknown key 'fracton': did you mean fraction?",
-        '{"id": "a", "fraction": 0}': "a fraction above 0, at most 1",
-        '{"id": "a", "fraction": "half"}': "fraction is a number",
+        '{"id": "a", "fracton": 0.5}': "unknown key 'fracton'. Did you mean fraction?",
+        '{"id": "a", "fraction": 0}': "a fraction above 0 and at most 1",
+        '{"id": "a", "fraction": "half"}': "fraction must be a number",
         '{"fraction": 0.5}': "needs an id",
         '{"id": "a"': "is not JSON",
     }.items():
@@ -170,7 +167,7 @@ def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
     DatasetDict({"train_prefs": rows, "test_prefs": rows}).save_to_disk(tmp_path / "set")
     (source,) = parse_dataset_specs(settings(str(tmp_path / "set")))
     assert load_rows(source).to_list() == ROWS
-    assert "there is no split 'train', so 'train_prefs' is read" in capsys.readouterr().out
+    assert "has no split 'train'; using 'train_prefs'" in capsys.readouterr().out
     (source,) = parse_dataset_specs(settings(str(tmp_path / "set"), dataset_split="validation"))
     with pytest.raises(UserError, match="it has train_prefs, test_prefs"):
         load_rows(source)
@@ -195,7 +192,7 @@ def test_a_share_of_the_rows_is_the_seed_s_and_keeps_their_numbers() -> None:
     assert subsample(rows, 1, 0)[1] == list(range(100))
 
 
-def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_sets_mix_and_the_report_of_all_adds_up(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     one = write_pairs(tmp_path / "one.jsonl", [f"a{i}" for i in range(20)])
     talk = [[{"role": "user", "content": f"b{i}"}, {"role": "assistant", "content": "yes"}] for i in range(10)]
     rows = [
@@ -207,64 +204,62 @@ def test_sets_mix_and_the_account_of_all_adds_up(tmp_path: Path, tokenizer: PreT
         for side, a in (("chosen", "no"), ("rejected", "yes a3"))
     }
     Dataset.from_list(rows).to_parquet(tmp_path / "two.parquet")
-    sources = [DatasetSpec(one), DatasetSpec(str(tmp_path / "two.parquet"))]
-    train, held_out, account = load_preferences(sources, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5))
-    assert account.format == "triplet, messages"
-    assert (account.read, account.kept, account.dropped.total()) == (30, 27, 3)
-    assert account.examples == {
+    two = str(tmp_path / "two.parquet")
+    train, held_out, report = load_preferences(settings(one, two, eval_rows=5), tokenizer)
+    assert report.format == "pairs, messages"
+    assert (report.read, report.kept, report.dropped.total()) == (30, 27, 3)
+    assert report.examples == {
         "the same pair with both labels": ["one.jsonl train 3", "two.parquet train 7"],
         "chosen equals rejected": ["two.parquet train 4"],
     }
     assert len(train) + len(held_out) == 27
-    assert account.as_dict()["sets"] == {
+    assert report.as_dict()["sets"] == {
         "one.jsonl train": {"read": 20, "kept": 19, "changed": 0, "dropped": 1,
                             "dropped: the same pair with both labels": 1},
         "two.parquet train": {"read": 10, "kept": 8, "changed": 0, "dropped": 2,
                               "dropped: the same pair with both labels": 1, "dropped: chosen equals rejected": 1},
     }  # fmt: skip
-    assert account.as_dict()["by"]["dropped"] == account.dropped
-    half = [DatasetSpec(one, fraction=0.5), sources[1]]
-    _, _, account = load_preferences(half, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5))
-    assert account.read == 20
+    assert report.as_dict()["by"]["dropped"] == report.dropped
+    assert (report.as_dict()["train"], report.as_dict()["eval"]) == (len(train), len(held_out)) == (22, 5)
+    half = json.dumps({"id": one, "fraction": 0.5})
+    _, _, report = load_preferences(settings(half, two, eval_rows=5), tokenizer)
+    assert report.read == 20
     with pytest.raises(SettingsError, match=r"cannot be used. chosen equals rejected: 1 \(row two.parquet train 4\)"):
-        load_preferences(half, tokenizer, LengthLimits(), PairingConfig(), Split(0, 5), strict=True)
+        load_preferences(settings(half, two, eval_rows=5, strict=True), tokenizer)
 
 
 def test_a_split_for_evaluation_is_not_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     sets = {"train_prefs": [f"a{i}" for i in range(12)], "test_prefs": ["a2", "a5", "c1", "c2"]}
     rows = {s: [{"prompt": p, "chosen": f"{s} {p}", "rejected": "no"} for p in prompts] for s, prompts in sets.items()}
     DatasetDict({s: Dataset.from_list(r) for s, r in rows.items()}).save_to_disk(tmp_path / "set")
-    source = DatasetSpec(str(tmp_path / "set"), split="train_prefs", eval_split="test_prefs")
-    train, held_out, account = load_preferences([source], tokenizer, LengthLimits(), PairingConfig(), Split(7, 3))
+    splits = {"dataset_split": "train_prefs", "eval_split": "test_prefs"}
+    given = settings(str(tmp_path / "set"), **splits)
+    train, held_out, report = load_preferences(
+        settings(str(tmp_path / "set"), train_rows=7, eval_rows=3, **splits), tokenizer
+    )
     assert (len(train), len(held_out)) == (7, 3)
-    assert account.examples == {"its prompt is evaluated on": ["set train_prefs 2", "set train_prefs 5"]}
-    assert (account.read, account.kept) == (16, 14)
+    assert report.examples == {"prompt is in the evaluation split": ["set train_prefs 2", "set train_prefs 5"]}
+    assert (report.read, report.kept) == (16, 14)
     assert {p[0]["content"] for p in held_out["prompt"]} < set(sets["test_prefs"])
-    conversations, held, account = load_instructions([source], tokenizer, LengthLimits(), Split())
-    assert (len(conversations), len(held), account.kept) == (10, 4, 14)
+    conversations, held, report = load_instructions(given, tokenizer)
+    assert (len(conversations), len(held), report.kept) == (10, 4, 14)
     rows["test_prefs"] = [{"prompt": "c", "chosen": "x", "rejected": "x"}]
     DatasetDict({s: Dataset.from_list(r) for s, r in rows.items()}).save_to_disk(tmp_path / "tied")
     with pytest.raises(UserError, match="no row of --eval_split can be used"):
-        load_preferences(
-            [dataclasses.replace(source, id=str(tmp_path / "tied"))],
-            tokenizer,
-            LengthLimits(),
-            PairingConfig(),
-            Split(),
-        )
+        load_preferences(settings(str(tmp_path / "tied"), **splits), tokenizer)
 
 
 def test_processes_give_what_one_gives(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = load_rows(DatasetSpec(write_pairs(tmp_path / "rows.jsonl", [f"What is {i}?" for i in range(230)] * 2)))
-    one, account = prepare_preferences(rows, tokenizer, LengthLimits(8, 64, "truncate_prompt"), num_proc=1)
+    one, report = prepare_rows(rows, tokenizer, LengthLimits(8, 64, "truncate_prompt"), num_proc=1)
     # the same work under another name, for the cache not to answer
-    two, account_of_two = prepare_preferences(
+    two, report_of_two = prepare_rows(
         rows.select(range(len(rows))), tokenizer, LengthLimits(8, 64, "truncate_prompt"), num_proc=2
     )
     assert one._fingerprint != two._fingerprint
     assert one.to_list() == two.to_list()
-    assert account.as_dict() == account_of_two.as_dict()
-    assert account.dropped == {"duplicate pair": 230}
+    assert report.as_dict() == report_of_two.as_dict()
+    assert report.dropped == {"duplicate pair": 230}
 
 
 def test_where_nothing_is_forked_one_process_does_it(
@@ -272,9 +267,9 @@ def test_where_nothing_is_forked_one_process_does_it(
 ) -> None:
     import multiprocess
 
-    from helpers.data.conversations import worker_count
+    from helpers.data.prepare import worker_count
 
     assert [worker_count(*n) for n in ((0, 10), (3, 10), (3, 2), (1, 9000))] == [None, 3, 2, None]
     monkeypatch.setattr(multiprocess, "get_start_method", lambda: "spawn")
     assert worker_count(0, 90_000) is worker_count(4, 90_000) is None
-    assert "not forked on this system" in capsys.readouterr().out
+    assert "this system does not fork processes" in capsys.readouterr().out

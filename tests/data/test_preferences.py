@@ -1,8 +1,9 @@
-"""Preference sets as a whole: the account of every row, over-long rows, and the same tokens as TRL's own."""
+"""Preference sets as a whole: the report of every row, over-long rows, and the same tokens as TRL's own."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
-from helpers.data.conversations import LengthLimits, truncate_prompt
-from helpers.data.formats import FORMAT_READERS, REQUIRED_COLUMNS, PairingConfig
-from helpers.data.prepare import prepare_preferences
+from helpers.data.formats import FORMAT_READERS, PairingConfig
+from helpers.data.loading import REQUIRED_COLUMNS
+from helpers.data.prepare import LengthLimits, truncate_prompt
+from helpers.data.row_report import Split, prepare_rows, split_by_prompt
 from helpers.models.chat import read_template, render, set_chat_template
 from tests.data.test_formats import JUNK, ROWS, bot, user
 
 NO_LIMITS = LengthLimits()
 
 
-def triplets(*rows: tuple[str, str, str]) -> Dataset:
+def pair_rows(*rows: tuple[str, str, str]) -> Dataset:
     return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
 
 
@@ -45,36 +47,36 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
         "margin below --min_margin": {
             "prompt": "h?", "chosen": [bot("x")], "rejected": [bot("y")], "score_chosen": 5.0, "score_rejected": 4.8,
         },
-        "over-long": {"prompt": "i? " * 200, "chosen": [bot("x")], "rejected": [bot("y")]},
+        "longer than max_length": {"prompt": "i? " * 200, "chosen": [bot("x")], "rejected": [bot("y")]},
         "no chosen": {"prompt": "j?", "chosen": None, "rejected": [bot("y")]},
     }  # fmt: skip
     rows = Dataset.from_list([{"score_chosen": None, "score_rejected": None} | row for row in (*good, *bad.values())])
     assert len(rows) == 40
-    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(64, 128), options=PairingConfig(min_margin=0.5))
-    assert dict(account.dropped) == dict.fromkeys(bad, 1)
-    assert {reason: account.examples[reason] for reason in bad} == {r: [30 + i] for i, r in enumerate(bad)}
-    assert (account.read, account.kept, len(pairs), account.format) == (40, 30, 30, "messages")
+    pairs, report = prepare_rows(rows, tokenizer, LengthLimits(64, 128), pairing=PairingConfig(min_margin=0.5))
+    assert dict(report.dropped) == dict.fromkeys(bad, 1)
+    assert {reason: report.examples[reason] for reason in bad} == {r: [30 + i] for i, r in enumerate(bad)}
+    assert (report.read, report.kept, len(pairs), report.format) == (40, 30, 30, "messages")
     with pytest.raises(UserError, match=r"10 of 40 rows cannot be used"):
-        account.check(strict=True)
-    account.check(strict=False)
+        report.check(strict=True)
+    report.check(strict=False)
 
 
 def test_the_same_pair_with_both_labels_is_dropped_both_times(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = triplets(("a?", "x", "y"), ("b?", "x", "y"), ("a?", "y", "x"), ("b?", "x", "z"))
-    pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
-    assert account.examples == {"the same pair with both labels": [0, 2], "duplicate prompt": [3]}
+    rows = pair_rows(("a?", "x", "y"), ("b?", "x", "y"), ("a?", "y", "x"), ("b?", "x", "z"))
+    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS)
+    assert report.examples == {"the same pair with both labels": [0, 2], "duplicate prompt": [3]}
     assert [p[0]["content"] for p in pairs["prompt"]] == ["b?", "b?"]
-    assert (account.dropped.total(), account.noted.total(), account.kept) == (2, 1, 2)
+    assert (report.dropped.total(), report.flagged.total(), report.kept) == (2, 1, 2)
 
 
 def test_a_row_that_gives_several_pairs_is_one_row(tokenizer: PreTrainedTokenizerBase) -> None:
     _, row, _ = ROWS["openbmb/UltraFeedback"]
-    pairs, account = prepare_preferences(Dataset.from_list([row]), tokenizer, NO_LIMITS, options=PairingConfig("all"))
-    assert (len(pairs), account.read, account.kept) == (3, 1, 1)
-    pairs, account = prepare_preferences(
-        Dataset.from_list([row]), tokenizer, NO_LIMITS, options=PairingConfig("all", min_margin=3.2)
+    pairs, report = prepare_rows(Dataset.from_list([row]), tokenizer, NO_LIMITS, pairing=PairingConfig("all_pairs"))
+    assert (len(pairs), report.read, report.kept) == (3, 1, 1)
+    pairs, report = prepare_rows(
+        Dataset.from_list([row]), tokenizer, NO_LIMITS, pairing=PairingConfig("all_pairs", min_margin=3.2)
     )
-    assert (len(pairs), account.kept, account.dropped.total()) == (2, 1, 0)
+    assert (len(pairs), report.kept, report.dropped.total()) == (2, 1, 0)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -84,36 +86,36 @@ def test_every_published_format_becomes_pairs(name: str, tokenizer: PreTrainedTo
         row = row | {"score_rejected": 7.0}
     Dataset.from_list([row]).to_json(tmp_path / "rows.jsonl")
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
-    pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
-    assert account.format == expected
+    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS)
+    assert report.format == expected
     assert pairs[0]["prompt"] == found[0].prompt
     assert pairs[0]["chosen"] == found[0].chosen
     assert tokenizer.decode(pairs[0]["chosen_ids"]) == f" {found[0].chosen[0]['content']}</s>"
 
 
 def test_a_set_of_no_known_format_is_refused_with_its_columns(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="has columns text, label: not one of the formats messages, triplet"):
-        prepare_preferences(Dataset.from_list([{"text": "a", "label": 1}]), tokenizer, NO_LIMITS)
+    with pytest.raises(UserError, match="has columns text, label, which match no known format"):
+        prepare_rows(Dataset.from_list([{"text": "a", "label": 1}]), tokenizer, NO_LIMITS)
     with pytest.raises(
-        UserError, match="needs prompt, chosen and rejected: rename them, or name one with --data_format"
+        UserError, match="Rename them to prompt, chosen and rejected, or set `--data_format` to one of messages, pairs"
     ):
-        prepare_preferences(Dataset.from_list([{"question": "a", "good": "b", "bad": "c"}]), tokenizer, NO_LIMITS)
+        prepare_rows(Dataset.from_list([{"question": "a", "good": "b", "bad": "c"}]), tokenizer, NO_LIMITS)
     half = Dataset.from_list([{"prompt": "a", "good": "b", "rejected": "c"}])
-    for name, lacking in (("triplet", "no chosen"), ("orca", "no question or input, no chosen")):
-        said = f"has columns prompt, good, rejected, and {lacking}, which the format {name} needs: rename them"
+    for name, lacking in (("pairs", "no chosen"), ("orca", "no question or input, no chosen")):
+        said = f"has columns prompt, good, rejected, and {lacking}, which the format {name} needs. Rename them"
         with pytest.raises(UserError, match=said):
-            prepare_preferences(half, tokenizer, NO_LIMITS, data_format=name)
+            prepare_rows(half, tokenizer, NO_LIMITS, data_format=name)
     with pytest.raises(UserError, match="no row of 1 can be used"):
-        prepare_preferences(triplets(("a?", "x", "x")), tokenizer, NO_LIMITS)[1].check(strict=False)
+        prepare_rows(pair_rows(("a?", "x", "x")), tokenizer, NO_LIMITS)[1].check(strict=False)
 
 
 # Over-long rows
 
 
 def test_a_trimmed_prompt_keeps_its_end_and_the_answers_theirs(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = triplets(("start " * 100 + "What is 2 plus 3?", "It is 5.", "It is 6, and that is that."))
-    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(32, 64, "truncate_prompt"))
-    assert dict(account.changed) == {"prompt trimmed from the left": 1}
+    rows = pair_rows(("start " * 100 + "What is 2 plus 3?", "It is 5.", "It is 6, and that is that."))
+    pairs, report = prepare_rows(rows, tokenizer, LengthLimits(32, 64, "truncate_prompt"))
+    assert dict(report.changed) == {"prompt truncated from the left": 1}
     text = pairs[0]["prompt"][0]["content"]
     assert text.endswith("What is 2 plus 3?")
     assert text.startswith("start")
@@ -142,24 +144,24 @@ def test_whole_turns_are_trimmed_first_and_a_system_message_stays(tokenizer: Pre
 def test_a_pair_whose_answer_alone_is_too_long_is_dropped_not_cut(
     overlong: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = triplets(("a?", "x " * 100, "y"), ("b?", "x", "y"))
-    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(32, 64, overlong))
-    assert account.examples == {"over-long": [0]}
+    rows = pair_rows(("a?", "x " * 100, "y"), ("b?", "x", "y"))
+    pairs, report = prepare_rows(rows, tokenizer, LengthLimits(32, 64, overlong))
+    assert report.examples == {"longer than max_length": [0]}
     assert len(pairs) == 1
 
 
 def test_answers_are_cut_only_when_that_is_asked_for_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = triplets(("a?", "x " * 100, "y"), ("b? " * 100, "x", "y"))
-    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(0, 64, "truncate_completion"))
-    assert account.examples == {"an answer lost its end": [0], "over-long": [1]}
+    rows = pair_rows(("a?", "x " * 100, "y"), ("b? " * 100, "x", "y"))
+    pairs, report = prepare_rows(rows, tokenizer, LengthLimits(0, 64, "truncate_completion"))
+    assert report.examples == {"answer truncated": [0], "longer than max_length": [1]}
     assert len(pairs[0]["prompt_ids"]) + len(pairs[0]["chosen_ids"]) == 64
     assert pairs[0]["chosen_ids"][-1] != tokenizer.eos_token_id
     assert pairs[0]["rejected_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match=r"over-long: .* tokens of prompt"):
-        prepare_preferences(triplets(("a? " * 100, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
+    with pytest.raises(UserError, match=r"row 0 has \d+ tokens \(\d+ in the prompt\)"):
+        prepare_rows(pair_rows(("a? " * 100, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -172,10 +174,8 @@ def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedToken
 def test_no_kept_answer_ever_loses_its_end(
     prompt: str, answers: list[str], limit: int, overlong: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    pairs, account = prepare_preferences(
-        triplets((prompt, *answers)), tokenizer, LengthLimits(limit, 2 * limit, overlong)
-    )
-    assert account.kept + account.dropped.total() == account.read == 1
+    pairs, report = prepare_rows(pair_rows((prompt, *answers)), tokenizer, LengthLimits(limit, 2 * limit, overlong))
+    assert report.kept + report.dropped.total() == report.read == 1
     for pair in pairs:
         for side in ("chosen_ids", "rejected_ids"):
             assert pair[side][-1] == tokenizer.eos_token_id
@@ -185,14 +185,14 @@ def test_no_kept_answer_ever_loses_its_end(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(FORMAT_READERS)), junk=st.lists(JUNK, min_size=1, max_size=4))
-def test_the_account_of_junk_adds_up(name: str, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_report_of_junk_adds_up(name: str, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
     columns = [one.split(" or ")[0] for one in REQUIRED_COLUMNS[name]]
     rows = Dataset.from_list(
         [dict.fromkeys(columns, str(j)) | {"prompt": json.dumps(j), "rejected": "x"} for j in junk]
     )
-    pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS, data_format=name)
-    assert account.kept + account.dropped.total() == account.read == len(junk)
-    assert len(pairs) >= account.kept
+    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS, data_format=name)
+    assert report.kept + report.dropped.total() == report.read == len(junk)
+    assert len(pairs) >= report.kept
 
 
 # Tokens
@@ -226,7 +226,7 @@ def test_tokens_are_those_of_stock_trl(chat_template: str, demo_folder: Path) ->
             )
         ]
     )
-    pairs, _ = prepare_preferences(rows, tokenizer, NO_LIMITS)
+    pairs, _ = prepare_rows(rows, tokenizer, NO_LIMITS)
     stock = trl_tokens(pairs, tokenizer)
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert pairs[column][:] == stock[column][:]
@@ -238,26 +238,24 @@ def test_tokens_are_those_of_stock_trl(chat_template: str, demo_folder: Path) ->
 def test_a_pair_whose_answer_runs_into_its_prompt_is_dropped(demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
     tokenizer.chat_template = "{{ messages[0]['content'] }}: {{ messages[1]['content'] + eos_token if messages[1:] }}"
-    rows = triplets(("What is 2 plus 3?", "It is 5.", "It is 6."), ("Hm?", "(It is 5.", "(It"))
+    rows = pair_rows(("What is 2 plus 3?", "It is 5.", "It is 6."), ("Hm?", "(It is 5.", "(It"))
     assert len(tokenizer.tokenize(": It")) < len(tokenizer.tokenize(": ") + tokenizer.tokenize("It"))
-    pairs, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
-    assert account.examples["the answer's first token runs into the prompt"][0] == 0
+    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS)
+    assert report.examples["first token of the answer merges with the prompt"][0] == 0
     for pair in pairs:
         assert tokenizer.decode(pair["prompt_ids"]) == render(tokenizer, pair["prompt"], prompt=True)
 
 
 def test_text_that_would_be_read_as_a_control_token_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = triplets(("a?", "It is 5.</s>", "y"), ("b?", "x", "<unk> y"), ("c? <s>", "x", "y"), ("d?", "x < s >", "y"))
-    _, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
-    assert (account.examples, account.kept) == ({"a control token in its text": [0, 1, 2]}, 1)
+    rows = pair_rows(("a?", "It is 5.</s>", "y"), ("b?", "x", "<unk> y"), ("c? <s>", "x", "y"), ("d?", "x < s >", "y"))
+    _, report = prepare_rows(rows, tokenizer, NO_LIMITS)
+    assert (report.examples, report.kept) == ({"control token in the text": [0, 1, 2]}, 1)
 
 
 def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.data.row_report import Split, split_by_prompt
-
     rows = [(f"{'word ' * 60}What is {i}?", "x " * (1 + j), "y") for i in range(30) for j in (0, 5, 20)]
-    pairs, account = prepare_preferences(triplets(*rows), tokenizer, LengthLimits(0, 60, "truncate_prompt"))
-    assert (account.changed["prompt trimmed from the left"], account.noted["duplicate prompt"]) == (90, 60)
+    pairs, report = prepare_rows(pair_rows(*rows), tokenizer, LengthLimits(0, 60, "truncate_prompt"))
+    assert (report.changed["prompt truncated from the left"], report.flagged["duplicate prompt"]) == (90, 60)
     train, held_out = split_by_prompt(pairs, Split(0, 20, 0.2, seed=1))
     numbers = [{p[-1]["content"].split()[-1] for p in side["prompt"]} for side in (train, held_out)]
     assert not numbers[0] & numbers[1]
@@ -272,57 +270,54 @@ def test_all_that_was_changed_in_a_row_is_counted(demo_folder: Path) -> None:
     )
     row = {"system": "Be kind.", "question": "What? " * 60 + "Why?", "chosen": "x " * 9, "rejected": "y"}
     rows = Dataset.from_list([row])
-    pairs, account = prepare_preferences(rows, tokenizer, LengthLimits(40, 60, "truncate_prompt"))
+    pairs, report = prepare_rows(rows, tokenizer, LengthLimits(40, 60, "truncate_prompt"))
     folded = "system message folded into the first user turn"
-    assert (dict(account.changed), account.changed_rows) == ({folded: 1, "prompt trimmed from the left": 1}, 1)
+    assert (dict(report.changed), report.changed_rows) == ({folded: 1, "prompt truncated from the left": 1}, 1)
     text = pairs[0]["prompt"][0]["content"]
     assert text.startswith("Be kind.\n\nWhat?")
     assert text.endswith("Why?")
     short = Dataset.from_list([row | {"question": "Why?", "chosen": "x " * 60}])
-    _, account = prepare_preferences(short, tokenizer, LengthLimits(40, 60, "truncate_completion"))
-    assert dict(account.changed) == {folded: 1, "an answer lost its end": 1}
+    _, report = prepare_rows(short, tokenizer, LengthLimits(40, 60, "truncate_completion"))
+    assert dict(report.changed) == {folded: 1, "answer truncated": 1}
 
 
 def test_pairs_lost_from_rows_that_are_kept_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     _, row, _ = ROWS["openbmb/UltraFeedback"]
     long = json.loads(json.dumps(row))
     long["completions"][0]["response"] = "No, " * 60
-    pairs, account = prepare_preferences(
-        Dataset.from_list([long]), tokenizer, LengthLimits(0, 60), options=PairingConfig("all")
+    pairs, report = prepare_rows(
+        Dataset.from_list([long]), tokenizer, LengthLimits(0, 60), pairing=PairingConfig("all_pairs")
     )
-    assert (len(pairs), account.kept, dict(account.lost_pairs)) == (1, 1, {"a pair of a kept row: over-long": 2})
-    with pytest.raises(UserError, match="a pair of a kept row: over-long: 2"):
-        account.check(strict=True)
-    account.check(strict=False)
+    lost = "longer than max_length (other pairs of the row are kept)"
+    assert (len(pairs), report.kept, dict(report.dropped_pairs)) == (1, 1, {lost: 2})
+    with pytest.raises(UserError, match=re.escape(f"{lost}: 2")):
+        report.check(strict=True)
+    report.check(strict=False)
 
 
 def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = triplets(("a? " * 40, "x", "y"), ("b?", "x", "y"), ("c? " * 90, "x", "y"))
+    rows = pair_rows(("a? " * 40, "x", "y"), ("b?", "x", "y"), ("c? " * 90, "x", "y"))
     for overlong in ("drop", "truncate_completion"):
-        _, account = prepare_preferences(rows, tokenizer, LengthLimits(40, 150, overlong))
-        assert account.examples == {"prompt over-long": [0], "over-long": [2]}
-        assert (len(account.long_prompts), len(account.over_long)) == (1, 1)
-        assert 40 < account.long_prompts[0] < 150 < account.over_long[0]
+        _, report = prepare_rows(rows, tokenizer, LengthLimits(40, 150, overlong))
+        assert report.examples == {"prompt longer than max_prompt_length": [0], "longer than max_length": [2]}
+        assert (len(report.long_prompts), len(report.long_rows)) == (1, 1)
+        assert 40 < report.long_prompts[0] < 150 < report.long_rows[0]
 
 
 def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="--data_format 'triplets' is not one of auto, messages, triplet"):
-        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, "triplets")
-    with pytest.raises(UserError, match="--recommended: this set says of no row"):
-        prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS, options=PairingConfig(recommended=True))
-    with pytest.raises(UserError, match="row 1: over-long: "):
-        prepare_preferences(
-            triplets(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, LengthLimits(32, 64, "error")
-        )
+    with pytest.raises(UserError, match=r"--data_format 'triplets' is unknown. Use auto, messages, pairs"):
+        prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, "triplets")
+    with pytest.raises(UserError, match="--recommended needs a dataset with a status column"):
+        prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, pairing=PairingConfig(recommended=True))
+    with pytest.raises(UserError, match="row 1 has "):
+        prepare_rows(pair_rows(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
 
 
 def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.data.prepare import prepare_instructions
-
-    pairs, _ = prepare_preferences(triplets(("\n\nHuman: Why?\n\nAssistant:", "x", "y")), tokenizer, NO_LIMITS)
+    pairs, _ = prepare_rows(pair_rows(("\n\nHuman: Why?\n\nAssistant:", "x", "y")), tokenizer, NO_LIMITS)
     assert pairs[0]["prompt"] == [user("Why?")]
     rows = Dataset.from_list([{"prompt": f"{i}?", "completion": "x", "label": i > 0} for i in range(3)])
-    assert prepare_instructions(rows, tokenizer, NO_LIMITS)[1].examples == {"labelled as not wanted": [0]}
+    assert prepare_rows(rows, tokenizer, NO_LIMITS, use_pairs=False)[1].examples == {"labelled as undesired": [0]}
 
 
 def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -330,7 +325,7 @@ def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase
 
     from helpers.training.trainer import TokenizedDPOTrainer
 
-    pairs, _ = prepare_preferences(triplets(("a?", "x", "y")), tokenizer, NO_LIMITS)
+    pairs, _ = prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS)
     trainer = TokenizedDPOTrainer.__new__(TokenizedDPOTrainer)
     assert trainer._prepare_dataset(pairs, tokenizer, SimpleNamespace(), "train") is pairs
 
@@ -338,16 +333,16 @@ def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase
 def test_a_second_preparation_comes_from_the_cache(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.data import prepare as preferences
+    from helpers.data import prepare
 
-    triplets(*[(f"{i}?", "x", "y") for i in range(20)]).to_json(tmp_path / "rows.jsonl")
+    pair_rows(*[(f"{i}?", "x", "y") for i in range(20)]).to_json(tmp_path / "rows.jsonl")
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
-    first, account = prepare_preferences(rows, tokenizer, NO_LIMITS)
+    first, report = prepare_rows(rows, tokenizer, NO_LIMITS)
     tokenizer("something else", truncation=True, max_length=3)  # what a tokenizer was last used for is no difference
-    monkeypatch.setattr(preferences, "encode_pairs", lambda *_: pytest.fail("tokenized again"))
-    again, account_again = prepare_preferences(rows, tokenizer, NO_LIMITS)
+    monkeypatch.setattr(prepare, "encode", lambda *_: pytest.fail("tokenized again"))
+    again, report_again = prepare_rows(rows, tokenizer, NO_LIMITS)
     assert again.to_list() == first.to_list()
-    assert account_again.as_dict() == account.as_dict()
+    assert report_again.as_dict() == report.as_dict()
     monkeypatch.undo()
-    other, _ = prepare_preferences(rows, tokenizer, LengthLimits(4, 8, "truncate_completion"))
+    other, _ = prepare_rows(rows, tokenizer, LengthLimits(4, 8, "truncate_completion"))
     assert len(other) < len(first)

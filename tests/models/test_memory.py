@@ -230,7 +230,7 @@ def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Pa
     assert tokens == pytest.approx(metrics["tokens_seen"], rel=0.15)  # without the chat format's own
     again, _, _ = dry_run(project, "02_dpo.py", *words, "--learning_rate", "1e-4")
     speed = metrics["tokens_per_second"]
-    assert f"at {speed:,.0f} tokens a second as in counted." in again
+    assert f"at {speed:,.0f} tokens per second as in counted." in again
     sft = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--model_id", str(demo_folder / "tiny-mistral")]
     out, _, _ = dry_run(project, "01_sft.py", *sft, "--dataset_id", str(demo_folder / "instructions"))
     assert " rows to train on, " in out
@@ -267,7 +267,7 @@ def test_several_sets_and_long_prompts_are_counted_as_they_are_trained(
     out, _, _ = dry_run(project, "02_dpo.py", *words, "--overlong", "truncate_prompt")
     assert "About 70 rows to train on, 7 steps, " in out
     _, said, _ = dry_run(project, "02_dpo.py", *words, status=1)
-    assert "none of the rows looked at can be used" in said
+    assert "none of the sampled rows can be used" in said
 
 
 def test_the_stage_of_deepspeed_s_own_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_every_format_trains_from_a_file_and_from_a_hub(
     assert formats[: len(ROWS)] == [expected for expected, _, _ in ROWS.values()]
     assert formats[len(ROWS) :] == [
         "messages", "messages", "alpaca", "messages", "completion", "messages, the chosen side",
-        "transcript, the chosen side",
+        "hh, the chosen side",
     ]  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def test_forty_bad_rows_are_each_named_and_strict_refuses_them(
         "duplicate pair": good[3],
         "tie": {"prompt": "g?", **fine, "score_chosen": 5.0, "score_rejected": 5.0},
         "margin below --min_margin": {"prompt": "h?", **fine, "score_chosen": 5.0, "score_rejected": 4.8},
-        "over-long": {"prompt": "i? " * 200, **fine},
+        "longer than max_length": {"prompt": "i? " * 200, **fine},
         "a number or a date, not text": {"prompt": "j?", "chosen": 7, "rejected": [bot("y")]},
     }  # fmt: skip
     rows = [*good, *bad.values()]

@@ -119,7 +119,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
         ([*dpo, "--attn_implementation", "nope"], 2,
          '--attn_implementation: Specified `attn_implementation="nope"` is not supported'),
         ([*dpo, "--dataset_id", "nowhere.jsonl"], 1, "dataset 'nowhere.jsonl'"),
-        ([*dpo, "--dataset_id", str(tmp_path / "questions.jsonl")], 1, "has columns question, topic: not one of"),
+        ([*dpo, "--dataset_id", str(tmp_path / "questions.jsonl")], 1, "has columns question, topic: which match no known format"),
         ([*dpo, "--dataset_id", str(tmp_path / "broken.jsonl")], 1, "broken.jsonl, line 2, is not JSON"),
         ([*dpo, "--model_id", str(tmp_path / "gone")], 1, "is neither a folder here nor a Hub id"),
         ([*dpo, "--model_id", str(bare)], 1, "has a config.json and no weights"),

@@ -105,7 +105,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(outputs / "judge", JUDGE, results_png=picture)
     (make(outputs / "vibes", {"step": "vibes"}) / "answers.html").write_text("answers")
     data = {
-        "findings": [{"text": HOSTILE[2], "matters": True}],
+        "findings": [{"text": HOSTILE[2], "is_warning": True}],
         "lengths": {"prompt": {"median": 14.0, "longest": 22.0}},
     }
     files = dict(metrics_jsonl=LOGS, samples_jsonl=SAMPLES, data_report_json=data)

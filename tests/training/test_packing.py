@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from trl import SFTConfig, SFTTrainer
 
 from helpers.core import SettingsError
-from helpers.data.conversations import LengthLimits
-from helpers.data.prepare import prepare_instructions
+from helpers.data.prepare import LengthLimits
+from helpers.data.row_report import prepare_rows
 from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.notebooks.test_three_ways import _settings_class
@@ -32,7 +32,8 @@ def trainer(kind: str, attention: str, checkpointing: bool, tokenizer: Any, fold
         [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]
         for i in range(24)
     ]
-    rows, _ = prepare_instructions(Dataset.from_list([{"messages": talk} for talk in talks]), tokenizer, LengthLimits())
+    rows = Dataset.from_list([{"messages": talk} for talk in talks])
+    rows, _ = prepare_rows(rows, tokenizer, LengthLimits(), use_pairs=False)
     args = SFTConfig(
         output_dir=str(folder), packing=True, max_length=128, use_cpu=True, bf16=False, report_to="none",
         per_device_train_batch_size=1, gradient_checkpointing=checkpointing,
