@@ -1,9 +1,9 @@
-"""What the notebooks share."""
+"""What the notebooks share, in eight rooms. Import from a room: `from helpers.data import load_preferences`."""
 
 import importlib.util
 
-if importlib.util.find_spec("tyro") is None:  # which the first cell of every notebook needs
+if importlib.util.find_spec("tyro") is None:  # the first cell of every notebook needs it
     raise SystemExit(
-        "error: the requirements are not installed for this Python: use .venv/bin/python, or "
-        "`source .venv/bin/activate` first (README, Install)"
+        "error: the requirements are not installed for this Python. Use .venv/bin/python, or run "
+        "`source .venv/bin/activate` first (README, Install)."
     )

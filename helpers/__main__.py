@@ -1,4 +1,10 @@
-"""Commands: python -m helpers curves | report | sweep | data. Each prints its own help with --help."""
+"""Commands of this package. Each prints its own help with --help.
+
+python -m helpers curves RUN ...        curves of one or several runs in one figure
+python -m helpers report RUN ...        write report.html of a run
+python -m helpers sweep NOTEBOOK ...    run a notebook once for each value of a setting
+python -m helpers data ...              what a dataset will teach, without training on it
+"""
 
 from __future__ import annotations
 
@@ -20,6 +26,6 @@ if __name__ == "__main__":
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in COMMANDS:
-        raise SettingsError(f"`python -m helpers {name}` is unknown. Use one of {', '.join(COMMANDS)}.")
+        raise SettingsError(f"`python -m helpers {name}` is not a command. Use one of {', '.join(COMMANDS)}.")
     else:
         importlib.import_module(COMMANDS[name]).main(sys.argv[2:])

@@ -1,8 +1,9 @@
-"""Mistakes that a user can mend: one clear line, a status, no traceback. And where this code is running."""
+"""What every room uses: errors, processes, paths, files, display, and the Hub's answers."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import importlib
 import io
@@ -13,114 +14,111 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
-# How PEFT 0.21 and transformers 5.23 begin to say that a setting names nothing.
-REFUSED_BY_LIBRARIES = {
-    "Target modules": "--lora_target_modules",
-    "Specified `attn_implementation": "--attn_implementation",
-}
+REPO = Path(__file__).resolve().parents[1]
+
+
+# ---- Errors ----
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line that says what to do. `status` is the command's exit status."""
+    """A mistake that the user can fix: one line that says how. `status` is the exit status of the command."""
 
     status = 1
-    everywhere = True  # every process of a launch raises it alike, and one of each machine's says it
+    everywhere = True  # all processes of a launch raise it: only one prints it
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback."""
+        """What IPython shows instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class SettingsError(UserError):
-    """A setting that cannot be used: its name, its value, and what to do."""
+    """A setting that cannot be used: its name, its value, and the fix."""
 
     status = 2
 
 
-def unexpected_words(name: str, words: list[str]) -> SettingsError:
-    """For a flag of one value that several words follow."""
-    rest = " ".join(words[1:])
-    return SettingsError(
-        f"{rest!r} after --{name} {words[0]} stands alone: a setting is given as --name value; see --help"
-    )
-
-
 class CleanExit(UserError):
-    """Nothing is wrong, and nothing is left to do: a dry run, or a run that has finished."""
+    """Not an error: there is nothing more to do, as after a dry run or for a finished run."""
 
     status = 0
 
 
 class Interrupted(UserError):
-    """A run was told to stop and has saved what it had. The status is the one that shells give after a signal, and 3
-    where --stop_on_diagnostic has ended it."""
+    """A run was stopped and has saved its state. `status` is 128 + the signal, or 3 for --stop_on_diagnostic."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
 
 
-def is_notebook() -> bool:
-    """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit helps nobody."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
+# How PEFT 0.21 and transformers 5.23 begin to refuse a setting.
+REFUSED_BY_LIBRARIES = {
+    "Target modules": "--lora_target_modules",
+    "Specified `attn_implementation": "--attn_implementation",
+}
 
 
 def install_error_hook() -> None:
-    """From here on a command prints a UserError as one line, and exits with its status."""
+    """Make a command print a UserError as one line and exit with its status. Other errors keep their traceback."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if _of_a_config(error, trace):
-            error = SettingsError(f"TRL refuses these settings: {' '.join(str(error).split())}")
+        message = " ".join(str(error).split())
+        if _is_raised_by_config(error, trace):
+            error = SettingsError(f"TRL refuses these settings: {message}")
         for start, setting in REFUSED_BY_LIBRARIES.items():
-            if isinstance(error, ValueError) and str(error).startswith(start):
-                error = SettingsError(f"{setting}: {' '.join(str(error).split())}")
+            if isinstance(error, ValueError) and message.startswith(start):
+                error = SettingsError(f"{setting}: {message}")
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
-        rank = os.environ.get("LOCAL_RANK", "0")
-        if rank == "0" or not error.everywhere:
-            who = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
-            # torch 2.13 (distributed_c10d.py) calls this with a sys.stderr of its own, lost when a hook exits
-            print(error if isinstance(error, CleanExit) else f"{who}: {error}", file=sys.__stderr__, flush=True)
-        sys.exit(error.status)  # an excepthook's SystemExit becomes the status of the process
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
+            prefix = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
+            # torch 2.13 (distributed_c10d.py) calls this with its own sys.stderr, which is lost when a hook exits
+            print(error if isinstance(error, CleanExit) else f"{prefix}: {error}", file=sys.__stderr__, flush=True)
+        sys.exit(error.status)  # the SystemExit of an excepthook is the exit status of the process
 
     if not is_notebook():
         sys.excepthook = hook
 
 
-def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
-    """Where --help is asked for, print a module's docstring, which has its commands, and end well."""
-    if {"-h", "--help"} & set(argv):
-        print((doc or "").strip())
-        raise SystemExit(0)
-
-
-def _of_a_config(error: BaseException, trace: TracebackType | None) -> bool:
-    """Whether SFTConfig, DPOConfig or what they inherit from refused its values."""
+def _is_raised_by_config(error: BaseException, trace: TracebackType | None) -> bool:
+    """Whether SFTConfig, DPOConfig or a parent class refused its values."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
     files = {os.path.basename(code.co_filename) for code in frames if code.co_name == "__post_init__"}
     return isinstance(error, ValueError) and bool(files & {"training_args.py", "sft_config.py", "dpo_config.py"})
 
 
-REPO = Path(__file__).resolve().parents[1]
+def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
+    """For --help, print the docstring of a module and exit."""
+    if {"-h", "--help"} & set(argv):
+        print((doc or "").strip())
+        raise SystemExit(0)
 
 
-def find_path(name: str) -> Path | None:
-    """The folder or file that `name` means, seen from here or else from the repository; None for a Hub id."""
-    for start in (Path.cwd(), REPO):
-        if name and (start / Path(name).expanduser()).exists():
-            return start / Path(name).expanduser()
-    return None
+@contextlib.contextmanager
+def ignore_broken_pipe() -> Iterator[None]:
+    """Exit silently when the reader of the output, such as `head`, closes its end."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        raise SystemExit(0) from None
 
 
-def short_path(path: Path | str) -> str:
-    """`path` as one would type it here."""
-    return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else str(path)
+# ---- Processes ----
+
+
+def is_notebook() -> bool:
+    """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit does not exit."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def is_main_process() -> bool:
@@ -129,7 +127,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Return when every process of the launch is here. Before the trainer is made there is nothing to wait with."""
+    """Wait until all processes of the launch arrive here. Does nothing before torch.distributed is initialized."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -137,7 +135,7 @@ def wait_for_everyone() -> None:
 
 @contextlib.contextmanager
 def process_lock(name: str) -> Iterator[None]:
-    """One process after another: the first does the work, the others find it done in the datasets cache."""
+    """Run the block in one process at a time: the first does the work, the others find its result in the cache."""
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -150,161 +148,203 @@ def process_lock(name: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """End without a word where whoever reads what is printed, as `head`, has read enough."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        raise SystemExit(0) from None
-
-
 def silence_other_processes() -> None:
-    """What a notebook prints is said once, by the main process; errors are not silenced."""
+    """Print in the main process only; errors are printed by all."""
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the lifetime of the process
         os.environ["TQDM_DISABLE"] = "1"
 
 
-def show(*things: Any, save_as: Path | None = None) -> None:
-    """Print each thing in a terminal; in a notebook display its HTML, or its picture. A figure in a terminal is silent:
-    its file is what one opens there, where `save_as` names one. Only the main process does anything."""
-    from rich.console import Console
-
-    for thing in things if is_main_process() else ():
-        if hasattr(thing, "savefig"):
-            if save_as:
-                thing.savefig(save_as, dpi=120)
-            if is_notebook():
-                from IPython.display import display
-
-                display(figure_to_image(thing))
-        elif is_notebook() and hasattr(thing, "_repr_html_"):
-            from IPython.display import display
-
-            display(thing)
-        elif isinstance(thing, str):  # as it is: a line of flags is there to be pasted
-            print(thing)
-        else:
-            Console().print(thing, crop=False)  # a Text without wrapping keeps its flags on one line
+# ---- Paths and modules ----
 
 
-def figure_to_image(figure: Any) -> Any:
-    """A figure as a notebook shows it."""
-    from IPython.display import Image
+def find_path(name: str) -> Path | None:
+    """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id."""
+    for start in (Path.cwd(), REPO):
+        if name and (start / Path(name).expanduser()).exists():
+            return start / Path(name).expanduser()
+    return None
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return Image(picture.getvalue())
+
+def short_path(path: Path | str) -> str:
+    """`path` as the user would type it in the current folder."""
+    return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
-def write_json(file: Path, content: Any) -> None:
-    atomic_write(file, (json.dumps(content, indent=1, default=str) + "\n").encode())
+def safe_file_name(model: str) -> str:
+    """A model's name as a file name: characters that a file system refuses become hyphens."""
+    return re.sub(r'[/\\:*?"<>|]', "-", model)
+
+
+def add_user_paths() -> None:
+    """Let `import` find modules in the current folder and in the repository.
+
+    `python notebooks/02_dpo.py` has neither on its path. They come last, so that they hide no installed package.
+    """
+    sys.path.extend(path for path in (str(Path.cwd()), str(REPO)) if path not in sys.path)
+
+
+def import_user_module(name: str, setting: str) -> ModuleType:
+    """Import the module that --`setting` names. Raises SettingsError if it cannot be imported."""
+    add_user_paths()
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SettingsError(f"--{setting} {name} cannot be imported: {error}") from None
+
+
+def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
+    """Return `__all__` and `__getattr__` for the `__init__` of a room: a name is imported when it is first used.
+
+    `modules` maps each module of the room to its public names.
+    """
+    homes = {name: f"{room}.{module}" for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return sorted(homes), get
+
+
+# ---- Files ----
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write beside the file, then rename: a reader sees the old file or the new one."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write to a temporary file, then rename it: a reader sees the old content or the new, never a part."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        draft.write_bytes(content)
-        draft.replace(file)
+        temporary.write_bytes(content)
+        temporary.replace(file)
     finally:
-        draft.unlink(missing_ok=True)  # on a full disk
+        temporary.unlink(missing_ok=True)  # left behind when the disk is full
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    atomic_write(file, (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
 def read_jsonl(file: Path, end: int | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file, or of its first `end` bytes.
 
-    Raises UserError with the number of a line that is not UTF-8, or not an object.
+    Raises UserError with the line number for a line that is not UTF-8, or not a JSON object.
     """
     rows = []
-    with file.open("rb") as whole:
-        lines = whole if end is None else io.BytesIO(whole.read(end))
+    with file.open("rb") as stream:
+        lines = stream if end is None else io.BytesIO(stream.read(end))
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    if not isinstance(row, dict):
-                        raise UserError(f"{file.name}, line {number}, is not a JSON object")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{file.name}, line {number}, is not JSON: {error.msg}, column {error.colno}"
-                    ) from None
-                rows.append(row)
+            if not line.strip():
+                continue
+            start = f"{file.name}, line {number}, is not"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{start} UTF-8: {error.reason}") from None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{start} JSON: {error.msg}, column {error.colno}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{start} a JSON object")
+            rows.append(row)
     return rows
 
 
-HUB_ANSWERS = {
-    401: "the Hub does not accept your token (401): give a valid one as HF_TOKEN, or none for what is public",
-    403: "your token may not do that (403): give one with the right to, as HF_TOKEN",
+def fingerprint(*things: Any) -> str:
+    """Sixteen hex digits of a hash over `things`, which JSON must be able to hold."""
+    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ---- Display ----
+
+
+def show(*things: Any, save_as: Path | None = None) -> None:
+    """Print each thing in a terminal, or display it in a notebook. A figure is saved to `save_as`, and displayed in a
+    notebook only. Only the main process does anything."""
+    from rich.console import Console
+
+    for thing in things if is_main_process() else ():
+        is_figure = hasattr(thing, "savefig")
+        if is_figure and save_as:
+            thing.savefig(save_as, dpi=120)
+        if is_notebook() and (is_figure or hasattr(thing, "_repr_html_")):
+            from IPython.display import display
+
+            display(figure_to_image(thing) if is_figure else thing)
+        elif isinstance(thing, str):
+            print(thing)  # without wrapping: commands are there to be pasted
+        elif not is_figure:
+            Console().print(thing, crop=False)  # a Text without wrapping keeps its flags on one line
+
+
+def figure_to_image(figure: Any) -> Any:
+    """A matplotlib figure as a PNG that a notebook can display."""
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image(buffer.getvalue())
+
+
+# ---- The Hub ----
+
+HUB_STATUS = {
+    401: "the Hub does not accept your token (401). Set a valid HF_TOKEN, or unset it for public repositories",
+    403: "your token may not do that (403). Set HF_TOKEN to a token with this permission",
     404: "it is not on the Hub, or your token may not see it (404)",
-    429: "the Hub asks to slow down (429): give the same command again in some minutes",
+    429: "the Hub asks to slow down (429). Run the same command again in a few minutes",
 }
 
 
 def describe_error(error: BaseException) -> str:
-    """One line; the error's own words where it is not the Hub's."""
-    from huggingface_hub.errors import (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """One line on an error of the Hub's client and its fix. For other errors, their own message."""
+    from huggingface_hub import errors, is_offline_mode
 
     chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain:
-        chain.append(before)
-    said = " ".join(str(error).split())[:300]
-    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return HUB_ANSWERS[404]  # without a token, a repository that is not there is answered with 401
-    if any(isinstance(e, RevisionNotFoundError | RemoteEntryNotFoundError) for e in chain):
-        return said
-    answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
-    status = answers[0].status_code if answers else 0
-    full = next((line for e in chain for line in str(getattr(e, "server_message", "") or e).splitlines()
-                 if re.search(r"storage|quota", line, re.IGNORECASE)), "")  # fmt: skip
-    if status in (402, 403, 413) and full:
-        return f"the account has no room for it ({' '.join(full.split())[:200]}): make some, or push elsewhere"
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    kinds = {kind for e in chain for kind in type(e).__mro__}
+    message = " ".join(str(error).split())[:300]
+    responses = [response for e in chain if (response := getattr(e, "response", None)) is not None]
+    status = responses[0].status_code if responses else 0
+    lines = [line for e in chain for line in str(getattr(e, "server_message", "") or e).splitlines()]
+    quota = next((line for line in lines if re.search(r"storage|quota", line, re.IGNORECASE)), "")
+    if errors.RepositoryNotFoundError in kinds:
+        return HUB_STATUS[404]  # without a token, the Hub answers 401 for a repository that does not exist
+    if kinds & {errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError}:
+        return message
+    if status in (402, 403, 413) and quota:
+        return f"the account's storage is full ({' '.join(quota.split())[:200]}). Free some, or use another account"
     if status >= 500:
-        return f"the Hub fails ({status}): give the same command again later"
-    if status in HUB_ANSWERS:
-        return HUB_ANSWERS[status]
-    if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in chain):
-        from huggingface_hub import is_offline_mode
-
+        return f"the Hub fails ({status}). Run the same command again later"
+    if status in HUB_STATUS:
+        return HUB_STATUS[status]
+    if kinds & {errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled}:
         if is_offline_mode():
-            return "it is not in the cache, and HF_HUB_OFFLINE is set: leave it out once, or give a folder"
-        return "it is not in the cache, and the Hub cannot be reached: connect, or give a folder"
-    return said
+            return "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it once, or use a local folder"
+        return "it is not in the cache, and the Hub cannot be reached. Connect, or use a local folder"
+    return message
 
 
-def fingerprint(*things: Any) -> str:
-    """Sixteen hex digits of anything that JSON holds."""
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def hf_token(purpose: str) -> str:
+    """The Hub token from HF_TOKEN, .env or `hf auth login`, or typed by the user if there is a terminal.
 
-
-def safe_file_name(model: str) -> str:
-    """A model's name as a file's: what no file system takes is replaced."""
-    return "".join("-" if c in '/\\:*?"<>|' else c for c in model)
-
-
-def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
-    """`__all__` and `__getattr__` of a room's `__init__`: a name is imported from its module when it is first used.
-
-    `modules` maps a module of the room to the names that others may use.
+    Raises UserError if there is none. `purpose` begins the message, as in "pushing to me/model".
     """
-    where = {name: f"{room}.{module}" for module, names in modules.items() for name in names}
+    from huggingface_hub import get_token
 
-    def get(name: str) -> Any:
-        if name not in where:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(where[name]), name)
+    token = get_token() or prompt_for_token("HF_TOKEN")
+    if not token:
+        raise UserError(f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or `hf auth login`")
+    return token
 
-    return sorted(where), get
+
+def prompt_for_token(name: str) -> str:
+    """Ask the user for a token. Returns "" where nobody can answer: no terminal, no stdin, or several processes."""
+    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+    if not is_interactive or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ""
+    try:
+        return getpass.getpass(f"{name} (not shown; press Enter to continue without): ").strip()
+    except (EOFError, RuntimeError, KeyboardInterrupt):  # ipykernel's StdinNotImplementedError is a RuntimeError
+        return ""

@@ -35,7 +35,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings.load import TrainSettings, load_settings
+from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass

@@ -37,7 +37,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings.load import TrainSettings, load_settings, one_of
+from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Settings(TrainSettings):  # which has some more: --help lists them
     """Align a model on preference pairs."""
 
     step: ClassVar[str] = "dpo"
+    exclusive: ClassVar = (("model_id", "sft_run"),)
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: a Hub id or a folder
     sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
@@ -94,7 +95,6 @@ from helpers.hub import check_push, merge_and_push
 from helpers.models import estimate_memory, plan_model, resolve_start
 from helpers.runs import start_run
 
-one_of(settings, "model_id", "sft_run")
 start = resolve_start(settings)  # a Hub id, a folder, or an SFT run with its adapter
 if settings.push_to_hub:
     check_push(settings)  # token and repository, before hours of training

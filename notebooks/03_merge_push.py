@@ -34,7 +34,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from helpers.settings.load import RunSettings, load_settings
+from helpers.settings import RunSettings, load_settings
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Settings(RunSettings):
     """Merge an adapter into its base, verify the result, and publish it."""
 
     step: ClassVar[str] = "merge"
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("run", "adapter"),)
+    exclusive: ClassVar = (("run", "adapter"),)
 
     run: str = "latest"  # finished run of 02_dpo.py: its folder, or latest
     adapter: str = ""  # folder or Hub id of an adapter, instead of a run
@@ -76,9 +76,7 @@ from helpers.core import short_path, show
 from helpers.hub import print_files, push_before_merge, push_model
 from helpers.merging import compare_merges, find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
-from helpers.settings.load import one_of
 
-one_of(settings, "run", "adapter")
 adapter = find_adapter(settings)
 push_before_merge(settings, adapter.source)  # --dry_run prints what would be sent; --push adapter ends here
 

@@ -19,10 +19,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
-from helpers.core import REPO, CleanExit, SettingsError, UserError, describe_error, find_path, is_main_process
+from helpers.core import (
+    REPO,
+    CleanExit,
+    SettingsError,
+    UserError,
+    describe_error,
+    find_path,
+    hf_token,
+    is_main_process,
+)
 from helpers.hub.model_card import base_on_hub, write_card
 from helpers.runs.run import find_parent, lineage, read_run
-from helpers.settings.credentials import hf_token
 
 if TYPE_CHECKING:
     from helpers.runs.run import Run

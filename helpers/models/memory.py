@@ -65,8 +65,11 @@ class Decoder:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.norms + biases + sum(linear.weights for linear in self.linears)
 
-    def targets(self, lora_target_modules: str) -> list[Linear]:
+    def targets(self, lora_target_modules: str | list[str]) -> list[Linear]:
         """The layers that PEFT gives an adapter: "all-linear", or those whose full name matches the expression."""
+        if isinstance(lora_target_modules, list):
+            ends = tuple(f".{name}" for name in lora_target_modules)
+            return [linear for linear in self.linears if f".{linear.name}".endswith(ends)]
         every = lora_target_modules == "all-linear"
         return [linear for linear in self.linears if every or re.fullmatch(lora_target_modules, linear.name)]
 

@@ -9,10 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint
+from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint, hf_token
 from helpers.models.chat import TEMPLATE_TOKENS, set_chat_template
 from helpers.runs.run import Run, find_parent, find_run, read_run
-from helpers.settings.credentials import hf_token
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:

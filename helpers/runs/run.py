@@ -28,12 +28,12 @@ from helpers.core import (
     find_path,
     is_main_process,
     is_notebook,
+    prompt_for_token,
     short_path,
     wait_for_everyone,
     write_json,
 )
 from helpers.runs import checkpoints
-from helpers.settings.credentials import prepare_tracker
 from helpers.settings.fields import RunSettings
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
@@ -200,7 +200,7 @@ def start_run(
     is_same_batch = rows == run.record.get("rows_per_step")
     checkpoints.check_process_count(folder, run.record.get("processes"), processes, is_same_batch)
     if settings.step in TRAINING_STEPS:
-        prepare_tracker(settings.report_to, settings.wandb_project)
+        prepare_tracker(settings)
     run.set(
         settings=settings.values(),
         hashed_settings=settings.hashed_settings(),
@@ -216,6 +216,36 @@ def start_run(
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
+
+
+def prepare_tracker(settings: RunSettings) -> None:
+    """Check --report_to before a model is loaded, and keep wandb from asking for a key while it trains.
+
+    Without a key, wandb runs offline. Raises SettingsError for a tracker that is unknown or not installed.
+    """
+    name = settings.report_to
+    if name == "none":
+        return
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(name):
+            callback()  # checks whether its package is installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"--report_to {name}: {' '.join(str(error).split())}") from None
+    if name not in ("wandb", "all"):
+        return
+    import wandb
+
+    if settings.wandb_project:
+        os.environ["WANDB_PROJECT"] = settings.wandb_project
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key:  # a variable, or netrc
+        return
+    if key := prompt_for_token("WANDB_API_KEY"):
+        os.environ["WANDB_API_KEY"] = key
+    else:
+        os.environ["WANDB_MODE"] = "offline"
+        print("wandb: WANDB_API_KEY is not set, so this run is kept offline. Use `wandb sync` to upload it.")
 
 
 def _open_finished(run: Run, settings: RunSettings, when_finished: Callable[[Run, Any], None] | None) -> Run:

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from helpers.core import (
     Interrupted,
@@ -45,7 +45,7 @@ from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.run import read_run
 from helpers.settings import trl_fields
 from helpers.settings.fields import RunSettings
-from helpers.settings.load import load_settings, split_flags
+from helpers.settings.load import load_settings, own_types, split_flags, takes_several
 
 RUN_LINE = re.compile(r"Run: (.+)|(.+) (?:is already finished\.|was already finished)")  # printed by start_run
 SHOWN_LINE = re.compile(r"step +\d+[:/]|Run: |Resuming|error: ")
@@ -106,8 +106,8 @@ def main(argv: Sequence[str]) -> None:
 def plan(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
     """The points of the grid, each checked as by the notebook, and the folder of their runs. Raises SettingsError."""
     cls = settings_of(notebook)
-    types = trl_fields.field_types(cls.step) | {name: str(hint) for name, hint in get_type_hints(cls).items()}
-    lists = {name for name, kind in types.items() if re.search(r"list\[|dict|tuple", kind)}
+    types = trl_fields.field_types(cls.step) | own_types(cls)
+    lists = {name for name, kind in types.items() if takes_several(kind)}
     axes: dict[str, list[list[str]]] = {}
     for name, words in split_flags(list(argv)):
         is_one_value = name in lists or len(words) < 2

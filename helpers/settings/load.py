@@ -1,15 +1,16 @@
-"""Settings of a notebook: flags > notebook > environment > .env > recipe > the defaults in its Settings cell.
+"""Resolve the settings of a notebook: flags > notebook > environment > .env > recipe > the defaults of its cell.
 
-Every layer gives words, and the same two parsers read them: tyro for the fields of the Settings cell, TRL's own
-argument parser for every other field of SFTConfig / DPOConfig. Neither torch nor TRL is imported unless a TRL field is
-named, so that help and typing mistakes answer at once.
+Each layer gives words, as typed after a flag. One parser (tyro) reads them all, for the fields of the cell and those of
+TRL's config. Neither torch nor TRL is imported, so that --help and typing mistakes answer at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import logging
@@ -18,229 +19,225 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from helpers.core import (
     REPO,
     SettingsError,
+    add_user_paths,
     find_path,
     ignore_broken_pipe,
     install_error_hook,
     is_main_process,
     is_notebook,
     process_lock,
+    short_path,
+    show,
     silence_other_processes,
-    unexpected_words,
 )
 from helpers.settings import trl_fields
-from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
-__all__ = ["RunSettings", "TrainSettings", "load_settings", "one_of"]
+SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")  # of a recipe
+EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
+PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+# A field of a Settings class and its comment, which is on the same line or on one of the lines that continue it.
+COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)
 
 S = TypeVar("S", bound=RunSettings)
+Words = dict[str, list[str]]  # what is typed after the flag of each setting
 
 
 def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None) -> S:
-    """Resolve `cls` from every layer, print the table, and return it; see the module's docstring for the order.
+    """Resolve the settings `cls` from every layer, print those that were given, and return them.
 
-    `namespace` is the notebook's globals(). `argv` stands for the command line; in a kernel, where it belongs to the
-    kernel, it is never read. Fields of the step's TRL config that were given arrive in `.trl`, ready for the config.
+    `namespace` is the notebook's globals(). `argv` replaces the command line, which is never read in a kernel. Fields
+    of TRL's config that were given are in `.trl` of the result.
     Raises SettingsError; a command prints it as one line and exits with status 2.
     """
     install_error_hook()
     silence_warnings()
-    if is_notebook():
-        configure_kernel()
-    else:
-        silence_other_processes()
+    configure_kernel() if is_notebook() else silence_other_processes()
     if argv is None:
         argv = [] if is_notebook() else sys.argv[1:]
-    if {"-h", "--help"} & set(argv):
+    own = own_types(cls)
+    if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
         with ignore_broken_pipe():
-            _print_help(cls)
-        raise SystemExit(0)
-    if {"--help_trl", "--help-trl"} & set(argv):
-        with ignore_broken_pipe():
-            print(trl_fields.trl_help(cls.step, hide=_field_types(cls)))
+            print(format_help(cls) if {"-h", "--help"} & set(argv) else trl_fields.trl_help(cls.step, hide=own))
         raise SystemExit(0)
 
-    step, types = cls.step, _field_types(cls)
-    flags = _current_names(cls, dict(split_flags(argv)), "flag")
-    bound = _current_names(cls, from_namespace(step, types, namespace), "notebook")
-    strange: list[str] = []  # variables of the environment: they may be another program's
-    environment = _current_names(cls, from_variables(step, types, os.environ, strange.append), "environment")
-    dotenv = _current_names(cls, from_variables(step, types, read_dotenv(), _refuse), ".env")
-    named = [layer["recipe"] for layer in (flags, bound, environment, dotenv) if "recipe" in layer][:1]
-    recipe = _current_names(cls, from_recipe(step, parse_value(str, "recipe", *named[0])), "recipe") if named else {}
+    types = trl_fields.field_types(cls.step) | own
+    environment, unknown = from_variables(cls.step, types, os.environ)
+    dotenv, refused = from_variables(cls.step, types, read_dotenv())
+    if refused:
+        raise SettingsError(f"{refused[0]} (in .env)")
+    layers = {
+        "flag": dict(split_flags(argv)),
+        "notebook": from_namespace(types, namespace),
+        "environment": environment,
+        ".env": dotenv,
+    }
+    notes: list[str] = []
+    given = {source: _translate(cls, types, words, source, notes) for source, words in layers.items()}
+    if recipes := [(words["recipe"], source) for source, words in given.items() if "recipe" in words]:
+        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]))
+        given["recipe"] = _translate(cls, types, content, "recipe", notes)
+    if is_main_process() and notes:
+        print(f"note: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
 
-    words = recipe | dotenv | environment | bound | flags
-    settings = cls(**{name: parse_value(types[name], name, *w) for name, w in words.items() if name in types})
-    settings.sources = dict.fromkeys(types, "default") | {name: source for name, (_, source) in words.items()}
-    if given := {name: w for name, w in words.items() if name not in types}:
-        parse = trl_fields.parse_fields_fast if settings.dry_run else trl_fields.parse_fields
-        settings.trl = parse(step, given, SettingsError)
-    for name, hint in types.items():
-        if hint is Path:  # by hand: from where it was typed; in a default or a file: from the repository
-            start = Path.cwd() if settings.sources[name].startswith(("flag", "environment")) else REPO
-            setattr(settings, name, start / getattr(settings, name))
-    if settings.wandb_project and not settings.is_set("report_to"):
-        settings.report_to = "wandb"
-    settings.check()
-    if settings.trl.get("deepspeed"):  # transformers says so too, but only when the trainer's config is made
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    _print_settings(settings)
-    for message in strange if is_main_process() else ():  # here, where it is seen
+    values, sources = dict[str, Any](), dict.fromkeys(own, "default")
+    for layer in [each for each in SOURCE_ORDER if each in given]:  # the lowest first
+        for name, words in given[layer].items():
+            sources[name] = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
+            values[name] = words
+    values = {name: parse_value(types[name], name, words, sources[name]) for name, words in values.items()}
+    settings = cls(**{name: value for name, value in values.items() if name in own})
+    settings.trl = {name: value for name, value in values.items() if name not in own}
+    settings.sources = sources
+    _resolve(settings, own)
+    show(settings)
+    for message in unknown if is_main_process() else ():  # below the settings, where it is seen
         print(f"warning: {message}", file=sys.stderr)
     if settings.setup_module:
         run_setup_module(settings.setup_module)
     return settings
 
 
-def one_of(settings: RunSettings, *names: str) -> None:
-    """Keep the one of `names` that the highest layer gave: they say the same thing in different ways.
-
-    The others go back to nothing. Raises SettingsError where one layer gave more than one.
-    """
-    layer = {name: settings.sources[name].split()[0] for name in names}
-    given = {
-        name: SOURCE_ORDER.index(layer[name])
-        for name in names
-        if getattr(settings, name) and SOURCE_ORDER.index(layer[name])
-    }
-    highest = [name for name in given if given[name] == max(given.values())]
-    if len(highest) > 1:
-        said = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
-        raise SettingsError(f"{said} contradict each other: give one of them")
-    for name in set(names) - set(highest) if highest else ():
-        settings.override(f"{layer[name]}, but {highest[0]} wins", **{name: type(getattr(settings, name))()})
+def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
+    """Apply what follows from several settings, and check them all."""
+    for name in [name for name, kind in own.items() if kind is Path]:
+        is_typed = settings.sources[name].startswith(("flag", "environment"))  # else relative to the repository
+        setattr(settings, name, (Path.cwd() if is_typed else REPO) / getattr(settings, name))
+    for group in settings.exclusive:
+        given = [name for name in group if getattr(settings, name) and settings.layer(name)]
+        highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
+        if len(highest) > 1:
+            flags = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
+            raise SettingsError(f"{flags} exclude each other. Give one of them.")
+        for name in set(group) - set(highest) if highest else ():
+            layer = settings.sources[name].split()[0]
+            settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(getattr(settings, name))()})
+    if settings.wandb_project and not settings.is_set("report_to"):
+        settings.report_to = "wandb"
+    settings.check()
+    if settings.trl.get("deepspeed"):  # transformers sets it too, but only when the trainer's config is made
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 
 def silence_warnings() -> None:
-    """Silence what is said at every start and helps nobody; a progress bar is for someone who watches."""
+    """Silence warnings that appear at every start and need no action, and progress bars that nobody watches."""
     if not is_notebook() and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_relevant)
-    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # loading.py says which line
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: its bars are text without ipywidgets
+    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # ours names the line
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: without ipywidgets its bars are text
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
     warnings.filterwarnings("ignore", message=f"`{names}` is deprecated", category=FutureWarning)
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Not that there is no GPU, as deepspeed 0.19 says wherever it is installed, where nothing is asked of it."""
-    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return wanted or not record.getMessage().startswith("Setting accelerator to CPU")
+    """False for deepspeed 0.19's message that there is no GPU, unless DeepSpeed is used."""
+    is_used = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return is_used or not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def configure_kernel() -> None:
-    """Let the next cell use a helper as it was edited (`%autoreload 0` ends it), and tables fit beside JupyterLab's
-    file browser. Here, as VS Code takes jupyter.runStartupCommands from a user's own settings only."""
+    """Reload edited helpers (`%autoreload 0` ends it), and fit tables next to JupyterLab's file browser.
+
+    It is done here, because VS Code reads jupyter.runStartupCommands from the user's own settings only.
+    """
     from IPython import get_ipython
 
     shell = get_ipython()
-    if shell.extension_manager.load_extension("autoreload") is None:  # not loaded yet
+    if shell.extension_manager.load_extension("autoreload") is None:  # not loaded before
         shell.run_line_magic("autoreload", "2")
-    os.environ.setdefault("JUPYTER_COLUMNS", "100")  # rich's own is 115
+    os.environ.setdefault("JUPYTER_COLUMNS", "100")  # the default of rich is 115
 
 
 def run_setup_module(module: str) -> None:
-    """python -m MODULE, in this process, without our own command line."""
-    words, sys.argv = sys.argv, sys.argv[:1]
+    """Run `python -m module` in this process, without our command line."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    add_user_paths()
     try:
         with process_lock(f"prepare {module}"):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ImportError as error:
-        raise SettingsError(f"--setup_module {module}: {error}") from None
+        raise SettingsError(f"--setup_module {module} cannot be run: {error}") from None
     finally:
-        sys.argv = words
+        sys.argv = argv
 
 
-def _field_types(cls: type[RunSettings]) -> dict[str, Any]:
+def own_types(cls: type) -> dict[str, Any]:
+    """The fields of a Settings class that can be set, and their types."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _current_names(
-    cls: type[RunSettings], raw: Mapping[str, list[str]], layer: str
-) -> dict[str, tuple[list[str], str]]:
-    """Names as this version has them, each with its words and its source; an unknown name is refused."""
-    types = _field_types(cls)
-    known: dict[str, tuple[list[str], str]] = {}
+def takes_several(kind: Any) -> bool:
+    """Whether a setting of this type takes several words."""
+    return any(get_origin(each) in (tuple, list) for each in (kind, *get_args(kind)))
+
+
+def _translate(
+    cls: type[RunSettings], types: Mapping[str, Any], raw: Words, layer: str, notes: list[str]
+) -> dict[str, list[str]]:
+    """Give the settings of one layer their current names. Raises SettingsError for an unknown name."""
+    result: Words = {}
     for name, words in raw.items():
-        source = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
-        new, words, note = trl_fields.current_name(cls.step, name, words, own=set(types))
+        new, words, note = trl_fields.current_name(cls.step, name, words, own_types(cls))
         if note:
-            print(f"note: {note}", file=sys.stderr)
+            notes.append(note)
         if new is None:
             continue
         if new not in types and new.startswith("no_") and not words:
             new, words = new.removeprefix("no_"), ["False"]
-        if new not in types and new not in trl_fields.field_names(cls.step):
-            close = difflib.get_close_matches(new, [*types, *trl_fields.field_names(cls.step)], n=1)
-            where = f"--{name}" if layer == "flag" else f"{name} ({source})"
+        if new not in types:
+            variable = f" {env_name(cls.step, name)}" if layer in ("environment", ".env") else ""
+            place = f"--{name}" if layer == "flag" else f"{name} ({layer}{variable})"
             more = " and --help_trl" if cls.step in trl_fields.CONFIGS else ""
-            hint = f"did you mean --{close[0]}?" if close else f"see --help{more}"
-            raise SettingsError(f"unknown setting {where}: {hint}")
-        if note and new in known and "tuple" in str(types.get(new)):  # two older names of what is one list today
-            words = [*known[new][0], *words]
-        known[new] = (words, source)
-    return known
+            raise SettingsError(f"unknown setting {place}: {_suggest(new, types, '--') or f'see --help{more}'}")
+        if note and new in result and takes_several(types[new]):  # two older names of one list
+            words = [*result[new], *words]
+        result[new] = words
+    return result
 
 
-def _refuse(message: str) -> None:
-    raise SettingsError(f"{message} (in .env)")
+def _suggest(name: str, names: Mapping[str, Any], prefix: str = "", cutoff: float = 0.6) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"did you mean {prefix}{close[0]}?" if close else ""
 
 
-def parse_value(hint: Any, name: str, words: list[str], source: str) -> Any:
-    """One field through tyro. A switch may stand alone; None for a text means that there is none."""
+def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
+    """Read `words` as a value of the type `kind`. A switch needs no word. Raises SettingsError."""
     import tyro
 
-    if hint is bool:
-        words = [str(trl_fields.BOOLEANS.get(word.lower(), word)) for word in words] or ["True"]
-    elif hint is str and words == ["None"]:
-        return ""
+    if words == ["None"] and (kind is str or type(None) in (kind, *get_args(kind))):
+        return "" if kind is str else None
+    if kind is type(None):
+        raise SettingsError(f"--{name} cannot be set (from {source}). Write it into the config of the notebook.")
+    if bool in (kind, *get_args(kind)):
+        words = [BOOLEANS.get(word.lower(), word) for word in words] or ["True"]
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(hint, args=words)
+            return tyro.cli(kind, args=words)
     except SystemExit:
-        if source == "flag" and len(words) > 1 and get_origin(hint) is not tuple:
-            raise unexpected_words(name, words) from None
-        kind = " or ".join(map(str, get_args(hint))) if get_args(hint) else getattr(hint, "__name__", str(hint))
-        got = " ".join(words) or "nothing"
-        raise SettingsError(f"--{name} takes {kind}, not {got!r} (from {source})") from None
+        got = repr(" ".join(words) or "nothing")
+        message = f"--{name} takes {describe_type(kind)}, not {got} (from {source})"
+        if source == "flag" and len(words) > 1 and not takes_several(kind):
+            message = f"--{name} takes one value, not {got}. Give each setting as --name value; see --help."
+        raise SettingsError(message) from None
 
 
-def _print_help(cls: type[RunSettings]) -> None:
-    """tyro's help; each line ends with the field's default and its environment variable."""
-    import tyro
-
-    for base in cls.__mro__:
-        for name, hint in list(vars(base).get("__annotations__", {}).items()):
-            if name in _field_types(cls):
-                hint_of = lambda default, name=name: f"(default: {default}; {env_name(cls.step, name)})"  # noqa: E731
-                base.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=hint_of)]
-    more = (
-        f"Any field of trl.{trl_fields.CONFIGS[cls.step]} is a flag too: --help_trl."
-        if cls.step in trl_fields.CONFIGS
-        else ""
-    )
-    tyro.cli(cls, args=["--help"], use_underscores=True, config=(tyro.conf.FlagConversionOff,), description=more)
-
-
-def _print_settings(settings: RunSettings) -> None:
-    from rich.console import Console
-
-    if is_main_process():
-        Console().print(settings)
-
-
-SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")
-EXPORTED = ("HF_", "WANDB_", "OPENAI_")
-PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+def describe_type(kind: Any) -> str:
+    """A type in a word or the choices, as "float" or "full or lora"."""
+    parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
+    names = map(str, parts) if get_origin(kind) is Literal else map(describe_type, parts)
+    return " or ".join(dict.fromkeys(names)) or str(kind.__name__)
 
 
 def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -253,25 +250,25 @@ def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
             name, equals, value = word[2:].partition("=")
             name, words = name.replace("-", "_"), [value] if equals else []
         elif not name or (word.startswith("-") and not re.match(r"-[\d.]", word)):
-            raise SettingsError(f"{word!r} stands alone: a setting is given as --name value; see --help")
+            raise SettingsError(f"{word!r} is not a setting. Give each setting as --name value; see --help.")
         else:
             words.append(word)
     if name:
         yield name, words
 
 
-def from_namespace(step: str, own: Collection[str], namespace: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Values bound by a line in a cell or by papermill, under a setting's name, a TRL field's or an older one."""
+def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Words:
+    """Values that a line of a cell, or papermill, binds to the name of a setting."""
     plain = {n: v for n, v in namespace.items() if isinstance(v, PLAIN) and not n.startswith("_")}
-    names = {*own, *trl_fields.field_names(step), *trl_fields.LEGACY_NAMES} if set(plain) - set(own) else set(own)
-    for name in set(plain) - names:
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.88):
-            print(f"warning: {name} is no setting; did you mean {close[0]}?", file=sys.stderr)
-    return {n: to_cli_tokens(v) for n, v in plain.items() if n in names}
+    names = {**types, **dict.fromkeys(trl_fields.LEGACY_NAMES)}
+    for name in plain.keys() - names.keys():
+        if hint := _suggest(name, names, cutoff=0.88):
+            print(f"warning: {name} is not a setting; {hint}", file=sys.stderr)
+    return {name: to_cli_tokens(value) for name, value in plain.items() if name in names}
 
 
 def read_dotenv() -> dict[str, str]:
-    """.env of the folder one starts from, or else of the repository; tokens and addresses in it are exported."""
+    """Read .env of the current folder, or else of the repository, and export what libraries read of it."""
     from dotenv import dotenv_values
 
     file = next((f for f in (Path.cwd() / ".env", REPO / ".env") if f.is_file()), None)
@@ -283,52 +280,43 @@ def read_dotenv() -> dict[str, str]:
 
 
 def env_name(step: str, name: str) -> str:
-    """The environment variable of a setting: the step's prefix, written once."""
+    """The environment variable of a setting: its name in capitals after the prefix of the step, written once."""
     return name.upper() if name.startswith(f"{step}_") else f"{step}_{name}".upper()
 
 
-def from_variables(
-    step: str, types: Mapping[str, Any], variables: Mapping[str, str], unknown: Callable[[str], None]
-) -> dict[str, list[str]]:
-    """Variables behind the step's prefix, by the setting's name; `unknown` is told of each that is none's."""
-    known = {env_name(step, name): name for name in types}
-    found = {}
-    for key in sorted(k for k in variables if k.startswith(f"{step.upper()}_")):
-        if key not in known:
-            known |= {
-                env_name(step, n): n for n in trl_fields.field_names(step) | trl_fields.LEGACY_NAMES if n not in types
-            }
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            unknown(f"{key} is no variable of this notebook" + (f": did you mean {close[0]}?" if close else ""))
+def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[Words, list[str]]:
+    """Variables with the prefix of the step, by the name of their setting, and a message on each unknown one."""
+    names = {env_name(step, name): name for name in (*sorted(trl_fields.LEGACY_NAMES - types.keys()), *types)}
+    result, unknown = Words(), []
+    for key in sorted(key for key in variables if key.startswith(f"{step.upper()}_")):
+        if key not in names:
+            unknown.append(f"{key} is not a variable of this notebook; {_suggest(key, names) or 'see --help'}")
             continue
-        name, text = known[key], variables[key]
+        name, text = names[key], variables[key]
         try:
-            listed = json.loads(text) if text.startswith("[") else None
+            items = json.loads(text) if text.startswith("[") else None
         except json.JSONDecodeError:
-            listed = None
-        # a text may hold spaces; the values of TRL's lists, and of ours but for prompts and datasets, hold none
-        one = name in ("prompts", "dataset_id") or (name in types and "tuple" not in str(types[name]))
-        found[name] = to_cli_tokens(listed) if listed else [text] if one or text.startswith("{") else text.split()
-    return found
+            items = None
+        # prompts and paths of datasets may hold spaces
+        is_list = takes_several(types.get(name)) and name not in ("prompts", "dataset_id") and not text.startswith("{")
+        result[name] = to_cli_tokens(items) if items else text.split() if is_list else [text]
+    return result, unknown
 
 
-def from_recipe(step: str, name: str) -> dict[str, list[str]]:
-    """Keys at the top of a recipe, and those of the step's own section over them."""
+def from_recipe(step: str, name: str) -> Words:
+    """The keys at the top of a recipe, and those of the step's section, which win."""
     import yaml
 
     file = find_path(name)
     if file is None or not file.is_file():
-        have = ", ".join(sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml")))
-        raise SettingsError(f"recipe {name!r} is not a file; there are {have}")
+        names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
+        raise SettingsError(f"recipe {name!r} is not a file. Use one of {', '.join(names)}.")
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise SettingsError(f"recipe {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(s) or {}, dict) for s in SECTIONS):
-        raise SettingsError(
-            f"recipe {name!r}: names with values are needed, and sections {', '.join(SECTIONS)} of such"
-        )
+        raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
     values = {k: v for k, v in content.items() if k not in SECTIONS} | (content.get(step) or {})
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 
@@ -338,3 +326,34 @@ def to_cli_tokens(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [word for item in value for word in to_cli_tokens(item)]
     return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def format_help(cls: type[RunSettings]) -> str:
+    """The text of --help: each setting in its group, with its comment, its default and its variable."""
+    types, comments = own_types(cls), dict[str, str]()
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(COMMENT.findall(inspect.getsource(base)))
+    config = trl_fields.CONFIGS.get(cls.step)
+    parser = argparse.ArgumentParser(
+        usage=f"python {short_path(sys.argv[0])} [--name value ...]",
+        description=f"{cls.__doc__}" + f" Any field of trl.{config} is also a flag: see --help_trl." * bool(config),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        add_help=False,
+    )
+    groups = {title: names.split() for title, names in trl_fields.NAMES["groups"].items()}
+    grouped = {name for names in groups.values() for name in names}
+    groups["step"] = [name for name in types if name not in grouped]
+    for title, names in groups.items():
+        section = parser.add_argument_group(title if title != "step" else cls.step)
+        for name in filter(types.__contains__, names):
+            kind, default = types[name], " ".join(to_cli_tokens(getattr(cls, name)))
+            end = f"default: {default}; {env_name(cls.step, name)}" if default else env_name(cls.step, name)
+            text = f"{comments.get(name, '')} ({end})".replace("%", "%%")
+            if kind is bool:
+                section.add_argument(f"--{name}", help=text, action="store_true")
+            else:
+                words = (
+                    f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else describe_type(kind).upper()
+                )
+                section.add_argument(f"--{name}", help=text, metavar=words + " ..." * takes_several(kind))
+    return parser.format_help()

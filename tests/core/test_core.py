@@ -1,0 +1,102 @@
+"""Errors, paths, user modules and tokens."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.core import (
+    REPO,
+    SettingsError,
+    UserError,
+    add_user_paths,
+    hf_token,
+    import_user_module,
+    is_notebook,
+    read_jsonl,
+    show,
+)
+
+
+def test_this_is_no_kernel_and_a_user_error_shows_one_line_in_one() -> None:
+    assert not is_notebook()
+    assert UserError("do this")._render_traceback_() == ["UserError: do this"]
+
+
+def test_a_user_s_module_is_found_where_the_command_was_typed_and_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(REPO))])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "my_rules.py").write_text("def compare(a, b, question):\n    return 'tie'\n")
+    assert import_user_module("my_rules", "judge_module").compare("a", "b", {}) == "tie"
+    assert import_user_module("recipes.demo.questions", "judge_module").__name__ == "recipes.demo.questions"
+    assert sys.path[-2:] == [str(tmp_path), str(REPO)]
+    add_user_paths()
+    assert sys.path.count(str(tmp_path)) == 1
+    with pytest.raises(SettingsError, match="--judge_module no_rules cannot be imported: No module named 'no_rules'"):
+        import_user_module("no_rules", "judge_module")
+
+
+def test_lines_that_are_no_objects_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n[3]\n')
+    assert read_jsonl(file, end=21) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(UserError, match=r"rows.jsonl, line 4, is not a JSON object"):
+        read_jsonl(file)
+    file.write_bytes(b'{"a": \n')
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1, is not JSON: Expecting value, column"):
+        read_jsonl(file)
+    file.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1, is not UTF-8: invalid start byte"):
+        read_jsonl(file)
+
+
+def test_a_figure_is_saved_and_a_text_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from matplotlib.figure import Figure
+
+    show("[bold] " + "x" * 200, Figure(), save_as=tmp_path / "figure.png")
+    assert capsys.readouterr().out == "[bold] " + "x" * 200 + "\n"
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.fixture
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("typed\n"))
+
+
+def test_without_a_terminal_nothing_is_asked(no_terminal: None) -> None:
+    with pytest.raises(UserError, match=r"pushing needs a Hub token\. Set HF_TOKEN"):
+        hf_token("pushing")
+
+
+def test_the_environment_s_token_is_used(no_terminal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert hf_token("pushing") == "hf_mine"
+
+
+def test_someone_at_a_terminal_is_asked() -> None:
+    pty = pytest.importorskip("pty", reason="terminals of POSIX only")
+    code = "from helpers.core import hf_token; print('GOT', hf_token('pushing'))"
+    parent, child = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=child, stdout=child, stderr=child, env=env)
+    os.close(child)
+    said = b""
+    while b"HF_TOKEN (not shown" not in said:
+        said += os.read(parent, 1000)
+    os.write(parent, b"hf_typed\n")
+    while b"GOT" not in said or not said.endswith(b"\n"):
+        said += os.read(parent, 1000)
+    process.wait(30)
+    os.close(parent)
+    assert b"GOT hf_typed" in said
+    assert said.count(b"hf_typed") == 1  # not shown while typed

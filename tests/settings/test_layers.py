@@ -1,0 +1,156 @@
+"""Where a setting comes from, and which layer wins."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.core import REPO, SettingsError
+from helpers.settings import load_settings
+from tests.settings.notebook import MergeSettings, load
+
+LAYERS = ("default", "recipe", ".env", "environment", "notebook", "flag")
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "default"), [("dpo_beta", "DPO_BETA", 0.1), ("max_grad_norm", "DPO_MAX_GRAD_NORM", None)]
+)
+@pytest.mark.parametrize("highest", range(len(LAYERS)))
+def test_each_layer_beats_the_ones_below_it(
+    highest: int, name: str, variable: str, default: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, bound = [], {}
+    if highest >= 1:
+        (tmp_path / "r.yaml").write_text(f"dpo:\n  {name}: 1e-1\nsft:\n  {name}: 9\n")
+        words += ["--recipe", "r.yaml"]
+    if highest >= 2:
+        (tmp_path / ".env").write_text(f"{variable}=0.2\n")
+    if highest >= 3:
+        monkeypatch.setenv(variable, "0.3")
+    if highest >= 4:
+        bound = {name: 0.4}
+    if highest >= 5:
+        words += [f"--{name}", "0.5"]
+    settings = load(*words, **bound)
+    assert settings.values().get(name) == (default, 0.1, 0.2, 0.3, 0.4, 0.5)[highest]
+    source = settings.sources.get(name, "default")
+    assert source.split()[0] == LAYERS[highest]
+
+
+def test_the_section_of_a_recipe_beats_its_top(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\nreport_to: none\nwandb_project:\ndpo:\n  seed: 2\n")
+    assert load("--recipe", "r.yaml").seed == 2
+    assert load_settings(MergeSettings, {}, ["--recipe", "r.yaml"]).seed == 1
+
+
+def test_what_differs_from_the_recipe_is_printed_and_the_rest_is_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = len(load().values())
+    assert capsys.readouterr().out.split() == ["defaults", "see", "--help", str(count), "settings"]
+    (tmp_path / "r.yaml").write_text("dpo: {lora_r: 4, max_steps: 2, dpo_beta: 0.2, model_id: org/x}")
+    monkeypatch.setenv("DPO_SEED", "7")
+    words = "--recipe r.yaml --dpo_beta 0.3 --max_grad_norm 1 --loss_type sigmoid sft --sft_run [b]x"
+    load(*words.split())
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["recipe", "r.yaml", "2", "settings"],
+        ["seed", "7", "environment", "DPO_SEED"],
+        ["sft_run", "[b]x", "flag"],
+        ["dpo_beta", "0.3", "flag"],
+        ["loss_type", "sigmoid", "sft", "flag"],
+        ["max_grad_norm", "1.0", "flag"],
+        ["defaults", "see", "--help", str(count - 7), "settings"],
+    ]
+
+
+def test_an_unknown_name_in_dotenv_is_refused_and_in_the_environment_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DPO_BATA", "1")
+    monkeypatch.setenv("SFT_BATA", "1")
+    monkeypatch.setattr("helpers.settings.load.show", lambda settings: print("the table", file=sys.stderr))
+    assert load().dpo_beta == 0.1
+    assert capsys.readouterr().err == (  # below the table, where it is seen
+        "the table\nwarning: DPO_BATA is not a variable of this notebook; did you mean DPO_BETA?\n"
+    )
+    (tmp_path / ".env").write_text("DPO_BATA=1\n")
+    with pytest.raises(SettingsError, match="did you mean DPO_BETA"):
+        load()
+
+
+def test_tokens_in_dotenv_are_exported_and_appear_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / ".env").write_text("HF_TOKEN=hf_secret\nOTHER=1\nDPO_LORA_R=4\n")
+    settings = load()
+    assert os.environ.pop("HF_TOKEN") == "hf_secret"
+    assert "OTHER" not in os.environ
+    assert settings.lora_r == 4
+    said = capsys.readouterr()
+    assert "hf_secret" not in said.out + said.err + repr(settings.values())
+
+
+def test_several_words_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_LOSS_TYPE", "sigmoid sft")
+    assert load().loss_type == ("sigmoid", "sft")
+    monkeypatch.setenv("DPO_LOSS_TYPE", '["ipo", "sft"]')
+    assert load().loss_type == ("ipo", "sft")
+    monkeypatch.setenv("DPO_MODEL_ID", "it's one")
+    assert load().model_id == "it's one"
+    monkeypatch.setenv("DPO_LOSS_WEIGHTS", "1 0.5")
+    assert load().trl == {"loss_weights": [1.0, 0.5]}
+
+
+def test_a_name_close_to_a_setting_in_a_notebook_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(dpo_bet=0.3, model="org/model", rows=[1]).dpo_beta == 0.1
+    assert capsys.readouterr().err == "warning: dpo_bet is not a setting; did you mean dpo_beta?\n"
+
+
+def test_paths_by_hand_are_seen_from_here_and_others_from_the_repository(tmp_path: Path) -> None:
+    assert load("--output_dir", "mine").output_dir == tmp_path / "mine"
+    assert load().output_dir == REPO / "outputs"
+    (tmp_path / "r.yaml").write_text("output_dir: theirs\n")
+    assert load("--recipe", "r.yaml").output_dir == REPO / "theirs"
+
+
+def test_naming_a_wandb_project_turns_wandb_on() -> None:
+    assert load("--wandb_project", "mine").report_to == "wandb"
+    assert load("--wandb_project", "mine", "--report_to", "none").report_to == "none"
+    assert load().report_to == "none"
+
+
+def test_the_digest_follows_what_a_run_is_and_not_where_it_is_kept() -> None:
+    plain = load()
+    assert plain.digest() == load("--output_dir", "x", "--run_name", "y", "--resume", "never").digest()
+    assert plain.digest() == load("--local_rank", "1").digest()  # what DeepSpeed's launcher gives each process
+    assert plain.digest() != load("--lora_r", "16").digest()
+    assert plain.digest() != load("--max_grad_norm", "1").digest()
+    assert plain.digest() != plain.digest("parent")
+    assert len(plain.digest()) == 6
+
+
+def test_two_settings_that_exclude_each_other_are_refused_in_one_layer() -> None:
+    assert load("--model_id", "org/x").model_id == "org/x"
+    with pytest.raises(SettingsError, match=r"--model_id org/x and --sft_run latest exclude each other\. Give one"):
+        load("--model_id", "org/x", "--sft_run", "latest")
+
+
+def test_of_settings_that_exclude_each_other_the_higher_layer_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.yaml").write_text("dpo:\n  sft_run: latest\n")
+    settings = load("--recipe", "r.yaml", "--model_id", "org/x")
+    assert (settings.model_id, settings.sft_run) == ("org/x", "")
+    assert settings.sources["sft_run"] == "recipe (but model_id wins)"
+    settings = load("--recipe", "r.yaml", "--sft_run", "None", "--model_id", "org/x")
+    assert (settings.model_id, settings.sft_run) == ("org/x", "")
+    monkeypatch.setenv("DPO_MODEL_ID", "org/x")
+    settings = load("--sft_run", "latest")
+    assert (settings.model_id, settings.sft_run) == ("", "latest")
+    assert settings.sources["sft_run"] == "flag"
