@@ -237,15 +237,14 @@ def read_jsonl(file: Path, end: int | None = None) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            start = f"{file.name}, line {number}, is not"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{start} UTF-8: {error.reason}") from None
+                raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
             except json.JSONDecodeError as error:
-                raise UserError(f"{start} JSON: {error.msg}, column {error.colno}") from None
+                raise UserError(f"{file.name}, line {number}, is not JSON: {error.msg}, column {error.colno}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{start} a JSON object")
+                raise UserError(f"{file.name}, line {number}, is not a JSON object")
             rows.append(row)
     return rows
 

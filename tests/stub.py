@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from helpers.runs.run import start_run
-from helpers.settings.load import TrainSettings, load_settings
+from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass

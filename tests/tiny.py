@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from helpers.settings.load import RunSettings, load_settings
+from helpers.settings import RunSettings, load_settings
 
 
 @dataclasses.dataclass

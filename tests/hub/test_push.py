@@ -82,7 +82,7 @@ def test_a_gated_model_is_explained(online: local.Hub, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"org/gated is gated and your token may not read it\. Accept its terms"):
         resolve_model("org/gated")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match=r"org/gated is gated .* needs a Hub token: set HF_TOKEN"):
+    with pytest.raises(UserError, match=r"org/gated is gated .* needs a Hub token\. Set HF_TOKEN"):
         resolve_model("org/gated")
 
 

@@ -11,7 +11,6 @@ import pytest
 from helpers.core import SettingsError
 from helpers.models import memory
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
-from helpers.settings import trl_fields
 from tests import fake_hub as local
 from tests.conftest import Project
 
@@ -156,30 +155,6 @@ def test_advice_names_what_alone_makes_it_fit_and_else_several_together() -> Non
         "--tuning qlora --quantization 4bit"
     )
     assert suggest_changes(decoder, full, "dpo", 100 * GB)[0][0] == "--precompute_ref_log_probs True"
-
-
-def test_a_dry_run_reads_values_as_trl_does() -> None:
-    given = {
-        "max_grad_norm": ["0.3"], "logging_steps": ["4"], "save_total_limit": ["None"], "lr_scheduler_type": ["linear"],
-        "optim": ["adamw_torch"], "gradient_checkpointing": [], "bf16": ["false"], "max_steps": ["5"],
-        "loss_weights": ["1", "0.5"], "eval_strategy": ["no"], "adam_beta1": ["0.8"], "run_name": ["x"],
-        "gradient_checkpointing_kwargs": ['{"use_reentrant": false}'], "warmup_steps": ["0.1"],
-    }  # fmt: skip
-    words = {name: (value, "flag") for name, value in given.items()}
-    plain, real = (
-        parse("dpo", words, SettingsError) for parse in (trl_fields.parse_fields_fast, trl_fields.parse_fields)
-    )
-    assert plain == real
-    assert {n: type(v) for n, v in plain.items() if not isinstance(v, str)} == {
-        n: type(v) for n, v in real.items() if not isinstance(v, str)
-    }
-    for name, value, said in (
-        ("max_steps", ["many"], "takes int"),
-        ("bf16", ["maybe"], "takes bool"),
-        ("optim", [], "nothing"),
-    ):
-        with pytest.raises(SettingsError, match=said):
-            trl_fields.parse_fields_fast("dpo", {name: (value, "flag")}, SettingsError)
 
 
 def dry_run(

@@ -51,7 +51,7 @@ def test_what_the_hub_answers_says_what_to_do() -> None:
         error.__cause__ = HfHubHTTPError("refused", response=httpx2.Response(status, request=request))
         return describe_error(error)
 
-    assert answered(503) == "the Hub fails (503): give the same command again later"
+    assert answered(503) == "the Hub fails (503). Run the same command again later"
     assert answered(403).startswith("your token may not do that (403)")
     assert describe_error(LocalEntryNotFoundError("x")).startswith(
         "it is not in the cache, and the Hub cannot be reached"

@@ -154,7 +154,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(project: Project, bench: P
         ("05_judge.py", *here, "--judge_model", "m", "--base_url", "127.0.0.1:1"): "--base_url '127.0.0.1:1' is not",
         ("05_judge.py", *here, "--judge_module", "recipes.demo.questions", "--mode", "single"): "--mode single rates",
         ("05_judge.py", *here, "--judge_module", "x", "--judge_model", "m"):
-            "--judge_model m and --judge_module x contradict",
+            "--judge_model m and --judge_module x exclude each other",
         ("05_judge.py", *here, "--votes", "nowhere.json"): "--votes 'nowhere.json' is not a file of votes",
         ("05_judge.py", "--answers_dir", "nowhere", "--judge_module", "x"): "--answers_dir 'nowhere' is not a folder",
         ("04_vibes.py", "--models", "sft", "--generation_kwargs", "min_q=1"):

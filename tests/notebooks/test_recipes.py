@@ -204,11 +204,11 @@ def test_commands_of_the_systems_that_it_grew_from_run(
     assert list((tmp_path / "out").glob("merge-*/model.safetensors"))
 
 
-OLD = {"model_name", "model_name_or_path", "dataset_path", "max_seq_length"}
+OLD = {"model_name", "dataset_path", "max_seq_length", "streaming"}
 
 
 def one_note_for_each_older_name(text: str, said: list[str]) -> None:
-    notes = [line for line in said if line.startswith("note: ")]
+    (notes,) = [line.removeprefix("note: ").split("; ") for line in said if line.startswith("note: ")] or [[]]
     flags = {w[2:] for w in shlex.split(text) if w.startswith("--")}
     older = {name for name in flags if name.startswith("training_args.") or name in OLD}
     for name in sorted(older):

@@ -42,9 +42,8 @@ def test_notebook_survives_the_round_trip_to_ipynb(notebook: Path) -> None:
 def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
     cells = code_cells(notebook)
     settings = _settings_class(cells)
-    names = (
-        {f.name for f in dataclasses.fields(settings)} | trl_fields.field_names(settings.step) | trl_fields.LEGACY_NAMES
-    )
+    names = {f.name for f in dataclasses.fields(settings)} | trl_fields.field_types(settings.step).keys()
+    names |= trl_fields.LEGACY_NAMES
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
             bound = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
@@ -54,32 +53,11 @@ def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
                 assert not bound & names, f"{bound & names} in {cell.source}"
 
 
-@each_notebook
-def test_every_variable_stands_in_the_example_env_file(notebook: Path) -> None:
-    from helpers.settings.load import env_name
-
-    settings = _settings_class(code_cells(notebook))
-    example = (REPO / ".env.example").read_text().splitlines()
-    ours = {env_name(settings.step, f.name) for f in dataclasses.fields(settings) if f.init}
-    listed = {line[2:].partition("=")[0] for line in example if line.startswith(f"# {settings.step.upper()}_")}
-    assert listed == ours
-
-
 def _settings_class(cells: list[Any]) -> Any:
     names: dict[str, Any] = {}
     (parameters,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
     exec(compile(parameters.source, "Settings", "exec", dont_inherit=True), names)
     return names["Settings"]
-
-
-def test_every_cell_of_a_notebook_describes_a_setting(project: Project) -> None:
-    for notebook in NOTEBOOKS:
-        shown = project.run(notebook.name, "--help", real=True).stdout
-        settings = _settings_class(code_cells(notebook))
-        for field in dataclasses.fields(settings):
-            if field.init:
-                assert f"--{field.name}" in shown
-        assert shown.count("(default:") == sum(f.init for f in dataclasses.fields(settings))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--dpo_bata", "0.1"], ["--max_grad_nrom", "1"]])

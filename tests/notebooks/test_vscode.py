@@ -39,7 +39,7 @@ def test_no_setting_is_one_that_vscode_takes_from_its_user_only() -> None:
 
 def test_tables_in_a_notebook_fit_beside_the_file_browser_of_jupyterlab(project: Project) -> None:
     with vscode_kernel(project) as execute:
-        execute("from helpers.settings import prepare_kernel; prepare_kernel()")
+        execute("from helpers.settings.load import configure_kernel; configure_kernel()")
         assert execute("from rich.console import Console; print(Console().width)") == "100\n"
 
 

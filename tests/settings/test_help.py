@@ -101,9 +101,12 @@ def test_every_setting_of_a_training_notebook_has_a_group_and_a_comment() -> Non
 
 def test_help_takes_less_than_0_6_seconds(project: Project) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "--dpo_beta" in project.run("02_dpo.py", "--help").stdout
+    shown = project.run("02_dpo.py", "--help").stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6
+    assert set(re.findall(r"^  (--\w+)", shown, re.MULTILINE)) == {
+        f"--{name}" for name in own_types(settings_of(REPO / "notebooks" / "02_dpo.py"))
+    }
 
 
 def test_the_example_of_env_has_every_variable_with_its_comment_and_default() -> None:
