@@ -89,8 +89,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         print(f"note: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
 
     values, sources = dict[str, Any](), dict.fromkeys(own, "default")
-    for layer in [each for each in SOURCE_ORDER if each in given]:  # the lowest first
-        for name, words in given[layer].items():
+    for layer in SOURCE_ORDER:  # the lowest first
+        for name, words in given.get(layer, {}).items():
             sources[name] = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
             values[name] = words
     values = {name: parse_value(types[name], name, words, sources[name]) for name, words in values.items()}
@@ -183,9 +183,7 @@ def takes_several(kind: Any) -> bool:
     return any(get_origin(each) in (tuple, list) for each in (kind, *get_args(kind)))
 
 
-def _translate(
-    cls: type[RunSettings], types: Mapping[str, Any], raw: Words, layer: str, notes: list[str]
-) -> dict[str, list[str]]:
+def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, layer: str, notes: list[str]) -> Words:
     """Give the settings of one layer their current names. Raises SettingsError for an unknown name."""
     result: Words = {}
     for name, words in raw.items():
