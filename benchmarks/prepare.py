@@ -3,9 +3,9 @@
     python benchmarks/prepare.py [ROWS] [PROCESSES]
 
 Each measurement is a fresh process; the two alternate. Rows have about the lengths of UltraFeedback: prompts and
-answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which both
-read unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process
-plus that of its largest worker.
+answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which
+both read unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the
+process plus that of its largest worker.
 """
 
 from __future__ import annotations
