@@ -55,7 +55,7 @@ def one(kind: str, folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from helpers.evaluation import HFGenerator
-    from helpers.models.chat import set_chat_template
+    from helpers.models import set_chat_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     set_chat_template(tokenizer, "auto")

@@ -3,9 +3,9 @@
     python benchmarks/prepare.py [ROWS] [PROCESSES]
 
 Each measurement is a fresh process; the two alternate. Rows have about the lengths of UltraFeedback: prompts and
-answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which both read
-unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the process plus
-that of its largest worker.
+answers are sampled from log-normal distributions. Their columns are those of trl-lib/ultrafeedback_binarized, which
+both read unchanged. The tokenizer is Mistral-7B's, from mistral-common. Memory is the largest resident size of the
+process plus that of its largest worker.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def prepare(which: str, folder: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl.trainer.dpo_trainer import DPOTrainer  # by both, before the clock starts: a notebook has it anyway
 
-    from helpers.data.prepare import LengthLimits
-    from helpers.data.row_report import prepare_rows
-    from helpers.models.chat import set_chat_template
+    from helpers.data import LengthLimits, prepare_rows
+    from helpers.models import set_chat_template
 
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
