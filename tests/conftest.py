@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import warm
+from tests import fake_hub, warm
 from tests.browser import browser as browser  # a fixture for whichever test asks for it
 
 REPO = Path(__file__).resolve().parents[1]
@@ -59,6 +59,26 @@ def warm_processes(request: pytest.FixtureRequest, own_caches: None) -> Iterator
         warm.start(os.environ)
     yield
     warm.stop_all()
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[fake_hub.Hub]:
+    with fake_hub.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: fake_hub.Hub) -> fake_hub.Hub:
+    """An empty Hub; its address is the same in all tests, so that they share a warm process."""
+    hub_server.forget()
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def hub_env(hub_server: fake_hub.Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a program that talks to `hub`, with a cache that is empty at the start of the session."""
+    home = str(tmp_path_factory.mktemp("hub-home"))
+    return {"HF_ENDPOINT": hub_server.url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,10 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as a new Hub, at the same address."""
         self.repos: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,6 @@ import pytest
 import torch
 
 from tests import fake_hub as local
-
-
-@pytest.fixture
-def hub() -> Iterator[local.Hub]:
-    with local.serve() as server:
-        yield server
 
 
 @pytest.fixture

@@ -112,11 +112,11 @@ def test_without_a_token_a_push_explains_how_to_give_one(
 
 
 def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
-    hub: local.Hub, project: Project, sft_run: str
+    hub: local.Hub, hub_env: dict[str, str], project: Project, sft_run: str
 ) -> None:
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
     flags += ["--max_steps", "2", "--save_steps", "2", "--run_name", "pushed", "--merge_adaptors", "--push_to_hub"]
-    online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": local.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    online = hub_env | {"HF_TOKEN": local.TOKEN}
     done = project.run("02_dpo.py", *flags, "--hub_repo_id", "me/pushed", **online)
     again = project.run("02_dpo.py", *flags, "--hub_repo_id", "me/again", **online)
     assert "was already finished and was not retrained" in again.stderr
@@ -140,8 +140,8 @@ def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
 
 
 def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
-    hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from huggingface_hub import ModelCard, constants
 
@@ -150,7 +150,7 @@ def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
     hub.add("datasets", "org/pairs", {"train.jsonl": (demo_folder / "preferences" / "train.jsonl").read_bytes()})
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
     flags += ["--model_id", "org/tiny", "--dataset_id", "org/pairs", "--max_steps", "2", "--save_steps", "2"]
-    online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local.TOKEN}
+    online = hub_env | {"HF_TOKEN": local.TOKEN}
     done = project.run("02_dpo.py", *flags, "--run_name", "from_hub", "--push_to_hub", "False", **online)
     assert "3,000" in done.stdout
     assert hub.writes() == []

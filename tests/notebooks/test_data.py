@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return Project(tmp_path_factory.mktemp("project"))
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[local.Hub]:
-    with local.serve() as server:
-        yield server
-
-
 def drive(project: Project, jobs: list[tuple[str, dict[str, Any]]], **env: str) -> list[str]:
     """Run notebooks one after another in one process; how each ended."""
     commands = []
@@ -94,7 +87,7 @@ def run_all(project: Project, commands: list[tuple[str, list[str]]], **env: str)
 
 @pytest.mark.long
 def test_every_format_trains_from_a_file_and_from_a_hub(
-    hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path
+    hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:
     model = str(demo_folder / "tiny-mistral")
     lora = {"model_id": model, "tuning": "lora", "lora_r": 4, "per_device_train_batch_size": 2, **FEW}
@@ -113,8 +106,7 @@ def test_every_format_trains_from_a_file_and_from_a_hub(
         for place, dataset_id in (("file", str(file)), ("hub", repository)):
             job = {"dataset_id": dataset_id, "dataset_split": "train", "run_name": f"{place}-{i}", **lora}
             jobs.append((notebook, job))
-    online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    assert drive(project, jobs, **online) == ["well"] * len(jobs)
+    assert drive(project, jobs, **hub_env) == ["well"] * len(jobs)
     for i, (_, name, _) in enumerate(sets):
         from_file, from_hub = (project.record(f"{place}-{i}") for place in ("file", "hub"))
         data = from_file["data"]
@@ -132,7 +124,7 @@ def test_every_format_trains_from_a_file_and_from_a_hub(
 
 
 def test_a_set_behind_a_loader_script_is_read_from_the_file_beside_it(
-    hub: local.Hub, project: Project, demo_folder: Path, tmp_path: Path
+    hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:
     rows = several(ROWS["tatsu-lab/alpaca_farm"][1]).to_list()
     files = {"alpaca_farm.py": b"raise SystemExit", "alpaca_human_preference.json": json.dumps(rows).encode()}
@@ -142,12 +134,11 @@ def test_a_set_behind_a_loader_script_is_read_from_the_file_beside_it(
         "dataset_config": "alpaca_human_preference", "dataset_split": "preference", "run_name": "farm", **FEW,
     }  # fmt: skip
     without = job | {"dataset_config": "alpaca_gpt5_preference", "run_name": "none"}
-    online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    well, none = drive(project, [("02_dpo.py", job), ("02_dpo.py", without)], **online)
+    well, none = drive(project, [("02_dpo.py", job), ("02_dpo.py", without)], **hub_env)
     assert well == "well"
     assert none.startswith("UserError: dataset 'tatsu-lab/alpaca_farm', split 'preference', cannot be loaded:")
     assert project.record("farm")["data"]["kept"] == COUNT
-    (offline,) = drive(project, [("02_dpo.py", job | {"run_name": "farm-2"})], **online, HF_HUB_OFFLINE="1")
+    (offline,) = drive(project, [("02_dpo.py", job | {"run_name": "farm-2"})], **hub_env, HF_HUB_OFFLINE="1")
     assert offline == "well"
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,6 @@ for notebook, *flags in json.load(sys.stdin):
             status = stop.code
     print("ENDED", json.dumps(status), file=sys.stderr, flush=True)
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[local.Hub]:
-    with local.serve() as server:
-        yield server
 
 
 def test_what_the_hub_answers_says_what_to_do() -> None:
@@ -84,8 +77,9 @@ def test_a_hub_that_is_not_there_is_asked_once_and_one_that_hangs_up_is_left_to_
 
 
 def test_each_mistake_is_one_line_and_nothing_is_written(
-    hub: local.Hub, demo_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+    hub: local.Hub, hub_env: dict[str, str], demo_folder: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
     project = Project(tmp_path_factory.mktemp("project"))
     tiny, pairs = str(demo_folder / "tiny-mistral"), str(demo_folder / "preferences")
     bare = tmp_path / "bare"
@@ -137,8 +131,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
         ([*dpo, "--dataset_id", "org/absent"], 1, "'org/absent' doesn't exist on the Hub or cannot be accessed"),
         ([*dpo, "--model_id", "org/s429"], 1, "'org/s429' cannot be loaded: the Hub asks to slow down (429)"),
     ]  # fmt: skip
-    online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    done = project.python("-c", DRIVER, input=json.dumps([words for words, _, _ in cases]), **online)
+    done = project.python("-c", DRIVER, input=json.dumps([words for words, _, _ in cases]), **hub_env)
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     said: list[list[str]] = [[]]
     ended = []
