@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from helpers.core import Interrupted, SettingsError, UserError, find_path, read_jsonl, safe_file_name, short_path
-from helpers.data.conversations import Message
+from helpers.data.formats import Message
 from helpers.evaluation.questions import Question, answer_turns, read_bench
 from helpers.runs.run import Run, find_run, read_run
 

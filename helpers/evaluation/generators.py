@@ -15,7 +15,7 @@ from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import CleanExit, SettingsError, UserError
-from helpers.data.conversations import Message
+from helpers.data.formats import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.models.chat import (
     eos_token_ids,

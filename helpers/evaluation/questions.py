@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import UserError, find_path, read_jsonl
-from helpers.data.conversations import is_conversation
+from helpers.data.formats import is_conversation
 from helpers.data.loading import DatasetSpec, load_rows
 
 Question = dict[str, Any]
