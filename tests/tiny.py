@@ -14,6 +14,11 @@ class StepSettings(RunSettings):
     """A step's settings."""
 
     step: ClassVar[str] = "dpo"
+    model_id: str = "org/m"  # model
+    revision: str = ""  # branch
+    sft_run: str = ""  # run
+    trust_remote_code: bool = False  # its code
+    chat_template: str = "auto"  # template
     lora_r: int = 8  # rank
     lora_alpha: int = 16  # scale
     lora_target_modules: str = "all-linear"  # layers

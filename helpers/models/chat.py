@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 # Mistral-7B-Instruct v0.1 and v0.2; OpenAI's ChatML, used by Qwen and Yi; allenai/tulu-2 and Zephyr; Stanford Alpaca
-# without its preamble; lmsys/vicuna from v1.1 on; Anthropic/hh-rlhf, which Pythia was aligned with. mistral, alpaca,
-# vicuna and hh have no system role: a system message opens the first user turn.
+# without its preamble; lmsys/vicuna from v1.1 on; Anthropic/hh-rlhf, which Pythia was aligned with.
 CHAT_TEMPLATES = ("mistral", "chatml", "tulu", "alpaca", "vicuna", "hh")
 TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}  # added to a tokenizer that lacks them
 TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokenizer's own end-of-sequence token
+REFUSED = "the chat template refuses a conversation"
 VALIDATED_ROWS = 16  # rows that `validate_chat_template` checks before training
 PROBE = [
     {"role": "user", "content": "Apples?"},
@@ -38,9 +38,8 @@ def read_template(name: str) -> str:
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str, list[str]]:
     """Set the tokenizer's template: one of CHAT_TEMPLATES, or a Jinja file; "auto" keeps its own, or else uses mistral.
 
-    Returns the template's name and the tokens added for it, which need rows in the model (`plan.prepare_model`). A
-    missing padding token becomes <unk>, or else the end-of-sequence token. TRL's collators mask padding by position,
-    so neither is ever a label. Raises UserError for an unknown template.
+    Returns its name and the tokens added for it, which need rows in the model (`plan.prepare_model`). A missing padding
+    token becomes <unk> or the end-of-sequence token: TRL's collators mask padding by position. Raises UserError.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -67,28 +66,20 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], p
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # jinja2's TemplateError, or whatever a template raises for unexpected messages
-        raise UserError(f"the chat template refuses a conversation: {error}") from None
-
-
-def try_render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False
-) -> tuple[str, str]:
-    """Return the text and "", or "" and the reason why the template refuses the conversation."""
-    try:
-        return render(tokenizer, messages, prompt), ""
-    except UserError as error:
-        return "", str(error)[:80]
+        raise UserError(f"{REFUSED}: {error}") from None
 
 
 def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], prompt: bool = False
 ) -> list[tuple[str, str]]:
-    """`try_render` for many conversations: one call, unless one of them is refused."""
+    """Render many conversations: the text and "", or "" and the reason why the template refuses it, for each."""
     try:
         texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
-    except Exception:  # find out which
-        return [try_render(tokenizer, messages, prompt) for messages in conversations]
-    return [(str(text), "") for text in texts]
+        return [(str(text), "") for text in texts]
+    except Exception as error:  # see `render`
+        if len(conversations) == 1:
+            return [("", f"{REFUSED}: {error}"[:80])]
+        return [result for messages in conversations for result in render_all(tokenizer, [messages], prompt)]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -109,8 +100,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
 def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """Tokenize a conversation. Labels are -100 except on every assistant turn and its end.
 
-    An assistant turn is what its rendering adds to the rendering of the prompt before it. So any template works whose
-    text only grows from turn to turn. Raises UserError for other templates.
+    An assistant turn is what its rendering adds to that of the prompt before it. Raises UserError if the template's
+    text does not only grow from turn to turn.
     """
     text, spans = render(tokenizer, messages), []
     for i, message in enumerate(messages):
@@ -151,7 +142,7 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig |
 
 def supports_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template accepts a system message and renders its text."""
-    text, _ = try_render(tokenizer, [{"role": "system", "content": "Xyzzy."}, *PROBE[:1]], prompt=True)
+    ((text, _),) = render_all(tokenizer, [[{"role": "system", "content": "Xyzzy."}, *PROBE[:1]]], prompt=True)
     return "Xyzzy." in text
 
 
@@ -172,9 +163,9 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
 def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
     """Check on real conversations that the template is safe to train on.
 
-    Every turn's text is rendered. There is one beginning-of-sequence token if the tokenizer puts one before other
-    text. The end-of-sequence token closes the answer. The prompt at generation, as text and as tokens, is how the
-    rendered conversation begins. Raises UserError with the text and the ids.
+    It renders every turn, has one beginning-of-sequence token if the tokenizer puts one before other text, and closes
+    the answer with the end-of-sequence token. The prompt at generation, as text and as tokens, is how the conversation
+    begins. Raises UserError with the text and the ids.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     needs_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

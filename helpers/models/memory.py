@@ -24,10 +24,8 @@ MIN_8BIT_SIZE = 4096  # parameters; bitsandbytes keeps the state of smaller weig
 LOGIT_TILE = (4096, 32768)  # rows and columns of logits in memory at a time (trl 1.16, kernels/chunked_logprob.py)
 # Families whose layers are listed here: importing torch and transformers takes longer than a dry run may. Whether the
 # query, key and value projections have a bias by default, and the output projection.
-ATTENTION_BIAS = {
-    "llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, False),
-    "gemma": (False, False), "gpt_neox": (True, True),
-}  # fmt: skip
+ATTENTION_BIAS = dict.fromkeys(("llama", "mistral", "qwen3", "gemma"), (False, False))
+ATTENTION_BIAS |= {"qwen2": (True, False), "gpt_neox": (True, True)}
 
 
 class Linear(NamedTuple):
@@ -156,12 +154,7 @@ def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int, in
 
 
 class TrainingSpec:
-    """What memory depends on besides the model, for a GPU with bfloat16, or for a CPU with `--use_cpu`.
-
-    Args:
-        values: `RunSettings.values()`.
-        trained_further: Whether training starts from an adapter.
-    """
+    """What memory depends on besides the model, read from `RunSettings.values()`, for a GPU with bfloat16 or a CPU."""
 
     def __init__(self, values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False) -> None:
         tuning, dpo, engine = values["tuning"], step == "dpo", sharding_engine()
@@ -203,11 +196,12 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
 def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
     """Bytes on one device by part; `peak` is their sum.
 
-    Weights, adapters, gradients and optimizer states are counted. Activations follow what autograd keeps per layer,
-    read from traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py compares). Sharing a pair's prompt, which
-    is not counted, reduces them.
+    Activations follow what autograd keeps per layer in traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py
+    compares); computing a pair's prompt once reduces them.
     """
-    trained, embeddings = trained_sizes(decoder, spec), trained_embeddings(decoder, spec)
+    trained, embeddings = trained_sizes(decoder, spec), 0
+    if spec.full or any("embed" in name for name in spec.modules_to_save):
+        embeddings = decoder.vocabulary * decoder.hidden
     count = sum(trained) + embeddings
     # DeepSpeed and FSDP keep trained weights in bfloat16, and float32 copies with the optimizer
     mixed = spec.full and spec.stage > 0 and spec.compute == 2
@@ -254,12 +248,6 @@ def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
     sizes = [spec.rank * side for linear in spec.targets for side in (linear.inputs, linear.outputs)]
     sizes += [linear.outputs for linear in spec.targets] if spec.dora else []
     return sizes + [head for name in spec.modules_to_save if "embed" not in name]
-
-
-def trained_embeddings(decoder: Decoder, spec: TrainingSpec) -> int:
-    """Parameters of the input embeddings, if they are trained."""
-    trained = spec.full or any("embed" in name for name in spec.modules_to_save)
-    return decoder.vocabulary * decoder.hidden if trained else 0
 
 
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
@@ -323,11 +311,8 @@ def suggest_changes(
             break
         if peak(combined | kind[-1]) < peak(combined):
             combined |= kind[-1]
-    return [(_flags(change), peak(change)) for change in options or [combined]]
-
-
-def _flags(change: Mapping[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in change.items())
+    flags = [" ".join(f"--{name} {value}" for name, value in change.items()) for change in options or [combined]]
+    return list(zip(flags, map(peak, options or [combined]), strict=True))
 
 
 def _changes(values: Mapping[str, Any], spec: TrainingSpec) -> Iterator[list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,24 +52,19 @@ class LoadPlan:
 
     @property
     def device_map(self) -> dict[str, Any] | None:
-        """The process's own device: "auto" would spread the model over GPUs, which training does not support.
-
-        None with DeepSpeed or FSDP, which place the weights themselves.
-        """
+        """The process's own device ("auto" would use several), or None with DeepSpeed or FSDP, which place weights."""
         if sharding_engine():
             return None
         return {"": int(os.environ.get("LOCAL_RANK", "0")) if self.device == "cuda" else self.device}
 
     def as_dict(self) -> dict[str, str]:
         """Describe the plan for run.json and the table."""
-        bits = "none"
-        if self.quantization is not None:
-            bits = "4-bit NF4, double" if self.quantization.load_in_4bit else "8-bit"
+        config = self.quantization
         return {
             "device": self.device,
             "weights": str(self.dtype).removeprefix("torch."),
             "computed in": "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32",
-            "quantization": bits,
+            "quantization": "none" if config is None else "4-bit NF4, double" if config.load_in_4bit else "8-bit",
             "attention": self.attn_implementation,
         }
 
@@ -88,17 +83,12 @@ def plan_model(
     attn_implementation: str = "auto",
     trl_args: Mapping[str, Any] | None = None,
 ) -> LoadPlan:
-    """Plan how `model_id` is loaded on this machine.
+    """Plan how `model_id` is loaded on this machine, for `tuning` (that of 02_dpo.py, or "none").
 
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
     bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
-    package, its kernel comes from the Hub if `kernels` is installed.
-
-    Args:
-        tuning: "full", "lora", "qlora" or "dora"; "none" if nothing is trained.
-        trl_args: TRL's fields that were set; only `use_cpu` matters here.
-
-    Raises UserError if a model of this size needs a GPU and there is none.
+    package, its kernel comes from the Hub if `kernels` is installed. Of TRL's fields, `trl_args`, only `use_cpu`
+    matters. Raises UserError if the model needs a GPU and there is none.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -106,10 +96,7 @@ def plan_model(
     use_cpu = (trl_args or {}).get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
-    if device == "cuda":
-        _refuse_several_gpus()
-    if device == "cpu":
-        _refuse_large_model(model_id)
+    _check_machine(model_id, device)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -133,22 +120,21 @@ def plan_model(
     return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
 
 
-def _refuse_large_model(model_id: str) -> None:
-    """Read the size from the name, as in Mistral-7B or Mixtral-8x7B: nothing has been downloaded yet."""
+def _check_machine(model_id: str, device: str) -> None:
+    """Refuse a model too large for a CPU, by the size in its name (Mixtral-8x7B), and several GPUs in one process.
+
+    With several GPUs, the Trainer would wrap the model in nn.DataParallel, which TRL does not support.
+    """
+    import torch
+
     name = model_id.rpartition("/")[2].replace("_", "-")
-    size = re.search(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", name)
+    size = re.search(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", name) if device == "cpu" else None
     if size and int(size[1] or 1) * float(size[2]) > MAX_CPU_BILLIONS and find_path(model_id) is None:
         raise UserError(
             f"{model_id} needs a GPU (24 GB for the defaults) and this machine has none. Use "
             '`--recipe recipes/demo.yaml` on a laptop; in a notebook, the line `recipe = "recipes/demo.yaml"`.'
         )
-
-
-def _refuse_several_gpus() -> None:
-    """The Trainer would wrap the model in nn.DataParallel, which TRL does not support."""
-    import torch
-
-    if "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
+    if device == "cuda" and "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
         command = "notebooks/..." if is_notebook() else shlex.join(sys.argv)
         raise UserError(
             f"{n} GPUs are visible to one process. Set CUDA_VISIBLE_DEVICES=0 to use one of them, or use all with "
@@ -165,8 +151,8 @@ def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
     """On a CPU, make 4-bit layers compute in evaluation as in training.
 
-    bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation. From
-    then on its output is rounded to bfloat16, and no gradient passes through it.
+    bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation, which
+    rounds its output to bfloat16 and lets no gradient through from then on.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -178,8 +164,7 @@ def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give tokens beyond the model's vocabulary a row each in the embeddings and the LM head: the mean of the others.
 
-    The rows depend on base and tokenizer alone. So an adapter that replaces them (`trainable_token_indices`) is
-    loaded on the base it was trained on.
+    They depend on base and tokenizer alone: an adapter that replaces them finds the base that it was trained on.
     """
     from peft.utils.other import TrainableTokensWrapper
 
@@ -190,22 +175,15 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if len(tokenizer) <= before:
         return
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is not None:
-            with _gathered(layer.weight) as weight:
-                weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        gathered: Any = contextlib.nullcontext()
+        if hasattr(layer.weight, "ds_id"):  # under ZeRO-3 each process holds a part
+            import deepspeed
 
-
-@contextlib.contextmanager
-def _gathered(weight: Any) -> Iterator[torch.Tensor]:
-    """Yield a weight's data; under ZeRO-3 it is gathered from all processes and partitioned again."""
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            yield weight.data
-    else:
-        yield weight.data
+            gathered = deepspeed.zero.GatheredParameters([layer.weight], modifier_rank=0)
+        with gathered:
+            weight: Any = layer.weight.data
+            weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
 def lora_modules_to_save(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:

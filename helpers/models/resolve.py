@@ -27,21 +27,13 @@ WEIGHT_PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a training starts from: a model, a finished run of 01_sft.py, or that run's adapter on its base.
+    """What a training starts from: a model, a finished run of 01_sft.py, or that run's adapter on its base."""
 
-    Attributes:
-        model: Folder or Hub id of the weights, as it was named.
-        revision: Branch, tag or commit of `model` on the Hub; None for the default branch.
-        base_model: The model at the root of the lineage.
-        parent: The run of 01_sft.py, if any.
-        adapter: Folder of an adapter to train further, if any.
-    """
-
-    model: str
-    revision: str | None
-    base_model: str
+    model: str  # the weights: a folder or a Hub id, as it was named
+    revision: str | None  # branch, tag or commit of `model` on the Hub
+    base_model: str  # the model at the root of the lineage
     parent: Run | None = None
-    adapter: Path | None = None
+    adapter: Path | None = None  # folder of an adapter that is trained further
 
     @functools.cached_property
     def path(self) -> str:
@@ -55,27 +47,25 @@ class Start:
     @property
     def config_file(self) -> Path:
         """The model's config.json; its weights may still be missing."""
-        folder = find_path(self.model)
-        if folder and (folder / "config.json").is_file():
-            return folder / "config.json"
         return fetch_file(self.model, self.revision, "config.json")
 
 
 def resolve_start(settings: RunSettings) -> Start:
-    """Find out what `settings` start from: `model_id`, or a run of 01_sft.py whose settings are taken over.
+    """Find what `settings` start from: `model_id`, or a run of 01_sft.py, whose model_id and adapter settings are used.
 
     Raises UserError for a missing run, SettingsError for settings that contradict its adapter.
     """
     values = settings.values()
+    revision = values["revision"] or None
     if not values.get("sft_run"):
-        return Start(values["model_id"], values["revision"] or None, values["model_id"])
+        return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
     settings.override("parent", model_id=parent.base_model)
     if not parent.is_adapter:
-        return Start(str(parent.folder), values["revision"] or None, parent.base_model, parent)
+        return Start(str(parent.folder), revision, parent.base_model, parent)
     config = adopt_adapter_settings(parent.folder, settings)
-    base, revision = config["base_model_name_or_path"], config.get("revision") or None
-    return Start(base, revision, parent.base_model, parent, parent.folder)
+    revision = config.get("revision") or None
+    return Start(config["base_model_name_or_path"], revision, parent.base_model, parent, parent.folder)
 
 
 def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
@@ -94,13 +84,11 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
             f"`--chat_template {template}` needs {', '.join(missing)}, which the adapter in {folder.name} was trained "
             f"without. Train 01_sft.py with `--chat_template {template}`."
         )
-    dora = config.get("use_dora", False)
+    dora, run = config.get("use_dora", False), read_run(folder).get("settings", {})
     adopted = {
         "lora_r": config["r"],
         "lora_alpha": config["lora_alpha"],
-        "lora_target_modules": read_run(folder)
-        .get("settings", {})
-        .get("lora_target_modules", config["target_modules"]),
+        "lora_target_modules": run.get("lora_target_modules", config["target_modules"]),
         "use_rslora": config.get("use_rslora", False),
         "lora_modules_to_save": tuple(config.get("modules_to_save") or ()),
     }
@@ -136,23 +124,23 @@ def resolve_model(model_id: str, revision: str | None = None, file: str = "confi
 
     Raises UserError if `file` or a local folder's weights are missing, before anything large is downloaded.
     """
-    path = find_path(model_id)
-    if path and (path / file).is_file():
-        if missing := missing_weights(path, file):
-            raise UserError(f"{model_id!r} {missing}")
-        return str(path)
     fetch_file(model_id, revision, file)
-    return model_id
+    folder = find_path(model_id)
+    if folder and (missing := missing_weights(folder, file)):
+        raise UserError(f"{model_id!r} {missing}")
+    return str(folder or model_id)
 
 
 def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
-    """Download one file from the Hub. Asks for a token if the model is gated; raises UserError if it cannot."""
+    """Find a folder's file, or download it from the Hub. Asks for a token if the model is gated. Raises UserError."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
     try:
-        if find_path(model_id):
+        if folder := find_path(model_id):
+            if (folder / file).is_file():
+                return folder / file
             raise FileNotFoundError(f"the folder has no {file}")
         if not try_to_load_from_cache(model_id, file, revision=revision or None):
             _check_connection()
@@ -197,17 +185,13 @@ def missing_weights(folder: Path, file: str = "config.json") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ModelRef:
-    """A model that answers: a full model, an adapter on its base, or the model `base` behind an endpoint.
-
-    `revision` is the base's; "" means main. `mutates_base`: loading the adapter changes the base's weights, so the base
-    must be loaded again after it.
-    """
+    """A model that answers: a full model, an adapter on its base, or the model `base` behind an endpoint."""
 
     name: str
     base: str
     adapter: str | None = None
-    revision: str = ""
-    mutates_base: bool = False
+    revision: str = ""  # of the base; "" means main
+    mutates_base: bool = False  # loading the adapter changes the base's weights: it must be loaded again afterwards
     base_url: str = ""
 
     @property
@@ -229,9 +213,9 @@ class ModelRef:
 
 
 def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
-    """Resolve an adapter, in a folder or on the Hub, and the base model it names.
+    """Resolve an adapter, in a folder or on the Hub, and the base model it names, or else `base_model_id`.
 
-    `base_model_id` is the setting for another base and may be ""; None if there is no such setting. Raises UserError.
+    Raises UserError, which mentions `--base_model_id` unless that is None.
     """
     from peft import PeftConfig
 
@@ -254,8 +238,8 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
 def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
     """Resolve runs, adapters, models and "latest", each after the model it was trained from.
 
-    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Each model appears once.
-    Models with the same name are numbered.
+    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Models with the same name
+    are numbered.
     """
     models: dict[ModelRef, ModelRef] = {}
     for name in names:
@@ -264,7 +248,7 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
             resolved = [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
         else:
             resolved = _resolve_with_start(name, output_dir)
-        for each in resolved:
+        for each in resolved:  # each model once
             models.setdefault(dataclasses.replace(each, name="", mutates_base=False), each)
     used = [model.name for model in models.values()]
     if "tie" in used:

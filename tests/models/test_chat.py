@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from helpers.core import UserError
 from helpers.models.chat import (
     CHAT_TEMPLATES,
+    TEMPLATE_FOLDER,
     read_template,
     render,
     set_chat_template,
@@ -70,6 +71,33 @@ def test_mistral_format_as_text(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "<s> [INST] What is 2 plus 3? [/INST] Of course, it is 5.</s>"
     assert render(tokenizer, TALK[:2]) == text
     assert render(tokenizer, system + TALK[:2]) == text.replace("What", "Be brief.\n\nWhat")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+RENDERED = {
+    "mistral": "<s> [INST] Be brief.\n\nHi [/INST] Yes.</s> [INST] Why? [/INST] So.</s>",
+    "chatml": "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    "Yes.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>",
+    "tulu": "<s><|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\nYes.</s>\n<|user|>\nWhy?\n<|assistant|>\nSo.</s>",
+    "alpaca": "<s>### Instruction:\nBe brief.\n\nHi\n\n### Response:\nYes.</s>\n\n### Instruction:\nWhy?\n\n"
+    "### Response:\nSo.</s>",
+    "vicuna": "<s>USER: Be brief.\n\nHi ASSISTANT: Yes.</s>USER: Why? ASSISTANT: So.</s>",
+    "hh": "<s>\n\nHuman: Be brief.\n\nHi\n\nAssistant: Yes.</s>\n\nHuman: Why?\n\nAssistant: So.</s>",
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_every_template_as_text(name: str, demo_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+    roles = ("user", "assistant") * 2
+    talk = [SYSTEM, *({"role": r, "content": c} for r, c in zip(roles, ("Hi", "Yes.", "Why?", "So."), strict=True))]
+    tokenizer.chat_template = read_template(name)
+    assert render(tokenizer, talk) == RENDERED[name]
+    for count in (2, 4):  # a prompt is how a longer conversation begins
+        assert RENDERED[name].startswith(render(tokenizer, talk[:count], prompt=True))
+    file = TEMPLATE_FOLDER / f"{name}.jinja"  # given by hand, the same file renders the same
+    set_chat_template(tokenizer, str(file))
+    assert render(tokenizer, talk) == RENDERED[name]
 
 
 def test_a_conversation_that_the_template_refuses_is_a_user_error(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from helpers.core import SettingsError, UserError
-from helpers.models import resolve
+from helpers.models import load_tokenizer, resolve, resolve_start
 from tests.tiny import settings_of
 
 
@@ -107,3 +109,49 @@ def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> N
     assert after.tokenizer == str(tmp_path / "dpo-b")
     before, after = resolve.resolve_models(("dpo-full",), tmp_path)
     assert (before.base, after.base, after.adapter) == (str(base), str(tmp_path / "dpo-full"), None)
+
+
+def test_a_start_is_a_model_a_run_or_the_adapter_of_a_run(
+    tmp_path: Path, demo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = demo_folder / "tiny-mistral"
+    start = resolve_start(settings_of(tmp_path, "--model_id", str(base)))
+    assert (start.path, start.revision, start.base_model) == (str(base), None, str(base))
+    assert (start.parent, start.adapter, start.tokenizer) == (None, None, str(base))
+    absent = resolve_start(settings_of(tmp_path, "--model_id", "not/a/model", "--revision", "v2"))
+    assert (absent.base_model, absent.revision) == ("not/a/model", "v2")  # not looked for yet
+    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+        print(absent.path)
+
+    record = {"step": "sft", "status": "finished", "finished": "2026", "base_model": str(base)}
+    for name in ("full", "lora"):
+        shutil.copytree(base, tmp_path / name)
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    settings = settings_of(tmp_path, "--sft_run", "full")
+    start = resolve_start(settings)
+    assert (start.path, start.tokenizer, start.adapter) == (str(tmp_path / "full"), str(tmp_path / "full"), None)
+    assert (start.base_model, settings.model_id, settings.sources["model_id"]) == (str(base), str(base), "parent")
+    assert start.parent is not None
+    assert start.parent.name == "full"
+
+    config = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "revision": "v3"}
+    config["base_model_name_or_path"] = str(base)
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    settings = settings_of(tmp_path, "--sft_run", "lora")
+    start = resolve_start(settings)
+    assert (start.path, start.revision, start.adapter) == (str(base), "v3", tmp_path / "lora")
+    assert (start.tokenizer, settings.lora_r) == (str(tmp_path / "lora"), 4)
+    capsys.readouterr()
+    tokenizer, new_tokens = load_tokenizer(start, settings)
+    assert (len(tokenizer), new_tokens) == (len(AutoTokenizer.from_pretrained(base)), [])
+    assert capsys.readouterr().out == "Chat template: the tokenizer's own\n"
+
+
+def test_a_moved_run_is_compared_with_the_run_beside_it(tmp_path: Path) -> None:
+    for name, parent in (("sft", None), ("dpo", "sft")):
+        (tmp_path / "moved" / name).mkdir(parents=True)
+        (tmp_path / "moved" / name / "config.json").write_text("{}")
+        record = {"step": name, "status": "finished", "parent": parent, "parent_folder": parent and "/gone/sft"}
+        (tmp_path / "moved" / name / "run.json").write_text(json.dumps(record))
+    models = resolve.resolve_models(("dpo",), tmp_path / "moved")
+    assert [model.base for model in models] == [str(tmp_path / "moved" / name) for name in ("sft", "dpo")]
