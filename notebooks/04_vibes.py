@@ -91,7 +91,7 @@ from helpers.evaluation import (
     resumable,
     write_vote_page,
 )
-from helpers.models.resolve import resolve_models
+from helpers.models import resolve_models
 from helpers.runs import start_run
 from helpers.settings.load import one_of
 
