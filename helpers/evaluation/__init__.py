@@ -7,10 +7,9 @@ __all__, __getattr__ = lazy_door(
     {
         "questions": ["read_bench", "read_questions"],
         "generators": ["chat_loop", "generation_kwargs", "HFGenerator", "iter_generators", "plan_generators"],
-        "answers": ["AnswerStore", "SideBySide", "find_answers", "resumable"],
-        "vote_page": ["write_vote_page"],
+        "answers": ["AnswerStore", "SideBySide", "resumable", "write_vote_page"],
         "judges": ["make_judge"],
-        "judgments": ["save_judgments"],
+        "judgments": ["find_answers", "save_judgments"],
         "results": ["PairwiseResults", "RatingResults"],
     },
 )

@@ -1,22 +1,28 @@
-"""Models' answers: asked batch by batch, stored as they arrive, found again, and shown side by side."""
+"""Models' answers: asked batch by batch, stored as they arrive, shown side by side and on a page to vote on."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
+import html
 import json
 import os
+import random
+import re
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from helpers.core import Interrupted, SettingsError, UserError, find_path, read_jsonl, safe_file_name, short_path
+from helpers.core import Interrupted, UserError, atomic_write, read_jsonl, safe_file_name, short_path
 from helpers.data.formats import Message
-from helpers.evaluation.questions import Question, answer_turns, read_bench
-from helpers.runs.run import Run, find_run, read_run
+from helpers.evaluation.questions import Question, answer_turns, question_turns
+from helpers.runs.run import Run
 
 Row = dict[str, Any]
 ModelAnswers = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one per turn
@@ -244,82 +250,69 @@ def _join(turns: list[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(turns, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class AnswerSet:
-    """Questions and what each model answered: what 05_judge.py judges."""
+def write_vote_page(
+    file: Path,
+    questions: list[Question],
+    answers: ModelAnswers,
+    title: str,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> str:
+    """Write a self-contained page that makes no network request, and return its id. Every text is shown as text.
 
-    questions: list[Question]
-    answers: ModelAnswers
-    folder: Path = Path()
-    page: str = ""  # the id of the folder's vote page
+    A model without an answer to a question is omitted there. `settings` says how the answers were made. `seed` and the
+    question's id decide whose answer is on the left. No vote is asked for where all answers are the same.
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("model", "questions answered", "mean characters per answer", box=None, pad_edge=False)
-        for model, answers in self.answers.items():
-            texts = [text for turns in answers.values() for text in turns]
-            mean = sum(map(len, texts)) / max(1, len(texts))
-            table.add_row(Text(model), f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
-        rows = [[own.get(q["question_id"]) for own in self.answers.values()] for q in self.questions]
-        complete = [row for row in rows if None not in row]
-        same = sum(len(row) > 1 and row.count(row[0]) == len(row) for row in complete)
-        notes = []
-        if len(complete) < len(rows):
-            unfinished = read_run(self.folder).get("status") == "interrupted"
-            notes.append(f"note: {len(rows) - len(complete)} questions are not answered by every model and are not "
-                         f"compared there{'; the run of 04_vibes.py is not finished' * unfinished}")  # fmt: skip
-        if same:
-            notes.append(f"note: {same} questions have identical answers; the vote page of 04 skips them")
-        return Group(table, *map(Text, notes))
-
-
-def find_answers(settings: Any) -> AnswerSet:
-    """The answers that the settings of 05_judge.py name, in the order in which models are compared. Raises UserError.
-
-    --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
+    The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
+    "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
     """
-    bench = _find_folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
-    if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
-        return AnswerSet([], {}, settings.output_dir)
-    if bench and not settings.is_set("answers_dir"):
-        folder = bench
-    elif settings.answers_dir == "latest":
-        folder = find_run(settings.output_dir, "latest", "vibes").folder
-    else:
-        folder = settings.output_dir / settings.answers_dir
-        folder = folder if folder.is_dir() else _find_folder("--answers_dir", settings.answers_dir)
-    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
-    files = {_model_name(file): file for file in sorted(place.glob("*.jsonl")) if file.name != "question.jsonl"}
-    if not files:
-        raise UserError(f"{str(place)!r} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
-    questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
-    record = read_run(folder)
-    in_order = [name for name in record.get("models", []) if name in files]  # a model after the one it started from
-    names = list(settings.models) or list(dict.fromkeys([*in_order, *files]))
-    if settings.baseline:
-        names = list(dict.fromkeys([settings.baseline, *names]))
-    if unknown := [name for name in names if name not in files]:
-        raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
-    return AnswerSet(questions, {n: _read_answers(files[n], questions) for n in names}, folder, record.get("page", ""))
+    if "tie" in answers:
+        raise UserError("a model is called 'tie', which is the vote for none of them. Rename it.")
+    ids = [_to_json(question["question_id"]) for question in questions]
+    if not ids:
+        raise UserError("the page has no question to show")
+    [(repeated, count)] = Counter(ids).most_common(1)
+    if count > 1:
+        raise UserError(f"question_id {repeated} occurs {count} times. Give each question its own.")
+    shown = []
+    for question, i in zip(questions, ids, strict=True):
+        models = [model for model in answers if answers[model].get(question["question_id"])]
+        random.Random(f"{seed} {i}").shuffle(models)
+        shown.append(
+            {
+                "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
+                "name": str(question["question_id"]),
+                "category": question.get("category") or "",
+                "turns": question_turns(question),
+                "reference": question.get("reference") or [],
+                "columns": [{"model": m, "answers": answers[m][question["question_id"]]} for m in models],
+            }
+        )
+    values = {name: v if isinstance(v, str) else _to_json(v) for name, v in (settings or {}).items()}
+    content = _to_json({"settings": values, "models": list(answers), "questions": shown})
+    template = Path(__file__).with_name("vote_page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": html.escape(title),
+        "policy": _policy(template),
+        "page": hashlib.sha256(content.encode()).hexdigest()[:12],
+        "content": content,
+    }
+    page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)  # one pass: no text is filled in twice
+    atomic_write(file, page.encode("utf-8", errors="replace"))
+    return parts["page"]
 
 
-def _find_folder(flag: str, name: str) -> Path:
-    path = find_path(name)
-    if path is None or not path.is_dir():
-        raise UserError(f"{flag} {name!r} is not a folder")
-    return path.resolve()
+def _to_json(value: Any) -> str:
+    r"""ASCII JSON that cannot end a <script>: U+2028, lone surrogates and "<" are \u escapes."""
+    return json.dumps(value, default=str).replace("<", "\\u003c")
 
 
-def _model_name(file: Path) -> str:
-    """The model whose answers these are; a file's name may lack some of its characters."""
-    models = [str(row.get("model_id") or "") for row in read_jsonl(file)[:1]]
-    return models[0] if models and safe_file_name(models[0]) == file.stem else file.stem
+def _policy(template: str) -> str:
+    """A Content-Security-Policy that allows the template's own style and script, by their hashes, and no request."""
 
+    def source(tag: str) -> str:
+        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-def _read_answers(file: Path, questions: list[Question]) -> dict[Any, list[str]]:
-    rows = {str(row.get("question_id")): row for row in read_jsonl(file)}
-    answers = {q["question_id"]: answer_turns(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}
-    return {i: turns for i, turns in answers.items() if turns}
+    rest = "base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; style-src {source('style')}; script-src {source('script')}; {rest}"

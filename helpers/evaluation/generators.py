@@ -17,14 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from helpers.core import CleanExit, SettingsError, UserError
 from helpers.data.formats import Message
 from helpers.evaluation.answers import AnswerStore, Generator
-from helpers.models.chat import (
-    eos_token_ids,
-    fold_system_message,
-    render,
-    set_chat_template,
-    supports_system_role,
-)
-from helpers.models.plan import LoadPlan, disable_cpu_4bit_repacking, plan_model, resize_embeddings
+from helpers.models.chat import eos_token_ids, fold_system_message, render, set_chat_template, supports_system_role
+from helpers.models.plan import LoadPlan, plan_model, prepare_model
 from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
@@ -186,8 +180,8 @@ def iter_generators(
             base = _load_base(ref, settings)
         tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=settings.trust_remote_code)
         set_chat_template(tokenizer, "auto")
+        prepare_model(base, tokenizer)
         if ref.adapter:
-            resize_embeddings(base, tokenizer)  # rows for tokens that its chat template added
             base = PeftModel.from_pretrained(base, ref.adapter)
         generator = HFGenerator(base.eval(), tokenizer)
         yield ref.name, generator
@@ -209,7 +203,6 @@ def _load_base(ref: ModelRef, settings: Any) -> PreTrainedModel:
         device_map=plan.device_map,
         trust_remote_code=settings.trust_remote_code,
     )
-    disable_cpu_4bit_repacking(model)
     return model
 
 

@@ -12,9 +12,17 @@ from typing import Any
 
 from helpers.core import SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
 from helpers.data.formats import Message
-from helpers.evaluation.answers import AnswerSet, JsonlStore, ModelAnswers, Row, resumable
+from helpers.evaluation.answers import JsonlStore, ModelAnswers, Row, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
-from helpers.evaluation.judgments import Judgments, apply_rules, pair_row, read_judgments, read_votes, score_by_rules
+from helpers.evaluation.judgments import (
+    AnswerSet,
+    Judgments,
+    apply_rules,
+    pair_row,
+    read_judgments,
+    read_votes,
+    score_by_rules,
+)
 from helpers.evaluation.questions import Question, question_turns
 from helpers.runs.run import Run
 

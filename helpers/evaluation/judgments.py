@@ -1,31 +1,104 @@
-"""Judgments in FastChat's rows: from votes, rules and files; saved with a run."""
+"""What is judged, and judgments in FastChat's rows: from votes, rules and files; saved with a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
+import importlib
 import json
 import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import (
-    SettingsError,
-    UserError,
-    atomic_write,
-    find_path,
-    import_user_module,
-    read_jsonl,
-    safe_file_name,
-    write_json,
-)
-from helpers.evaluation.answers import AnswerSet, Row
-from helpers.evaluation.questions import Question
-from helpers.runs.run import Run
+from helpers.core import SettingsError, UserError, atomic_write, find_path, read_jsonl, safe_file_name, write_json
+from helpers.evaluation.answers import ModelAnswers, Row
+from helpers.evaluation.questions import Question, answer_turns, read_bench
+from helpers.runs.run import Run, find_run, read_run
 
-VOTES_FORMAT = "votes-1"  # see vote_page.py
+VOTES_FORMAT = "votes-1"  # see write_vote_page
 WINNERS = ("model_1", "model_2", "tie", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSet:
+    """Questions and what each model answered: what 05_judge.py judges."""
+
+    questions: list[Question]
+    answers: ModelAnswers
+    folder: Path = Path()
+    page: str = ""  # the id of the folder's vote page
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("model", "questions answered", "mean characters per answer", box=None, pad_edge=False)
+        for model, answers in self.answers.items():
+            texts = [text for turns in answers.values() for text in turns]
+            mean = sum(map(len, texts)) / max(1, len(texts))
+            table.add_row(Text(model), f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
+        rows = [[own.get(q["question_id"]) for own in self.answers.values()] for q in self.questions]
+        complete = [row for row in rows if None not in row]
+        same = sum(len(row) > 1 and row.count(row[0]) == len(row) for row in complete)
+        notes = []
+        if len(complete) < len(rows):
+            unfinished = read_run(self.folder).get("status") == "interrupted"
+            notes.append(f"note: {len(rows) - len(complete)} questions are not answered by every model and are not "
+                         f"compared there{'; the run of 04_vibes.py is not finished' * unfinished}")  # fmt: skip
+        if same:
+            notes.append(f"note: {same} questions have identical answers; the vote page of 04 skips them")
+        return Group(table, *map(Text, notes))
+
+
+def find_answers(settings: Any) -> AnswerSet:
+    """The answers that the settings of 05_judge.py name, in the order in which models are compared. Raises UserError.
+
+    --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
+    """
+    bench = _find_folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
+    if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
+        return AnswerSet([], {}, settings.output_dir)
+    if bench and not settings.is_set("answers_dir"):
+        folder = bench
+    elif settings.answers_dir == "latest":
+        folder = find_run(settings.output_dir, "latest", "vibes").folder
+    else:
+        folder = settings.output_dir / settings.answers_dir
+        folder = folder if folder.is_dir() else _find_folder("--answers_dir", settings.answers_dir)
+    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
+    files = {_model_name(file): file for file in sorted(place.glob("*.jsonl")) if file.name != "question.jsonl"}
+    if not files:
+        raise UserError(f"{str(place)!r} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
+    questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
+    record = read_run(folder)
+    in_order = [name for name in record.get("models", []) if name in files]  # a model after the one it started from
+    names = list(settings.models) or list(dict.fromkeys([*in_order, *files]))
+    if settings.baseline:
+        names = list(dict.fromkeys([settings.baseline, *names]))
+    if unknown := [name for name in names if name not in files]:
+        raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
+    return AnswerSet(questions, {n: _read_answers(files[n], questions) for n in names}, folder, record.get("page", ""))
+
+
+def _find_folder(flag: str, name: str) -> Path:
+    path = find_path(name)
+    if path is None or not path.is_dir():
+        raise UserError(f"{flag} {name!r} is not a folder")
+    return path.resolve()
+
+
+def _model_name(file: Path) -> str:
+    """The model whose answers these are; a file's name may lack some of its characters."""
+    models = [str(row.get("model_id") or "") for row in read_jsonl(file)[:1]]
+    return models[0] if models and safe_file_name(models[0]) == file.stem else file.stem
+
+
+def _read_answers(file: Path, questions: list[Question]) -> dict[Any, list[str]]:
+    rows = {str(row.get("question_id")): row for row in read_jsonl(file)}
+    answers = {q["question_id"]: answer_turns(rows[i]) for q in questions if (i := str(q["question_id"])) in rows}
+    return {i: turns for i, turns in answers.items() if turns}
 
 
 @dataclasses.dataclass
@@ -207,7 +280,10 @@ def score_by_rules(module: str, answers: AnswerSet) -> dict[str, dict[str, float
 
 
 def _import_rules(module: str) -> Any:
-    rules = import_user_module(module, "judge_module")
+    try:
+        rules = importlib.import_module(module)
+    except ImportError:
+        rules = None
     if not (hasattr(rules, "score") and hasattr(rules, "compare")):
         raise SettingsError(f"--judge_module {module} is not a module with score() and compare()")
     return rules

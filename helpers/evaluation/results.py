@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from helpers.evaluation.answers import AnswerSet, ModelAnswers, Row, render_template
-from helpers.evaluation.judgments import Judgments
+from helpers.evaluation.answers import ModelAnswers, Row, render_template
+from helpers.evaluation.judgments import AnswerSet, Judgments
 from helpers.evaluation.statistics import (
     bootstrap_interval,
     group_index,
@@ -182,6 +182,8 @@ class PairResult:
         if self.length_controlled is not None and self.length_controlled_interval is not None:
             low, high = self.length_controlled_interval
             parts.append(f"at equal lengths {self.length_controlled:.1%} ({low:.1%} to {high:.1%})")
+        if self.longer_won is not None:
+            parts.append(f"the longer answer won {self.longer_won:.1%} of {self.decided_unequal} decided")
         if self.consistency is not None:
             parts.append(f"same verdict in both orders {self.consistency:.1%}")
         return "; ".join(parts)
@@ -268,7 +270,7 @@ class PairwiseResults:
             around = [[rate - interval[0]], [interval[1] - rate]] if interval else None
             axis.errorbar(rate, y, xerr=around, fmt="o", color="black", capsize=3, markersize=4)
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, 1)
+        axis.set(xlim=(0, 1), xlabel="share of comparisons")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         return figure
@@ -317,7 +319,7 @@ class RatingResults:
             average, (low, high) = m["average"] or 0.0, m["interval"] or (0.0, 0.0)
             axis.barh(y, average, xerr=[[average - low], [high - average]], color=BLUE, height=0.6, capsize=3)
             axis.text(0.1, y, f"{average:.2f}", va="center", fontsize=9, color="white")
-        axis.set_xlim(0, 10)
+        axis.set(xlim=(0, 10), xlabel="mean rating")
         return figure
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.evaluation import generators
-from helpers.evaluation.vote_page import write_vote_page
+from helpers.evaluation.answers import write_vote_page
 from tests.evaluation.pages import ANSWERS, QUESTIONS, SEED
 
 if TYPE_CHECKING:

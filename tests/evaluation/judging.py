@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from helpers.evaluation.answers import AnswerSet
 from helpers.evaluation.judges import ModelJudge, make_judge
-from helpers.evaluation.judgments import Judgments, pair_row
+from helpers.evaluation.judgments import AnswerSet, Judgments, pair_row
 from helpers.evaluation.results import PairwiseResults
 from helpers.runs.run import Run
 from tests.judge_server import JudgeServer, Script, judge_server, shown

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
-from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide, find_answers
+from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide
+from helpers.evaluation.judgments import find_answers
 from tests.evaluation.judging import answers_worth
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
-from helpers.evaluation.answers import AnswerSet
 from helpers.evaluation.judges import (
     Budget,
     JudgePrompts,
@@ -21,6 +20,7 @@ from helpers.evaluation.judges import (
     parse_rating,
     parse_verdict,
 )
+from helpers.evaluation.judgments import AnswerSet
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
 from helpers.runs.run import Run
 from tests.evaluation.judging import answers_worth, better, judged, questions_of, settings_for

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers.core import SettingsError, UserError
-from helpers.evaluation.answers import AnswerSet
 from helpers.evaluation.judges import make_judge
-from helpers.evaluation.judgments import Judgments, apply_rules, read_judgments, read_votes, score_by_rules
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes, score_by_rules
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
 from tests.evaluation.judging import answers_worth, export, questions_of, rows_of, settings_for, vote
 

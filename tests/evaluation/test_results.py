@@ -14,9 +14,8 @@ from rich.console import Console
 
 from helpers.core import UserError
 from helpers.evaluation import statistics
-from helpers.evaluation.answers import AnswerSet
 from helpers.evaluation.judges import model_pairs
-from helpers.evaluation.judgments import Judgments, read_judgments
+from helpers.evaluation.judgments import AnswerSet, Judgments, read_judgments
 from helpers.evaluation.results import (
     Counts,
     PairwiseResults,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.evaluation.answers import AnswerSet
-from helpers.evaluation.judgments import Judgments, read_votes
+from helpers.evaluation.judgments import AnswerSet, Judgments, read_votes
 from helpers.evaluation.results import Counts, PairwiseResults
 from tests.evaluation.pages import (
     ANSWERS,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError
-from helpers.evaluation.vote_page import write_vote_page
+from helpers.evaluation.answers import write_vote_page
 from tests.browser import give_up
 from tests.evaluation.pages import (
     ANSWERS,

@@ -15,8 +15,7 @@ from helpers.hub.model_card import write_card
 
 
 def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_path: Path) -> None:
-    from helpers.evaluation.answers import AnswerSet
-    from helpers.evaluation.judgments import Judgments, pair_row
+    from helpers.evaluation.judgments import AnswerSet, Judgments, pair_row
     from helpers.evaluation.results import PairwiseResults
 
     common = {"base_model": "org/base", "versions": {"trl": "1.16.0"}, "status": "finished"}
