@@ -22,14 +22,14 @@
 # python notebooks/01_sft.py --help                           # every setting
 # ```
 #
-# A base model continues text. Here it learns to answer: it reads whole conversations, and the loss falls on the
-# assistant's turns alone.
+# A base model continues text. Here it learns to answer. It reads complete conversations, and only the assistant's
+# turns count in the loss.
 
 # %% [markdown]
 # ## Settings
 #
-# Each field is a flag (`--learning_rate 1e-4`), a variable (`SFT_LEARNING_RATE`), a line of `.env` and a recipe's key.
-# Any other field of TRL's `SFTConfig` works the same way without standing here.
+# Each field is a flag (`--learning_rate 1e-4`), a variable (`SFT_LEARNING_RATE`), a line of `.env` and a recipe key.
+# So is every field of TRL's `SFTConfig`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -39,30 +39,30 @@ from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass
-class Settings(TrainSettings):  # which has some more: --help lists them
+class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: see --help
     """Instruction-tune a model."""
 
     step: ClassVar[str] = "sft"
 
-    model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: a Hub id or a folder
+    model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: Hub id or folder
 
     dataset_id: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)  # conversations: Hub ids, files, folders
-    dataset_split: str = "train_sft"  # the split that is read; evaluation rows are taken from it
-    train_rows: int = 20_000  # conversations to train on; 0 takes all
-    eval_rows: int = 500  # conversations held out; 0 takes eval_fraction of them
-    eval_fraction: float = 0.05  # share held out where eval_rows is 0
-    data_format: str = "auto"  # by the columns; or messages, completion, alpaca, or any of 02_dpo.py's
-    max_length: int = 2048  # tokens of a conversation; 0 for no limit
+    dataset_split: str = "train_sft"  # split to read; evaluation rows are taken from it
+    train_rows: int = 20_000  # training conversations; 0: all
+    eval_rows: int = 500  # evaluation conversations; 0: eval_fraction of all
+    eval_fraction: float = 0.05  # share of rows for evaluation if eval_rows is 0
+    data_format: str = "auto"  # auto, messages, completion, alpaca, or a format of 02_dpo.py
+    max_length: int = 2048  # maximum tokens of a conversation; 0: no limit
 
-    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # all weights, or an adapter; qlora's base is in 4 bits
+    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 64  # rank of the adapter
-    lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
+    lora_alpha: int = 128  # scale of the adapter: alpha / r
 
-    num_train_epochs: float = 1.0  # passes over the rows
-    learning_rate: float = 1e-4  # the highest; 1e-5 to 2e-5 suits tuning in full
-    per_device_train_batch_size: int = 1  # conversations at a time
-    per_device_eval_batch_size: int = 1  # likewise, in evaluation
-    gradient_accumulation_steps: int = 16  # batches to one step
+    num_train_epochs: float = 1.0  # passes over the training rows
+    learning_rate: float = 1e-4  # peak learning rate; for full tuning 1e-5 to 2e-5
+    per_device_train_batch_size: int = 1  # conversations per device and batch
+    per_device_eval_batch_size: int = 1  # the same for evaluation
+    gradient_accumulation_steps: int = 16  # batches per optimizer step
 
 
 # %%

@@ -12,26 +12,27 @@
 # ---
 
 # %% [markdown]
-# # 2. Align it on preferences
+# # 2. Align the model on preferences
 #
 # **In:** a model that answers, and pairs of a better and a worse answer. **Out:** an adapter, in `outputs/dpo-.../`.
 #
 # ```
 # python notebooks/02_dpo.py                                  # Mistral-7B-Instruct, QLoRA, a 24 GB GPU
-# python notebooks/02_dpo.py --sft_run latest                 # on from the newest run of 01_sft.py
+# python notebooks/02_dpo.py --sft_run latest                 # start from the newest run of 01_sft.py
 # python notebooks/02_dpo.py --recipe recipes/demo.yaml       # a tiny model on a laptop, half a minute
 # python notebooks/02_dpo.py --help                           # every setting
 # ```
 #
-# DPO (Rafailov et al., 2023, arXiv:2305.18290) needs neither a reward model nor sampling. With a frozen copy of the
-# model as the reference, it raises the likelihood of the chosen answer against the rejected one:
+# DPO (Rafailov et al., 2023, arXiv:2305.18290) needs neither a reward model nor sampling. It raises the likelihood of
+# the chosen answer relative to the rejected one, with a frozen copy of the model as the reference:
 #
 # $$-\log\sigma\Big(\beta\log\frac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}-\beta\log\frac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\Big)$$
 
 # %% [markdown]
 # ## Settings
 #
-# Each is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env`, a recipe key; so is all of `DPOConfig`.
+# Each field is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env` and a recipe key. So is every
+# field of TRL's `DPOConfig`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -41,40 +42,38 @@ from helpers.settings import TrainSettings, load_settings
 
 
 @dataclass
-class Settings(TrainSettings):  # which has some more: --help lists them
+class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: see --help
     """Align a model on preference pairs."""
 
     step: ClassVar[str] = "dpo"
     exclusive: ClassVar = (("model_id", "sft_run"),)
 
-    model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: a Hub id or a folder
-    sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
+    model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
+    sft_run: str = ""  # or a finished run of 01_sft.py: its folder, or latest
     dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
-    dataset_split: str = "train"  # the split that is read; evaluation pairs are taken from it
-    train_rows: int = 11_000  # pairs to train on; 0 takes all
-    eval_rows: int = 2_750  # pairs held out; 0 takes eval_fraction of them
-    eval_fraction: float = 0.2  # share held out where eval_rows is 0
-    data_format: str = "auto"  # by the columns; or messages, triplet, orca, ranked, transcript, alpaca_farm, scored
-    pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = (
-        "best_vs_worst"  # of several ranked answers: the best against which others
-    )
-    recommended: bool = False  # keep only the rows that the dataset's card recommends (distilabel-intel-orca)
-    min_margin: float = 0.0  # pairs rated closer than this are dropped; ties always are
-    max_prompt_length: int = 1024  # tokens of a prompt; 0 for no limit
-    max_length: int = 1512  # tokens of a prompt and its answer, likewise
-    dpo_beta: float = 0.1  # how strongly the reference holds the policy back; higher is less divergence
-    loss_type: tuple[str, ...] = ("sigmoid",)  # TRL's losses by name, summed; "sigmoid sft" keeps chosen answers likely
-    num_train_epochs: float = 1.0  # passes over the pairs
-    learning_rate: float = 5e-5  # the highest; 5e-7 to 1e-6 suits tuning in full
-    per_device_train_batch_size: int = 1  # pairs at a time
-    gradient_accumulation_steps: int = 16  # batches to one step
-    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # all weights, or an adapter; qlora's base is in 4 bits
+    dataset_split: str = "train"  # split to read; evaluation pairs are taken from it
+    train_rows: int = 11_000  # training pairs; 0: all
+    eval_rows: int = 2_750  # evaluation pairs; 0: eval_fraction of all
+    eval_fraction: float = 0.2  # share of pairs for evaluation if eval_rows is 0
+    data_format: str = "auto"  # auto, messages, pairs, orca, ranked, hh, alpaca_farm or scored
+    pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"  # for ranked or scored answers
+    recommended: bool = False  # keep only rows that the dataset's card recommends (distilabel-intel-orca)
+    min_margin: float = 0.0  # drop pairs whose ratings differ by less; ties are always dropped
+    max_prompt_length: int = 1024  # maximum tokens of a prompt; 0: no limit
+    max_length: int = 1512  # maximum tokens of a prompt and its answer; 0: no limit
+    dpo_beta: float = 0.1  # β: strength of the constraint towards the reference model
+    loss_type: tuple[str, ...] = ("sigmoid",)  # TRL losses, summed; "sigmoid sft" keeps chosen answers likely
+    num_train_epochs: float = 1.0  # passes over the training pairs
+    learning_rate: float = 5e-5  # peak learning rate; for full tuning 5e-7 to 1e-6
+    per_device_train_batch_size: int = 1  # pairs per device and batch
+    gradient_accumulation_steps: int = 16  # batches per optimizer step
+    tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 256  # rank of the adapter
-    lora_alpha: int = 128  # its scale: alpha / r multiplies what it adds
-    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute each prompt once for both answers: same gradients
-    merge_adaptors: bool = False  # merge the adapter into its base afterwards, as 03_merge_push.py does
-    push_to_hub: bool = False  # publish afterwards, privately, as 03_merge_push.py does
-    hub_repo_id: str = ""  # where to: name/model
+    lora_alpha: int = 128  # scale of the adapter: alpha / r
+    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a shared prompt once per pair
+    merge_adaptors: bool = False  # merge the adapter after training, as 03_merge_push.py does
+    push_to_hub: bool = False  # publish after training, privately, as 03_merge_push.py does
+    hub_repo_id: str = ""  # repository: name/model
 
 
 # %%
