@@ -388,11 +388,11 @@ class QuantizedBase:
         weight = weight.to(self.stored)
         if config.load_in_8bit:
             rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            whole: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
-            return whole.to(weight.dtype).float()
+            dequantized: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
+            return dequantized.to(weight.dtype).float()
         options = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
         packed, state = functional.quantize_4bit(
             weight.contiguous(), quant_storage=config.bnb_4bit_quant_storage, **options
         )
-        whole = functional.dequantize_4bit(packed, state)
-        return whole.to(config.bnb_4bit_compute_dtype).float()
+        dequantized = functional.dequantize_4bit(packed, state)
+        return dequantized.to(config.bnb_4bit_compute_dtype).float()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +51,7 @@ def test_killed_at_ten_moments(project: Project, dpo_run: str) -> None:
     flags += ["--run_name", "merged-killed"]
     for owner, where, after in MOMENTS:
         code = KILLED.format(where=where, after=after, owner=owner, flags=flags)
-        words = [sys.executable, "-c", code]
-        done = subprocess.run(words, cwd=project.root, env=project.env, capture_output=True, text=True)
+        done = project.python("-c", code)
         assert done.returncode == -signal.SIGKILL, (where, done.stdout[-500:], done.stderr[-1000:])
         assert not (outputs / "merged-killed").exists(), where
         with pytest.raises(UserError, match="is not the folder of a run"):
