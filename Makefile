@@ -12,7 +12,7 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
 NOTEBOOKS := $(wildcard notebooks/*.py)
-DEMO := --recipe recipes/demo.yaml $(FLAGS)
+DEMO := --recipe recipes/demo.yaml
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-all coverage check format notebooks bench pictures clean
 
@@ -31,12 +31,12 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/.run  ## instruction-tune, align, merge and judge a tiny model on a CPU in minutes
-	$(BIN)/python notebooks/01_sft.py $(DEMO)
-	$(BIN)/python notebooks/02_dpo.py $(DEMO)
-	$(BIN)/python notebooks/03_merge_push.py --recipe recipes/demo.yaml
-	$(BIN)/python notebooks/04_vibes.py --recipe recipes/demo.yaml
-	$(BIN)/python notebooks/05_judge.py --recipe recipes/demo.yaml
+demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in minutes; run it again to resume
+	$(BIN)/python notebooks/01_sft.py $(DEMO) --run_name demo-sft
+	$(BIN)/python notebooks/02_dpo.py $(DEMO) --run_name demo-dpo
+	$(BIN)/python notebooks/03_merge_push.py $(DEMO) --run_name demo-merged
+	$(BIN)/python notebooks/04_vibes.py $(DEMO) --run_name demo-answers
+	$(BIN)/python notebooks/05_judge.py $(DEMO) --run_name demo-judged
 
 lab: $(VENV)/.dev  ## start JupyterLab; a double click opens a notebook
 	$(BIN)/jupyter lab
