@@ -34,17 +34,13 @@ WINDOW = 5  # training logs that are summarized together
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: readable with any colour vision
 
 
-def read_history(file: Path) -> History:
-    """The logs of a run, oldest first, without a last line that a crash has cut off."""
-    return _read_rows(file)
-
-
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Each completion sampled during training: step, prompt, answer, and number of tokens."""
-    return _read_rows(folder / SAMPLES_FILE)
+    return read_history(folder / SAMPLES_FILE)
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The logs of a run, oldest first, without a last line that a crash has cut off."""
     rows = []
     for line in file.read_text("utf-8").split("\n") if file.exists() else []:
         try:
@@ -194,17 +190,7 @@ class Curves:
 
 def plot_run(history: History, title: str = "", diagnostics: Sequence[Diagnostic] = ()) -> Figure:
     """A panel for each logged value over the same steps: training as lines, evaluation as dots; diagnostics below."""
-    return _draw({"": history}, title, diagnostics)
-
-
-def plot_panel(history: History, panel: Panel) -> Figure:
-    """One panel of a run, to be read at the width of a phone."""
-    return _draw({"": history}, panels=[panel])
-
-
-def plot_runs(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Several runs over one another in one colour each, by their names in `histories`."""
-    return _draw(histories, title)
+    return plot_runs({"": history}, title, diagnostics)
 
 
 def figure_to_png(figure: Figure) -> bytes:
@@ -212,12 +198,13 @@ def figure_to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(
+def plot_runs(
     histories: Mapping[str, History],
     title: str = "",
     diagnostics: Sequence[Diagnostic] = (),
     panels: Sequence[Panel] = (),
 ) -> Figure:
+    """Runs over one another in one colour each, by their names; without a name in blue and orange."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -307,6 +294,8 @@ def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Plot the runs whose folders are named, and print their diagnostics."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     install_error_hook()
     print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
@@ -314,11 +303,15 @@ def main(argv: Sequence[str]) -> None:
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
         raise SettingsError("usage: python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
-    _check_out(out)
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix.lower().removeprefix(".") not in formats:
+        raise SettingsError(f"--out {out} is not a picture. End its name in .png, .svg or .pdf ({', '.join(formats)}).")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise SettingsError(f"--out {out}: the folder {out.parent} is missing or not writable. Name another.")
     folders = dict.fromkeys((find_path(name) or Path(name)).resolve() for name in argv[:at])
     runs = dict(zip(shortest_names(list(folders)), map(Curves.read, folders), strict=True))
-    several = {label: run.history for label, run in runs.items()}
-    figure = plot_runs(several) if len(several) > 1 else next(iter(runs.values())).figure
+    histories = {label: run.history for label, run in runs.items()}
+    figure = plot_runs(histories) if len(runs) > 1 else next(iter(runs.values())).figure
     figure.savefig(out, dpi=120)
     for label, run in runs.items():
         for diagnostic in run.diagnostics:
@@ -331,17 +324,6 @@ def shortest_names(folders: Sequence[Path]) -> list[str]:
     ends = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
     counts = Counter(end for own in ends for end in own)
     return [next((end for end in own if counts[end] == 1), own[-1]) for own in ends]
-
-
-def _check_out(out: Path) -> None:
-    """Raise SettingsError for a picture that cannot be written, before anything is read."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix.lower().removeprefix(".") not in formats:
-        raise SettingsError(f"--out {out} is not a picture. End its name in .png, .svg or .pdf ({', '.join(formats)}).")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SettingsError(f"--out {out}: the folder {out.parent} is missing or not writable. Name another.")
 
 
 def log_to_wandb(run: Run) -> None:

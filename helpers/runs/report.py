@@ -35,8 +35,8 @@ from helpers.core import (
     print_help_if_asked,
     short_path,
 )
-from helpers.runs.curves import Curves, figure_to_png, logged_panels, plot_panel, read_history, read_samples
-from helpers.runs.run import NOTEBOOKS, TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
+from helpers.runs.curves import Curves, Panel, figure_to_png, logged_panels, plot_runs, read_history, read_samples
+from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every room
 FILE = "report.html"
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> Path:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=format_value,
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
     )  # fmt: skip
-    environment.filters |= {"number": format_number, "interval": format_interval, "day": format_day}
+    environment.filters |= {"number": format_number, "interval": format_interval, "day": format_day, "word": as_word}
     environment.globals["run"] = context = RunContext(folder, record)
     environment.tests["outdated"] = context.is_outdated
 
@@ -137,6 +137,10 @@ class RunContext(Run):
         return read_history(self.folder / "metrics.jsonl")
 
     @cached_property
+    def panels(self) -> list[Panel]:
+        return logged_panels(self.history)
+
+    @cached_property
     def completions(self) -> list[dict[str, Any]]:
         return read_samples(self.folder)
 
@@ -169,46 +173,15 @@ class RunContext(Run):
             return bool(made_from != self.record["fingerprint"])
         return str(other.record.get("finished") or "~") < str(self.record.get("finished") or "")
 
-    @property
-    def place(self) -> str:
-        """The run's folder as a word of a command."""
-        return shlex.quote(hide_paths(str(self.folder.resolve()), fill_in=True))
-
-    @property
-    def recipe(self) -> str:
-        """--recipe FILE, if the run has one."""
-        recipe = (self.record.get("settings") or {}).get("recipe")
-        return f" --recipe {shlex.quote(hide_paths(str(recipe), fill_in=True))}" if recipe else ""
-
-    def resume_command(self, ended_by_diagnostic: bool) -> str:
-        """The command that resumes this run, without the --stop_on_diagnostic that would end it at once."""
-        settings, sources = self.record.get("settings") or {}, self.record.get("sources") or {}
-        chosen = {name: value for name, value in settings.items() if name not in ("resume", "dry_run")
-                  and not str(sources.get(name, "default")).startswith(("default", "recipe", "parent"))}  # fmt: skip
-        if ended_by_diagnostic:
-            chosen.pop("stop_on_diagnostic", None)
-            if sources.get("stop_on_diagnostic") not in ("flag", "notebook"):
-                chosen["stop_on_diagnostic"] = []  # overrides a recipe's or the environment's
-        words = ["python", f"notebooks/{NOTEBOOKS[self.record['step']]}"]
-        for name, value in chosen.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(hide_paths(str(each), fill_in=True) for each in values)]
-        return shlex.join(words)
-
-    def key_panels(self) -> list[tuple[str, Markup]]:
-        """The four most important curves: their descriptions and pictures."""
-        panels = logged_panels(self.history)[:4]
-        return [(p.describe(self.history), to_data_uri(figure_to_png(plot_panel(self.history, p)))) for p in panels]
+    def draw(self, *panels: Panel) -> Markup:
+        return to_data_uri(figure_to_png(plot_runs({"": self.history}, panels=panels)))
 
     def curves_picture(self) -> Markup | None:
         """All curves; curves.png of the folder unless there are newer logs."""
         logs, drawn = self.folder / "metrics.jsonl", self.folder / "curves.png"
         if drawn.is_file() and (not self.history or drawn.stat().st_mtime >= logs.stat().st_mtime):
             return to_data_uri(drawn.read_bytes())
-        return to_data_uri(figure_to_png(Curves.read(self.folder).figure)) if self.history else None
-
-    def describe_curves(self) -> str:
-        return "; ".join(filter(None, (panel.describe(self.history) for panel in logged_panels(self.history))))
+        return self.draw() if self.history else None
 
     def picture(self, file: Path) -> Markup | None:
         return to_data_uri(file.read_bytes()) if file.is_file() else None
@@ -255,6 +228,11 @@ def format_interval(interval: Any, form: str = ".1%") -> str:
 def format_day(when: Any) -> str:
     """A time of run.json, which is UTC, to the minute."""
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*?([+-]\d\d:\d\d|Z)?$", r"\1 \2 UTC", str(when or "-"))
+
+
+def as_word(value: Any) -> str:
+    """A value as a word of a command; folders that are not in the repository have to be filled in."""
+    return shlex.quote(hide_paths(str(value), fill_in=True))
 
 
 def hide_paths(text: str, fill_in: bool = False) -> str:

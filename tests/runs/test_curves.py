@@ -166,7 +166,7 @@ def test_the_command_plots_runs_and_prints_their_diagnostics(
     (tmp_path / "z" / "a").mkdir(parents=True)
     (tmp_path / "z" / "a" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in HISTORY[:1]))
     drawn: list[list[str]] = []
-    monkeypatch.setattr(curves, "plot_runs", lambda runs: drawn.append(list(runs)) or curves.plot_run([]))
+    monkeypatch.setattr(curves, "plot_runs", lambda runs: drawn.append(list(runs)) or Figure())
     curves.main(["a", "z/a", "b", "./a"])
     assert drawn == [[f"{tmp_path.name}/a", "z/a", "b"]]  # one of them was named twice
     for out, said in {

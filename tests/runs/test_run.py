@@ -115,15 +115,15 @@ def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_pat
 def test_the_tracker_is_settled_before_a_run_trains_and_only_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(runs, "prepare_tracker", lambda *words: asked.append(words))
+    asked: list[str] = []
+    monkeypatch.setattr(runs, "prepare_tracker", lambda settings: asked.append(settings.report_to))
     runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m").finish()
     with pytest.raises(CleanExit):
         runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m")
     settings = settings_of(tmp_path, "--run_name", "judged")
     monkeypatch.setattr(type(settings), "step", "judge")
     runs.start_run(settings, "gpt")
-    assert asked == [("wandb", "mine")]
+    assert asked == ["wandb"]
 
 
 def test_metrics_are_a_table_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
