@@ -42,6 +42,7 @@ class Settings(RunSettings):
     """Answer the same prompts with several models and show the answers side by side."""
 
     step: ClassVar[str] = "vibes"
+    exclusive: ClassVar = (("prompts", "prompts_file", "dataset_id"),)
 
     models: tuple[str, ...] = ("latest",)  # runs, adapters, models, NAME@URL; latest: the newest finished 02_dpo.py
     base_url: str = ""  # OpenAI-compatible endpoint of all models
@@ -93,10 +94,8 @@ from helpers.evaluation import (
 )
 from helpers.models import resolve_models
 from helpers.runs import start_run
-from helpers.settings.load import one_of
 
 # %%
-one_of(settings, "prompts", "prompts_file", "dataset_id")
 model_refs = resolve_models(settings.models, settings.output_dir, settings.base_url)
 names = [model.name for model in model_refs]
 questions = read_questions(settings)

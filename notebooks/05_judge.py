@@ -43,6 +43,7 @@ class Settings(RunSettings):
     """Judge models' answers: who wins, by how much, and how sure that is."""
 
     step: ClassVar[str] = "judge"
+    exclusive: ClassVar = (("judge_model", "votes", "judge_module", "judgments"),)
 
     mode: Literal["pairwise", "single"] = "pairwise"  # compare two answers, or rate each from 1 to 10
     answers_dir: str = "latest"  # a run of 04_vibes.py (latest: the newest finished), or a folder of model_answer files
@@ -82,10 +83,8 @@ settings = load_settings(Settings, globals())
 from helpers.core import short_path, show
 from helpers.evaluation import PairwiseResults, RatingResults, find_answers, make_judge, save_judgments
 from helpers.runs import show_report, start_run
-from helpers.settings.load import one_of
 
 # %%
-one_of(settings, "judge_model", "votes", "judge_module", "judgments")
 answers = find_answers(settings)
 show(answers)
 judge = make_judge(settings, answers)
