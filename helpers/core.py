@@ -22,6 +22,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 # ---- Errors ----
 
+Row = dict[str, Any]  # of a dataset or of a JSONL file
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # of plots; readable with any colour vision (Okabe and Ito)
+
 
 class UserError(Exception):
     """A mistake that the user can fix: one line that says how. `status` is the exit status of the command."""

@@ -134,7 +134,7 @@ show(row_report)
 # tokens it learns are highlighted, the others are only read.
 
 # %%
-data_report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
+data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
 show(data_report, data_report.figure)
 show_example(tokenizer, train_set[0])
 
@@ -223,7 +223,9 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     peft_config=peft_config,
 )
-add_callbacks(trainer, run, settings, eval_set)  # logs, curves, diagnostics, sampled answers, safe checkpoints
+add_callbacks(
+    trainer, run, settings=settings, eval_set=eval_set
+)  # logs, curves, diagnostics, sampled answers, safe checkpoints
 if peft_config and settings.adapter_dtype == "fp32":
     upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 

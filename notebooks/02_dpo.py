@@ -150,7 +150,7 @@ show(row_report)
 # opening. Lines that start with `!` deserve a look. Below it is one pair as the model sees it.
 
 # %%
-data_report = DataReport.of(train_set, eval_set, row_report, max_length=settings.max_length)
+data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
 show(data_report, data_report.figure)
 show_example(tokenizer, train_set[0])
 
@@ -249,7 +249,9 @@ trainer = SharedPrefixDPOTrainer(
     peft_config=peft_config,
     shared_prefix=settings.shared_prefix,
 )
-add_callbacks(trainer, run, settings, eval_set)  # logs, curves, diagnostics, sampled answers, safe checkpoints
+add_callbacks(
+    trainer, run, settings=settings, eval_set=eval_set
+)  # logs, curves, diagnostics, sampled answers, safe checkpoints
 if settings.tuning != "full" and settings.adapter_dtype == "fp32":
     upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from helpers.core import Row
+
 Message = dict[str, str]
-Row = dict[str, Any]
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
 SCORE_KEYS = ("overall_score", "score", "rating")
 ANSWER_KEYS = ("response", "text", "answer", "content")

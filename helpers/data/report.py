@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from helpers.core import is_main_process, short_path, show, write_json
+from helpers.core import BLUE, GREY, ORANGE, is_main_process, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
 from helpers.settings.fields import TrainSettings
@@ -39,7 +39,6 @@ NEAR_TIE = 0.1  # of the widest margin
 SAME_WORDS = 0.9  # share of common words from which on two answers are nearly the same
 ONE_SIDED = 0.9  # share of an opening's answers on one side from which on it is a shortcut
 OFTEN = 0.1  # share of rows that is worth a warning
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
 BARS = 8  # of a panel
 LABEL_WIDTH = 46  # characters

@@ -19,12 +19,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from helpers.core import Interrupted, UserError, atomic_write, read_jsonl, safe_file_name, short_path
+from helpers.core import Interrupted, Row, UserError, atomic_write, read_jsonl, safe_file_name, short_path
 from helpers.data.formats import Message
 from helpers.evaluation.questions import Question, answer_turns, question_turns
 from helpers.runs.run import Run
 
-Row = dict[str, Any]
 ModelAnswers = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one per turn
 # FastChat's temperatures for MT-Bench (llm_judge/common.py), by category; 0 is greedy, any other category has 0.7.
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Arguments of `model.generate` that change what it returns, or need an object.
-UNSUPPORTED = {"num_return_sequences", "return_dict_in_generate", "stop_strings", "output_scores", "output_logits"}
+UNSUPPORTED_ARGUMENTS = {
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "stop_strings",
+    "output_scores",
+    "output_logits",
+}
 TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
@@ -53,7 +59,7 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
         raise SettingsError("--do_sample needs a --temperature above 0, and a --top_p above 0 and at most 1")
     names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", *SAMPLING_ARGUMENTS)
     kwargs = {name: values[name] for name in (names if values["do_sample"] else names[:4])}
-    known = set(GenerationConfig().to_dict()) - UNSUPPORTED
+    known = set(GenerationConfig().to_dict()) - UNSUPPORTED_ARGUMENTS
     for word in values["generation_kwargs"]:
         name, equals, value = word.partition("=")
         if not equals or name not in known:

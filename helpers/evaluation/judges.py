@@ -10,9 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
+from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
 from helpers.data.formats import Message
-from helpers.evaluation.answers import JsonlStore, ModelAnswers, Row, resumable
+from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (
     AnswerSet,

@@ -11,8 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, atomic_write, find_path, read_jsonl, safe_file_name, write_json
-from helpers.evaluation.answers import ModelAnswers, Row
+from helpers.core import Row, SettingsError, UserError, atomic_write, find_path, read_jsonl, safe_file_name, write_json
+from helpers.evaluation.answers import ModelAnswers
 from helpers.evaluation.questions import Question, answer_turns, read_bench
 from helpers.runs.run import Run, find_run, read_run
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from helpers.evaluation.answers import ModelAnswers, Row, render_template
+from helpers.core import BLUE, GREY, ORANGE, Row
+from helpers.evaluation.answers import ModelAnswers, render_template
 from helpers.evaluation.judgments import AnswerSet, Judgments
 from helpers.evaluation.statistics import (
     bootstrap_interval,
@@ -26,7 +27,6 @@ REFITS = 1_000  # resamples of the length-controlled rate
 ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
 OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 FEW = 10  # decided comparisons below which no share of them is worth a note
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"  # colour-blind safe (Okabe and Ito)
 RATES = ("win_rate", "loss_rate", "win_rate_adjusted")
 METHOD = (
     "Rates are FastChat's: two orders that disagree are a tie, and in win_rate_adjusted a tie is half a win. Interval: "

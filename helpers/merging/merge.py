@@ -7,7 +7,7 @@ import functools
 import hashlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,9 +21,6 @@ from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.run import Run, find_run
-
-if TYPE_CHECKING:
-    from helpers.merging.verify import Verification
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
 
@@ -170,7 +167,7 @@ class MergedModel:
     dtype: torch.dtype | None = None
     merger: StreamingMerger | None = None
 
-    def finalize(self, verification: Verification, max_kl: float = 0.01) -> None:
+    def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
         until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
         if self.run.finished:

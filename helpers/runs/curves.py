@@ -18,7 +18,17 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, install_error_hook, print_help_if_asked, short_path
+from helpers.core import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SettingsError,
+    UserError,
+    find_path,
+    install_error_hook,
+    print_help_if_asked,
+    short_path,
+)
 from helpers.runs.run import Run, read_run
 from helpers.settings.load import split_flags
 
@@ -31,7 +41,6 @@ if TYPE_CHECKING:
 History = list[dict[str, float]]  # what the Trainer logged, one dictionary per log
 SAMPLES_FILE = "samples.jsonl"
 WINDOW = 5  # training logs that are summarized together
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: readable with any colour vision
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ class Run:
     overwrite: bool = False  # delete the older run in the folder with the first `save`
     resume_from: Path | None = None  # the checkpoint that --resume names
     restart: bool = False  # --resume never: the same command would start over
+    when_stopped: Callable[[Path], None] | None = None  # called before an error of `training` is raised
 
     @property
     def name(self) -> str:
@@ -116,9 +117,8 @@ class Run:
                     self.save(status="interrupted")
                 else:
                     self.save(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
-            from helpers.runs.report import save_partial_report
-
-            save_partial_report(self.folder)
+            if self.when_stopped:
+                self.when_stopped(self.folder)
             if explained:
                 raise explained from None
             raise

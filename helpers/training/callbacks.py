@@ -21,6 +21,7 @@ from helpers.core import Interrupted, UserError, figure_to_image, is_main_proces
 from helpers.models.chat import eos_token_ids
 from helpers.runs.checkpoints import last_complete_checkpoint, patch_step_comparison, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
+from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
 from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
 from helpers.training.diagnostics import diagnose
@@ -35,6 +36,7 @@ COMPLETION_PROMPTS = 8
 def add_callbacks(trainer: Any, run: Run, settings: TrainSettings, eval_set: Any) -> None:
     """Add all callbacks that `settings` ask for; completions are sampled for the first rows of `eval_set`."""
     patch_step_comparison()
+    run.when_stopped = save_partial_report
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
     if is_main_process():
         trainer.add_callback(JsonlLogCallback(run.folder / "metrics.jsonl"))
