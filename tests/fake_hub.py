@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on 127.0.0.1, enough of it for the real clients: repositories in memory, over plain HTTP."""
+"""A Hugging Face Hub on 127.0.0.1 for the real clients: repositories in memory, over plain HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN = "hf_tests_own_token"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos` maps "models/me/name" to {"private", "files": {path: bytes}, "sha"}; `requests` lists what was asked."""
+    """`repos` maps "models/me/name" to {"private", "files": {path: bytes}, "sha"}; `requests` lists the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -30,9 +30,9 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        # part of a path → status and headers to answer with, and a message; 0 breaks the connection
+        # part of a path → status, headers and message of the reply; status 0 closes the connection
         self.fail: dict[str, tuple[int, dict[str, str]] | tuple[int, dict[str, str], str]] = {}
-        self.times: dict[str, int] = {}  # how often a part fails, where that is not always
+        self.times: dict[str, int] = {}  # number of failures of a part; the default is always
 
     @property
     def url(self) -> str:
@@ -68,14 +68,14 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for part, (status, headers, *message) in self.server.fail.items():
-            left = self.server.times.get(part, 1)
-            if part in path and left:
+            remaining = self.server.times.get(part, 1)
+            if part in path and remaining:
                 if part in self.server.times:
-                    self.server.times[part] = left - 1
+                    self.server.times[part] = remaining - 1
                 if status == 0:
                     return self.connection.shutdown(socket.SHUT_RDWR)
-                said = message[0] if message else f"failing with {status}"
-                return self.answer({"error": said}, status, **headers)
+                text = message[0] if message else f"failing with {status}"
+                return self.answer({"error": text}, status, **headers)
         if self.command in ("POST", "PUT") and "/storage/" not in path and not self.may_write():
             return self.answer({"error": "a token that may write is needed"}, 401)
         for pattern, method in ROUTES:
@@ -96,13 +96,13 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def create(self) -> None:
-        asked = json.loads(self.body)
-        repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        key = f"{asked.get('type') or 'model'}s/{repo_id}"
+        request = json.loads(self.body)
+        repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+        key = f"{request.get('type') or 'model'}s/{repo_id}"
         answer = {"url": f"{self.server.url}/{repo_id}"}
         if key in self.server.repos:
             return self.answer(answer | {"error": "You already created this model repo"}, 409)
-        private = asked.get("private") or asked.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         self.server.repos[key] = {"private": bool(private), "files": {}, "sha": "0" * 40}
         self.answer(answer)
 
@@ -119,11 +119,11 @@ class Handler(BaseHTTPRequestHandler):
         files = {n: c for n, c in repo["files"].items() if n.startswith(under)}
         if folder and not files:
             return self.answer({"error": "no such folder"}, 404, X_Error_Code="EntryNotFound")
-        found = [{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files.items()]
+        entries = [{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files.items()]
         folders = {str(parent) for n in files for parent in PurePosixPath(n).parents} - {".", folder}
-        found += [{"type": "directory", "path": n, "size": 0, "oid": blob_id(n.encode())} for n in sorted(folders)]
+        entries += [{"type": "directory", "path": n, "size": 0, "oid": blob_id(n.encode())} for n in sorted(folders)]
         deep = "recursive=true" in self.path.lower()
-        self.answer([entry for entry in found if deep or "/" not in str(entry["path"]).removeprefix(under)])
+        self.answer([entry for entry in entries if deep or "/" not in str(entry["path"]).removeprefix(under)])
 
     def resolve(self, kind: str | None, repo_id: str, revision: str, name: str) -> None:
         if (repo := self.repo(kind or "models", repo_id)) is None:
@@ -132,8 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.answer({"error": "no such file"}, 404, X_Error_Code="EntryNotFound")
         headers = {"ETag": f'"{blob_id(content)}"', "X_Repo_Commit": repo["sha"], "Accept_Ranges": "bytes"}
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(asked[1]), int(asked[2] or len(content) - 1) + 1
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(span[1]), int(span[2] or len(content) - 1) + 1
             part = f"bytes {start}-{min(end, len(content)) - 1}/{len(content)}"
             return self.answer(content[start:end], 206, Content_Range=part, **headers)
         self.answer(content, **headers)
@@ -144,8 +144,8 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for file in json.loads(self.body)["files"]:
             large = file["path"].endswith(".safetensors")
-            there = repo["files"].get(file["path"])
-            oid = there and (hashlib.sha256(there).hexdigest() if large else blob_id(there))
+            stored = repo["files"].get(file["path"])
+            oid = stored and (hashlib.sha256(stored).hexdigest() if large else blob_id(stored))
             files.append(
                 {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
             )

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import importlib
 import json
 import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, SettingsError, UserError, atomic_write, find_path, read_jsonl, safe_file_name, write_json
+from helpers.core import (
+    Row,
+    SettingsError,
+    UserError,
+    atomic_write,
+    find_path,
+    import_user_module,
+    read_jsonl,
+    safe_file_name,
+    write_json,
+)
 from helpers.evaluation.answers import ModelAnswers
 from helpers.evaluation.questions import Question, answer_turns, read_bench
 from helpers.runs.run import Run, find_run, read_run
@@ -280,10 +289,7 @@ def score_by_rules(module: str, answers: AnswerSet) -> dict[str, dict[str, float
 
 
 def _import_rules(module: str) -> Any:
-    try:
-        rules = importlib.import_module(module)
-    except ImportError:
-        rules = None
+    rules = import_user_module(module, "judge_module")
     if not (hasattr(rules, "score") and hasattr(rules, "compare")):
         raise SettingsError(f"--judge_module {module} is not a module with score() and compare()")
     return rules

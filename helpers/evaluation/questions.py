@@ -19,21 +19,18 @@ IDS = ("question_id", "prompt_id", "id")
 
 
 def read_questions(settings: Any) -> list[Question]:
-    """The questions that `settings` name: --prompts, then --prompts_file or --dataset_id; else the built-in ones.
+    """The questions that `settings` name by --prompts, --prompts_file or --dataset_id; else the built-in ones.
 
     --rows takes the first so many, 0 takes all. Raises UserError for a source without questions, or a repeated id.
     """
-    rows: list[dict[str, Any]] = [{"turns": [prompt]} for prompt in settings.prompts]
-    source = "--prompts"
     if settings.prompts_file:
-        source = f"--prompts_file {settings.prompts_file!r}"
-        rows += _read_file(settings.prompts_file)
+        source, rows = f"--prompts_file {settings.prompts_file!r}", _read_file(settings.prompts_file)
     elif settings.dataset_id:
         source, split = f"--dataset_id {settings.dataset_id!r}", settings.dataset_split
         dataset = load_rows(DatasetSpec(settings.dataset_id, split=split or "train", any_split=not split))
-        rows += map(dict, dataset.select(range(min(settings.rows or len(dataset), len(dataset)))))
-    elif not rows:
-        rows = read_jsonl(OUR_QUESTIONS)
+        rows = [dict(row) for row in dataset.select(range(min(settings.rows or len(dataset), len(dataset))))]
+    else:
+        source, rows = "--prompts", [{"turns": [prompt]} for prompt in settings.prompts] or read_jsonl(OUR_QUESTIONS)
     return _parse_rows(rows[: settings.rows or None], source)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from httpx2 import TransportError
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -30,10 +30,7 @@ from helpers.core import (
     is_main_process,
 )
 from helpers.hub.model_card import base_on_hub, write_card
-from helpers.runs.run import find_parent, lineage, read_run
-
-if TYPE_CHECKING:
-    from helpers.runs.run import Run
+from helpers.runs.run import Run, find_parent, lineage, read_run
 
 T = TypeVar("T")
 # What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's

@@ -263,7 +263,7 @@ def _draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, History], colours: 
             trained, held_out = series(history, name), series(history, f"eval_{name}")
             if name == "rewards/accuracies" and held_out[0][:1] == [0]:  # all margins are 0: there is nothing to rank
                 held_out = held_out[0][1:], held_out[1][1:]
-            label = name.rpartition("/")[2]
+            label = name.rpartition("/")[2] if run == next(iter(runs)) else None  # once for all runs
             axis.plot(*trained, color=line, linestyle="--" if colours and i else "-", label=label,
                       marker="." if name.startswith("samples") else "")  # fmt: skip
             axis.plot(*held_out, "o", color=dots, markersize=4.5, markerfacecolor=hollow)

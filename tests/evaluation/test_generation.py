@@ -1,4 +1,4 @@
-"""Questions, answers, and what gives them: a model, an adapter switched on and off, an endpoint."""
+"""Questions and what generates answers: a model, an adapter switched on and off, a chat."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> 
         (["--generation_kwargs", "max_new_tokens=-4"], "model.generate refuses these settings"),
         (["--batch_size", "0"], "--batch_size 0 is too small. Use at least 1."),
         (["--rows", "-1"], "--rows -1 is too small. Use at least 0."),
-        (["--max_new_tokens", "0"], "--max_new_tokens 0 cannot be"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0 is too small"),
     ],
 )
 def test_what_generate_would_choke_on_is_refused(words: list[str], said: str) -> None:
@@ -236,8 +236,8 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
     assert max(len(q["turns"]) for q in ours) == 3
     assert [q["turns"] for q in read_questions(settings_of("--prompts", "a", "b"))] == [["a"], ["b"]]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    both = read_questions(settings_of("--prompts", "zero", "--prompts_file", str(tmp_path / "p.txt")))
-    assert [q["turns"] for q in both] == [["zero"], ["one"], ["two"]]
+    lines = read_questions(settings_of("--prompts_file", str(tmp_path / "p.txt")))
+    assert [q["turns"] for q in lines] == [["one"], ["two"]]
     rows: list[dict[str, Any]] = [
         {"prompt": "one", "answer": "1", "category": "sum"},
         {"question_id": 81, "category": "writing", "turns": ["two", "three"], "reference": ["2", "3"]},

@@ -30,8 +30,10 @@ def test_rules_judge_the_demo_and_say_what_they_need() -> None:
     assert score_by_rules("recipes.demo.questions", answers) == {
         "before": {"correct": 1.0, "courteous": 0.5}, "after": {"correct": 0.75, "courteous": 1.0},
     }  # fmt: skip
-    with pytest.raises(SettingsError, match=r"--judge_module nowhere is not a module with score\(\) and compare\(\)"):
+    with pytest.raises(SettingsError, match="--judge_module nowhere cannot be imported"):
         apply_rules("nowhere", answers, [("before", "after")])
+    with pytest.raises(SettingsError, match=r"--judge_module json is not a module with score\(\) and compare\(\)"):
+        apply_rules("json", answers, [("before", "after")])
     with pytest.raises(SettingsError, match="needs a field 'answer'"):
         apply_rules("recipes.demo.questions", AnswerSet(questions_of(4), texts), [("before", "after")])
 

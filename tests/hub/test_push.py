@@ -107,7 +107,7 @@ def test_without_a_token_a_push_explains_how_to_give_one(
     hub: local.Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(UserError, match="set HF_TOKEN in the environment or in"):
+    with pytest.raises(UserError, match="Set HF_TOKEN in the environment or in"):
         push_folder(model, "me/name", private=True)
 
 

@@ -94,6 +94,7 @@ def test_several_runs_are_drawn_over_one_another_a_colour_each() -> None:
     }
     assert drawn == {curves.BLUE: [0.7, 0.5], curves.ORANGE: [0.35, 0.25]}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["beta 0.1", "beta 0.3", "train", "eval"]
+    assert [text.get_text() for text in panels["rewards"].get_legend().get_texts()] == ["chosen", "rejected"]
     dashed = [line for line in panels["rewards"].lines if line.get_linestyle() == "--"]
     assert [line.get_ydata().tolist() for line in dashed] == [[0.0, -0.3], [0.0, -0.3]]  # rejected
 

@@ -292,9 +292,8 @@ def test_sections_without_content_say_so_in_a_line(tmp_path: Path) -> None:
     assert "No data was read." in text["data"]
     assert "--completion_steps" in text["completions"]
     assert "Not merged yet." in text["merge"]
-    assert "python notebooks/03_merge_push.py --run PATH/TO/new" in text["merge"]
     assert "Not compared yet." in text["result"]
-    assert "python notebooks/04_vibes.py --models PATH/TO/new" in text["result"]
+    assert "python" not in text["merge"] + text["result"]  # an unfinished run can be neither merged nor compared
     assert "No versions were recorded." in text["environment"]
     assert "could not be rendered" not in "".join(text.values())
 
@@ -308,6 +307,9 @@ def test_a_stopped_run_says_why_and_how_to_resume_it(tmp_path: Path) -> None:
     assert "full: outputs/x and …/cache" in page.text[""]
     assert "python notebooks/02_dpo.py --recipe r.yaml --max_steps 1000 --loss_type sigmoid sft" in page.text["next"]
     assert len(page.alts) == 3  # two key panels, and all curves so far
+    logs = [*LOGS, {"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 0.1}]
+    page = read(make(tmp_path / "stopped", record, metrics_jsonl=logs))  # the last evaluation, before there are metrics
+    assert tiles(page)[:2] == [("Held-out accuracy", "70.0%"), ("Held-out margin", "0.1")]
 
 
 def test_a_command_names_no_folder_of_this_machine_and_says_what_to_fill_in(tmp_path: Path) -> None:
@@ -319,7 +321,11 @@ def test_a_command_names_no_folder_of_this_machine_and_says_what_to_fill_in(tmp_
         "02_dpo.py --output_dir PATH/TO/outputs --dataset_id org/pairs mine.jsonl --recipe PATH/TO/r.yaml "
         """--model_id '{"a": "PATH/TO/a"}'\n"""
     ) in text["next"] + "\n"
-    assert "03_merge_push.py --run PATH/TO/x" in text["merge"]
+    finished = make(tmp_path / "my runs" / "x", record | {"status": "finished"})
+    (finished / "adapter_config.json").write_text("{}")
+    text = read(finished).text
+    assert "python notebooks/03_merge_push.py --run PATH/TO/x" in text["merge"]
+    assert "python notebooks/04_vibes.py --models PATH/TO/x" in text["result"]
     paths = (REPO / "outputs" / "x", REPO, f"{REPO}-old/x", "org/model", "a b")
     assert [hide_paths(str(path), fill_in=True) for path in paths] == [
         "outputs/x", ".", "PATH/TO/x", "org/model", "a b",
