@@ -117,9 +117,10 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
         if len(highest) > 1:
             flags = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
             raise SettingsError(f"{flags} exclude each other. Give one of them.")
-        for name in set(group) - set(highest) if highest else ():
-            layer = settings.sources[name].split()[0]
-            settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(getattr(settings, name))()})
+        for name in group if highest else ():
+            if name not in highest and (value := getattr(settings, name)):
+                layer = settings.sources[name].split()[0]
+                settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(value)()})
     if settings.wandb_project and not settings.is_set("report_to"):
         settings.report_to = "wandb"
     settings.check()

@@ -111,4 +111,4 @@ def test_help_takes_less_than_0_6_seconds(project: Project) -> None:
 
 def test_the_example_of_env_has_every_variable_with_its_comment_and_default() -> None:
     """Run `python -m tests.settings.env_example` after a change of a Settings cell."""
-    assert (REPO / ".env.example").read_text() == env_example()
+    assert (REPO / ".env.example").read_text() == env_example(), "run `python -m tests.settings.env_example`"
