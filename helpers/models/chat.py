@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken
 
@@ -121,16 +121,6 @@ def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict
         ids = encoded["input_ids"]
         learned = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
     return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learned, strict=True)]}
-
-
-def show_labels(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> Any:
-    """Return a row of `tokenize_with_labels` as rich text: learned tokens are bold, the others dim."""
-    from rich.text import Text
-
-    text = Text()
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold green")
-    return text
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
