@@ -83,7 +83,7 @@ from helpers.runs import start_run
 
 start = resolve_start(settings)
 if settings.dry_run:
-    show(estimate_memory(settings, start), estimate_workload(settings, start.parent))
+    show(estimate_memory(settings, start), estimate_workload(settings, start))
 run = start_run(settings, base_model=start.base_model)
 
 # %% [markdown]

@@ -98,7 +98,7 @@ start = resolve_start(settings)  # a Hub id, a folder, or an SFT run with its ad
 if settings.push_to_hub:
     check_push(settings)  # token and repository, before hours of training
 if settings.dry_run:
-    show(estimate_memory(settings, start), estimate_workload(settings, start.parent))
+    show(estimate_memory(settings, start), estimate_workload(settings, start))
 run = start_run(settings, base_model=start.base_model, parent=start.parent, when_finished=merge_and_push)
 
 # %% [markdown]

@@ -39,12 +39,8 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class PairingConfig:
-    """How preference rows become pairs.
-
-    Ranked and scored rows pair their best answer with the worst, with a random other (seeded), or give all pairs.
-    `recommended` keeps the rows that the card of argilla/distilabel-intel-orca-dpo-pairs recommends. Pairs whose
-    ratings differ by less than `min_margin` are dropped; ties always are.
-    """
+    """Which answers of ranked and scored rows become pairs (the random one is drawn with `seed`), and which rows are
+    kept: those that the card of argilla/distilabel-intel-orca-dpo-pairs recommends, ratings `min_margin` apart."""
 
     pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"
     recommended: bool = False
@@ -184,20 +180,9 @@ def read_completion(row: Row, config: PairingConfig) -> list[Example]:
     return _conversation(_turns(prompt=prompt, completion=completion))
 
 
-FORMAT_READERS: dict[str, Reader] = {
-    "messages": read_messages,
-    "pairs": read_pairs,
-    "orca": read_orca,
-    "ranked": read_ranked,
-    "hh": read_hh,
-    "alpaca_farm": read_alpaca_farm,
-    "scored": read_scored,
-}
-INSTRUCTION_READERS: dict[str, Reader] = {
-    "messages": read_conversation,
-    "completion": read_completion,
-    "alpaca": read_alpaca,
-}
+PAIR_READERS = (read_messages, read_pairs, read_orca, read_ranked, read_hh, read_alpaca_farm, read_scored)
+FORMAT_READERS: dict[str, Reader] = {reader.__name__.removeprefix("read_"): reader for reader in PAIR_READERS}
+INSTRUCTION_READERS = {"messages": read_conversation, "completion": read_completion, "alpaca": read_alpaca}
 
 
 @dataclasses.dataclass(frozen=True)

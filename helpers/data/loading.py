@@ -32,11 +32,8 @@ REQUIRED_COLUMNS = {  # "a or b": one of the two
     "alpaca_farm": ("instruction", "output_1", "output_2", "preference"),
     "scored": ("prompt or instruction or question", "completions or responses"),
 }
-INSTRUCTION_COLUMNS = {
-    "messages": {"messages"},
-    "completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "output"},
-}
+INSTRUCTION_COLUMNS = {"messages": {"messages"}, "completion": {"prompt", "completion"},
+                       "alpaca": {"instruction", "output"}}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +78,8 @@ def parse_dataset_specs(settings: Any) -> list[DatasetSpec]:
     Fields that an object lacks come from dataset_config, dataset_split, dataset_revision, data_format and eval_split.
     Raises SettingsError.
     """
-    common = {
-        "config": settings.dataset_config,
-        "split": settings.dataset_split,
-        "revision": settings.dataset_revision,
-        "format": settings.data_format,
-        "eval_split": settings.eval_split,
-    }
+    common = {key: getattr(settings, f"dataset_{key}") for key in ("config", "split", "revision")}
+    common |= {"format": settings.data_format, "eval_split": settings.eval_split}
     is_default_split = settings.sources.get("dataset_split") == "default"
     specs = [_parse_spec(text, common, is_default_split) for text in settings.dataset_id]
     if not specs:

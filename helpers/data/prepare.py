@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from helpers.core import UserError, process_lock
+from helpers.core import SettingsError, UserError, process_lock
 from helpers.data.formats import Example, Message, PairingConfig, RowFormat, conversation_hash
+from helpers.data.loading import choose_format
 from helpers.models.chat import (
     encode_prompt,
     fold_system_message,
@@ -48,17 +49,31 @@ class LengthLimits:
         return self.max_prompt_length or sys.maxsize, self.max_length or sys.maxsize
 
 
-def tokenize_dataset(rows: Dataset, tokenizer: Tokenizer, num_proc: int, **config: Any) -> Dataset:
-    """Prepare all rows, cached by content; `config` are the arguments of `_prepare_batch`.
+def tokenize_dataset(
+    rows: Dataset,
+    tokenizer: Tokenizer,
+    use_pairs: bool,
+    limits: LengthLimits,
+    data_format: str = "auto",
+    pairing: PairingConfig | None = None,
+    system_prompt: str = "",
+    num_proc: int = 0,
+) -> tuple[Dataset, str]:
+    """Prepare all rows, cached by content; returns them and the name of their format. Raises UserError.
 
     Pairs have the columns prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids and margin, conversations have
     messages, input_ids and labels. Both have tokens, prompt_hash and `row_report.INTERNAL_COLUMNS`.
     """
+    pairing, row_format = pairing or PairingConfig(), choose_format(rows, data_format, use_pairs)
+    if use_pairs and pairing.recommended and "status" not in rows.column_names:
+        example = "argilla/distilabel-intel-orca-dpo-pairs"
+        raise SettingsError(f"--recommended needs a dataset with a status column, such as {example}. Leave it out.")
+    config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
     fingerprint = content_fingerprint(rows, tokenizer, config)
     TOKENIZERS[fingerprint] = tokenizer
     try:
         with process_lock(fingerprint):
-            return rows.map(
+            prepared = rows.map(
                 _prepare_batch,
                 batched=True,
                 batch_size=100,
@@ -71,6 +86,7 @@ def tokenize_dataset(rows: Dataset, tokenizer: Tokenizer, num_proc: int, **confi
             )
     finally:
         del TOKENIZERS[fingerprint]
+    return prepared, str(row_format)
 
 
 def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from jinja2 import Environment
 
 from helpers.core import BLUE, GREY, ORANGE, is_main_process, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
@@ -28,6 +29,7 @@ from helpers.settings.load import from_recipe, load_settings, split_flags
 if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
@@ -40,9 +42,7 @@ SAME_WORDS = 0.9  # share of common words from which on two answers are nearly t
 ONE_SIDED = 0.9  # share of an opening's answers on one side from which on it is a shortcut
 OFTEN = 0.1  # share of rows that is worth a warning
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
-BARS = 8  # of a panel
-LABEL_WIDTH = 46  # characters
-Numbers = np.ndarray[Any, Any]
+BARS, LABEL_WIDTH = 8, 46  # of a panel, and characters of their labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,40 +54,13 @@ class DataFinding:
     text: str
     is_warning: bool = False
 
-
-@dataclasses.dataclass
-class AnswerTexts:
-    """What is analysed: token counts by name, normalised prompts, and the answers of pairs (or conversations)."""
-
-    lengths: dict[str, Numbers]
-    prompts: list[str]
-    chosen: list[str]
-    rejected: list[str]
-    margins: Numbers
-
     @classmethod
-    def of(cls, rows: Dataset) -> AnswerTexts:
-        """The texts of rows of `load_preferences` or `load_instructions`."""
-        import pyarrow.compute as pc
-
-        table = rows.with_format("arrow")[:]
-        if "messages" in table.column_names:
-            learned = [sum(label != -100 for label in labels) for labels in table["labels"].to_pylist()]
-            lengths = {"conversation": table["tokens"].to_numpy(), "learned": np.array(learned)}
-            talks = table["messages"].to_pylist()
-            prompts = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
-            return cls(lengths, _normalised(prompts), [talk[-1]["content"] for talk in talks], [], np.array([]))
-        lengths = {side: pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in SIDES}
-        prompts = ["\n".join(m["content"] for m in talk) for talk in table["prompt"].to_pylist()]
-        chosen, rejected = ([talk[-1]["content"] for talk in table[side].to_pylist()] for side in SIDES[1:])
-        margins = np.array([m for m in table["margin"].to_pylist() if m is not None])
-        return cls(lengths, _normalised(prompts), chosen, rejected, margins)
-
-    def __add__(self, other: AnswerTexts) -> AnswerTexts:
-        lengths = {name: np.concatenate([n, other.lengths[name]]) for name, n in self.lengths.items()}
-        margins = np.concatenate([self.margins, other.margins])
-        texts = (self.prompts + other.prompts, self.chosen + other.chosen, self.rejected + other.rejected)
-        return AnswerTexts(lengths, *texts, margins)
+    def of(cls, name: str, value: float, is_warning: bool, **facts: Any) -> DataFinding:
+        """A finding with the text of the macro of its name in templates/findings.jinja."""
+        template = Path(__file__).with_name("templates") / "findings.jinja"
+        macros = Environment().from_string(template.read_text(encoding="utf-8")).module
+        text = getattr(macros, name.replace(" ", "_"))(value, is_warning, **facts)
+        return cls(name, value, " ".join(text.split()), is_warning)
 
 
 @dataclasses.dataclass
@@ -95,8 +68,8 @@ class DataReport:
     """Lengths in tokens, findings, and the row report that they come from."""
 
     row_report: RowReport
-    train: AnswerTexts
-    eval: AnswerTexts
+    train: DataFrame
+    eval: DataFrame
     max_length: int
     findings: list[DataFinding]
     prompts: list[Any] = dataclasses.field(default_factory=list)  # the first held-out ones
@@ -104,30 +77,26 @@ class DataReport:
     @classmethod
     def of(cls, train_set: Dataset, eval_set: Dataset, row_report: RowReport, max_length: int = 0) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` returned, for the same `max_length`."""
-        train, held_out = AnswerTexts.of(train_set), AnswerTexts.of(eval_set)
+        train, held_out = read_texts(train_set), read_texts(eval_set)
         prompts = eval_set[:SAVED_PROMPTS]["prompt"] if "prompt" in eval_set.column_names else []
         findings = find_data_issues(train, held_out, row_report, max_length)
         return cls(row_report, train, held_out, max_length, findings, list(prompts))
 
-    @property
-    def lengths(self) -> dict[str, Numbers]:
+    @functools.cached_property
+    def lengths(self) -> dict[str, np.ndarray[Any, Any]]:
         """Tokens of each prompt, chosen and rejected answer (or conversation, and what is learned of it)."""
-        return (self.train + self.eval).lengths
+        names = [name for name in COLOURS if f"{name} tokens" in self.train]
+        return {name: np.concatenate([rows[f"{name} tokens"] for rows in (self.train, self.eval)]) for name in names}
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON: rows, quantiles of lengths in tokens, share of rows by reason, and findings."""
         rows = self.row_report
+        reasons = rows.changed + rows.dropped + rows.flagged
         return {
-            "rows": {"train": len(self.train.prompts), "held_out": len(self.eval.prompts), "read": rows.read},
+            "rows": {"train": len(self.train), "held_out": len(self.eval), "read": rows.read},
             "max_length": self.max_length,
-            "lengths": {
-                name: {"mean": float(n.mean())} | {q: float(np.quantile(n, at)) for q, at in QUANTILES.items()}
-                for name, n in self.lengths.items()
-            },
-            "share_of_rows": {
-                reason: count / max(1, rows.read)
-                for reason, count in (rows.changed + rows.dropped + rows.flagged).items()
-            },
+            "lengths": {name: _summary(tokens) for name, tokens in self.lengths.items()},
+            "share_of_rows": {reason: count / max(1, rows.read) for reason, count in reasons.items()},
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
         }
 
@@ -137,33 +106,31 @@ class DataReport:
         from rich.text import Text
 
         table = Table("tokens of", "mean", *QUANTILES, box=None, pad_edge=False)
-        for name, n in self.lengths.items():
-            table.add_row(name, f"{n.mean():,.0f}", *(f"{np.quantile(n, at):,.0f}" for at in QUANTILES.values()))
+        for name, tokens in self.lengths.items():
+            table.add_row(name, *(f"{number:,.0f}" for number in _summary(tokens).values()))
         lines = [Text(f"! {f.text}", "yellow") if f.is_warning else Text(f"· {f.text}") for f in self.findings]
         return Group(table, *lines)
 
     @functools.cached_property
     def figure(self) -> Figure:
-        """One page: lengths, length difference, openings of both sides, and what happened to the rows."""
+        """One page: lengths, and what happened to the rows; of pairs also length differences and openings."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        is_pairs = bool(self.train.rejected)
+        is_pairs = "rejected" in self.train
+        panels = (
+            [_plot_lengths, _plot_differences, _plot_openings, _plot_rows] if is_pairs else [_plot_lengths, _plot_rows]
+        )
+        units = ["y pairs", "y pairs", "x pairs", "x rows"] if is_pairs else ["y conversations", "x rows"]
         figure = Figure(figsize=(11, 6.5 if is_pairs else 3.4), layout="constrained")
-        axes = figure.subplots(2 if is_pairs else 1, 2).flatten()
-        _plot_lengths(axes[0], self)
-        _plot_rows(axes[-1], self.row_report)
-        if is_pairs:
-            _plot_differences(axes[1], self.lengths)
-            _plot_openings(axes[2], self.train)
-        units = ("y pairs", "y pairs", "x pairs", "x rows") if is_pairs else ("y conversations", "x rows")
-        for axis, (side, unit) in zip(axes, map(str.split, units), strict=True):
+        for axis, plot, unit in zip(figure.subplots(len(panels) // 2, 2).flatten(), panels, units, strict=True):
+            title = plot(axis, self)
+            axis.set_title(title, loc="left", fontsize=10)
+            side, name = unit.split()
             getattr(axis, f"{side}axis").set_major_locator(MaxNLocator("auto", integer=True))
-            getattr(axis, f"set_{side}label")(unit, fontsize=8)
+            axis.set(**{f"{side}label": name})
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
-            axis.title.set_fontsize(10)
-            axis.xaxis.label.set_fontsize(8)
         return figure
 
     def save(self, folder: Path) -> None:
@@ -175,66 +142,71 @@ class DataReport:
             write_json(folder / "data_report.json", self.as_dict())
 
 
+def read_texts(rows: Dataset) -> DataFrame:
+    """What is analysed of rows of `load_preferences` or `load_instructions`.
+
+    Columns: prompt (words only, in lower case), chosen, rejected, margin, and "... tokens" of each side.
+    """
+    from pandas import DataFrame
+
+    if "messages" in rows.column_names:
+        talks, tokens = rows["messages"][:], rows["tokens"][:]
+        learned = [sum(label != -100 for label in labels) for labels in rows["labels"][:]]
+        frame = DataFrame({"conversation tokens": tokens, "learned tokens": learned})
+        frame["chosen"] = [talk[-1]["content"] for talk in talks]
+        prompts = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
+    else:
+        frame = DataFrame({f"{side} tokens": list(map(len, rows[f"{side}_ids"][:])) for side in SIDES})
+        for side in SIDES[1:]:
+            frame[side] = [talk[-1]["content"] for talk in rows[side][:]]
+        frame["margin"] = np.array(rows["margin"][:], dtype=float)
+        prompts = ["\n".join(m["content"] for m in talk) for talk in rows["prompt"][:]]
+    return frame.assign(prompt=[" ".join(re.findall(r"\w+", text.casefold())) or text for text in prompts])
+
+
 def find_data_issues(
-    train: AnswerTexts, held_out: AnswerTexts, row_report: RowReport, max_length: int
+    train: DataFrame, held_out: DataFrame, row_report: RowReport, max_length: int
 ) -> list[DataFinding]:
     """All findings, warnings first."""
     findings = _dropped_rows(row_report, max_length)
-    if train.rejected:
-        both = train + held_out
+    if "rejected" in train:
+        import pandas
+
+        both = pandas.concat([train, held_out])
         findings += [length_bias(both), *near_ties(both), *prefix_shortcuts(train)]
-    counts = Counter(train.prompts)
-    if share := sum(n for n in counts.values() if n > 1) / len(train.prompts):
-        text = f"{share:.0%} of training rows share their prompt with others (one has {max(counts.values())} rows)."
-        more = " The model sees these prompts more often than others." if share >= OFTEN else ""
-        findings.append(DataFinding("repeated prompts", share, text + more, share >= OFTEN))
+    if share := float(train["prompt"].duplicated(keep=False).mean()):
+        most = int(train["prompt"].value_counts().iloc[0])
+        findings.append(DataFinding.of("repeated prompts", share, share >= OFTEN, most=most))
     findings += train_eval_overlap(train, held_out)
     return sorted(findings, key=lambda finding: not finding.is_warning)
 
 
-def length_bias(rows: AnswerTexts) -> DataFinding:
+def length_bias(rows: DataFrame) -> DataFinding:
     """How often the chosen answer has more tokens. Ties count half in the score of a judge of length."""
-    more = rows.lengths["chosen"] - rows.lengths["rejected"]
-    longer, score = float((more > 0).mean()), float((more > 0).mean() + (more == 0).mean() / 2)
-    ratio = rows.lengths["chosen"].mean() / rows.lengths["rejected"].mean()
-    text = f"The longer answer is the preferred one in {longer:.0%} of pairs. "
-    if score >= BIAS and ratio > 1.05:
-        text += f"Chosen answers are {ratio:,.1f} times as long as rejected ones. "
-    text += f"A judge that looks at length only would score {score:.0%}"
-    if 1 - BIAS < score < BIAS:
-        return DataFinding("longer is chosen", longer, f"{text}: length says little about the label.")
-    taught = "longer" if score >= BIAS else "shorter"
-    text += f". Training on these pairs will teach the model to write {taught} answers, better or not."
-    if score >= BIAS:
-        text += (
-            " `--ld_alpha 0.5` reduces the weight of the extra tokens; compare answers of similar length when judging."
-        )
-    return DataFinding("longer is chosen", longer, text, True)
+    chosen, rejected = rows["chosen tokens"], rows["rejected tokens"]
+    longer = float((chosen > rejected).mean())
+    score = longer + float((chosen == rejected).mean()) / 2
+    is_biased, ratio = not 1 - BIAS < score < BIAS, chosen.mean() / rejected.mean()
+    return DataFinding.of("longer is chosen", longer, is_biased, score=score, ratio=ratio)
 
 
-def near_ties(rows: AnswerTexts) -> list[DataFinding]:
+def near_ties(rows: DataFrame) -> list[DataFinding]:
     """Pairs with nearly equal ratings, and pairs with answers of nearly the same words."""
-    findings = []
-    if len(rows.margins):
-        widest = float(rows.margins.max())
-        close = NEAR_TIE * widest
-        if share := float((rows.margins < close).mean()):
-            text = f"The ratings of {share:.0%} of rated pairs differ by less than {close:.2g} (at most {widest:.3g})."
-            more = f" Such labels are unreliable. `--min_margin {close:.2g}` drops these pairs."
-            text += more if share >= OFTEN else ""
-            findings.append(DataFinding("near ties", share, text, share >= OFTEN))
-    words = [(set(c.split()), set(r.split())) for c, r in zip(rows.chosen, rows.rejected, strict=True)]
-    same = [i for i, (c, r) in enumerate(words) if len(c & r) >= SAME_WORDS * max(1, len(c | r))]
-    if share := len(same) / len(words):
-        text = f"{len(same):,} pairs ({share:.1%}) have answers of nearly the same words, such as "
-        text += f"{rows.chosen[same[0]][:60]!r}. They teach little."
-        findings.append(DataFinding("nearly the same answers", share, text, share >= OFTEN))
+    findings, margins = [], rows["margin"].dropna()
+    if len(margins) and (share := float((margins < NEAR_TIE * margins.max()).mean())):
+        facts = {"close": NEAR_TIE * margins.max(), "widest": margins.max()}
+        findings.append(DataFinding.of("near ties", share, share >= OFTEN, **facts))
+    words = [(set(c.split()), set(r.split())) for c, r in zip(rows["chosen"], rows["rejected"], strict=True)]
+    is_same = np.array([len(c & r) >= SAME_WORDS * max(1, len(c | r)) for c, r in words])
+    if share := float(is_same.mean()):
+        facts = {"count": int(is_same.sum()), "example": repr(rows["chosen"][is_same].iloc[0][:60])}
+        findings.append(DataFinding.of("nearly the same answers", share, share >= OFTEN, **facts))
     return findings
 
 
-def prefix_shortcuts(rows: AnswerTexts) -> list[DataFinding]:
+def prefix_shortcuts(rows: DataFrame) -> list[DataFinding]:
     """Openings that occur on one side only, and how many labels openings alone predict (leaving each pair out)."""
-    chosen, rejected = (list(map(opening, side)) for side in (rows.chosen, rows.rejected))
+    chosen, rejected = (list(map(opening, rows[side])) for side in SIDES[1:])
     good, bad = Counter(chosen), Counter(rejected)
     score = 0.0
     for c, r in zip(chosen, rejected, strict=True):
@@ -242,55 +214,38 @@ def prefix_shortcuts(rows: AnswerTexts) -> list[DataFinding]:
         score += 0.5 if ahead == 0 or c == r else float(ahead > 0)
     score /= len(chosen)
     counts = [(o, good[o], bad[o]) for o, n in (good + bad).most_common() if n >= max(5, 0.01 * len(chosen))]
-    one_sided = [(o, g, b) for o, g, b in counts if max(g, b) >= ONE_SIDED * (g + b)][:3]
-    text = f"Openings (the first {OPENING_WORDS} words) alone predict {score:.0%} of the labels"
-    if not one_sided and score < BIAS:
-        return [DataFinding("openings", score, f"{text}: they reveal little.")]
-    listed = "; ".join(f"{o!r} opens {g:,} chosen and {b:,} rejected answers" for o, g, b in one_sided)
-    text += f"{f': {listed}' if listed else ''}. The model can learn these words instead of what makes an answer good."
-    return [DataFinding("openings", score, f"{text} Check that they are wanted.", True)]
+    one_sided = [(repr(o), g, b) for o, g, b in counts if max(g, b) >= ONE_SIDED * (g + b)][:3]
+    is_shortcut = bool(one_sided) or score >= BIAS
+    return [DataFinding.of("openings", score, is_shortcut, words=OPENING_WORDS, one_sided=one_sided)]
 
 
-def train_eval_overlap(train: AnswerTexts, held_out: AnswerTexts) -> list[DataFinding]:
+def train_eval_overlap(train: DataFrame, held_out: DataFrame) -> list[DataFinding]:
     """Held-out rows that training sees: prompts that differ in case, spaces or punctuation only, and answers."""
-    prompts = set(train.prompts)
-    answers = {text for text in train.chosen if len(text.split()) > 2 * OPENING_WORDS}
-    findings = []
-    for name, count, ignored in (
-        ("prompts", sum(prompt in prompts for prompt in held_out.prompts), " (ignoring case, spaces and punctuation)"),
-        ("answers", sum(text in answers for text in held_out.chosen), ""),
-    ):
-        if share := count / max(1, len(held_out.prompts)):
-            text = f"{count:,} held-out {name} ({share:.1%}) are in the training rows too{ignored}. Evaluation on them "
-            text += "measures memory. Remove them from one side."
-            findings.append(DataFinding(f"leaked {name}", share, text, share >= 0.01))
-    return findings or [DataFinding("leaked prompts", 0.0, "No held-out prompt or answer is in the training rows.")]
+    answers = {text for text in train["chosen"] if len(text.split()) > 2 * OPENING_WORDS}
+    leaks = {
+        "leaked prompts": held_out["prompt"].isin(train["prompt"]),
+        "leaked answers": held_out["chosen"].isin(answers),
+    }
+    shares = [(name, float(leak.mean()), int(leak.sum())) for name, leak in leaks.items() if leak.any()]
+    findings = [DataFinding.of(name, share, share >= 0.01, count=count) for name, share, count in shares]
+    return findings or [DataFinding.of("leaked prompts", 0.0, False, count=0)]
 
 
 def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
     findings = []
     if rows.dropped:
-        share = rows.dropped.total() / rows.read
-        reason, count = rows.dropped.most_common(1)[0]
-        text = f"{share:.1%} of rows were dropped. Most frequent reason: {reason} ({count:,})."
-        findings.append(DataFinding("dropped", share, text, share >= OFTEN))
-    for reason, tokens, flag in (
-        (TOO_LONG, sorted(rows.long_rows), f"--max_length {max_length}"),
-        (PROMPT_TOO_LONG, sorted(rows.long_prompts), "--max_prompt_length"),
+        share, (reason, count) = rows.dropped.total() / rows.read, rows.dropped.most_common(1)[0]
+        findings.append(DataFinding.of("dropped", share, share >= OFTEN, reason=reason, count=count))
+    for name, reason, tokens, limit in (
+        ("too long", TOO_LONG, sorted(rows.long_rows), f"--max_length {max_length}"),
+        ("prompt too long", PROMPT_TOO_LONG, sorted(rows.long_prompts), "--max_prompt_length"),
     ):
         if count := rows.dropped[reason] + rows.dropped_pairs[f"{reason} {OTHERS_KEPT}"]:
-            share, enough = rows.dropped[reason] / rows.read, tokens[math.ceil(0.9 * count) - 1]
-            text = f"{count:,} were dropped as longer than {flag} ({tokens[0]:,} to {tokens[-1]:,} tokens)."
-            more = f" `{flag.split()[0]} {enough}` would keep most, `--overlong truncate_prompt` long prompts."
-            is_warning = share >= OFTEN / 2
-            findings.append(DataFinding(reason, share, text + (more if is_warning else ""), is_warning))
+            share = rows.dropped[reason] / rows.read
+            facts = {"shortest": tokens[0], "longest": tokens[-1], "enough": tokens[math.ceil(0.9 * count) - 1]}
+            findings.append(DataFinding.of(name, share, share >= OFTEN / 2, count=count, limit=limit, **facts))
     if cut := rows.changed[TRUNCATED_ANSWER]:
-        text = (
-            f"{cut:,} rows have an answer truncated at --max_length {max_length}: the model learns not to stop. Use a "
-        )
-        findings.append(
-            DataFinding("cut answers", cut / rows.read, f"{text}larger `--max_length` or `--overlong drop`.", True)
-        )
+        findings.append(DataFinding.of("cut answers", cut / rows.read, True, count=cut, max_length=max_length))
     return findings
 
 
@@ -299,47 +254,46 @@ def opening(text: str) -> str:
     return " ".join(text.split(maxsplit=OPENING_WORDS)[:OPENING_WORDS])
 
 
-def _normalised(texts: list[str]) -> list[str]:
-    """Words only, in lower case."""
-    return [" ".join(re.findall(r"\w+", text.casefold())) or text for text in texts]
+def _summary(tokens: np.ndarray[Any, Any]) -> dict[str, float]:
+    return {"mean": float(tokens.mean())} | {name: float(np.quantile(tokens, at)) for name, at in QUANTILES.items()}
 
 
-def _plot_lengths(axis: Any, report: DataReport) -> None:
-    longest = max(int(n.max()) for n in report.lengths.values())
-    bins = np.unique(np.geomspace(1, max(longest, report.max_length, 2) * 1.05, 50).astype(int))
-    for name, n in report.lengths.items():
-        label = f"{name}, median {np.median(n):,.0f}"
-        axis.hist(n, bins=bins, histtype="step", linewidth=1.5, color=COLOURS[name], label=label)
+def _plot_lengths(axis: Any, report: DataReport) -> str:
+    longest = max(2, report.max_length, *(tokens.max() for tokens in report.lengths.values()))
+    bins = np.unique(np.geomspace(1, longest * 1.05, 50).astype(int))
+    for name, tokens in report.lengths.items():
+        label = f"{name}, median {np.median(tokens):,.0f}"
+        axis.hist(tokens, bins=bins, histtype="step", linewidth=1.5, color=COLOURS[name], label=label)
     if report.max_length:
         axis.axvline(report.max_length, color="black", linestyle=":", label=f"max_length {report.max_length:,}")
-    axis.set_xscale("log")
-    axis.set_title("lengths", loc="left")
-    axis.set_xlabel("tokens")
+    axis.set(xscale="log", xlabel="tokens")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
+    return "lengths"
 
 
-def _plot_differences(axis: Any, lengths: dict[str, Numbers]) -> None:
-    more = lengths["chosen"] - lengths["rejected"]
+def _plot_differences(axis: Any, report: DataReport) -> str:
+    more = report.lengths["chosen"] - report.lengths["rejected"]
     edge = max(1, int(np.quantile(np.abs(more), 0.98)))
     for part, colour in ((more[more < 0], ORANGE), (more[more > 0], BLUE)):
         axis.hist(part, bins=np.linspace(-edge, edge, 41), color=colour)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_title(f"the longer answer is the chosen one in {(more > 0).mean():.0%} of pairs", loc="left")
-    axis.set_xlabel("tokens of the chosen answer minus tokens of the rejected one")
+    axis.set(xlabel="tokens of the chosen answer minus tokens of the rejected one")
+    return f"the longer answer is the chosen one in {(more > 0).mean():.0%} of pairs"
 
 
-def _plot_openings(axis: Any, rows: AnswerTexts) -> None:
-    sides = {"chosen": Counter(map(opening, rows.chosen)), "rejected": Counter(map(opening, rows.rejected))}
+def _plot_openings(axis: Any, report: DataReport) -> str:
+    sides = {side: Counter(map(opening, report.train[side])) for side in SIDES[1:]}
     names = [name for name, _ in (sides["chosen"] + sides["rejected"]).most_common(BARS)][::-1]
     for offset, (side, counts) in zip((0.2, -0.2), sides.items(), strict=True):
         at = np.arange(len(names)) + offset
         axis.barh(at, [counts[name] for name in names], 0.4, color=COLOURS[side], label=side)
-    axis.set_yticks(range(len(names)), [_label(name) for name in names], parse_math=False)
-    axis.set_title("most frequent openings, training rows", loc="left")
+    axis.set_yticks(range(len(names)), list(map(_label, names)), parse_math=False)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return "most frequent openings, training rows"
 
 
-def _plot_rows(axis: Any, rows: RowReport) -> None:
+def _plot_rows(axis: Any, report: DataReport) -> str:
+    rows = report.row_report
     bars = [("kept", rows.kept, BLUE), *((reason, n, ORANGE) for reason, n in rows.dropped.most_common(BARS))]
     bars += [(reason, n, GREY) for reason, n in (rows.changed + rows.flagged).most_common(BARS // 2)]
     for i, (_, count, colour) in enumerate(bars):
@@ -348,7 +302,7 @@ def _plot_rows(axis: Any, rows: RowReport) -> None:
     axis.set_yticks(range(len(bars)), [_label(reason) for reason, *_ in bars], parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(0, max(count for _, count, _ in bars) * 1.25)
-    axis.set_title(f"rows: {rows.read:,} read", loc="left")
+    return f"rows: {rows.read:,} read"
 
 
 def _label(text: str) -> str:
@@ -361,12 +315,10 @@ def show_example(tokenizer: Tokenizer, row: dict[str, Any]) -> None:
     from rich.text import Text
 
     text = Text()
-    if "labels" in row:
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold green")
-    else:
-        for side in SIDES:
-            text.append(f"{side}: ", style="bold").append(f"{tokenizer.decode(row[f'{side}_ids'])}\n")
+    for side in SIDES if "prompt_ids" in row else ():
+        text.append(f"{side}: ", style="bold").append(f"{tokenizer.decode(row[f'{side}_ids'])}\n")
+    for token, label in zip(row.get("input_ids", ()), row.get("labels", ()), strict=True):
+        text.append(str(tokenizer.decode([token])), style="dim" if label == -100 else "bold green")
     show(text)
 
 
@@ -410,14 +362,13 @@ def main(argv: list[str] | None = None) -> None:
     settings = load_settings(ReportSettings, {}, words)
     from transformers import AutoTokenizer
 
-    revision, is_trusted = settings.revision, settings.trust_remote_code
-    model = resolve_model(settings.model_id, revision, "tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=is_trusted)
+    model = resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
+    loading = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model, **loading)
     set_chat_template(tokenizer, settings.chat_template)
     if settings.sft:
         settings.max_prompt_length = 0
-    load = load_instructions if settings.sft else load_preferences
-    train_set, eval_set, row_report = load(settings, tokenizer)
+    train_set, eval_set, row_report = (load_instructions if settings.sft else load_preferences)(settings, tokenizer)
     report = DataReport.of(train_set, eval_set, row_report, settings.max_length)
     show(row_report, report)
     if settings.out:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import SettingsError, UserError
 from helpers.data.formats import PairingConfig
-from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs, subsample
+from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs, subsample
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, LengthLimits, tokenize_dataset
 from helpers.models.chat import VALIDATED_ROWS, validate_chat_template
 
@@ -67,12 +67,8 @@ class RowReport:
     @property
     def by_kind(self) -> dict[str, Counter[str]]:
         """Counts by reason of what was changed, dropped or flagged, and of dropped pairs of kept rows."""
-        return {
-            "changed": self.changed,
-            "dropped": self.dropped,
-            "dropped pairs": self.dropped_pairs,
-            "flagged": self.flagged,
-        }
+        names = {"changed": "changed", "dropped": "dropped", "dropped pairs": "dropped_pairs", "flagged": "flagged"}
+        return {kind: getattr(self, name) for kind, name in names.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """All counts, ready for JSON."""
@@ -144,7 +140,7 @@ def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dat
 
 def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
     prepare = functools.partial(
-        prepare_dataset,
+        tokenize_dataset,
         tokenizer=tokenizer,
         use_pairs=use_pairs,
         limits=config_from(settings, LengthLimits),
@@ -168,41 +164,22 @@ def config_from(settings: Any, cls: type[Config]) -> Config:
     return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
 
-def prepare_dataset(
-    rows: Dataset,
-    data_format: str,
-    tokenizer: Tokenizer,
-    use_pairs: bool,
-    limits: LengthLimits,
-    pairing: PairingConfig | None = None,
-    system_prompt: str = "",
-    num_proc: int = 0,
-) -> tuple[Dataset, str]:
-    """Prepared rows with INTERNAL_COLUMNS, and the name of their format. Raises UserError."""
-    pairing, row_format = pairing or PairingConfig(), choose_format(rows, data_format, use_pairs)
-    if use_pairs and pairing.recommended and "status" not in rows.column_names:
-        example = "argilla/distilabel-intel-orca-dpo-pairs"
-        raise SettingsError(f"--recommended needs a dataset with a status column, such as {example}. Leave it out.")
-    config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
-    return tokenize_dataset(rows, tokenizer, num_proc, **config), str(row_format)
-
-
 def prepare_rows(
-    rows: Dataset, tokenizer: Tokenizer, limits: LengthLimits, data_format: str = "auto", **options: Any
+    rows: Dataset, tokenizer: Tokenizer, limits: LengthLimits, use_pairs: bool = True, **options: Any
 ) -> tuple[Dataset, RowReport]:
-    """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `prepare_dataset`."""
-    prepared, name = prepare_dataset(rows, data_format, tokenizer, limits=limits, **{"use_pairs": True} | options)
+    """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
+    prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
     report, kept, _ = deduplicate([PreparedSplit(prepared, list(range(len(rows))))])
-    report.format = name
+    report.format = row_format
     return kept, report
 
 
 def load_and_split(
-    specs: list[DatasetSpec], prepare: Callable[[Dataset, str], tuple[Dataset, str]], split: Split, strict: bool
+    specs: list[DatasetSpec], prepare: Callable[..., tuple[Dataset, str]], split: Split, strict: bool
 ) -> tuple[Dataset, Dataset, RowReport]:
     """Train and evaluation rows of all datasets, with no prompt in both, and the report on every row.
 
-    `prepare` takes rows and the name of their format, and returns what `prepare_dataset` does. Raises UserError.
+    `prepare` is `tokenize_dataset` with all arguments but rows and data_format. Raises UserError.
     """
     splits, formats = [], []
     has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
@@ -212,7 +189,7 @@ def load_and_split(
         for name in filter(None, (spec.eval_split, spec.split)):
             is_eval = name == spec.eval_split
             rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
-            prepared, row_format = prepare(rows, spec.format)
+            prepared, row_format = prepare(rows, data_format=spec.format)
             splits.append(PreparedSplit(prepared, indices, f"{label} {name}" if has_labels else "", is_eval))
             formats.append(row_format)
     report, train, held_out = deduplicate(splits)

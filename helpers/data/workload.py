@@ -14,7 +14,8 @@ from helpers.data.formats import Message, PairingConfig
 from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
 from helpers.data.prepare import LengthLimits, add_system_prompt
 from helpers.data.row_report import Split, config_from
-from helpers.runs.run import Run, read_run
+from helpers.models.resolve import Start
+from helpers.runs.run import read_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,10 +54,9 @@ class Workload:
         return Text(text)
 
 
-def estimate_workload(settings: Any, parent: Run | None = None) -> Workload:
+def estimate_workload(settings: Any, start: Start) -> Workload:
     """The work of `settings`, from a sample of each dataset. Raises UserError if a local dataset cannot be used."""
-    folder = parent.folder if parent and not parent.is_adapter else find_path(settings.model_id)
-    count, note = _token_counter(str(folder or settings.model_id), settings.revision)
+    count, note = _token_counter(start)
     max_steps, split = settings.trl.get("max_steps", -1), config_from(settings, Split)
     kept, tokens, has_eval_split = 0.0, 0.0, False
     for spec in parse_dataset_specs(settings):
@@ -104,19 +104,16 @@ def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Coun
     return lengths, spec.fraction * len(rows) / len(sample)
 
 
-def _token_counter(model: str, revision: str) -> tuple[Count, str]:
+def _token_counter(start: Start) -> tuple[Count, str]:
     """A function that counts the tokens of messages (without those of the chat template), and a note on how it does."""
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    folder = find_path(model)
-    file = (
-        folder / "tokenizer.json"
-        if folder
-        else try_to_load_from_cache(model, "tokenizer.json", revision=revision or None)
-    )
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        note = f"at {CHARACTERS_PER_TOKEN} characters per token, because its tokenizer is not downloaded yet"
+    folder = start.parent.folder if start.parent else find_path(start.model)
+    cached = None if folder else try_to_load_from_cache(start.model, "tokenizer.json", revision=start.revision)
+    file = folder / "tokenizer.json" if folder else Path(cached) if isinstance(cached, str) else Path()
+    if not file.is_file():
+        note = f"at {CHARACTERS_PER_TOKEN} characters per token, because the tokenizer is not downloaded yet"
         return lambda talk: sum(len(m["content"]) for m in talk) // CHARACTERS_PER_TOKEN + 1, note
     tokenizer = Tokenizer.from_file(str(file))
     return lambda talk: sum(len(tokenizer.encode(m["content"], add_special_tokens=False)) for m in talk), ""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from pandas import DataFrame
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError
 from helpers.data.report import (
-    AnswerTexts,
     DataReport,
     find_data_issues,
     length_bias,
@@ -31,12 +31,12 @@ from tests.conftest import REPO
 from tests.data.test_loading import settings
 
 
-def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> AnswerTexts:
-    count = [np.array([len(text.split()) for text in side]) for side in (chosen, rejected)]
-    lengths = {"prompt": np.ones(len(chosen), int), "chosen": count[0], "rejected": count[1]}
-    return AnswerTexts(
-        lengths, prompts or [f"p{i}" for i in range(len(chosen))], chosen, rejected, np.array(margins, float)
-    )
+def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = None, margins: Any = ()) -> DataFrame:
+    frame = DataFrame({"chosen": chosen, "rejected": rejected, "prompt tokens": 1})
+    for side in ("chosen", "rejected"):
+        frame[f"{side} tokens"] = frame[side].str.split().str.len()
+    frame["margin"] = np.array(margins, float) if margins else np.nan
+    return frame.assign(prompt=prompts or [f"p{i}" for i in range(len(chosen))])
 
 
 def words(count: int, draw: random.Random) -> str:
@@ -101,8 +101,8 @@ def test_rows_that_are_lost_are_named_with_what_would_keep_them() -> None:
     found = {f.name: f for f in find_data_issues(rows, rows, report, 128)}
     assert found["dropped"].value == 0.8
     assert "Most frequent reason: longer than max_length (15)" in found["dropped"].text
-    assert "(200 to 900 tokens)" in found["longer than max_length"].text
-    assert "`--max_length 900` would keep" in found["longer than max_length"].text
+    assert "(200 to 900 tokens)" in found["too long"].text
+    assert "`--max_length 900` would keep" in found["too long"].text
     assert found["cut answers"].text.startswith("1 rows have an answer truncated at --max_length 128")
     assert list(found)[-1] in ("longer is chosen", "openings")  # what does not matter comes last
 

@@ -306,7 +306,7 @@ def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreT
 
 def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"--data_format 'triplets' is unknown. Use auto, messages, pairs"):
-        prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, "triplets")
+        prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, data_format="triplets")
     with pytest.raises(UserError, match="--recommended needs a dataset with a status column"):
         prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, pairing=PairingConfig(recommended=True))
     with pytest.raises(UserError, match="row 1 has "):
