@@ -140,7 +140,7 @@ def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
 
 
 def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
-    hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path, tmp_path: Path,
+    hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from huggingface_hub import ModelCard, constants

@@ -117,6 +117,7 @@ def compare(project: Project, demo: Path, engine: str, job: str, one: list[float
     torch.testing.assert_close(logits(project, demo, f"one-{job}"), trained, atol=5e-3, rtol=1e-3)  # what one gives
 
 
+@pytest.mark.long
 def test_two_processes_give_what_one_gives(project: Project, demo_folder: Path, tmp_path: Path) -> None:
     one = launch(project, demo_folder, "one", "lora", tmp_path, processes=1)
     compare(project, demo_folder, "ddp", "lora", one, tmp_path)
