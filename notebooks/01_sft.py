@@ -203,7 +203,7 @@ if settings.tuning != "full":
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
         modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
-        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
+        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens=new_tokens),
         task_type="CAUSAL_LM",
         revision=start.revision,  # of the base
     )

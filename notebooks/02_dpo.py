@@ -101,9 +101,6 @@ if settings.dry_run:
     show(estimate_memory(settings, start), estimate_workload(settings, start))
 run = start_run(settings, base_model=start.base_model, parent=start.parent, when_finished=merge_and_push)
 
-# %% [markdown]
-# One decision on device, dtype, quantization and attention, from what this machine has.
-
 # %%
 plan = plan_model(
     start.base_model,
@@ -224,7 +221,7 @@ elif settings.tuning != "full":
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
         modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
-        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens),
+        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens=new_tokens),
         task_type="CAUSAL_LM",
         revision=start.revision,  # of the base
     )

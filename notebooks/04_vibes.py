@@ -96,7 +96,7 @@ from helpers.models import resolve_models
 from helpers.runs import start_run
 
 # %%
-model_refs = resolve_models(settings.models, settings.output_dir, settings.base_url)
+model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)
 names = [model.name for model in model_refs]
 questions = read_questions(settings)
 sampling = generation_kwargs(settings)
@@ -131,7 +131,7 @@ answers = AnswerStore(
     by_category=settings.temperature_by_category,
 )
 with resumable(vibes_run):
-    for name, generator in iter_generators(model_refs, settings, answers):
+    for name, generator in iter_generators(model_refs, settings, answers=answers):
         answers.generate_missing(name, generator, **sampling)
 
 # %% [markdown]
@@ -141,7 +141,7 @@ with resumable(vibes_run):
 # whose. `05_judge.py --votes` counts the votes.
 
 # %%
-show(SideBySide.of(answers, names, settings.show_rows))
+show(SideBySide.of(answers, names, rows=settings.show_rows))
 page = vibes_run.folder / "answers.html"
 page_id = write_vote_page(
     page,

@@ -113,7 +113,7 @@ results = (RatingResults if settings.mode == "single" else PairwiseResults).from
 )
 show(results)
 show(results.figure(), save_as=judge_run.folder / "results.png")
-save_judgments(judge_run, verdicts, results)
+save_judgments(judge_run, verdicts, results=results)
 
 # %% [markdown]
 # ## Next

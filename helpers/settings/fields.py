@@ -119,7 +119,7 @@ class TrainSettings(RunSettings):
     overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over max_length
     strict: bool = False  # stop if any row would be dropped
     chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh, a file
-    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora, else none
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
     attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the adapter's weights
