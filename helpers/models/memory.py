@@ -73,10 +73,7 @@ class Decoder:
 
 
 def read_decoder(config: Mapping[str, Any]) -> Decoder:
-    """Read the shapes of a decoder from its config.json. A family not in ATTENTION_BIAS takes some seconds.
-
-    Raises KeyError, ValueError, TypeError or AttributeError if transformers cannot build it.
-    """
+    """Read a decoder's shapes from its config.json: in some seconds, or at once for a family in ATTENTION_BIAS."""
     c: Any = SimpleNamespace(**config)
     try:
         linears, norms, inner = _known_layers(c)
@@ -84,13 +81,12 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     except (AttributeError, KeyError):  # another family, or a number that is left to transformers' defaults
         c, linears, norms, vocabulary = _built_layers(config)
         inner, tied = max((linear.outputs for linear in linears), default=c.hidden_size), bool(c.tie_word_embeddings)
-    heads = c.num_attention_heads
-    size = getattr(c, "head_dim", None) or c.hidden_size // heads
+    query, key_value, _ = _head_widths(c)
     return Decoder(
         layers=c.num_hidden_layers,
         hidden=c.hidden_size,
-        query=heads * size,
-        key_value=(getattr(c, "num_key_value_heads", None) or heads) * size,
+        query=query,
+        key_value=key_value,
         inner=inner,
         gated=any("gate" in linear.name for linear in linears),
         vocabulary=vocabulary,
@@ -101,14 +97,19 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     )
 
 
+def _head_widths(c: Any) -> tuple[int, int, int]:
+    """The widths of all query heads together, of all key heads, and of one head."""
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return c.num_attention_heads * size, (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * size, size
+
+
 def _known_layers(c: Any) -> tuple[list[Linear], int, int]:
     """The linear layers of a usual family, the parameters of its norms, and the width of its MLP."""
-    hidden, inner, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    hidden, inner, (query, key_value, size) = c.hidden_size, c.intermediate_size, _head_widths(c)
     bias, output_bias = ATTENTION_BIAS[c.model_type]
     if hasattr(c, "attention_bias") and c.model_type != "qwen2":
         bias = output_bias = bool(c.attention_bias)
-    size, mlp_bias = getattr(c, "head_dim", None) or hidden // heads, bool(getattr(c, "mlp_bias", False))
-    query, key_value = heads * size, (getattr(c, "num_key_value_heads", None) or heads) * size
+    mlp_bias = bool(getattr(c, "mlp_bias", False))
     if c.model_type == "gpt_neox":
         prefix, norms, last_norm = "gpt_neox.layers", 4 * hidden, 2 * hidden
         layer = {
@@ -194,10 +195,9 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
 
 
 def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
-    """Bytes on one device by part; `peak` is their sum.
+    """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs.
 
-    Activations follow what autograd keeps per layer in traces of TRL 1.16 with transformers 5.23 (benchmarks/memory.py
-    compares); computing a pair's prompt once reduces them.
+    Activations follow what autograd keeps per layer in traces of TRL 1.16 with transformers 5.23.
     """
     trained, embeddings = trained_sizes(decoder, spec), 0
     if spec.full or any("embed" in name for name in spec.modules_to_save):
@@ -222,20 +222,17 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
 
 
 def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """The loaded base: float32 if it is trained. bitsandbytes does not quantize embeddings, LM head and norms.
-
-    bitsandbytes 0.50: int8 has a constant per row; NF4 has one per 64 weights, in 8 bits, with one per 256 of those.
-    """
+    """The loaded base: float32 if it is trained. bitsandbytes 0.50 quantizes neither embeddings, LM head nor norms."""
     if spec.full:
         return (2.0 if spec.stage and spec.compute == 2 else 4.0) * decoder.parameters
     if spec.bits == 16:
         return float(spec.compute * decoder.parameters)
     quantized = 0.0
     for linear in decoder.linears:
-        blocks = math.ceil(linear.weights / 64)
+        blocks = math.ceil(linear.weights / 64)  # NF4: an 8-bit constant each, and one of 32 bits per 256 of those
         tables = 4 * 16 + 4 * 256 + 4  # two codebooks and an offset
         nf4 = linear.weights / 2 + blocks + 4 * math.ceil(blocks / 256) + tables
-        quantized += linear.weights + 4 * linear.outputs if spec.bits == 8 else nf4
+        quantized += nf4 if spec.bits == 4 else linear.weights + 4 * linear.outputs  # int8: a constant per row
     return quantized + spec.compute * (decoder.parameters - sum(linear.weights for linear in decoder.linears))
 
 
@@ -253,13 +250,12 @@ def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
     """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW.
 
-    8-bit states have a constant per 256 numbers. Small weights and embeddings have float32 states nevertheless
-    (transformers 5.23, trainer.py, create_optimizer).
+    With 8-bit states, embeddings have float32 states nevertheless (transformers 5.23, trainer.py, create_optimizer).
     """
     name = spec.optimizer.removeprefix("paged_")
     states = next((n for prefix, n in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
     in_8bit = "8bit" in name and size >= MIN_8BIT_SIZE and not embedding
-    return states * size * ((1 + 4 / 256) if in_8bit else 4.0)
+    return states * size * ((1 + 4 / 256) if in_8bit else 4.0)  # 8-bit states have a constant per 256
 
 
 def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
@@ -293,11 +289,8 @@ def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
 def suggest_changes(
     decoder: Decoder, values: dict[str, Any], step: str, limit: float, trained_further: bool = False
 ) -> list[tuple[str, float]]:
-    """Flags that reduce the peak to `limit` bytes, each with its peak.
-
-    Returns every kind of change that is enough alone, else one combination, those first that do not change the result.
-    If nothing is enough, returns all together, with a peak above `limit`.
-    """
+    """Flags that reduce the peak to `limit` bytes, each with its peak: every kind of change that is enough alone, else
+    one combination, else all changes together, with a peak above `limit`. The harmless kinds come first."""
 
     def peak(change: dict[str, Any]) -> float:
         return memory_by_part(decoder, TrainingSpec(values | change, step, decoder, trained_further))["peak"]
@@ -353,17 +346,14 @@ class MemoryEstimate:
         table = Table("memory of one device", "", "", box=None, pad_edge=False)
         for name, size in self.parts.items():
             if size:
-                style = "bold" if name == "peak" else ""
-                table.add_row(name, _format_bytes(size), self.notes.get(name, ""), style=style)
+                note = self.notes.get(name, "")
+                table.add_row(name, _format_bytes(size), note, style="bold" if name == "peak" else "")
         lines = [Text(line, no_wrap=True, overflow="ignore") for line in self.lines]  # so that flags can be copied
         return Group(*([table] if self.parts else []), *lines)
 
 
 def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
-    """Estimate what `settings` need on one GPU with bfloat16, or on a CPU with `--use_cpu`.
-
-    Raises UserError if there is no such model, and SettingsError if the settings contradict each other or it.
-    """
+    """Estimate what `settings` need on one GPU with bfloat16, or on a CPU with `--use_cpu`. Raises UserError."""
     values, lines = settings.values(), list[str]()
     settings.accumulation_steps()  # raises if they contradict each other
     config, folder = json.loads(start.config_file.read_text()), find_path(start.model)

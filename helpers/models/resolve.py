@@ -53,7 +53,7 @@ class Start:
 def resolve_start(settings: RunSettings) -> Start:
     """Find what `settings` start from: `model_id`, or a run of 01_sft.py, whose model_id and adapter settings are used.
 
-    Raises UserError for a missing run, SettingsError for settings that contradict its adapter.
+    Raises UserError if there is no such run, or if settings given by hand contradict its adapter.
     """
     values = settings.values()
     revision = values["revision"] or None
@@ -120,10 +120,7 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
 
 
 def resolve_model(model_id: str, revision: str | None = None, file: str = "config.json") -> str:
-    """Return a local folder's path, as seen from here, or the Hub id unchanged.
-
-    Raises UserError if `file` or a local folder's weights are missing, before anything large is downloaded.
-    """
+    """Return a folder's path, as seen from here, or the Hub id. Raises UserError if files or weights are missing."""
     fetch_file(model_id, revision, file)
     folder = find_path(model_id)
     if folder and (missing := missing_weights(folder, file)):
@@ -207,16 +204,13 @@ class ModelRef:
 
     @property
     def tokenizer(self) -> str:
-        """Where its tokenizer is: the base's, if the adapter has none of its own."""
+        """The folder or Hub id of its tokenizer: the adapter's, or else the base's."""
         folder = find_path(self.adapter or "")
         return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
 
 
 def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
-    """Resolve an adapter, in a folder or on the Hub, and the base model it names, or else `base_model_id`.
-
-    Raises UserError, which mentions `--base_model_id` unless that is None.
-    """
+    """Resolve an adapter and its base: `base_model_id`, or else the one it names. None if there is no such flag."""
     from peft import PeftConfig
 
     try:
@@ -236,10 +230,9 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
 
 
 def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
-    """Resolve runs, adapters, models and "latest", each after the model it was trained from.
+    """Resolve runs, adapters, models and "latest", each after the model it was trained from, each model once.
 
-    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Models with the same name
-    are numbered.
+    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Equal names are numbered.
     """
     models: dict[ModelRef, ModelRef] = {}
     for name in names:
@@ -248,7 +241,7 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
             resolved = [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
         else:
             resolved = _resolve_with_start(name, output_dir)
-        for each in resolved:  # each model once
+        for each in resolved:
             models.setdefault(dataclasses.replace(each, name="", mutates_base=False), each)
     used = [model.name for model in models.values()]
     if "tie" in used:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import SettingsError
+from helpers.core import SettingsError, show
 from helpers.models import memory
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
 from tests import fake_hub as local
@@ -253,3 +253,12 @@ def test_the_stage_of_deepspeed_s_own_file_is_read(tmp_path: Path, monkeypatch: 
     (tmp_path / "ds.json").unlink()
     with pytest.raises(SettingsError, match=r"`--deepspeed .*` cannot be read"):
         TrainingSpec(values, "dpo", decoder)
+
+
+def test_suggested_flags_stay_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    flags = "  --gradient_checkpointing True --per_device_train_batch_size 4  (11.90 GB)"
+    show(memory.MemoryEstimate({"weights": 4.13 * GB, "peak": 4.13 * GB}, {"weights": "4-bit NF4"}, [flags]))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1] == flags
+    assert lines[1].split() == ["weights", "4.13", "GB", "4-bit", "NF4"]
