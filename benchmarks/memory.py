@@ -90,7 +90,6 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback, trainer
     from trl.trainer import utils
 
-    import helpers.models.plan
     from helpers.models import estimate_memory, plan_model
 
     found: dict[str, Any] = {}
@@ -129,7 +128,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
                 plan.quantization.bnb_4bit_compute_dtype = plan.quantization.bnb_4bit_quant_storage = torch.bfloat16
             return dataclasses.replace(plan, dtype=dtype, bf16=True)
 
-        helpers.models.plan.plan_model = plan_for_gpu
+        vars(sys.modules["helpers.models"])["plan_model"] = plan_for_gpu
     sys.argv = ["02_dpo.py", *flags(case, folder)]
     notebook = runpy.run_path(str(REPO / "notebooks" / "02_dpo.py"), run_name="__main__")
     parts = estimate_memory(notebook["settings"], notebook["start"]).parts

@@ -262,7 +262,7 @@ def _pair(
 
 
 def _rate(answers: list[Any], score_keys: Sequence[str], scores: list[Any]) -> list[tuple[str, float]]:
-    """Text and score of each answer. The score is in the answer, or in a list of its own."""
+    """Text and score of each answer. The score is in the answer, or in a separate list."""
     rated = []
     for answer, score in itertools.zip_longest(answers, scores[: len(answers)]):
         fields = answer if isinstance(answer, dict) else {"text": answer}

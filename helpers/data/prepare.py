@@ -129,7 +129,7 @@ def _prepare_batch(
     import multiprocess
     import pyarrow as pa
 
-    if multiprocess.parent_process():  # threads of their own slow down several processes
+    if multiprocess.parent_process():  # threads in each of several processes are slower
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = TOKENIZERS[tokenizer_key]
     special, has_system_role = special_token_pattern(tokenizer), supports_system_role(tokenizer)
@@ -171,7 +171,7 @@ def _prepare_batch(
 
 
 def _hashes(example: Example) -> dict[str, str]:
-    """Hashes of the sides. A conversation is hashed as a whole under chosen, and its prompt is its opening."""
+    """Hashes of the sides. A complete conversation is hashed under chosen, and its prompt is its opening."""
     if example.rejected:
         return {f"{side}_hash": conversation_hash(getattr(example, side)) for side in SIDES}
     opening = example.prompt[: 2 if example.prompt[0]["role"] == "system" else 1]

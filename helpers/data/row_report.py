@@ -106,7 +106,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """Prepared rows of one split of a dataset. `indices` are the row numbers that their source_index stands for."""
+    """Prepared rows of one split of a dataset. `indices` are the row numbers that their source_index refers to."""
 
     rows: Dataset
     indices: list[int]

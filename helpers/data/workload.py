@@ -84,7 +84,7 @@ def estimate_workload(settings: Any, start: Start) -> Workload:
 
 
 def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Count) -> tuple[list[float], float]:
-    """Tokens to compute for each usable example of a sample, and how many examples each of them stands for."""
+    """Tokens to compute for each usable example of a sample, and how many examples each of them represents."""
     limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
     max_prompt, max_total = limits.bounds
     row_format = choose_format(rows, spec.format, use_pairs=settings.step == "dpo")

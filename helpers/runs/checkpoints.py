@@ -74,7 +74,7 @@ def remove_quarantined(folder: Path) -> None:
 
 
 def quarantine_later(folder: Path, named: Path) -> None:
-    """Rename the run's checkpoints after `named`, when a run is resumed from one of its own earlier checkpoints."""
+    """Rename the run's checkpoints after `named`, when a run resumes from an earlier checkpoint."""
     for later in list_checkpoints(folder) if named.parent == folder.resolve() else ():
         if _step(later) > _step(named):
             renamed = later.with_name(f"superseded-{later.name}")

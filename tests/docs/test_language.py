@@ -24,7 +24,7 @@ AVOIDED = {
     "what it is that": r"\bwhat it is that\b",
 }
 # (file, word) → how often it is right there, and why.
-ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+ALLOWED: dict[tuple[str, str], tuple[int, str]] = {("CHANGELOG.md", "whole"): (1, "the older name of a file")}
 AT_MOST = 6  # entries of that table
 
 TEXTS = sorted({
@@ -42,7 +42,6 @@ def avoided_in(text: str) -> Counter[str]:
     return Counter({word: count for word, count in found.items() if count})
 
 
-@pytest.mark.xfail(strict=False, reason="the texts are being rewritten")
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(REPO)))
 def test_a_text_has_no_word_that_is_avoided(file: Path) -> None:
     name = str(file.relative_to(REPO))
