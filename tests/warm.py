@@ -126,7 +126,8 @@ class Server:
             raise
         if not answer:
             self.log.seek(0)
-            raise RuntimeError(f"the warm process ended: {self.log.read().decode()[-2000:]}")
+            status, text = self.process.wait(timeout=60), self.log.read().decode()[-2000:]
+            raise RuntimeError(f"the warm process ended with {status}: {text}")
         return int(answer)
 
     def stop(self) -> None:
