@@ -44,6 +44,8 @@ def in_demo_form() -> list[list[str]]:
                 given = {word for word in words if word.startswith("--")}
                 small = [SMALL[name][i : i + 2] for i in range(0, len(SMALL[name]), 2) if SMALL[name][i] not in given]
                 words += [*recipe, *(word for pair in small for word in pair)]
+                if name == "02_dpo.py" and not {"--run_name", "--dry_run"} & given:
+                    words += ["--run_name", "demo-dpo"]  # as `make demo` names it, for the commands that follow
         if words not in found:
             found.append(words)
     return found
