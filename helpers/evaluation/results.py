@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from helpers.core import BLUE, GREY, ORANGE, Row
+from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row
 from helpers.evaluation.answers import ModelAnswers, render_template
 from helpers.evaluation.judgments import AnswerSet, Judgments
 from helpers.evaluation.statistics import (
@@ -259,7 +259,7 @@ class PairwiseResults:
         figure, axis = _bar_figure([name for name, *_ in bars], title)
         for y, (_, counts, interval) in enumerate(bars):
             left = 0.0
-            for kind, colour in (("win", BLUE), ("tie", GREY), ("loss", ORANGE)):
+            for kind, colour in (("win", BLUE), ("tie", LIGHT_GREY), ("loss", ORANGE)):
                 share = getattr(counts, kind) / counts.total if counts.total else 0.0
                 axis.barh(y, share, left=left, color=colour, height=0.6, label=kind if y == 0 else None)
                 if share > 0.04:
