@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parents[1]
 # ---- Errors ----
 
 Row = dict[str, Any]  # of a dataset or of a JSONL file
-BLUE, ORANGE, GREY, LIGHT_GREY = (
+BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
     "#0072B2",
     "#D55E00",
     "#767676",
