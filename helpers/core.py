@@ -24,11 +24,6 @@ REPO = Path(__file__).resolve().parents[1]
 
 Row = dict[str, Any]  # of a dataset or of a JSONL file
 BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
-    "#0072B2",
-    "#D55E00",
-    "#767676",
-    "#C8C8C8",
-)  # of plots; readable with any colour vision (Okabe and Ito)
 
 
 class UserError(Exception):
