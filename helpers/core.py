@@ -22,9 +22,6 @@ REPO = Path(__file__).resolve().parents[1]
 
 # ---- Errors ----
 
-Row = dict[str, Any]  # of a dataset or of a JSONL file
-BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
-
 
 class UserError(Exception):
     """A mistake that the user can fix: one line that says how. `status` is the exit status of the command."""
@@ -213,6 +210,8 @@ def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str
 
 # ---- Files ----
 
+Row = dict[str, Any]  # of a dataset or of a JSONL file
+
 
 def atomic_write(file: Path, content: bytes) -> None:
     """Write to a temporary file, then rename it: a reader sees the old content or the new, never a part."""
@@ -258,6 +257,8 @@ def fingerprint(*things: Any) -> str:
 
 
 # ---- Display ----
+
+BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
 
 
 def show(*things: Any, save_as: Path | None = None) -> None:
