@@ -107,8 +107,8 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.data import DataReport, load_instructions, show_example
 from helpers.models import (
+    check_lora_modules,
     load_tokenizer,
-    lora_modules_to_save,
     prepare_model,
     save_model,
     trainable_token_indices,
@@ -202,7 +202,7 @@ if settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
-        modules_to_save=lora_modules_to_save(model, settings.lora_modules_to_save),
+        modules_to_save=check_lora_modules(model, settings.lora_modules_to_save),
         trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens=new_tokens),
         task_type="CAUSAL_LM",
         revision=start.revision,  # of the base

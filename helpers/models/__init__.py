@@ -6,7 +6,7 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "plan": [
-            "lora_modules_to_save",
+            "check_lora_modules",
             "plan_model",
             "prepare_model",
             "save_model",

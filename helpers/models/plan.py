@@ -186,7 +186,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
-def lora_modules_to_save(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
+def check_lora_modules(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
     """Return `names` for LoraConfig's modules_to_save. Raises SettingsError for an unknown one, which PEFT ignores."""
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in names:

@@ -19,7 +19,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -83,7 +83,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     notes: list[str] = []
     given = {source: _translate(cls, types, words, source, notes) for source, words in layers.items()}
     if recipes := [(words["recipe"], source) for source, words in given.items() if "recipe" in words]:
-        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]))
+        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]), cls.exclusive)
         given["recipe"] = _translate(cls, types, content, "recipe", notes)
     if is_main_process() and notes:
         print(f"note: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
@@ -302,8 +302,9 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
     return result, unknown
 
 
-def from_recipe(step: str, name: str) -> Words:
-    """The keys at the top of a recipe, and those of the step's section, which win."""
+def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -> Words:
+    """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
+    section also replaces the others of its group at the top."""
     import yaml
 
     file = find_path(name)
@@ -316,7 +317,9 @@ def from_recipe(step: str, name: str) -> Words:
         raise SettingsError(f"recipe {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(s) or {}, dict) for s in SECTIONS):
         raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
-    values = {k: v for k, v in content.items() if k not in SECTIONS} | (content.get(step) or {})
+    section = content.get(step) or {}
+    replaced = {key for group in exclusive if set(group) & set(section) for key in group}
+    values = {k: v for k, v in content.items() if k not in SECTIONS and k not in replaced} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from helpers.core import REPO, Interrupted, SettingsError, UserError, atomic_write
 from helpers.runs import report
-from helpers.runs.report import format_value, hide_paths
+from helpers.runs.report import format_value, hide_paths, save_partial_report
 from helpers.runs.run import Run, find_parent
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def test_a_run_that_is_ended_early_leaves_its_curves_and_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = Run(tmp_path / "run", {"step": "dpo", "diagnostics": [DIAGNOSTIC]})
+    run = Run(tmp_path / "run", {"step": "dpo", "diagnostics": [DIAGNOSTIC]}, when_stopped=save_partial_report)
     with pytest.raises(Interrupted, match=r"^stopped$"):
         train(run, LOGS, Interrupted("stopped", 3))
     assert capsys.readouterr().out == "Report: run/report.html\n"
@@ -377,14 +377,14 @@ def test_an_error_is_never_replaced_by_what_goes_wrong_with_its_report(
 
     before = signal.getsignal(signal.SIGTERM)
     for i, (name, fails) in enumerate({"write_report": told_again, "atomic_write": full}.items()):
-        run = Run(tmp_path / str(i), {"step": "dpo"})
+        run = Run(tmp_path / str(i), {"step": "dpo"}, when_stopped=save_partial_report)
         monkeypatch.setattr(report, name, fails)
         with pytest.raises(ZeroDivisionError):
             train(run, LOGS, ZeroDivisionError())
         assert capsys.readouterr().out == ""
         assert json.loads((run.folder / "run.json").read_text())["status"] == "failed"
         assert signal.getsignal(signal.SIGTERM) == before
-    other = Run(tmp_path / "other", {"step": "dpo"})
+    other = Run(tmp_path / "other", {"step": "dpo"}, when_stopped=save_partial_report)
     monkeypatch.undo()
     monkeypatch.setenv("RANK", "1")
     other.folder.mkdir()

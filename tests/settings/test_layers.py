@@ -141,6 +141,15 @@ def test_two_settings_that_exclude_each_other_are_refused_in_one_layer() -> None
         load("--model_id", "org/x", "--sft_run", "latest")
 
 
+def test_a_section_of_a_recipe_replaces_what_its_top_excludes(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model_id: org/base\ndpo:\n  sft_run: latest\n")
+    settings = load("--recipe", "r.yaml")
+    assert (settings.model_id, settings.sft_run) == ("", "latest")
+    (tmp_path / "r.yaml").write_text("dpo:\n  model_id: org/base\n  sft_run: latest\n")
+    with pytest.raises(SettingsError, match="exclude each other"):
+        load("--recipe", "r.yaml")
+
+
 def test_of_settings_that_exclude_each_other_the_higher_layer_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
