@@ -128,7 +128,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
                 plan.quantization.bnb_4bit_compute_dtype = plan.quantization.bnb_4bit_quant_storage = torch.bfloat16
             return dataclasses.replace(plan, dtype=dtype, bf16=True)
 
-        vars(sys.modules["helpers.models"])["plan_model"] = plan_for_gpu
+        vars(sys.modules[estimate_memory.__module__.rpartition(".")[0]])["plan_model"] = plan_for_gpu  # the room's door
     sys.argv = ["02_dpo.py", *flags(case, folder)]
     notebook = runpy.run_path(str(REPO / "notebooks" / "02_dpo.py"), run_name="__main__")
     parts = estimate_memory(notebook["settings"], notebook["start"]).parts
