@@ -77,11 +77,11 @@ from helpers.hub import print_files, push_before_merge, push_model
 from helpers.merging import compare_merges, find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
-adapter = find_adapter(settings)
-push_before_merge(settings, adapter.source)  # --dry_run prints what would be sent; --push adapter ends here
+adapter_ref = find_adapter(settings)
+push_before_merge(settings, adapter_ref.source)  # --dry_run prints what would be sent; --push adapter ends here
 
 # %%
-merge_run = start_run(settings, base_model=adapter.base_model, parent=adapter.run)
+merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapter_ref.run)
 
 # %% [markdown]
 # ## Merge
@@ -93,7 +93,7 @@ merge_run = start_run(settings, base_model=adapter.base_model, parent=adapter.ru
 
 # %%
 merged = merge_adapter(
-    adapter,
+    adapter_ref,
     base=settings.merge_base,
     dtype=settings.merge_dtype,
     max_shard_size=settings.max_shard_size,
@@ -109,7 +109,7 @@ merged = merge_adapter(
 # compared layer by layer.
 
 # %%
-verification = verify_merge(merged, adapter)
+verification = verify_merge(merged, adapter_ref)
 show(verification)
 merged.finalize(verification, max_kl=settings.max_kl)
 print_files(merged.folder)
@@ -120,7 +120,7 @@ print_files(merged.folder)
 
 # %%
 if settings.compare_merges:
-    show(compare_merges(adapter, merged))
+    show(compare_merges(adapter_ref, merged))
 
 # %% [markdown]
 # ## Publish
@@ -142,7 +142,7 @@ if settings.push_to_hub:
 # %%
 folder = short_path(merged.folder)
 print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter.source)}")   # base and adapter, not merged
+PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # base and adapter, not merged
 serve          vllm serve {folder}
                transformers serve {folder}
 GGUF           python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf --outtype bf16

@@ -81,5 +81,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations(
 def test_conversations_that_could_see_each_other_are_refused() -> None:
     settings = _settings_class(code_cells(REPO / "notebooks" / "01_sft.py"))
     assert load_settings(settings, {}, ["--packing"]).trl == {"packing": True}
-    with pytest.raises(SettingsError, match="--packing_strategy wrapped lets conversations in one row see each other"):
+    with pytest.raises(
+        SettingsError, match="--packing_strategy wrapped lets conversations in one row attend to each other"
+    ):
         load_settings(settings, {}, ["--packing", "--packing_strategy", "wrapped"])
