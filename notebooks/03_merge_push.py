@@ -142,7 +142,7 @@ if settings.push_to_hub:
 # %%
 folder = short_path(merged.folder)
 print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # base and adapter, not merged
+PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # not merged
 serve          vllm serve {folder}
                transformers serve {folder}
 GGUF           python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf --outtype bf16
