@@ -180,7 +180,7 @@ def test_commands_of_the_systems_that_it_grew_from_run(
     farm = tmp_path / "alpaca_farm"
     farm.mkdir()
     several(ROWS["tatsu-lab/alpaca_farm"][1]).to_json(farm / "alpaca_noisy_multi_preference.json")
-    several(ROWS["triplet"][1]).to_json(tmp_path / "pairs.jsonl")
+    several(ROWS["pairs"][1]).to_json(tmp_path / "pairs.jsonl")
     several(SFT_ROWS["tatsu-lab/alpaca"]).to_json(tmp_path / "talks.jsonl")
     paths = {
         "MODEL": models["mistral"], "FARM": farm, "PAIRS": tmp_path / "pairs.jsonl", "OUT": tmp_path / "out",
@@ -224,7 +224,7 @@ def test_the_command_of_002_runs_under_its_own_launcher(
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     stage = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}} | dict.fromkeys(auto, "auto")
     (tmp_path / "ds_config_stage1.json").write_text(json.dumps(stage))
-    several(ROWS["triplet"][1]).to_json(tmp_path / "pairs.jsonl")
+    several(ROWS["pairs"][1]).to_json(tmp_path / "pairs.jsonl")
     paths = {"MODEL": models["mistral"], "OUT": tmp_path / "out", "STAGE": tmp_path / "ds_config_stage1.json"}
     notebook, *words = [str(paths.get(word, word)) for word in shlex.split(DPO_002)]
     # its script names its datasets itself; more than one process needs GPUs: accelerate counts one where there is none
