@@ -32,8 +32,8 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@touch $@
 
 demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in minutes; run it again to resume
-	$(BIN)/python notebooks/01_sft.py $(DEMO) --run_name demo-sft
-	$(BIN)/python notebooks/02_dpo.py $(DEMO) --run_name demo-dpo
+	$(BIN)/python notebooks/01_sft.py $(DEMO) --run_name demo-sft $(FLAGS)
+	$(BIN)/python notebooks/02_dpo.py $(DEMO) --run_name demo-dpo $(FLAGS)
 	$(BIN)/python notebooks/03_merge_push.py $(DEMO) --run_name demo-merged
 	$(BIN)/python notebooks/04_vibes.py $(DEMO) --run_name demo-answers
 	$(BIN)/python notebooks/05_judge.py $(DEMO) --run_name demo-judged

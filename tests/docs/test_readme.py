@@ -118,11 +118,11 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     made = subprocess.run(demo, cwd=REPO, capture_output=True, text=True, check=True).stdout
     lines = [line.partition("notebooks/")[2].strip() for line in made.splitlines() if "notebooks/" in line]
     assert lines == [  # --resume never would throw away what a stopped one has made
-        "01_sft.py --recipe recipes/demo.yaml --max_steps 9",
-        "02_dpo.py --recipe recipes/demo.yaml --max_steps 9",
-        "03_merge_push.py --recipe recipes/demo.yaml",
-        "04_vibes.py --recipe recipes/demo.yaml",
-        "05_judge.py --recipe recipes/demo.yaml",
+        "01_sft.py --recipe recipes/demo.yaml --run_name demo-sft --max_steps 9",
+        "02_dpo.py --recipe recipes/demo.yaml --run_name demo-dpo --max_steps 9",
+        "03_merge_push.py --recipe recipes/demo.yaml --run_name demo-merged",
+        "04_vibes.py --recipe recipes/demo.yaml --run_name demo-answers",
+        "05_judge.py --recipe recipes/demo.yaml --run_name demo-judged",
     ]
 
 
