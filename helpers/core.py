@@ -31,7 +31,7 @@ class UserError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback."""
-        return [f"{type(self).__name__}: {self}"]
+        return [printable(f"{type(self).__name__}: {self}")]
 
 
 class SettingsError(UserError):
@@ -54,6 +54,9 @@ class Interrupted(UserError):
         self.status = status
 
 
+# Whose ValueErrors, NotImplementedErrors and ImportErrors are about the settings.
+LIBRARIES = {"trl": "TRL", "transformers": "transformers", "peft": "PEFT", "accelerate": "accelerate",
+             "bitsandbytes": "bitsandbytes"}  # fmt: skip
 # How PEFT 0.21 and transformers 5.23 begin to refuse a setting.
 REFUSED_BY_LIBRARIES = {
     "Target modules": "--lora_target_modules",
@@ -66,8 +69,8 @@ def install_error_hook() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = " ".join(str(error).split())
-        if _is_raised_by_config(error, trace):
-            error = SettingsError(f"TRL refuses these settings: {message}")
+        if library := _refusing_library(error, trace):
+            error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
         for start, setting in REFUSED_BY_LIBRARIES.items():
             if isinstance(error, ValueError) and message.startswith(start):
                 error = SettingsError(f"{setting}: {message}")
@@ -77,18 +80,25 @@ def install_error_hook() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
             prefix = "error" if error.everywhere else f"error of process {os.environ.get('RANK', '0')}"
             # torch 2.13 (distributed_c10d.py) calls this with its own sys.stderr, which is lost when a hook exits
-            print(error if isinstance(error, CleanExit) else f"{prefix}: {error}", file=sys.__stderr__, flush=True)
+            line = printable(str(error) if isinstance(error, CleanExit) else f"{prefix}: {error}")
+            print(line, file=sys.__stderr__, flush=True)
         sys.exit(error.status)  # the SystemExit of an excepthook is the exit status of the process
 
     if not is_notebook():
         sys.excepthook = hook
 
 
-def _is_raised_by_config(error: BaseException, trace: TracebackType | None) -> bool:
-    """Whether SFTConfig, DPOConfig or a parent class refused its values."""
-    frames = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
-    files = {os.path.basename(code.co_filename) for code in frames if code.co_name == "__post_init__"}
-    return isinstance(error, ValueError) and bool(files & {"training_args.py", "sft_config.py", "dpo_config.py"})
+def _refusing_library(error: BaseException, trace: TracebackType | None) -> str:
+    """The library whose own code raised an error about values that it was given; "" for any other error."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    if (
+        not frames
+        or not isinstance(error, ValueError | NotImplementedError | ImportError)
+        or os.environ.get("TRACEBACK")
+    ):
+        return ""
+    package = re.search(r"[\\/]site-packages[\\/](\w+)", frames[-1])
+    return LIBRARIES.get(package[1], "") if package else ""
 
 
 def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
@@ -160,9 +170,10 @@ def silence_other_processes() -> None:
 
 def find_path(name: str) -> Path | None:
     """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id."""
-    for start in (Path.cwd(), REPO):
-        if name and (start / Path(name).expanduser()).exists():
-            return start / Path(name).expanduser()
+    with contextlib.suppress(OSError, RuntimeError):  # too long for a file name, or ~ of an unknown user
+        for start in (Path.cwd(), REPO):
+            if name and (start / Path(name).expanduser()).exists():
+                return start / Path(name).expanduser()
     return None
 
 
@@ -258,6 +269,33 @@ def fingerprint(*things: Any) -> str:
 
 # ---- Display ----
 
+# C0 and C1 control characters but tab and newline: a terminal would obey them (OSC 52 writes the clipboard).
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text of others for a terminal: control characters are shown as escapes, such as \\x1b."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shorten(text: str, width: int = 200) -> str:
+    """The beginning of a text, in at most `width` characters."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+class _Printable:
+    """A renderable of rich whose texts are `printable`."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.segment import Segment
+
+        for segment in console.render(self.thing, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
 
 
@@ -275,9 +313,9 @@ def show(*things: Any, save_as: Path | None = None) -> None:
 
             display(figure_to_image(thing) if is_figure else thing)
         elif isinstance(thing, str):
-            print(thing)  # without wrapping: commands are there to be pasted
-        elif not is_figure:
-            Console().print(thing, crop=False)  # a Text without wrapping keeps its flags on one line
+            print(printable(thing))  # without wrapping: commands are there to be pasted
+        elif not is_figure:  # a Text without wrapping keeps its flags on one line; brackets in data are not markup
+            Console(markup=False, emoji=False).print(_Printable(thing), crop=False)
 
 
 def figure_to_image(figure: Any) -> Any:

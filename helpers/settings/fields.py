@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers.core import SettingsError, is_notebook
+from helpers.core import SettingsError, is_notebook, shorten
 from helpers.settings import trl_fields
 
 SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
@@ -73,10 +73,16 @@ class RunSettings:
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work."""
-        for least, names in trl_fields.NAMES["minimums"].items():
-            for name in names.split():
-                value = getattr(self, name, int(least))
-                refuse_if(value < int(least), f"--{name} {value} is too small. Use at least {least}.")
+        values, name = self.values(), self.run_name
+        is_folder_name = not name.startswith(".") and "/" not in name and name.isprintable()
+        refuse_if(
+            len(name.encode()) > 200 or not is_folder_name,
+            f"--run_name {shorten(name, 60)!r} cannot name a folder. Use at most 200 printable characters without /, and "
+            "no dot in front.",
+        )
+        for interval, names in trl_fields.NAMES["ranges"].items():
+            for name in filter(values.__contains__, names.split()):
+                check_range(name, values[name], interval)
 
     def rows_per_step(self) -> int:
         """Rows per optimizer step over all processes; 0 for a step that does not train."""
@@ -167,8 +173,6 @@ class TrainSettings(RunSettings):
             self.accumulation_steps()
         tuning, targets = getattr(self, "tuning", ""), self.lora_target_modules
         has_adapter, packing = tuning != "full", self.trl.get("packing", False)
-        losses = sorted(trl_fields.loss_names()) if self.step == "dpo" else []
-        bad_losses = [name for name in getattr(self, "loss_type", ()) if losses and name not in losses]
         bad_names = [name for name in self.stop_on_diagnostic if name not in DIAGNOSTIC_NAMES]
         spawns = multiprocessing.get_start_method() != "fork" and not is_notebook()
         refuse_if(
@@ -183,7 +187,16 @@ class TrainSettings(RunSettings):
             bad_names,
             f"--stop_on_diagnostic {' '.join(bad_names)} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}.",
         )
-        refuse_if(bad_losses, f"--loss_type {' '.join(bad_losses)} is none of TRL's losses: {', '.join(losses)}")
+        if hasattr(self, "loss_type"):
+            self._check_loss(has_adapter)
+        refuse_if(
+            self.trl.get("completion_only_loss") is False or self.trl.get("assistant_only_loss") is False,
+            "Answers alone are learned, never prompts. Remove --completion_only_loss and --assistant_only_loss.",
+        )
+        refuse_if(
+            self.trl.get("dataloader_prefetch_factor") and not self.trl.get("dataloader_num_workers"),
+            "--dataloader_prefetch_factor needs --dataloader_num_workers above 0.",
+        )
         refuse_if(
             has_adapter and self.trl.get("sync_ref_model"),
             "--sync_ref_model cannot update the reference of an adapter, which is the base model. Use --tuning full.",
@@ -206,11 +219,70 @@ class TrainSettings(RunSettings):
             "--dataloader_num_workers above 0 starts the notebook again in each worker on this system. Use 0.",
         )
 
+    def _check_loss(self, has_adapter: bool) -> None:
+        """Raise SettingsError for losses that TRL does not have, and for settings that they ignore (TRL 1.16)."""
+        losses, known = list(getattr(self, "loss_type", ())), sorted(trl_fields.compared_values("loss_type"))
+        bad = [name for name in losses if name not in known]
+        refuse_if(bad, f"--loss_type {' '.join(bad)} is none of TRL's losses: {', '.join(known)}.")
+        for name in ("label_smoothing", "discopop_tau"):
+            readers = sorted(trl_fields.losses_that_read(name))
+            refuse_if(
+                self.trl.get(name) and not {*losses} & {*readers},
+                f"--{name} has no effect with --loss_type {' '.join(losses)}. Remove it, or use {' or '.join(readers)}.",
+            )
+        weights, divergence = self.trl.get("loss_weights"), self.trl.get("f_divergence_type") or "reverse_kl"
+        refuse_if(
+            weights is not None and len(weights) != len(losses),
+            f"--loss_weights has {len(weights or ())} values for {len(losses)} losses. Give one per --loss_type.",
+        )
+        refuse_if(
+            "exo_pair" in losses and not self.trl.get("label_smoothing"),
+            "--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001.",
+        )
+        divergences = sorted(trl_fields.compared_values("self.f_divergence_type"))
+        refuse_if(
+            divergences and divergence not in divergences,
+            f"--f_divergence_type {divergence} is unknown. Use {', '.join(divergences)}.",
+        )
+        refuse_if(
+            self.trl.get("f_alpha_divergence_coef") is not None and divergence != "alpha_divergence",
+            "--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence.",
+        )
+        refuse_if(
+            self.trl.get("label_smoothing_factor"),
+            "--label_smoothing_factor has no effect on DPO's losses. Use --label_smoothing with a loss that reads it.",
+        )
+        refuse_if(self.trl.get("padding_free"), "--padding_free has no effect in TRL 1.16's DPOTrainer. Remove it.")
+        refuse_if(
+            has_adapter and self.trl.get("neftune_noise_alpha"),
+            "--neftune_noise_alpha would also add noise to the reference, which is the same model without its adapter. "
+            "Use --tuning full.",
+        )
+
 
 def refuse_if(condition: Any, message: str) -> None:
     """Raise SettingsError with `message` if `condition` holds."""
     if condition:
         raise SettingsError(message)
+
+
+def check_range(name: str, value: Any, interval: str) -> None:
+    """Raise SettingsError if a number, or one of a list, is outside `interval`, such as "[0, 1)". NaN always is."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is None or (name == "max_steps" and number == -1):  # -1: as many as the epochs have
+            continue
+        is_low = not (number >= low if interval[0] == "[" else number > low)
+        is_high = not (number <= high if interval[-1] == "]" else number < high)
+        limit = f"{'at least' if interval[0] == '[' else 'more than'} {low:.10g}"
+        if not is_low:
+            limit = f"{'at most' if interval[-1] == ']' else 'less than'} {high:.10g}"
+        refuse_if(is_low or is_high, f"--{name} {number} is out of range. Use {limit}.")
+        is_whole = number < 1 or number == int(number)
+        refuse_if(
+            name in trl_fields.NAMES["shares"].split() and not is_whole,
+            f"--{name} {number} is neither a share below 1 nor a whole number of steps.",
+        )
 
 
 def _matches(targets: str | list[str], *names: str) -> bool:

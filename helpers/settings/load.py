@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -34,6 +35,7 @@ from helpers.core import (
     is_notebook,
     process_lock,
     short_path,
+    shorten,
     show,
     silence_other_processes,
 )
@@ -43,6 +45,8 @@ from helpers.settings.fields import SOURCE_ORDER, RunSettings
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+RUN_CODE = ("setup_module", "trust_remote_code", "judge_module")  # settings that run code of others
+TEXTS = ("prompts", "dataset_id", "models", "votes", "generation_kwargs")  # lists whose entries may hold commas
 BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 # A field of a Settings class and its comment, which is on the same line or on one of the lines that continue it.
 COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)
@@ -74,6 +78,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     dotenv, refused = from_variables(cls.step, types, read_dotenv())
     if refused:
         raise SettingsError(f"{refused[0]} (in .env)")
+    if names := [name for name in RUN_CODE if name in dotenv]:
+        raise SettingsError(f"{env_name(cls.step, names[0])} cannot be set in .env, because it runs code. Use a flag.")
     layers = {
         "flag": dict(split_flags(argv)),
         "notebook": from_namespace(types, namespace),
@@ -101,7 +107,9 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     show(settings)
     for message in unknown if is_main_process() else ():  # below the settings, where it is seen
         print(f"warning: {message}", file=sys.stderr)
-    if settings.setup_module:
+    if settings.setup_module and settings.dry_run:
+        print(f"Dry run: --setup_module {settings.setup_module} is not run.")
+    elif settings.setup_module:
         run_setup_module(settings.setup_module)
     return settings
 
@@ -121,8 +129,13 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
             if name not in highest and (value := getattr(settings, name)):
                 layer = settings.sources[name].split()[0]
                 settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(value)()})
-    if settings.wandb_project and not settings.is_set("report_to"):
-        settings.report_to = "wandb"
+    if not settings.is_set("report_to"):
+        if settings.wandb_project:
+            settings.report_to = "wandb"
+        elif settings.step in trl_fields.CONFIGS and os.environ.get(
+            "WANDB_PROJECT"
+        ):  # as in a plain use of transformers
+            settings.override("environment WANDB_PROJECT", report_to="wandb")
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers sets it too, but only when the trainer's config is made
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -217,6 +230,10 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
 
     if words == ["None"] and (kind is str or type(None) in (kind, *get_args(kind))):
         return "" if kind is str else None
+    if takes_several(kind) and name not in TEXTS and not words:
+        raise SettingsError(f"--{name} needs at least one value (from {source}).")
+    if takes_several(kind) and name not in TEXTS and all(re.fullmatch(r"[\w.,+-]+", word) for word in words):
+        words = [part for word in words for part in word.split(",") if part]
     if kind is type(None):
         raise SettingsError(f"--{name} cannot be set (from {source}). Write it into the config of the notebook.")
     if bool in (kind, *get_args(kind)):
@@ -225,15 +242,28 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return tyro.cli(kind, args=words)
     except SystemExit:
-        got = repr(" ".join(words) or "nothing")
-        message = f"--{name} takes {describe_type(kind)}, not {got} (from {source})"
+        got = shorten(repr(" ".join(words))) if words else "nothing"
+        message = f"--{name} takes {describe_value(kind)}, not {got} (from {source})."
+        if words == ["None"]:
+            message += " Use 0 for no limit."
         if source == "flag" and len(words) > 1 and not takes_several(kind):
             message = f"--{name} takes one value, not {got}. Give each setting as --name value; see --help."
         raise SettingsError(message) from None
 
 
+def describe_value(kind: Any) -> str:
+    """What a setting takes, as "a number" or "full or lora"."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
+    if get_origin(kind) in (list, tuple):
+        return " or ".join(dict.fromkeys(f"{words[p].removeprefix('a ')}s" for p in parts))
+    return " or ".join(map(describe_value, parts)) or words.get(kind, kind.__name__)
+
+
 def describe_type(kind: Any) -> str:
-    """A type in a word or the choices, as "float" or "full or lora"."""
+    """A type in a word or the choices, for --help: "float" or "full or lora"."""
     parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
     names = map(str, parts) if get_origin(kind) is Literal else map(describe_type, parts)
     return " or ".join(dict.fromkeys(names)) or str(kind.__name__)
@@ -271,7 +301,10 @@ def read_dotenv() -> dict[str, str]:
     from dotenv import dotenv_values
 
     file = next((f for f in (Path.cwd() / ".env", REPO / ".env") if f.is_file()), None)
-    values = {k: v for k, v in dotenv_values(file).items() if v} if file else {}
+    try:
+        values = {k: v for k, v in dotenv_values(file, encoding="utf-8-sig").items() if v} if file else {}
+    except UnicodeDecodeError as error:
+        raise SettingsError(f".env is not UTF-8: {error.reason}. Save it as UTF-8.") from None
     for name, value in values.items():
         if name.startswith(EXPORTED):
             os.environ.setdefault(name, value)
@@ -312,8 +345,11 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -
         names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
         raise SettingsError(f"recipe {name!r} is not a file. Use one of {', '.join(names)}.")
     try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), _recipe_loader()) or {}
+        json.dumps(content, default=str)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"recipe {name!r} is not UTF-8: {error.reason}. Save it as UTF-8.") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: an alias of itself
         raise SettingsError(f"recipe {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(s) or {}, dict) for s in SECTIONS):
         raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
@@ -321,6 +357,19 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -
     replaced = {key for group in exclusive if set(group) & set(section) for key in group}
     values = {k: v for k, v in content.items() if k not in SECTIONS and k not in replaced} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
+
+
+@functools.cache
+def _recipe_loader() -> Any:
+    """PyYAML's safe loader, which also reads 1e-6 as a number, as YAML 1.2 does and PyYAML 6 does not."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader
 
 
 def to_cli_tokens(value: Any) -> list[str]:

@@ -94,11 +94,28 @@ def _enum_values(name: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def loss_names() -> frozenset[str]:
-    """The losses that DPOTrainer knows: what its code compares `loss_type` with."""
+def compared_values(variable: str) -> frozenset[str]:
+    """The texts that DPOTrainer's code compares `variable` with: the losses for "loss_type"."""
     compared = [n for n in ast.walk(_tree("trl/trainer/dpo_trainer.py")) if isinstance(n, ast.Compare)]
-    values = [value for node in compared if ast.unparse(node.left) == "loss_type" for value in node.comparators]
+    values = [value for node in compared if ast.unparse(node.left) == variable for value in node.comparators]
     return frozenset(str(value.value) for value in values if isinstance(value, ast.Constant))
+
+
+@functools.cache
+def losses_that_read(field: str) -> frozenset[str]:
+    """The losses in whose branch DPOTrainer's code uses a field of DPOConfig; the others ignore it."""
+    found = set()
+    for node in ast.walk(_tree("trl/trainer/dpo_trainer.py")):
+        if (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Compare)
+            and ast.unparse(node.test.left) == "loss_type"
+        ):
+            names = {ast.unparse(n) for line in node.body for n in ast.walk(line) if isinstance(n, ast.Attribute)}
+            value = node.test.comparators[0]
+            if names & {f"self.{field}", f"self.args.{field}"} and isinstance(value, ast.Constant):
+                found.add(str(value.value))
+    return frozenset(found)
 
 
 def _classes(source: str, *names: str) -> Iterator[ast.ClassDef]:

@@ -95,9 +95,9 @@ def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> 
         (["--generation_kwargs", "min_q=1"], "did you mean min_p=...?"),
         (["--generation_kwargs", "repetition_penalty=abc"], "--generation_kwargs repetition_penalty=abc: a number"),
         (["--generation_kwargs", "max_new_tokens=-4"], "model.generate refuses these settings"),
-        (["--batch_size", "0"], "--batch_size 0 is too small. Use at least 1."),
-        (["--rows", "-1"], "--rows -1 is too small. Use at least 0."),
-        (["--max_new_tokens", "0"], "--max_new_tokens 0 is too small"),
+        (["--batch_size", "0"], "--batch_size 0 is out of range. Use at least 1."),
+        (["--rows", "-1"], "--rows -1 is out of range. Use at least 0."),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
     ],
 )
 def test_what_generate_would_choke_on_is_refused(words: list[str], said: str) -> None:

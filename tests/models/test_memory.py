@@ -220,7 +220,7 @@ def test_a_dry_run_of_what_cannot_work_is_one_line(project: Project, demo_folder
     assert "The weights are not here yet: odd has a config.json and no weights" in out
     for words, status, said in (
         (["--lora_target_modules", "q_prj"], 2, "`--lora_target_modules q_prj` matches no linear layer of"),
-        (["--max_grad_norm", "much"], 2, "--max_grad_norm takes float, not 'much' (from flag)"),
+        (["--max_grad_norm", "much"], 2, "--max_grad_norm takes a number, not 'much' (from flag)"),
         (["--global_batch_size", "7", "--per_device_train_batch_size", "2"], 2, "is not a multiple of"),
         (["--dataset_id", "nothing.jsonl"], 1, "there is no such file"),
     ):

@@ -105,9 +105,9 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
     hub.fail["org/gated"] = 403, {"X_Error_Code": "GatedRepo"}
     dpo = ["02_dpo.py", "--model_id", tiny, "--dataset_id", pairs, "--max_steps", "1"]
     cases: list[tuple[list[str], int, str]] = [
-        ([*dpo, "--dpo_beta", "high"], 2, "--dpo_beta takes float, not 'high'"),
+        ([*dpo, "--dpo_beta", "high"], 2, "--dpo_beta takes a number, not 'high'"),
         ([*dpo, "--loss_type", "sigmoyd"], 2, "--loss_type sigmoyd is none of TRL's losses: aot, "),
-        ([*dpo, "--early_stopping_patience", "2", "--eval_strategy", "no"], 2, "TRL refuses these settings: "),
+        ([*dpo, "--early_stopping_patience", "2", "--eval_strategy", "no"], 2, "transformers refuses these settings: "),
         ([*dpo, "--lora_target_modules", "q_proj"], 2, "--lora_target_modules: Target modules q_proj not found"),
         ([*dpo, "--lora_modules_to_save", "foo"], 2, "`--lora_modules_to_save foo` is not a module of the model. Use "),
         ([*dpo, "--attn_implementation", "nope"], 2,

@@ -63,7 +63,7 @@ def test_what_is_no_sweep_is_refused_before_anything_runs() -> None:
         (["--dpo_beta", "0.1", "0.3", "--run_name", "x"], "settings name the runs"),
         (["--dpo_beta", "0.1", "0.1"], "are the same run"),
         (["--report_to", "none", "wandb"], "flags that change no run"),
-        (["--dpo_beta", "0.1", "high"], "--dpo_beta takes float"),
+        (["--dpo_beta", "0.1", "high"], "--dpo_beta takes a number"),
         (["--dpo_bata", "0.1", "0.3"], "did you mean --dpo_beta"),
     ):
         with pytest.raises(SettingsError, match=said):

@@ -23,7 +23,7 @@ from tests.settings.notebook import VibesSettings, load
         (["--max_length", "None"], {"max_length": None}),
         (["--max_steps", "-1"], {"max_steps": -1}),
         (["--model_init_kwargs", '{"a": 1}'], {"model_init_kwargs": '{"a": 1}'}),
-        (["--loss_weights", "1", "0.5"], {"loss_weights": [1.0, 0.5]}),
+        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.5"], {"loss_weights": [1.0, 0.5]}),
         (["--warmup-steps", "5e-2"], {"warmup_steps": 0.05}),
     ],
 )

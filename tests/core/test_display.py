@@ -1,0 +1,35 @@
+"""What is printed of the text of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from helpers.core import find_path, printable, shorten, show
+
+
+def test_text_of_others_cannot_command_a_terminal_and_is_no_markup(capsys: Any) -> None:
+    from rich.table import Table
+
+    hostile = "[red]a[/b] \x1b]52;c;aGk=\x07 \x9b2J :smile: \u202ereversed"
+    table = Table("column")
+    table.add_row(hostile)
+    show(hostile, table, Text(hostile, style="bold"))
+    shown = capsys.readouterr().out
+    assert shown.count("[red]a[/b] \\x1b]52;c;aGk=") == 3
+    assert shown.count(":smile: \\u202ereversed") == 3
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
+
+
+def test_printable_keeps_text_tabs_and_lines() -> None:
+    assert printable("ä\tb\nc 漢 🎉") == "ä\tb\nc 漢 🎉"
+    assert printable("\x00\r\u2028") == "\\x00\\r\\u2028"
+
+
+def test_a_name_that_no_file_can_have_is_not_found_and_is_shortened() -> None:
+    assert find_path("x" * 5000) is None
+    assert find_path("~nobody-of-that-name/x") is None
+    assert find_path(str(Path(__file__))) == Path(__file__)
+    assert shorten("x" * 5000) == "x" * 199 + "…"
