@@ -77,8 +77,8 @@ class RunSettings:
         is_folder_name = not name.startswith(".") and "/" not in name and name.isprintable()
         refuse_if(
             len(name.encode()) > 200 or not is_folder_name,
-            f"--run_name {shorten(name, 60)!r} cannot name a folder. Use at most 200 printable characters without /, and "
-            "no dot in front.",
+            f"--run_name {shorten(name, 60)!r} cannot name a folder. Use at most 200 printable characters, no / "
+            "and no dot in front.",
         )
         for interval, names in trl_fields.NAMES["ranges"].items():
             for name in filter(values.__contains__, names.split()):
@@ -228,7 +228,7 @@ class TrainSettings(RunSettings):
             readers = sorted(trl_fields.losses_that_read(name))
             refuse_if(
                 self.trl.get(name) and not {*losses} & {*readers},
-                f"--{name} has no effect with --loss_type {' '.join(losses)}. Remove it, or use {' or '.join(readers)}.",
+                f"--{name} has no effect with --loss_type {' '.join(losses)}. Remove it, or use {' or '.join(readers)}",
             )
         weights, divergence = self.trl.get("loss_weights"), self.trl.get("f_divergence_type") or "reverse_kl"
         refuse_if(

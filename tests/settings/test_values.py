@@ -81,7 +81,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line(content: bytes, message: str, 
 def test_env_file_cannot_run_code(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text(f"{variable}\n")
-    with pytest.raises(SettingsError, match="cannot be set in .env, because it runs code"):
+    with pytest.raises(SettingsError, match=r"cannot be set in \.env, because it runs code"):
         load_settings(DPO, {}, [])
 
 
