@@ -70,7 +70,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
         with ignore_broken_pipe():
-            print(format_help(cls) if {"-h", "--help"} & set(argv) else trl_fields.trl_help(cls.step, hide=own))
+            print(format_help(cls) if {"-h", "--help"} & set(argv) else trl_fields.trl_help(cls.step, own, _notebook_source()))
         raise SystemExit(0)
 
     types = trl_fields.field_types(cls.step) | own
@@ -112,6 +112,12 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     elif settings.setup_module:
         run_setup_module(settings.setup_module)
     return settings
+
+
+def _notebook_source() -> str:
+    """The text of the notebook that runs as a command; "" for any other program."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
 
 
 def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
@@ -292,7 +298,7 @@ def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Wo
     names = {**types, **dict.fromkeys(trl_fields.LEGACY_NAMES)}
     for name in plain.keys() - names.keys():
         if hint := _suggest(name, names, cutoff=0.88):
-            print(f"warning: {name} is not a setting; {hint}", file=sys.stderr)
+            raise SettingsError(f"the variable {name} is not a setting; {hint} If not, give it another name.")
     return {name: to_cli_tokens(value) for name, value in plain.items() if name in names}
 
 

@@ -130,8 +130,20 @@ def _tree(source: str) -> ast.Module:
     return ast.parse((Path(spec.origin).parent / rest).read_text()) if spec and spec.origin else ast.parse("")
 
 
-def trl_help(step: str, hide: Collection[str]) -> str:
-    """The help of TRL's parser for every field that the Settings cell does not name."""
+def notebook_defaults(source: str, step: str) -> dict[str, Any]:
+    """The fields of TRL's config to which a notebook's own cells give a value, and that value."""
+    fields, defaults = field_types(step), dict[str, Any]()
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, ast.Assign) else None
+        for word in call.keywords if isinstance(call, ast.Call) and ast.unparse(call.func) == "dict" else ():
+            if word.arg in fields and isinstance(word.value, ast.Constant):
+                defaults[word.arg] = word.value.value
+    return defaults
+
+
+def trl_help(step: str, hide: Collection[str], notebook: str = "") -> str:
+    """The help of TRL's parser for every field that the Settings cell does not name, with the defaults of the text of
+    the notebook."""
     if step not in CONFIGS:
         return "This notebook trains nothing: it has no TRL settings."
     import trl
@@ -141,5 +153,6 @@ def trl_help(step: str, hide: Collection[str]) -> str:
     for group in parser._action_groups:
         shown = field_types(step).keys() - set(hide)
         group._group_actions = [action for action in group._group_actions if action.dest in shown]
+    parser.set_defaults(**notebook_defaults(notebook, step))
     parser.usage, parser.description = f"any field of trl.{CONFIGS[step]} that --help does not list", None
     return str(parser.format_help())

@@ -1,0 +1,224 @@
+"""Rows in the shapes of other tools: the text that is trained on is the text that was meant."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from helpers.core import SettingsError, UserError
+from helpers.data.formats import PairingConfig
+from helpers.data.prepare import LengthLimits
+from helpers.data.row_report import RowReport, prepare_rows
+from tests.data.test_formats import bot, user
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+PAIR = {"chosen": "Because.", "rejected": "No."}
+CHATML = (
+    "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def prepare(tokenizer: Any, rows: list[dict[str, Any]], use_pairs: bool = True, **options: Any) -> tuple[Any, RowReport]:
+    return prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits(), use_pairs, **options)
+
+
+def first_pair(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[list[Any], str, str]:
+    good, report = prepare(tokenizer, [row], **options)
+    assert report.kept == 1, report.as_dict()
+    return good[0]["prompt"], good[0]["chosen"][0]["content"], good[0]["rejected"][0]["content"]
+
+
+@pytest.fixture
+def chatml(tokenizer: PreTrainedTokenizerBase, tmp_path: Any) -> Any:
+    """The demo's tokenizer with a template that has a system role."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    own.chat_template = CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "# ")
+    return own
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Name it.", "input": "", **PAIR}, [user("Name it.")]),
+        ({"instruction": "Name it.", "input": "A lemon.", **PAIR}, [user("Name it.\n\nA lemon.")]),
+        ({"instruction": "Name it.", "system": "Be kind.", **PAIR}, [SYSTEM, user("Name it.")]),
+        ({"prompt": "Why?", "system_prompt": "Be kind.", **PAIR}, [SYSTEM, user("Why?")]),
+        ({"question": "Why?", "system": "Be kind.", **PAIR}, [SYSTEM, user("Why?")]),
+        ({"prompt": "Why?", "system": "", **PAIR}, [user("Why?")]),
+        (
+            {"instruction": "And?", "input": "", "history": [["Who?", "Me."]], **PAIR},
+            [user("Who?"), bot("Me."), user("And?")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}], **{
+                side: {"from": "gpt", "value": text} for side, text in PAIR.items()
+            }},
+            [user("Why?")],
+        ),
+        ({"messages": [user("Why?")], **{s: {"role": "assistant", "content": t} for s, t in PAIR.items()}}, [user("Why?")]),
+        ({"messages": [user("Why?")], **PAIR}, [user("Why?")]),
+        ({"prompt": [{"role": "User", "content": [{"type": "text", "text": "Why?"}]}], **PAIR}, [user("Why?")]),
+        ({"prompt": [{"role": "developer", "content": "Be kind."}, user("Why?")], **PAIR}, [SYSTEM, user("Why?")]),
+    ],
+)  # fmt: skip
+def test_pairs_in_the_shapes_of_other_tools(row: dict[str, Any], prompt: list[Any], chatml: Any) -> None:
+    assert first_pair(chatml, row) == (prompt, "Because.", "No.")
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_lists_of_messages_that_became_text_are_parsed(write: Any, chatml: Any) -> None:
+    talk = {side: write([user("What is it?"), bot(text)]) for side, text in PAIR.items()}
+    assert first_pair(chatml, {"prompt": "What is it?", **talk}) == ([user("What is it?")], "Because.", "No.")
+    good, _ = prepare(chatml, [{"messages": write([user("Why?"), bot("Because.")])}], use_pairs=False)
+    assert good[0]["messages"] == [user("Why?"), bot("Because.")]
+
+
+def test_text_that_looks_like_a_list_of_messages_and_cannot_be_parsed_is_refused(chatml: Any) -> None:
+    broken = {"prompt": "Why?", "chosen": "[{'role': 'assistant' 'content': 'a'}]", "rejected": "[{'role': 'as"}
+    with pytest.raises(UserError, match="a list as text that cannot be parsed"):
+        report = prepare(chatml, [broken, broken])[1]
+        report.check(strict=False)
+
+
+def test_an_answer_in_json_stays_text_where_answers_are_texts(chatml: Any) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(5)]
+    rows.append({"prompt": "As JSON?", "chosen": '[{"role": "user"}]', "rejected": "No."})
+    good, _ = prepare(chatml, rows)
+    assert good[5]["chosen"][0]["content"] == '[{"role": "user"}]'
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [("chosen_rating", "rejected_rating"), ("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"),
+     ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")],
+)  # fmt: skip
+def test_ratings_make_the_margin_under_any_of_their_names(high: str, low: str, chatml: Any) -> None:
+    rates = [(5.0, 3.0), (3.0, 5.0), (3.0, 3.0), (5.0, 4.0)]
+    rows = [{"prompt": f"{i}?", **PAIR, high: a, low: b} for i, (a, b) in enumerate(rates)]
+    good, report = prepare(chatml, rows, pairing=PairingConfig(min_margin=1.5))
+    assert good["margin"][:] == [2.0]
+    assert dict(report.dropped) == {"rejected answer rated higher": 1, "tie": 1, "margin below --min_margin": 1}
+
+
+def test_a_margin_without_ratings_is_an_error(chatml: Any) -> None:
+    with pytest.raises(SettingsError, match="--min_margin needs ratings"):
+        prepare(chatml, [{"prompt": "Why?", **PAIR}], pairing=PairingConfig(min_margin=1.0))
+
+
+def test_columns_that_are_not_read_are_named(chatml: Any) -> None:
+    rows = [{"prompt": "Why?", **PAIR, "source": "me", "id": 1, "chosen_rating": 5, "rejected_rating": 1}]
+    report = prepare(chatml, rows)[1]
+    assert report.unused == ["source", "id"]
+    assert report.as_dict()["unused"] == ["source", "id"]
+    talk = [{"messages": [{**user("Why?"), "lang": "en"}, {**bot("Because."), "lang": "en"}], "topic": "x"}]
+    assert prepare(chatml, talk, use_pairs=False)[1].unused == ["topic", "messages.lang"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?", **PAIR, "images": ["a.png"]}, "images"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}], **PAIR}, "images"),
+        ({"prompt": [{"role": "narrator", "content": "x"}], **PAIR}, "unknown role 'narrator'"),
+        ({"prompt": [{"role": None, "content": "x"}], **PAIR}, "a message without a role"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_dropped_by_its_reason(row: dict[str, Any], reason: str, chatml: Any) -> None:
+    assert dict(prepare(chatml, [row])[1].dropped) == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "talk"),
+    [
+        (
+            {"instruction": "And?", "input": "", "output": "Yes.", "system": "Be kind.", "history": [["Who?", "Me."]]},
+            [SYSTEM, user("Who?"), bot("Me."), user("And?"), bot("Yes.")],
+        ),
+        ({"prompt": "Why?", "completion": "Yes.", "system_prompt": "Be kind."}, [SYSTEM, user("Why?"), bot("Yes.")]),
+        ({"question": "Why?", "answer": "Yes."}, [user("Why?"), bot("Yes.")]),
+        ({"instruction": "Why?", "context": "A lemon.", "response": "Yes."}, [user("Why?\n\nA lemon."), bot("Yes.")]),
+        ({"system": "Be kind.", "messages": [user("Why?"), bot("Yes.")]}, [SYSTEM, user("Why?"), bot("Yes.")]),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Yes."}]},
+            [user("Why?"), bot("Yes.")],
+        ),
+    ],
+)
+def test_conversations_in_the_shapes_of_other_tools(row: dict[str, Any], talk: list[Any], chatml: Any) -> None:
+    good, report = prepare(chatml, [row], use_pairs=False)
+    assert report.kept == 1, report.as_dict()
+    assert good[0]["messages"] == talk
+    learned = chatml.decode([i for i in good[0]["labels"] if i != -100])
+    assert all(m["content"] in learned for m in talk if m["role"] == "assistant")
+    assert not any(m["content"] in learned for m in talk if m["role"] != "assistant")
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(chatml: Any) -> None:
+    talk = [user("Why?"), {**bot("Wrong."), "weight": 0}, user("Again?"), {**bot("Right."), "weight": 1}]
+    good, _ = prepare(chatml, [{"messages": talk}], use_pairs=False)
+    assert "Wrong." in chatml.decode(good[0]["input_ids"])
+    learned = chatml.decode([i for i in good[0]["labels"] if i != -100])
+    assert "Right." in learned
+    assert "Wrong." not in learned
+    nothing = [user("Why?"), {**bot("Wrong."), "weight": 0}]
+    assert dict(prepare(chatml, [{"messages": nothing}], use_pairs=False)[1].dropped) == {"no turn is learned": 1}
+
+
+TOOLS = [{"type": "function", "function": {"name": "colour_of", "parameters": {"type": "object", "properties": {}}}}]
+CALL = [{"type": "function", "function": {"name": "colour_of", "arguments": '{"number": 0}'}}]
+CALLING = {"role": "assistant", "content": "Wait.", "tool_calls": CALL}
+TOOL_ROW = {
+    "tools": TOOLS, "chosen": [user("Which?"), CALLING], "rejected": [user("Which?"), bot("Blue.")],
+}  # fmt: skip
+TOOL_TEMPLATE = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}# {{ m.role }}\n"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<{{ c.function.name }} {{ c.function.arguments }}>{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}# assistant\n{% endif %}"
+)
+
+
+def test_tools_and_calls_are_rendered_where_the_template_has_them(chatml: Any) -> None:
+    assert dict(prepare(chatml, [TOOL_ROW])[1].dropped) == {"tools, which the chat template does not render": 1}
+    chatml.chat_template = TOOL_TEMPLATE
+    good, report = prepare(chatml, [TOOL_ROW])
+    assert report.kept == 1
+    full = chatml.apply_chat_template([user("Which?"), CALLING], tools=TOOLS, tokenize=False)
+    assert good[0]["prompt_ids"] + good[0]["chosen_ids"] == chatml(full, add_special_tokens=False)["input_ids"]
+    assert '<colour_of {"number": 0}>' in chatml.decode(good[0]["chosen_ids"])
+    assert "colour_of" in chatml.decode(good[0]["prompt_ids"])
+
+
+def test_thoughts_are_rendered_where_the_template_has_them(chatml: Any) -> None:
+    row = {"messages": [user("Why?"), {**bot("Yes."), "reasoning_content": "Let me see."}]}
+    reason = "reasoning_content, which the chat template does not render"
+    assert dict(prepare(chatml, [row], use_pairs=False)[1].dropped) == {reason: 1}
+    chatml.chat_template = TOOL_TEMPLATE
+    good, _ = prepare(chatml, [row], use_pairs=False)
+    assert "(Let me see.)Yes." in chatml.decode([i for i in good[0]["labels"] if i != -100])
+
+
+def test_a_template_that_renders_the_prompt_differently_is_named_for_that(chatml: Any) -> None:
+    chatml.chat_template = "{{ 'Short. ' if messages | length == 1 }}" + chatml.chat_template
+    dropped = dict(prepare(chatml, [{"prompt": "Why?", **PAIR}])[1].dropped)
+    assert dropped == {"the chat template renders the prompt differently before an answer": 1}
+
+
+def test_the_message_of_a_template_is_whole(chatml: Any) -> None:
+    long = "this template takes only conversations about fruit, of which there were none in this one, as far as it knows"
+    chatml.chat_template = "{{ raise_exception('" + long + "') if 'odd' in messages[0]['content'] }}" + chatml.chat_template
+    dropped = dict(prepare(chatml, [{"prompt": "odd", **PAIR}])[1].dropped)
+    assert dropped == {f"the chat template refuses a conversation: {long}": 1}
+
+
+def test_rows_are_counted_from_1(chatml: Any) -> None:
+    rows = [{"prompt": "Why?", **PAIR}, {"prompt": "", **PAIR}]
+    assert prepare(chatml, rows)[1].examples == {"no prompt": [2]}
