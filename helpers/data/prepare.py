@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import SettingsError, UserError, process_lock
-from helpers.data.formats import Example, Message, PairingConfig, RowFormat, conversation_hash
+from helpers.data.formats import Example, Format, Message, PairingConfig, add_system_prompt, conversation_hash
 from helpers.data.loading import choose_format
 from helpers.models.chat import (
     encode_prompt,
@@ -119,7 +119,7 @@ def worker_count(wanted: int, rows: int) -> int | None:
 def _prepare_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
-    row_format: RowFormat,
+    row_format: Format,
     limits: LengthLimits,
     pairing: PairingConfig,
     system_prompt: str,
@@ -155,7 +155,8 @@ def _prepare_batch(
             raise UserError(f"row {row['source_index']} {error}") from None
         prompt = fold_system_message(example.prompt, has_system_role)
         folded = "" if prompt is example.prompt else "system message folded into the first user turn"
-        row |= {"modification": "; ".join(filter(None, (folded, cut))), "tokens": sum(_lengths(ids)), **ids}
+        tokens = _lengths(ids)[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(_lengths(ids))
+        row |= {"modification": "; ".join(filter(None, (folded, cut))), "tokens": tokens, **ids}
         row |= {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected, "margin": example.margin}
         row["messages"] = [*prompt, *example.chosen]
     text, token_ids = pa.string(), pa.list_(pa.int32())
@@ -177,13 +178,6 @@ def _hashes(example: Example) -> dict[str, str]:
     opening = example.prompt[: 2 if example.prompt[0]["role"] == "system" else 1]
     full = conversation_hash([*example.prompt, *example.chosen])
     return {"prompt_hash": conversation_hash(opening), "chosen_hash": full, "rejected_hash": ""}
-
-
-def add_system_prompt(messages: list[Message], system_prompt: str) -> list[Message]:
-    """The conversation behind `system_prompt`, unless that is empty or the conversation has a system message."""
-    if not system_prompt or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str]:
