@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from helpers.core import Row
@@ -146,14 +147,10 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _question(row: Row) -> Any:
-    """The column that holds the prompt."""
-    return next((row[name] for name in PROMPT_COLUMNS if name in row), None)
-
-
-def _instruction(row: Row) -> Any:
-    """Alpaca's instruction, followed by its input if that is not empty."""
-    text, more = row.get("instruction"), row.get("input")
+def _question(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
+    """The first of these columns that a row has. Alpaca's instruction is followed by its input if that is not empty."""
+    name = next((name for name in columns if name in row), "")
+    text, more = row.get(name), row.get("input") if name == "instruction" else None
     return f"{text}\n\n{more}" if isinstance(text, str) and isinstance(more, str) and more.strip() else text
 
 
@@ -174,16 +171,11 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, system: Any = None, margin: f
 
 def read_pair(row: Row, config: PairingConfig) -> list[Example]:
     """A prompt and two answers, or two conversations: texts, transcripts (Anthropic/hh-rlhf) or messages."""
-    return [_pair(_question(row), row.get("chosen"), row.get("rejected"), row.get("system"), _margin(row))]
-
-
-def read_orca(row: Row, config: PairingConfig) -> list[Example]:
-    """Intel/orca_dpo_pairs, and argilla/distilabel-intel-orca-dpo-pairs, whose card recommends some of its rows."""
-    if config.recommended and "status" in row:
+    if config.recommended and "status" in row:  # by the card of argilla/distilabel-intel-orca-dpo-pairs
         score = _number(row.get("chosen_score"))
         if row.get("status") == "tie" or score is None or score < 8 or row.get("in_gsm8k_train"):
             raise DropRow("not recommended by the dataset card")
-    return read_pair(row, config)
+    return [_pair(_question(row), row.get("chosen"), row.get("rejected"), row.get("system"), _margin(row))]
 
 
 def _margin(row: Row) -> float | None:
@@ -204,8 +196,9 @@ def read_alpaca_farm(row: Row, config: PairingConfig) -> list[Example]:
     preferred = _number(row.get("preference"))
     if preferred not in (1, 2):
         raise DropRow("no preference")
-    outputs = [row.get("output_1"), row.get("output_2")]
-    return [_pair(_instruction(row), outputs[int(preferred) - 1], outputs[2 - int(preferred)])]
+    first, second = row.get("output_1"), row.get("output_2")
+    chosen, rejected = (first, second) if preferred == 1 else (second, first)
+    return [_pair(_question(row), chosen, rejected)]
 
 
 def read_ranked(row: Row, config: PairingConfig) -> list[Example]:
@@ -263,35 +256,18 @@ def _pairs_of_rated(prompt: list[Message], rated: list[tuple[str, float]], confi
     return pairs
 
 
+def read_conversation(prompt: str, answer: str, row: Row, config: PairingConfig) -> list[Example]:
+    """The columns `prompt` and `answer`, texts or messages; the latter may hold both. `label` is that of KTO."""
+    if row.get("label") is False:
+        raise DropRow("labelled as undesired")
+    messages = _conversation(answer, row.get(answer), _question(row, [prompt]))
+    return [Example(messages[:-1], messages[-1:])]
+
+
 def _margin_error(margin: float | None, min_margin: float) -> str:
     if margin is None or margin >= max(min_margin, math.ulp(0)):
         return ""
     return "tie" if margin == 0 else "rejected answer rated higher" if margin < 0 else "margin below --min_margin"
-
-
-# ---- Conversations ----
-
-
-def read_conversation(row: Row, config: PairingConfig) -> list[Example]:
-    """HuggingFaceH4/ultrachat_200k, HuggingFaceH4/no_robots, allenai/tulu-v2-sft-mixture: a list of messages."""
-    return _imitate("messages", row.get("messages"), None)
-
-
-def read_alpaca(row: Row, config: PairingConfig) -> list[Example]:
-    """tatsu-lab/alpaca: instruction, input and output. Its `text` column, a rendered template, is ignored."""
-    return _imitate("output", row.get("output"), _instruction(row))
-
-
-def read_completion(row: Row, config: PairingConfig) -> list[Example]:
-    """A prompt and its completion, as texts or as messages; a `label` as in datasets for KTO."""
-    if row.get("label") is False:
-        raise DropRow("labelled as undesired")
-    return _imitate("completion", row.get("completion"), row.get("prompt"))
-
-
-def _imitate(column: str, answer: Any, prompt: Any) -> list[Example]:
-    messages = _conversation(column, answer, prompt)
-    return [Example(messages[:-1], messages[-1:])]
 
 
 # ---- Formats ----
@@ -329,10 +305,10 @@ class Format:
         return [_margin_error(example.margin, config.min_margin) or example for example in examples]
 
 
-PAIR_FORMATS = (  # in the order of detection
+PAIR_FORMATS = (  # in the order of detection. Known datasets of each: docs/data.md
     Format("messages", read_pair, ("chosen", "rejected"), lists="chosen"),
     Format("pairs", read_pair, ("prompt", "chosen", "rejected")),
-    Format("orca", read_orca, ("question or input", "chosen", "rejected")),
+    Format("orca", read_pair, ("question or input", "chosen", "rejected")),
     Format("ranked", read_ranked, ("prompt", "answers"), lists="answers"),
     Format("hh", read_pair, ("chosen", "rejected")),
     Format("alpaca_farm", read_alpaca_farm, ("instruction", "output_1", "output_2", "preference")),
@@ -343,9 +319,15 @@ PAIR_FORMATS = (  # in the order of detection
         lists="completions or responses",
     ),
 )
+CONVERSATION_COLUMNS = {  # prompt and answer; messages hold both
+    "messages": ("", "messages"),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
 INSTRUCTION_FORMATS = (
-    Format("messages", read_conversation, ("messages",), use="conversations"),
-    Format("completion", read_completion, ("prompt", "completion"), use="conversations"),
-    Format("alpaca", read_alpaca, ("instruction", "output"), use="conversations"),
+    *(
+        Format(name, partial(read_conversation, *columns), tuple(filter(None, columns)), use="conversations")
+        for name, columns in CONVERSATION_COLUMNS.items()
+    ),
     *(dataclasses.replace(pair_format, use="chosen") for pair_format in PAIR_FORMATS),
 )

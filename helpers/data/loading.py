@@ -54,11 +54,6 @@ class DatasetSpec:
         names = glob.glob(self.id, recursive=True) or glob.glob(str(REPO / self.id), recursive=True)
         return [Path(name) for name in sorted(names)]
 
-    @property
-    def name(self) -> str:
-        """The last part of the id, for row numbers such as "pairs.jsonl train 7"."""
-        return self.id.rstrip("/").rpartition("/")[2]
-
 
 def parse_dataset_specs(settings: Any) -> list[DatasetSpec]:
     """The datasets of `settings.dataset_id`. Each entry is an id or a JSON object with fields of DatasetSpec.
@@ -125,15 +120,10 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
 
 
 def _check_lines(file: Path) -> None:
-    """Name a line that is not UTF-8 or not an object: datasets reads some of them as text."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig").lstrip()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
-            if text and not text.startswith("{"):
-                raise UserError(f"{file.name}, line {number}, is not a JSON object")
+    """Raise ValueError for lines that datasets reads without complaint: not UTF-8, or not an object."""
+    with file.open(encoding="utf-8-sig") as lines:
+        if any(not line.lstrip().startswith("{") for line in lines if line.strip()):
+            raise ValueError("a line is not an object")
 
 
 def _load(spec: DatasetSpec, split: str) -> Dataset:
@@ -214,25 +204,22 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
     """
     known, columns = PAIR_FORMATS if use_pairs else INSTRUCTION_FORMATS, dict.fromkeys(rows.column_names, True)
     names = ", ".join(dict.fromkeys(each.name for each in known))
-    if data_format == "auto":
+    candidates = known if data_format == "auto" else [each for each in known if each.name == data_format]
+    if not candidates:
+        raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
+    if data_format == "auto":  # a format that is named is taken at its word
         for name, values in rows[:PROBED_ROWS].items():
             columns[name] = 2 * sum(isinstance(v, list) for v in values) > sum(v is not None for v in values)
-        if fitting := detect_format(columns, known):
-            return fitting
-        needs = "messages, prompt and completion, or instruction and output"
-        raise UserError(
-            f"the dataset has columns {', '.join(columns)}, which match no known format. Rename them to "
-            f"{'prompt, chosen and rejected' if use_pairs else needs}, or set `--data_format` to one of {names}."
-        )
-    named = [each for each in known if each.name == data_format]
-    if not named:
-        raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
-    if fitting := detect_format(columns, named):
+    if fitting := detect_format(columns, candidates):
         return fitting
-    raise UserError(
-        f"the dataset has columns {', '.join(columns)}, and no {', no '.join(named[-1].missing(columns))}, which the "
-        f"format {data_format} needs. Rename them, or use another `--data_format`."
-    )
+    needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
+    problem = "which match no known format"
+    fix = f"Rename them to {needs}, or set `--data_format` to one of {names}."
+    if data_format != "auto":
+        lacking = ", no ".join(candidates[-1].missing(columns))
+        problem = f"and no {lacking}, which the format {data_format} needs"
+        fix = "Rename them, or use another `--data_format`."
+    raise UserError(f"the dataset has columns {', '.join(columns)}, {problem}. {fix}")
 
 
 def detect_format(columns: Mapping[str, bool], known: Sequence[Format] = PAIR_FORMATS) -> Format | None:

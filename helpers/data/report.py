@@ -23,6 +23,7 @@ from jinja2 import Environment
 from helpers.core import BLUE, GREY, ORANGE, is_main_process, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
+from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
 from helpers.settings.fields import TrainSettings
 from helpers.settings.load import from_recipe, load_settings, own_types, parse_value, split_flags
 
@@ -324,9 +325,6 @@ class ReportSettings(TrainSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command of the module's docstring."""
-    from helpers.models.chat import set_chat_template
-    from helpers.models.resolve import resolve_model
-
     words = sys.argv[1:] if argv is None else argv
     flags = {} if {"-h", "--help"} & set(words) else dict(split_flags(words))
     if "recipe" in flags:  # it belongs to 01 and 02, and has settings that a report has no use for
@@ -337,12 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         flags = {name: values for name, values in recipe.items() if name in names} | flags
         words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
     settings = load_settings(ReportSettings, {}, words)
-    from transformers import AutoTokenizer
-
-    model = resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
-    loading = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, **loading)
-    set_chat_template(tokenizer, settings.chat_template)
+    resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
+    tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
     if settings.sft:
         settings.max_prompt_length = 0
     train_set, eval_set, row_report = (load_instructions if settings.sft else load_preferences)(settings, tokenizer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -108,17 +109,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """Prepared rows of one split of a dataset. `indices` are the row numbers that their source_index refers to."""
+    """Prepared rows of one split of a dataset. `numbers` are those of the rows that their source_index refers to."""
 
     rows: Dataset
-    indices: list[int]
+    numbers: Sequence[int | str]
     label: str = ""
     is_eval: bool = False
-
-    @property
-    def row_numbers(self) -> list[int | str]:
-        """The number of each row in its dataset, behind the label if there is one."""
-        return [f"{self.label} {index}" for index in self.indices] if self.label else list(self.indices)
 
 
 def load_preferences(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
@@ -144,25 +140,17 @@ def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dat
 def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
     split, specs = config_from(settings, Split), parse_dataset_specs(settings)
     limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
-    splits, formats = [], []
+    options = {"pairing": pairing, "system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
+    splits, formats, names = [], [], [Path(spec.id).name for spec in specs]
     has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
-    names = [spec.name for spec in specs]
-    for spec in specs:
-        label = spec.name if names.count(spec.name) == 1 else spec.id
+    for spec, short in zip(specs, names, strict=True):
         for name in filter(None, (spec.eval_split, spec.split)):
             is_eval = name == spec.eval_split
             rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
-            prepared, row_format = tokenize_dataset(
-                rows,
-                tokenizer,
-                use_pairs,
-                limits,
-                data_format=spec.format,
-                pairing=pairing,
-                system_prompt=settings.system_prompt,
-                num_proc=settings.dataset_num_proc,
-            )
-            splits.append(PreparedSplit(prepared, indices, f"{label} {name}" if has_labels else "", is_eval))
+            prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, spec.format, **options)
+            label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
+            numbers = [f"{label} {index}" for index in indices] if label else indices
+            splits.append(PreparedSplit(prepared, numbers, label, is_eval))
             formats.append(row_format)
     report, train, held_out = deduplicate(splits)
     report.format = ", ".join(dict.fromkeys(formats))
@@ -192,7 +180,7 @@ def prepare_rows(
 ) -> tuple[Dataset, RowReport]:
     """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
     prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
-    report, kept, _ = deduplicate([PreparedSplit(prepared, list(range(len(rows))))])
+    report, kept, _ = deduplicate([PreparedSplit(prepared, range(len(rows)))])
     report.format = row_format
     return kept, report
 
@@ -203,25 +191,18 @@ def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Datase
     A pair is kept once. A pair that also occurs with swapped labels is dropped both times. A prompt of an evaluation
     split is not trained on.
     """
-    import pandas
     from datasets import concatenate_datasets
 
     splits = sorted(splits, key=lambda split: not split.is_eval)
-    names = [
-        name for name in splits[0].rows.column_names if name in INTERNAL_COLUMNS or name in ("tokens", "prompt_hash")
-    ]
-    tables = [split.rows.select_columns(names).to_pandas() for split in splits]
-    for number, (split, table) in enumerate(zip(splits, tables, strict=True)):
-        rows = np.array(split.row_numbers, dtype=object)[table["source_index"]]
-        tables[number] = table.assign(split=number, is_eval=split.is_eval, row=rows)
-    pairs = pandas.concat(tables, ignore_index=True)
+    rows = concatenate_datasets([split.rows for split in splits])
+    pairs = rows.select_columns(["prompt_hash", "tokens", *INTERNAL_COLUMNS]).to_pandas()
+    pairs["split"] = np.repeat(range(len(splits)), [len(split.rows) for split in splits])
+    pairs["is_eval"] = [splits[number].is_eval for number in pairs["split"]]
+    pairs["row"] = [splits[n].numbers[i] for n, i in zip(pairs["split"], pairs["source_index"], strict=True)]
     pairs["drop_reason"] = _drop_reasons(pairs)
-    kept_sets: dict[bool, list[Dataset]] = {True: [], False: []}
-    for number, split in enumerate(splits):
-        is_kept = pairs.loc[pairs["split"] == number, "drop_reason"] == ""
-        kept_sets[split.is_eval].append(split.rows.select(np.flatnonzero(is_kept)).remove_columns(INTERNAL_COLUMNS))
-    train, held_out = (concatenate_datasets(sets) if sets else None for sets in (kept_sets[False], kept_sets[True]))
-    return _count_rows(pairs, splits), train, held_out
+    is_kept, rows = pairs["drop_reason"] == "", rows.remove_columns(INTERNAL_COLUMNS)
+    train, held_out = (rows.select(np.flatnonzero(is_kept & side)) for side in (~pairs["is_eval"], pairs["is_eval"]))
+    return _count_rows(pairs, splits), train, held_out if splits[0].is_eval else None
 
 
 def _drop_reasons(pairs: DataFrame) -> Series[str]:
@@ -229,7 +210,6 @@ def _drop_reasons(pairs: DataFrame) -> Series[str]:
     reasons = pairs["drop_reason"]
     prompt, chosen, rejected = (pairs[f"{side}_hash"].fillna("") for side in SIDES)
     pair, swapped = prompt + " " + chosen + " " + rejected, prompt + " " + rejected + " " + chosen
-
     is_usable = reasons == ""
     reasons = reasons.mask(is_usable & swapped.isin(pair[is_usable]), "the same pair with both labels")
     is_usable = reasons == ""
@@ -237,33 +217,31 @@ def _drop_reasons(pairs: DataFrame) -> Series[str]:
     reasons = reasons.mask(is_usable & is_leak, "prompt is in the evaluation split")
     is_usable = reasons == ""
     is_repeated = is_usable & pair.where(is_usable).duplicated()
-    reasons = reasons.mask(is_repeated & (rejected != ""), "duplicate pair")
-    return reasons.mask(is_repeated & (rejected == ""), "duplicate conversation")
+    return reasons.mask(is_repeated, np.where(rejected == "", "duplicate conversation", "duplicate pair"))
 
 
 def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
     """The report on rows, each of which has one or several `pairs`."""
-    report, row = RowReport(read=sum(len(split.indices) for split in splits)), ["split", "source_index"]
+    report, row = RowReport(read=sum(len(split.numbers) for split in splits)), ["split", "row"]
     is_kept = pairs["drop_reason"] == ""
     is_row_kept = is_kept.groupby([pairs[name] for name in row]).transform("any")
-    kept, lost = pairs[is_kept], pairs[~is_kept & is_row_kept]
-    dropped = pairs[~is_row_kept].drop_duplicates(row)
+    kept, lost, dropped = pairs[is_kept], pairs[~is_kept & is_row_kept], pairs[~is_row_kept].drop_duplicates(row)
     changed = kept[kept["modification"] != ""].drop_duplicates(row)
+    changes = changed.assign(modification=changed["modification"].str.split("; ")).explode("modification")
     again = kept[kept.groupby("prompt_hash")["row"].transform("first") != kept["row"]]
-    changes = changed["modification"].str.split("; ").explode()
     report.count(report.flagged, ["duplicate prompt"] * len(again), again["row"])
     report.count(report.dropped, dropped["drop_reason"], dropped["row"])
     report.count(report.dropped_pairs, lost["drop_reason"] + f" {OTHERS_KEPT}", lost["row"])
-    report.count(report.changed, changes, changed["row"].reindex(changes.index))
+    report.count(report.changed, changes["modification"], changes["row"])
     report.kept, report.changed_rows = report.read - len(dropped), len(changed)
     for reason in (TOO_LONG, PROMPT_TOO_LONG):
         report.lengths[reason] = pairs.loc[pairs["drop_reason"] == reason, "tokens"].astype(int).tolist()
     for number, split in enumerate(splits):
         if split.label:
             reasons = Counter("dropped: " + dropped.loc[dropped["split"] == number, "drop_reason"])
-            counts = {"changed": int((changed["split"] == number).sum()), "dropped": reasons.total(), **reasons}
-            read = len(split.indices)
-            report.sets[split.label] = Counter(read=read, kept=read - reasons.total(), **counts)
+            read, lost_rows, changed_rows = len(split.numbers), reasons.total(), int((changed["split"] == number).sum())
+            counts = Counter(read=read, kept=read - lost_rows, changed=changed_rows, dropped=lost_rows, **reasons)
+            report.sets[split.label] = counts
     return report
 
 

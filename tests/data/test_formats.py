@@ -15,7 +15,7 @@ from helpers.data.formats import (
     Example,
     PairingConfig,
     parse_hh,
-    read_orca,
+    read_pair,
     read_ranked,
     read_scored,
     validation_error,
@@ -154,11 +154,11 @@ def test_a_fault_is_named(name: str, change: dict[str, Any], reason: str) -> Non
 def test_the_recommended_rows_of_distilabel_s_card() -> None:
     _, row, pairs = ROWS["argilla/distilabel-intel-orca-dpo-pairs"]
     options = PairingConfig(recommended=True)
-    assert read_orca(row, options) == pairs
+    assert read_pair(row, options) == pairs
     for change in ({"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}):
         with pytest.raises(DropRow, match="not recommended by the dataset card"):
-            read_orca(row | change, options)
-        assert read_orca(row | change, PairingConfig()) == pairs
+            read_pair(row | change, options)
+        assert read_pair(row | change, PairingConfig()) == pairs
 
 
 def test_ranked_answers_pair_best_against_worst_random_or_all() -> None:
