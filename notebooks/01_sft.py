@@ -73,7 +73,7 @@ settings = load_settings(Settings, globals())
 # ## Starting point and run folder
 #
 # The run's name follows from the settings, so the same command finds its own run: an interrupted run resumes, a
-# finished run is not trained again. `--dry_run` stops here, with an estimate of memory, steps and time.
+# finished run is not trained again. `--dry_run` stops here, with an estimate of memory, steps and tokens.
 
 # %%
 from helpers.core import show

@@ -85,7 +85,7 @@ settings = load_settings(Settings, globals())
 #
 # The policy starts from a published model or from a run of `01_sft.py`. The run's name follows from the settings, so
 # the same command finds its own run: an interrupted run resumes, a finished run is not trained again. `--dry_run`
-# stops here, with an estimate of memory, steps and time.
+# stops here, with an estimate of memory, steps and tokens.
 # The plan below it is one decision on device, dtype, quantization and attention, from what this machine has.
 
 # %%

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import SettingsError, UserError, process_lock
-from helpers.data.formats import Example, Message, PairingConfig, RowFormat, conversation_hash
+from helpers.data.formats import Example, Format, Message, PairingConfig, add_system_prompt, conversation_hash
 from helpers.data.loading import choose_format
 from helpers.models.chat import (
     encode_prompt,
@@ -119,7 +119,7 @@ def worker_count(wanted: int, rows: int) -> int | None:
 def _prepare_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
-    row_format: RowFormat,
+    row_format: Format,
     limits: LengthLimits,
     pairing: PairingConfig,
     system_prompt: str,
@@ -136,14 +136,16 @@ def _prepare_batch(
     prepared, usable = [], []
     for position, index in enumerate(indices):
         for example in row_format.read({column: values[position] for column, values in batch.items()}, pairing):
-            row: dict[str, Any] = {"source_index": index, "drop_reason": example, "modification": ""}
+            row: dict[str, Any] = {"source_index": index, "drop_reason": "", "modification": ""}
             prepared.append(row)
             if isinstance(example, str):
+                row["drop_reason"] = example
                 continue
             example = dataclasses.replace(example, prompt=add_system_prompt(example.prompt, system_prompt))
-            has_special = any(special.search(m["content"]) for side in SIDES for m in getattr(example, side))
-            row |= {"drop_reason": "control token in the text" if has_special else "", **_hashes(example)}
-            if not has_special:
+            row |= _hashes(example)
+            if any(special.search(m["content"]) for side in SIDES for m in getattr(example, side)):
+                row["drop_reason"] = "control token in the text"
+            else:
                 usable.append((row, example))
     for (row, example), ids in zip(usable, encode(tokenizer, [e for _, e in usable]), strict=True):
         if isinstance(ids, str):
@@ -155,7 +157,8 @@ def _prepare_batch(
             raise UserError(f"row {row['source_index']} {error}") from None
         prompt = fold_system_message(example.prompt, has_system_role)
         folded = "" if prompt is example.prompt else "system message folded into the first user turn"
-        row |= {"modification": "; ".join(filter(None, (folded, cut))), "tokens": sum(_lengths(ids)), **ids}
+        tokens = _lengths(ids)[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(_lengths(ids))
+        row |= {"modification": "; ".join(filter(None, (folded, cut))), "tokens": tokens, **ids}
         row |= {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected, "margin": example.margin}
         row["messages"] = [*prompt, *example.chosen]
     text, token_ids = pa.string(), pa.list_(pa.int32())
@@ -177,13 +180,6 @@ def _hashes(example: Example) -> dict[str, str]:
     opening = example.prompt[: 2 if example.prompt[0]["role"] == "system" else 1]
     full = conversation_hash([*example.prompt, *example.chosen])
     return {"prompt_hash": conversation_hash(opening), "chosen_hash": full, "rejected_hash": ""}
-
-
-def add_system_prompt(messages: list[Message], system_prompt: str) -> list[Message]:
-    """The conversation behind `system_prompt`, unless that is empty or the conversation has a system message."""
-    if not system_prompt or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str]:
@@ -240,12 +236,9 @@ def apply_limits(
         )
     if limits.overlong == "truncate_prompt":
         if is_conversation:
-            answer -= len(
-                encode_prompt(tokenizer, fold_system_message(example.prompt, supports_system_role(tokenizer)))
-            )
-        shorter = dataclasses.replace(
-            example, prompt=truncate_prompt(tokenizer, example.prompt, min(max_prompt, max_total - answer))
-        )
+            answer -= _prompt_length(tokenizer, example.prompt)
+        short = truncate_prompt(tokenizer, example.prompt, min(max_prompt, max_total - answer))
+        shorter = dataclasses.replace(example, prompt=short)
         encoded = encode(tokenizer, [shorter])[0] if shorter.prompt else ""
         if not isinstance(encoded, str) and sum(_lengths(encoded)) <= max_total:
             return shorter, encoded, "", "prompt truncated from the left"
@@ -265,20 +258,15 @@ def truncate_prompt(tokenizer: Tokenizer, prompt: list[Message], max_tokens: int
 
     Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays.
     """
-    has_system_role = supports_system_role(tokenizer)
-
-    def excess(messages: list[Message]) -> int:
-        return len(encode_prompt(tokenizer, fold_system_message(messages, has_system_role))) - max_tokens
-
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
-    while len(turns) > 1 and excess(head + turns) > 0:
+    while len(turns) > 1 and _prompt_length(tokenizer, head + turns) > max_tokens:
         turns = turns[2:]
     text, start, starts = turns[-1]["content"], 0, list(range(len(turns[-1]["content"])))
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = [begin for begin, _ in encoding["offset_mapping"]]
-    while (over := excess([*head, *turns])) > 0:
+    while (over := _prompt_length(tokenizer, head + turns) - max_tokens) > 0:
         start += over
         if start >= len(starts):
             return []
@@ -287,4 +275,8 @@ def truncate_prompt(tokenizer: Tokenizer, prompt: list[Message], max_tokens: int
         if at and not rest[:1].isspace() and not text[at - 1].isspace():  # inside a word: begin with the next one
             rest = [*rest.split(maxsplit=1), rest][1]
         turns = [*turns[:-1], {"role": "user", "content": rest.lstrip()}]
-    return [*head, *turns]
+    return head + turns
+
+
+def _prompt_length(tokenizer: Tokenizer, prompt: list[Message]) -> int:
+    return len(encode_prompt(tokenizer, fold_system_message(prompt, supports_system_role(tokenizer))))

@@ -23,8 +23,9 @@ from jinja2 import Environment
 from helpers.core import BLUE, GREY, ORANGE, is_main_process, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
+from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
 from helpers.settings.fields import TrainSettings
-from helpers.settings.load import from_recipe, load_settings, split_flags
+from helpers.settings.load import from_recipe, load_settings, own_types, parse_value, split_flags
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +43,7 @@ SAME_WORDS = 0.9  # share of common words from which on two answers are nearly t
 ONE_SIDED = 0.9  # share of an opening's answers on one side from which on it is a shortcut
 OFTEN = 0.1  # share of rows that is worth a warning
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
-BARS, LABEL_WIDTH = 8, 46  # of a panel, and characters of their labels
+BARS = 8  # openings that are plotted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,22 +114,18 @@ class DataReport:
 
     @functools.cached_property
     def figure(self) -> Figure:
-        """One page: lengths, and what happened to the rows; of pairs also length differences and openings."""
+        """Lengths; of pairs also the differences of their lengths, and the most frequent openings."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         is_pairs = "rejected" in self.train
-        panels = (
-            [_plot_lengths, _plot_differences, _plot_openings, _plot_rows] if is_pairs else [_plot_lengths, _plot_rows]
-        )
-        units = ["y pairs", "y pairs", "x pairs", "x rows"] if is_pairs else ["y conversations", "x rows"]
-        figure = Figure(figsize=(11, 6.5 if is_pairs else 3.4), layout="constrained")
-        for axis, plot, unit in zip(figure.subplots(len(panels) // 2, 2).flatten(), panels, units, strict=True):
-            title = plot(axis, self)
-            axis.set_title(title, loc="left", fontsize=10)
-            side, name = unit.split()
-            getattr(axis, f"{side}axis").set_major_locator(MaxNLocator("auto", integer=True))
-            axis.set(**{f"{side}label": name})
+        plots = [_plot_lengths, _plot_differences, _plot_openings] if is_pairs else [_plot_lengths]
+        figure = Figure(figsize=(15 if is_pairs else 7, 3.6), layout="constrained")
+        for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+            axis.set_title(plot(axis, self), loc="left", fontsize=10)
+            counts = axis.xaxis if plot is _plot_openings else axis.yaxis
+            counts.set_major_locator(MaxNLocator("auto", integer=True))
+            counts.set_label_text("pairs" if is_pairs else "conversations")
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
         return figure
@@ -208,11 +205,11 @@ def prefix_shortcuts(rows: DataFrame) -> list[DataFinding]:
     """Openings that occur on one side only, and how many labels openings alone predict (leaving each pair out)."""
     chosen, rejected = (list(map(opening, rows[side])) for side in SIDES[1:])
     good, bad = Counter(chosen), Counter(rejected)
-    score = 0.0
-    for c, r in zip(chosen, rejected, strict=True):
-        ahead = math.log(good[c] / (bad[c] + 1)) - math.log((good[r] + 1) / bad[r])
-        score += 0.5 if ahead == 0 or c == r else float(ahead > 0)
-    score /= len(chosen)
+    # what the other pairs say about the openings of each pair
+    better = np.array([good[c] / (bad[c] + 1) for c in chosen])
+    worse = np.array([(good[r] + 1) / bad[r] for r in rejected])
+    is_tie = (better == worse) | (np.array(chosen) == np.array(rejected))
+    score = float(np.where(is_tie, 0.5, better > worse).mean())
     counts = [(o, good[o], bad[o]) for o, n in (good + bad).most_common() if n >= max(5, 0.01 * len(chosen))]
     one_sided = [(repr(o), g, b) for o, g, b in counts if max(g, b) >= ONE_SIDED * (g + b)][:3]
     is_shortcut = bool(one_sided) or score >= BIAS
@@ -236,12 +233,12 @@ def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
     if rows.dropped:
         share, (reason, count) = rows.dropped.total() / rows.read, rows.dropped.most_common(1)[0]
         findings.append(DataFinding.of("dropped", share, share >= OFTEN, reason=reason, count=count))
-    for name, reason, tokens, limit in (
-        ("too long", TOO_LONG, sorted(rows.long_rows), f"--max_length {max_length}"),
-        ("prompt too long", PROMPT_TOO_LONG, sorted(rows.long_prompts), "--max_prompt_length"),
+    for name, reason, limit in (
+        ("too long", TOO_LONG, f"--max_length {max_length}"),
+        ("prompt too long", PROMPT_TOO_LONG, "--max_prompt_length"),
     ):
         if count := rows.dropped[reason] + rows.dropped_pairs[f"{reason} {OTHERS_KEPT}"]:
-            share = rows.dropped[reason] / rows.read
+            share, tokens = rows.dropped[reason] / rows.read, sorted(rows.lengths[reason])
             facts = {"shortest": tokens[0], "longest": tokens[-1], "enough": tokens[math.ceil(0.9 * count) - 1]}
             findings.append(DataFinding.of(name, share, share >= OFTEN / 2, count=count, limit=limit, **facts))
     if cut := rows.changed[TRUNCATED_ANSWER]:
@@ -287,27 +284,9 @@ def _plot_openings(axis: Any, report: DataReport) -> str:
     for offset, (side, counts) in zip((0.2, -0.2), sides.items(), strict=True):
         at = np.arange(len(names)) + offset
         axis.barh(at, [counts[name] for name in names], 0.4, color=COLOURS[side], label=side)
-    axis.set_yticks(range(len(names)), list(map(_label, names)), parse_math=False)
+    axis.set_yticks(range(len(names)), [f"{name:.46}" for name in names], parse_math=False)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     return "most frequent openings, training rows"
-
-
-def _plot_rows(axis: Any, report: DataReport) -> str:
-    rows = report.row_report
-    bars = [("kept", rows.kept, BLUE), *((reason, n, ORANGE) for reason, n in rows.dropped.most_common(BARS))]
-    bars += [(reason, n, GREY) for reason, n in (rows.changed + rows.flagged).most_common(BARS // 2)]
-    for i, (_, count, colour) in enumerate(bars):
-        axis.barh(i, count, 0.7, color=colour)
-        axis.text(count, i, f" {count:,} ({count / max(1, rows.read):.1%})", va="center", fontsize=8)
-    axis.set_yticks(range(len(bars)), [_label(reason) for reason, *_ in bars], parse_math=False)
-    axis.invert_yaxis()
-    axis.set_xlim(0, max(count for _, count, _ in bars) * 1.25)
-    return f"rows: {rows.read:,} read"
-
-
-def _label(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= LABEL_WIDTH else f"{line[: LABEL_WIDTH - 1]}…"
 
 
 def show_example(tokenizer: Tokenizer, row: dict[str, Any]) -> None:
@@ -346,26 +325,18 @@ class ReportSettings(TrainSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command of the module's docstring."""
-    from helpers.models.chat import set_chat_template
-    from helpers.models.resolve import resolve_model
-
     words = sys.argv[1:] if argv is None else argv
     flags = {} if {"-h", "--help"} & set(words) else dict(split_flags(words))
     if "recipe" in flags:  # it belongs to 01 and 02, and has settings that a report has no use for
-        sft, dpo = (from_recipe(step, flags["recipe"][0]) for step in ("sft", "dpo"))
-        is_sft = flags.get("sft", ["False"]) in ([], ["True"], ["true"])
-        recipe = sft if is_sft else {name: sft[name] for name in ("model_id",) if name in sft} | dpo
-        names = {field.name for field in dataclasses.fields(ReportSettings)} - {"recipe"}
-        del flags["recipe"]
+        file, names = flags.pop("recipe")[0], own_types(ReportSettings)
+        recipe = from_recipe("sft", file)
+        if not parse_value(bool, "sft", flags.get("sft", ["False"]), "flag"):
+            recipe = {name: words for name, words in recipe.items() if name == "model_id"} | from_recipe("dpo", file)
         flags = {name: values for name, values in recipe.items() if name in names} | flags
         words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
     settings = load_settings(ReportSettings, {}, words)
-    from transformers import AutoTokenizer
-
-    model = resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
-    loading = {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, **loading)
-    set_chat_template(tokenizer, settings.chat_template)
+    resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
+    tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
     if settings.sft:
         settings.max_prompt_length = 0
     train_set, eval_set, row_report = (load_instructions if settings.sft else load_preferences)(settings, tokenizer)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from helpers.core import SettingsError, UserError
 from helpers.data.formats import PairingConfig
-from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs, subsample
+from helpers.data.loading import load_rows, parse_dataset_specs, subsample
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, LengthLimits, tokenize_dataset
 from helpers.models.chat import VALIDATED_ROWS, validate_chat_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame, Series
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
@@ -31,8 +34,8 @@ class RowReport:
     """What happened to every row: `kept + sum(dropped) == read`.
 
     `examples` has up to three row numbers for each reason, counted from 0 and behind the dataset's name if there are
-    several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `long_rows`
-    and `long_prompts` are token counts of what was dropped for its length; `sets` has the counts of each dataset.
+    several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has
+    the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset.
     """
 
     read: int = 0
@@ -46,15 +49,15 @@ class RowReport:
     dropped_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
     changed_rows: int = 0
     examples: dict[str, list[int | str]] = dataclasses.field(default_factory=dict)
-    long_rows: list[int] = dataclasses.field(default_factory=list)
-    long_prompts: list[int] = dataclasses.field(default_factory=list)
+    lengths: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     sets: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
-    def count(self, counter: Counter[str], reason: str, row: int | str) -> None:
-        """Count one more row or pair for this reason."""
-        counter[reason] += 1
-        if len(rows := self.examples.setdefault(reason, [])) < EXAMPLES:
-            rows.append(row)
+    def count(self, counter: Counter[str], reasons: Iterable[str], rows: Iterable[int | str]) -> None:
+        """Count the reason of each row."""
+        for reason, row in zip(reasons, rows, strict=True):
+            counter[reason] += 1
+            if len(examples := self.examples.setdefault(reason, [])) < EXAMPLES:
+                examples.append(row)
 
     def check(self, strict: bool) -> None:
         """Raise SettingsError if no row is left, or if `strict` and a row or pair was dropped."""
@@ -106,16 +109,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """Prepared rows of one split of a dataset. `indices` are the row numbers that their source_index refers to."""
+    """Prepared rows of one split of a dataset. `numbers` are those of the rows that their source_index refers to."""
 
     rows: Dataset
-    indices: list[int]
+    numbers: Sequence[int | str]
     label: str = ""
     is_eval: bool = False
-
-    def row_number(self, source_index: int) -> int | str:
-        """The number of a row in its dataset, behind the label if there is one."""
-        return f"{self.label} {self.indices[source_index]}" if self.label else self.indices[source_index]
 
 
 def load_preferences(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
@@ -139,22 +138,34 @@ def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dat
 
 
 def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
-    prepare = functools.partial(
-        tokenize_dataset,
-        tokenizer=tokenizer,
-        use_pairs=use_pairs,
-        limits=config_from(settings, LengthLimits),
-        pairing=config_from(settings, PairingConfig),
-        system_prompt=settings.system_prompt,
-        num_proc=settings.dataset_num_proc,
-    )
-    split = config_from(settings, Split)
-    train, held_out, report = load_and_split(parse_dataset_specs(settings), prepare, split, settings.strict)
+    split, specs = config_from(settings, Split), parse_dataset_specs(settings)
+    limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
+    options = {"pairing": pairing, "system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
+    splits, formats, names = [], [], [Path(spec.id).name for spec in specs]
+    has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
+    for spec, short in zip(specs, names, strict=True):
+        for name in filter(None, (spec.eval_split, spec.split)):
+            is_eval = name == spec.eval_split
+            rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
+            prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, spec.format, **options)
+            label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
+            numbers = [f"{label} {index}" for index in indices] if label else indices
+            splits.append(PreparedSplit(prepared, numbers, label, is_eval))
+            formats.append(row_format)
+    report, train, held_out = deduplicate(splits)
+    report.format = ", ".join(dict.fromkeys(formats))
+    report.check(settings.strict)
+    if held_out is None:
+        train, held_out = split_by_prompt(train, split)
+    elif not len(train) or not len(held_out):
+        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
+    else:
+        train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
+        held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
+    report.train, report.eval = len(train), len(held_out)
     first = train.select(range(min(VALIDATED_ROWS, len(train))))
-    conversations = (
-        [row["prompt"] + row[side] for row in first for side in SIDES[1:]] if use_pairs else first["messages"]
-    )
-    validate_chat_template(tokenizer, list(conversations))
+    pairs = [row["prompt"] + row[side] for row in first for side in SIDES[1:]] if use_pairs else []
+    validate_chat_template(tokenizer, pairs or list(first["messages"]))
     return train, held_out, report
 
 
@@ -169,41 +180,9 @@ def prepare_rows(
 ) -> tuple[Dataset, RowReport]:
     """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
     prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
-    report, kept, _ = deduplicate([PreparedSplit(prepared, list(range(len(rows))))])
+    report, kept, _ = deduplicate([PreparedSplit(prepared, range(len(rows)))])
     report.format = row_format
     return kept, report
-
-
-def load_and_split(
-    specs: list[DatasetSpec], prepare: Callable[..., tuple[Dataset, str]], split: Split, strict: bool
-) -> tuple[Dataset, Dataset, RowReport]:
-    """Train and evaluation rows of all datasets, with no prompt in both, and the report on every row.
-
-    `prepare` is `tokenize_dataset` with all arguments but rows and data_format. Raises UserError.
-    """
-    splits, formats = [], []
-    has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
-    names = [spec.name for spec in specs]
-    for spec in specs:
-        label = spec.name if names.count(spec.name) == 1 else spec.id
-        for name in filter(None, (spec.eval_split, spec.split)):
-            is_eval = name == spec.eval_split
-            rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
-            prepared, row_format = prepare(rows, data_format=spec.format)
-            splits.append(PreparedSplit(prepared, indices, f"{label} {name}" if has_labels else "", is_eval))
-            formats.append(row_format)
-    report, train, held_out = deduplicate(splits)
-    report.format = ", ".join(dict.fromkeys(formats))
-    report.check(strict)
-    if held_out is None:
-        train, held_out = split_by_prompt(train, split)
-    elif not len(train) or not len(held_out):
-        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
-    else:
-        train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
-        held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
-    report.train, report.eval = len(train), len(held_out)
-    return train, held_out, report
 
 
 def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
@@ -215,69 +194,55 @@ def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Datase
     from datasets import concatenate_datasets
 
     splits = sorted(splits, key=lambda split: not split.is_eval)
-    report = RowReport(read=sum(len(split.indices) for split in splits))
-    names = ("source_index", "drop_reason", "modification", *(f"{side}_hash" for side in SIDES))
-    tables = [list(zip(*(split.rows[name][:] for name in names), strict=True)) for split in splits]
-    usable = {tuple(hashes) for table in tables for _, reason, _, *hashes in table if not reason}
-    seen: set[tuple[str, str, str]] = set()
-    first_rows: dict[str, int | str] = {}  # of each prompt
-    eval_prompts: set[str] = set()
-    kept_sets: dict[bool, list[Dataset]] = {True: [], False: []}
-    for split, table in zip(splits, tables, strict=True):
-        selected: list[int] = []
-        kept: dict[int, str] = {}  # modification by source_index
-        dropped: dict[int, list[str]] = defaultdict(list)  # reasons by source_index
-        for i, (source_index, reason, modification, prompt, chosen, rejected) in enumerate(table):
-            if not reason:
-                if (prompt, rejected, chosen) in usable:
-                    reason = "the same pair with both labels"
-                elif prompt in eval_prompts and not split.is_eval:
-                    reason = "prompt is in the evaluation split"
-                elif (prompt, chosen, rejected) in seen:
-                    reason = "duplicate pair" if rejected else "duplicate conversation"
-            if reason:
-                dropped[source_index].append(reason)
-                continue
-            seen.add((prompt, chosen, rejected))
-            row = split.row_number(source_index)
-            if first_rows.setdefault(prompt, row) != row:
-                report.count(report.flagged, "duplicate prompt", row)
-            if split.is_eval:
-                eval_prompts.add(prompt)
-            kept[source_index] = kept.get(source_index) or modification
-            selected.append(i)
-        _count_rows(report, split, kept, dropped)
-        reasons = [row[1] for row in table]
-        for reason, column, counts in (
-            (TOO_LONG, "tokens", report.long_rows),
-            (PROMPT_TOO_LONG, "prompt_ids", report.long_prompts),
-        ):
-            if reason in reasons:
-                values = split.rows.select([i for i, r in enumerate(reasons) if r == reason])[column]
-                counts += values if column == "tokens" else map(len, values)
-        kept_sets[split.is_eval].append(split.rows.select(selected).remove_columns(INTERNAL_COLUMNS))
-    train, held_out = (concatenate_datasets(sets) if sets else None for sets in (kept_sets[False], kept_sets[True]))
-    return report, train, held_out
+    rows = concatenate_datasets([split.rows for split in splits])
+    pairs = rows.select_columns(["prompt_hash", "tokens", *INTERNAL_COLUMNS]).to_pandas()
+    pairs["split"] = np.repeat(range(len(splits)), [len(split.rows) for split in splits])
+    pairs["is_eval"] = [splits[number].is_eval for number in pairs["split"]]
+    pairs["row"] = [splits[n].numbers[i] for n, i in zip(pairs["split"], pairs["source_index"], strict=True)]
+    pairs["drop_reason"] = _drop_reasons(pairs)
+    is_kept, rows = pairs["drop_reason"] == "", rows.remove_columns(INTERNAL_COLUMNS)
+    train, held_out = (rows.select(np.flatnonzero(is_kept & side)) for side in (~pairs["is_eval"], pairs["is_eval"]))
+    return _count_rows(pairs, splits), train, held_out if splits[0].is_eval else None
 
 
-def _count_rows(report: RowReport, split: PreparedSplit, kept: dict[int, str], dropped: dict[int, list[str]]) -> None:
-    for source_index, reasons in dropped.items():
-        row = split.row_number(source_index)
-        if source_index in kept:
-            for reason in reasons:
-                report.count(report.dropped_pairs, f"{reason} {OTHERS_KEPT}", row)
-        else:
-            report.count(report.dropped, reasons[0], row)
-    for source_index, modification in kept.items():
-        for change in modification.split("; ") if modification else ():
-            report.count(report.changed, change, split.row_number(source_index))
-    changed = sum(map(bool, kept.values()))
-    report.kept += len(kept)
-    report.changed_rows += changed
-    if split.label:
-        lost = Counter(f"dropped: {reasons[0]}" for index, reasons in dropped.items() if index not in kept)
-        counts = report.sets.setdefault(split.label, Counter())
-        counts.update(read=len(split.indices), kept=len(kept), changed=changed, dropped=lost.total(), **lost)
+def _drop_reasons(pairs: DataFrame) -> Series[str]:
+    """Why each pair is dropped, or ""."""
+    reasons = pairs["drop_reason"]
+    prompt, chosen, rejected = (pairs[f"{side}_hash"].fillna("") for side in SIDES)
+    pair, swapped = prompt + " " + chosen + " " + rejected, prompt + " " + rejected + " " + chosen
+    is_usable = reasons == ""
+    reasons = reasons.mask(is_usable & swapped.isin(pair[is_usable]), "the same pair with both labels")
+    is_usable = reasons == ""
+    is_leak = ~pairs["is_eval"] & prompt.isin(prompt[is_usable & pairs["is_eval"]])
+    reasons = reasons.mask(is_usable & is_leak, "prompt is in the evaluation split")
+    is_usable = reasons == ""
+    is_repeated = is_usable & pair.where(is_usable).duplicated()
+    return reasons.mask(is_repeated, np.where(rejected == "", "duplicate conversation", "duplicate pair"))
+
+
+def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
+    """The report on rows, each of which has one or several `pairs`."""
+    report, row = RowReport(read=sum(len(split.numbers) for split in splits)), ["split", "row"]
+    is_kept = pairs["drop_reason"] == ""
+    is_row_kept = is_kept.groupby([pairs[name] for name in row]).transform("any")
+    kept, lost, dropped = pairs[is_kept], pairs[~is_kept & is_row_kept], pairs[~is_row_kept].drop_duplicates(row)
+    changed = kept[kept["modification"] != ""].drop_duplicates(row)
+    changes = changed.assign(modification=changed["modification"].str.split("; ")).explode("modification")
+    again = kept[kept.groupby("prompt_hash")["row"].transform("first") != kept["row"]]
+    report.count(report.flagged, ["duplicate prompt"] * len(again), again["row"])
+    report.count(report.dropped, dropped["drop_reason"], dropped["row"])
+    report.count(report.dropped_pairs, lost["drop_reason"] + f" {OTHERS_KEPT}", lost["row"])
+    report.count(report.changed, changes["modification"], changes["row"])
+    report.kept, report.changed_rows = report.read - len(dropped), len(changed)
+    for reason in (TOO_LONG, PROMPT_TOO_LONG):
+        report.lengths[reason] = pairs.loc[pairs["drop_reason"] == reason, "tokens"].astype(int).tolist()
+    for number, split in enumerate(splits):
+        if split.label:
+            reasons = Counter("dropped: " + dropped.loc[dropped["split"] == number, "drop_reason"])
+            read, lost_rows, changed_rows = len(split.numbers), reasons.total(), int((changed["split"] == number).sum())
+            counts = Counter(read=read, kept=read - lost_rows, changed=changed_rows, dropped=lost_rows, **reasons)
+            report.sets[split.label] = counts
+    return report
 
 
 def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:

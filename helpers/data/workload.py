@@ -1,21 +1,19 @@
-"""Estimate rows, steps, tokens and time of a training run without downloading anything."""
+"""Estimate rows, steps and tokens of a training run without downloading anything."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import UserError, find_path
-from helpers.data.formats import Message, PairingConfig
+from helpers.data.formats import Message, PairingConfig, add_system_prompt
 from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
-from helpers.data.prepare import LengthLimits, add_system_prompt
+from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import Split, config_from
 from helpers.models.resolve import Start
-from helpers.runs.run import read_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,36 +24,11 @@ CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not cached
 Count = Callable[[list[Message]], int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """Rows to train on, optimizer steps and tokens; None is unknown. `note` says why, or how it was counted."""
+def estimate_workload(settings: Any, start: Start) -> str:
+    """The work of `settings` in words, from a sample of each dataset.
 
-    rows: int | None
-    steps: int | None
-    tokens: float | None
-    note: str = ""
-    speed: tuple[float, str] | None = None  # tokens per second, and the run that had it
-
-    def __rich__(self) -> Any:
-        from rich.text import Text
-
-        if self.steps is None:
-            return Text(f"Steps, tokens and time: unknown, because {self.note}.")
-        if self.tokens is None:
-            return Text(f"{self.steps:,} steps; tokens and time unknown, because {self.note}.")
-        note = f" ({self.note})" if self.note else ""
-        text = f"About {self.rows:,} rows to train on, {self.steps:,} steps, {self.tokens:,.0f} tokens{note}."
-        if self.speed:
-            speed, run = self.speed
-            minutes = round(self.tokens / speed / 60)
-            time = f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
-            time = time if minutes > 1 else f"{self.tokens / speed:.0f} s"
-            text += f"\nAbout {time}, at {speed:,.0f} tokens per second as in {run}."
-        return Text(text)
-
-
-def estimate_workload(settings: Any, start: Start) -> Workload:
-    """The work of `settings`, from a sample of each dataset. Raises UserError if a local dataset cannot be used."""
+    Raises UserError if a local dataset cannot be used.
+    """
     count, note = _token_counter(start)
     max_steps, split = settings.trl.get("max_steps", -1), config_from(settings, Split)
     kept, tokens, has_eval_split = 0.0, 0.0, False
@@ -66,7 +39,8 @@ def estimate_workload(settings: Any, start: Start) -> Workload:
         except UserError:
             if spec.is_file_name or find_path(spec.id) is not None:
                 raise
-            return Workload(None, max_steps if max_steps > 0 else None, None, f"{spec.id} has not been downloaded yet")
+            steps = f"{max_steps:,} steps, unknown tokens" if max_steps > 0 else "Unknown steps and tokens"
+            return f"{steps}: {spec.id} has not been downloaded yet."
         lengths, share = _sample_lengths(rows, settings, spec, count)
         kept, tokens = kept + len(lengths) * share, tokens + sum(lengths) * share
         has_eval_split = has_eval_split or bool(spec.eval_split)
@@ -80,7 +54,9 @@ def estimate_workload(settings: Any, start: Start) -> Workload:
     units = trained * mean / settings.max_length if settings.trl.get("packing") else trained
     epoch = max(1, math.ceil(round(units) / settings.rows_per_step()))
     steps = max_steps if max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)
-    return Workload(round(trained), steps, steps / epoch * trained * mean, note, _measured_speed(settings))
+    note = f" ({note})" if note else ""
+    tokens = steps / epoch * trained * mean
+    return f"About {round(trained):,} rows to train on, {steps:,} steps, {tokens:,.0f} tokens{note}."
 
 
 def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Count) -> tuple[list[float], float]:
@@ -131,16 +107,3 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _measured_speed(settings: Any) -> tuple[float, str] | None:
-    """Tokens per second of the newest finished run of this step, model and tuning, and its name."""
-    runs = []
-    same = {name: getattr(settings, name) for name in ("model_id", "tuning", "quantization")}
-    for file in settings.output_dir.glob("*/run.json"):
-        record = read_run(file.parent)
-        speed = record.get("metrics", {}).get("tokens_per_second")
-        is_same = same.items() <= record.get("settings", {}).items() and record.get("step") == settings.step
-        if speed and is_same and record.get("status") == "finished":
-            runs.append((str(record["finished"]), float(speed), file.parent.name))
-    return max(runs)[1:] if runs else None

@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.data.formats import (
-    FORMAT_READERS,
-    INSTRUCTION_READERS,
+    INSTRUCTION_FORMATS,
+    PAIR_FORMATS,
     DropRow,
     Example,
     PairingConfig,
-    RowFormat,
     parse_hh,
-    read_orca,
+    read_pair,
     read_ranked,
     read_scored,
     validation_error,
 )
 from helpers.data.loading import detect_format
+
+PAIRS = {row_format.name: row_format for row_format in PAIR_FORMATS}
+CONVERSATIONS = {row_format.name: row_format for row_format in INSTRUCTION_FORMATS if row_format.use == "conversations"}
 
 
 def user(text: str) -> dict[str, str]:
@@ -110,8 +112,9 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Example]]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
     expected, row, pairs = ROWS[name]
-    assert detect_format({column: isinstance(value, list) for column, value in row.items()}) == expected
-    assert FORMAT_READERS[expected](row, PairingConfig()) == pairs
+    row_format = detect_format({column: isinstance(value, list) for column, value in row.items()})
+    assert row_format == PAIRS[expected]
+    assert row_format.reader(row, PairingConfig()) == pairs
 
 
 @pytest.mark.parametrize(
@@ -145,17 +148,17 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
 )
 def test_a_fault_is_named(name: str, change: dict[str, Any], reason: str) -> None:
     read, row, _ = ROWS[name]
-    assert RowFormat(read).read(row | change, PairingConfig()) == [reason]
+    assert PAIRS[read].read(row | change, PairingConfig()) == [reason]
 
 
 def test_the_recommended_rows_of_distilabel_s_card() -> None:
     _, row, pairs = ROWS["argilla/distilabel-intel-orca-dpo-pairs"]
     options = PairingConfig(recommended=True)
-    assert read_orca(row, options) == pairs
+    assert read_pair(row, options) == pairs
     for change in ({"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}):
         with pytest.raises(DropRow, match="not recommended by the dataset card"):
-            read_orca(row | change, options)
-        assert read_orca(row | change, PairingConfig()) == pairs
+            read_pair(row | change, options)
+        assert read_pair(row | change, PairingConfig()) == pairs
 
 
 def test_ranked_answers_pair_best_against_worst_random_or_all() -> None:
@@ -200,8 +203,8 @@ NAMES = ["prompt", "chosen", "rejected", "system", "question", "input", "answers
     pairing=st.sampled_from(["best_vs_worst", "best_vs_random", "all_pairs"]),
 )
 def test_no_junk_makes_a_reader_raise_and_what_it_gives_can_be_trained_on(row: dict[str, Any], pairing: Any) -> None:
-    for name in FORMAT_READERS:
-        examples = RowFormat(name).read(row, PairingConfig(pairing, recommended=True))
+    for row_format in PAIR_FORMATS:
+        examples = row_format.read(row, PairingConfig(pairing, recommended=True))
         assert all(examples)
         for example in examples:
             if isinstance(example, Example):
@@ -213,7 +216,7 @@ def test_no_junk_makes_a_reader_raise_and_what_it_gives_can_be_trained_on(row: d
 
 def test_a_column_that_instructions_lack_is_named() -> None:
     def reason(name: str, row: dict[str, Any]) -> list[Example | str]:
-        return RowFormat(name, "conversations").read(row, PairingConfig())
+        return CONVERSATIONS[name].read(row, PairingConfig())
 
     assert reason("messages", {"messages": None}) == ["no messages"]
     assert reason("completion", {"prompt": "Why?", "completion": None}) == ["no completion"]
@@ -223,8 +226,7 @@ def test_a_column_that_instructions_lack_is_named() -> None:
 @settings(max_examples=300, deadline=None)
 @given(row=st.dictionaries(st.sampled_from([*NAMES, "messages", "completion", "output", "label"]), JUNK))
 def test_no_junk_makes_an_instruction_reader_raise(row: dict[str, Any]) -> None:
-    formats = [RowFormat(name, "conversations") for name in INSTRUCTION_READERS]
-    for row_format in formats + [RowFormat(name, "chosen") for name in FORMAT_READERS]:
+    for row_format in INSTRUCTION_FORMATS:
         (example,) = row_format.read(row, PairingConfig())
         assert example
         if isinstance(example, Example):

@@ -83,8 +83,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]")
     Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "none")
     said = {
-        "empty.jsonl": "empty.jsonl is empty", "latin.jsonl": "latin.jsonl, line 1, is not UTF-8",
-        "list.jsonl": "list.jsonl, line 1, is not a JSON object", "none": "it has no rows",
+        "empty.jsonl": "empty.jsonl', split 'train', has no rows", "latin.jsonl": "latin.jsonl, line 1, is not UTF-8",
+        "list.jsonl": "list.jsonl, line 1, is not a JSON object", "none": "none', split 'train', has no rows",
     }  # fmt: skip
     for name, reason in said.items():
         with pytest.raises(UserError, match=reason):
@@ -147,7 +147,7 @@ def test_dataset_id_names_one_set_or_several_with_their_own_settings() -> None:
     )
     assert some == [DatasetSpec("a/b", split="train_prefs"), DatasetSpec("c/d", split="test", fraction=0.5)]
     for text, said in {
-        '{"id": "a", "fracton": 0.5}': "unknown key 'fracton'. Did you mean fraction?",
+        '{"id": "a", "fracton": 0.5}': "unknown key 'fracton'. Use id, config, split, revision, format",
         '{"id": "a", "fraction": 0}': "a fraction above 0 and at most 1",
         '{"id": "a", "fraction": "half"}': "fraction must be a number",
         '{"fraction": 0.5}': "needs an id",

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
-from helpers.data.formats import FORMAT_READERS, PairingConfig
-from helpers.data.loading import REQUIRED_COLUMNS
+from helpers.data.formats import PAIR_FORMATS, Format, PairingConfig
 from helpers.data.prepare import LengthLimits, truncate_prompt
 from helpers.data.row_report import Split, prepare_rows, split_by_prompt
 from helpers.models.chat import read_template, render, set_chat_template
@@ -184,13 +183,13 @@ def test_no_kept_answer_ever_loses_its_end(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(sorted(FORMAT_READERS)), junk=st.lists(JUNK, min_size=1, max_size=4))
-def test_the_report_of_junk_adds_up(name: str, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    columns = [one.split(" or ")[0] for one in REQUIRED_COLUMNS[name]]
+@given(row_format=st.sampled_from(PAIR_FORMATS), junk=st.lists(JUNK, min_size=1, max_size=4))
+def test_the_report_of_junk_adds_up(row_format: Format, junk: list[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    columns = [one.split(" or ")[0] for one in row_format.columns]
     rows = Dataset.from_list(
         [dict.fromkeys(columns, str(j)) | {"prompt": json.dumps(j), "rejected": "x"} for j in junk]
     )
-    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS, data_format=name)
+    pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS, data_format=row_format.name)
     assert report.kept + report.dropped.total() == report.read == len(junk)
     assert len(pairs) >= report.kept
 
@@ -300,8 +299,11 @@ def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreT
     for overlong in ("drop", "truncate_completion"):
         _, report = prepare_rows(rows, tokenizer, LengthLimits(40, 150, overlong))
         assert report.examples == {"prompt longer than max_prompt_length": [0], "longer than max_length": [2]}
-        assert (len(report.long_prompts), len(report.long_rows)) == (1, 1)
-        assert 40 < report.long_prompts[0] < 150 < report.long_rows[0]
+        (prompt,), (row,) = (
+            report.lengths["prompt longer than max_prompt_length"],
+            report.lengths["longer than max_length"],
+        )
+        assert 40 < prompt < 150 < row
 
 
 def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -143,7 +143,7 @@ def test_a_conversation_that_is_too_long_is_dropped_trimmed_or_cut_as_told(token
 
     kept, report = made("drop", 60)
     assert (len(kept), report.examples) == (1, {"longer than max_length": [0]})
-    assert report.long_rows[0] > 60
+    assert report.lengths["longer than max_length"][0] > 60
     kept, report = made("truncate_prompt", 60)
     assert (kept[0]["messages"], report.examples) == (talk[2:], {"prompt truncated from the left": [0]})
     assert tokenizer.decode([i for i in kept[0]["labels"] if i != -100]) == " It is 5.</s>"

@@ -179,14 +179,14 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         assert set(parts) == {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
         assert parts["weights"] == ["4.13", "GB"]
         assert "fits into 24 GB" in out
-        assert "Steps, tokens and time: unknown, because org/pairs has not been downloaded yet." in out
+        assert "Unknown steps and tokens: org/pairs has not been downloaded yet." in out
         assert "Dry run: outputs/dpo-large-7b-" in said
         fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
         assert fetched == {"config.json"}
         assert not any("/datasets/" in path for path in hub.requests)
         out, _, _ = dry_run(project, "02_dpo.py", *words, "--max_steps", "7", "--memory_gb", "12", real=True, **home)
         assert "--lora_r 128  (" in out
-        assert "7 steps; tokens and time unknown, because org/pairs" in out
+        assert "7 steps, unknown tokens: org/pairs has not been downloaded yet." in out
     assert not list((project.root / "outputs").glob("dpo-large-*"))
 
 
@@ -203,9 +203,6 @@ def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Pa
     assert metrics["step"] == 32
     tokens = int(line.split("32 steps, ")[1].split()[0].replace(",", ""))
     assert tokens == pytest.approx(metrics["tokens_seen"], rel=0.15)  # without the chat format's own
-    again, _, _ = dry_run(project, "02_dpo.py", *words, "--learning_rate", "1e-4")
-    speed = metrics["tokens_per_second"]
-    assert f"at {speed:,.0f} tokens per second as in counted." in again
     sft = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--model_id", str(demo_folder / "tiny-mistral")]
     out, _, _ = dry_run(project, "01_sft.py", *sft, "--dataset_id", str(demo_folder / "instructions"))
     assert " rows to train on, " in out
