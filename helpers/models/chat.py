@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import AddedToken
 
 from helpers.core import UserError, find_path
@@ -103,24 +104,24 @@ def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict
     An assistant turn is what its rendering adds to that of the prompt before it. Raises UserError if the template's
     text does not only grow from turn to turn.
     """
-    text, spans = render(tokenizer, messages), []
+    text, ends = render(tokenizer, messages), []  # where each assistant turn starts and ends, in characters
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(tokenizer, messages[:i], prompt=True), render(tokenizer, messages[: i + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise UserError(f"the chat template renders turn {i} differently in a longer conversation: {after!r}")
-            spans.append((len(before), len(after)))
-    if not tokenizer.is_fast:  # no offsets: count the tokens of each part, which must only grow too
-        ids, *parts = tokenize(tokenizer, [text, *(text[:end] for span in spans for end in span)])
+            ends += [len(before), len(after)]
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+    else:  # no offsets: count the tokens up to each end, which must only grow too
+        ids, *parts = tokenize(tokenizer, [text, *(text[:end] for end in ends)])
         if any(ids[: len(part)] != part for part in parts):
             raise UserError(f"the tokens of one turn merge with the next: {text!r}")
-        ends = [len(part) for part in parts]
-        learned = [any(a <= i < b for a, b in zip(ends[::2], ends[1::2], strict=True)) for i in range(len(ids))]
-    else:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        learned = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-    return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learned, strict=True)]}
+        starts, ends = list(range(len(ids))), [len(part) for part in parts]
+    # a token is learned if an odd number of ends lies at or before its start
+    learned = np.searchsorted(ends, starts, side="right") % 2
+    return {"input_ids": ids, "labels": np.where(learned, ids, -100).tolist()}
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
