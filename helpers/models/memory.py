@@ -41,31 +41,21 @@ class Linear(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder's linear layers except the LM head, its widths, and how many other parameters it has."""
+    """A decoder's config, its linear layers except the LM head, and how many other parameters it has."""
 
-    layers: int
-    hidden: int
-    query: int  # width of all query heads together
-    key_value: int  # width of all key heads, and of all value heads
-    vocabulary: int
-    tied: bool  # the LM head shares the embeddings' weights
-    positions: int  # tokens of the longest supported text
+    config: Any
     linears: list[Linear]
     norms: int  # parameters outside linear layers, embeddings and LM head
 
     @property
-    def inner(self) -> int:
-        """The width of the MLP."""
-        return max((linear.outputs for linear in self.linears), default=self.hidden)
-
-    @property
-    def gated(self) -> bool:
-        return any("gate" in linear.name for linear in self.linears)
+    def embeddings(self) -> int:
+        """Parameters of the embeddings; the LM head has as many."""
+        return int(self.config.vocab_size * self.config.hidden_size)
 
     @property
     def parameters(self) -> int:
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.norms + sum(linear.weights + linear.outputs * linear.bias for linear in self.linears)
+        tables = self.embeddings * (1 if self.config.tie_word_embeddings else 2)
+        return tables + self.norms + sum(linear.weights + linear.outputs * linear.bias for linear in self.linears)
 
     def targets(self, lora_target_modules: str | list[str]) -> list[Linear]:
         """The layers that PEFT gives an adapter: "all-linear", or those whose full name matches the expression."""
@@ -80,21 +70,9 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     """Read a decoder's shapes from its config.json: at once for a family in LLAMA_LIKE, else in some seconds."""
     c: Any = SimpleNamespace(**{"tie_word_embeddings": config.get("model_type") == "gemma"} | dict(config))
     try:
-        linears, norms = _listed_layers(c)
+        return Decoder(c, *_listed_layers(c))
     except (AttributeError, KeyError):  # another family, or a number that is left to transformers' defaults
-        c, linears, norms = _built_layers(config)
-    query, key_value, _ = _head_widths(c)
-    return Decoder(
-        layers=c.num_hidden_layers,
-        hidden=c.hidden_size,
-        query=query,
-        key_value=key_value,
-        vocabulary=c.vocab_size,
-        tied=bool(c.tie_word_embeddings),
-        positions=getattr(c, "max_position_embeddings", 0),
-        linears=linears,
-        norms=norms,
-    )
+        return Decoder(*_built_layers(config))
 
 
 def _head_widths(c: Any) -> tuple[int, int, int]:
@@ -105,7 +83,7 @@ def _head_widths(c: Any) -> tuple[int, int, int]:
 
 def _listed_layers(c: Any) -> tuple[list[Linear], int]:
     """The linear layers of a family in LLAMA_LIKE, and the parameters of its norms. Raises KeyError for another."""
-    if c.model_type not in LLAMA_LIKE:
+    if c.model_type not in LLAMA_LIKE or not c.vocab_size:
         raise KeyError(c.model_type)
     hidden, inner, (query, key_value, size) = c.hidden_size, c.intermediate_size, _head_widths(c)
     is_qwen2, mlp_bias = c.model_type == "qwen2", bool(getattr(c, "mlp_bias", False))
@@ -157,7 +135,7 @@ class TrainingSpec:
         self.targets = [] if self.full else decoder.targets(values["lora_target_modules"])
         self.modules_to_save = tuple(values["lora_modules_to_save"])
         self.batch = int(values["per_device_train_batch_size"])
-        self.length = int(values["max_length"] or decoder.positions)
+        self.length = int(values["max_length"] or getattr(decoder.config, "max_position_embeddings", 0))
         self.tokens = (2 if dpo else 1) * self.batch * self.length
         self.checkpointing = values.get("gradient_checkpointing", True)
         self.optimizer = str(values.get("optim", "paged_adamw_8bit" if self.on_gpu and not engine else "adamw_torch"))
@@ -189,7 +167,7 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
     """
     trained, embeddings = trained_sizes(decoder, spec), 0
     if spec.full or any("embed" in name for name in spec.modules_to_save):
-        embeddings = decoder.vocabulary * decoder.hidden
+        embeddings = decoder.embeddings
     count = sum(trained) + embeddings
     # DeepSpeed and FSDP keep trained weights in bfloat16, and float32 copies with the optimizer
     mixed = spec.full and spec.stage > 0 and spec.compute == 2
@@ -226,13 +204,13 @@ def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
 
 def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
     """Parameters of each trained weight, except the input embeddings."""
-    head = decoder.vocabulary * decoder.hidden
     if spec.full:
         biases = [linear.outputs for linear in decoder.linears if linear.bias]
-        return [*(n.weights for n in decoder.linears), *biases, *([] if decoder.tied else [head]), decoder.norms]
+        head = [] if decoder.config.tie_word_embeddings else [decoder.embeddings]
+        return [*(linear.weights for linear in decoder.linears), *biases, *head, decoder.norms]
     sizes = [spec.rank * side for linear in spec.targets for side in (linear.inputs, linear.outputs)]
     sizes += [linear.outputs for linear in spec.targets] if spec.dora else []
-    return sizes + [head for name in spec.modules_to_save if "embed" not in name]
+    return sizes + [decoder.embeddings for name in spec.modules_to_save if "embed" not in name]
 
 
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
@@ -250,19 +228,20 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     """The larger of two moments: the end of the forward pass, with adapters cast for autocast; the first backward."""
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
-    inner = spec.compute * decoder.inner * (4 if decoder.gated else 2)
-    attention = spec.compute * 2 * (decoder.key_value if spec.flash else decoder.query)  # keys and values, by head
+    layers, hidden = decoder.config.num_hidden_layers, decoder.config.hidden_size
+    inner = max((linear.outputs for linear in decoder.linears), default=hidden)  # the width of the MLP
+    is_gated = any("gate" in linear.name for linear in decoder.linears)
+    query, key_value, _ = _head_widths(decoder.config)
+    attention = spec.compute * 2 * (key_value if spec.flash else query)  # keys and values, by head
     # the residual stream and both norms, which are computed in float32
-    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full]
-    width -= 0 if decoder.gated else 8
-    layer = attention + inner + width * decoder.hidden + spec.compute * spec.rank * len(spec.targets) / decoder.layers
-    work = spec.compute * (4 * decoder.inner + 2 * decoder.hidden)  # temporary, within one layer
-    ends = 6 * decoder.hidden
+    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full] - 8 * (not is_gated)
+    layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden
+    layer += spec.compute * spec.rank * len(spec.targets) / layers
+    work, ends = spec.compute * (4 * inner + 2 * hidden), 6 * hidden  # `work` is temporary, within one layer
     if not spec.checkpointing:
-        return spec.tokens * (decoder.layers * layer + ends + work) + casts
-    kept = decoder.layers * decoder.hidden * (4 if spec.full else spec.compute) + ends
-    forward, backward = kept + work, kept + layer + work
-    return max(spec.tokens * forward + casts, spec.tokens * backward + casts / decoder.layers)
+        return spec.tokens * (layers * layer + ends + work) + casts
+    kept = layers * hidden * (4 if spec.full else spec.compute) + ends
+    return max(spec.tokens * (kept + work) + casts, spec.tokens * (kept + layer + work) + casts / layers)
 
 
 def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
@@ -270,8 +249,8 @@ def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     rows = min(spec.tokens, LOGIT_TILE[0])
     tile = float(rows * LOGIT_TILE[1] * spec.compute)
     if not spec.on_gpu:
-        tile += 16.0 * rows * min(decoder.vocabulary, LOGIT_TILE[1])
-    return tile + 6.0 * spec.tokens * decoder.hidden + (4.0 * decoder.vocabulary * decoder.hidden if spec.full else 0)
+        tile += 16.0 * rows * min(decoder.config.vocab_size, LOGIT_TILE[1])
+    return tile + 6.0 * spec.tokens * decoder.config.hidden_size + (4.0 * decoder.embeddings if spec.full else 0)
 
 
 def suggest_changes(

@@ -48,12 +48,11 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     run.when_stopped = save_partial_report
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
     if is_main_process():
-        trainer.add_callback(JsonlLogCallback(run.folder / "metrics.jsonl"))
         if shows_progress:
             trainer.add_callback(ConsoleLogCallback())
+        trainer.add_callback(RecordCallback(run))
         if is_notebook():
             trainer.add_callback(LiveCurvesCallback(run.name))
-        trainer.add_callback(DiagnosticsCallback(run))
         if settings.completion_steps:
             trainer.add_callback(CompletionsCallback(trainer, run.folder, eval_set, settings))
     if settings.early_stopping_patience:
@@ -162,19 +161,29 @@ class CheckpointCallback(TrainerCallback):
         raise Interrupted(message, 3 if is_main_process() else 0)
 
 
-class JsonlLogCallback(TrainerCallback):
-    """Writes each log as a line of metrics.jsonl; a resumed run first restores the logs of its checkpoint."""
+class RecordCallback(TrainerCallback):
+    """Writes each log to metrics.jsonl and the current diagnostics to run.json; prints what appears for the first time.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    A resumed run first restores the logs of its checkpoint.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.file, self.printed = run, run.folder / "metrics.jsonl", set[str]()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.file.write_text("".join(json.dumps(log) + "\n" for log in state.log_history))
+        self.run.save(diagnostics=[], max_steps=state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.log_history:
             with self.file.open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+        diagnostics = _diagnose(args, state)
+        self.run.save(diagnostics=[dataclasses.asdict(diagnostic) for diagnostic in diagnostics])
+        for diagnostic in diagnostics:
+            if diagnostic.name not in self.printed:
+                tqdm.write(f"step {state.global_step}: {diagnostic}")
+                self.printed.add(diagnostic.name)
 
 
 class ConsoleLogCallback(ProgressCallback):
@@ -209,24 +218,6 @@ class LiveCurvesCallback(TrainerCallback):
         figure = plot_run(state.log_history, f"{self.name}, step {state.global_step}", _diagnose(args, state))
         display(figure_to_image(figure), display_id=f"curves-{id(self)}", update=self.is_shown)
         self.is_shown, self.next_time = True, time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
-
-
-class DiagnosticsCallback(TrainerCallback):
-    """Prints each diagnostic when it first appears, and keeps the current ones in run.json."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.printed = run, set[str]()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.run.save(diagnostics=[], max_steps=state.max_steps)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        diagnostics = _diagnose(args, state)
-        self.run.save(diagnostics=[dataclasses.asdict(diagnostic) for diagnostic in diagnostics])
-        for diagnostic in diagnostics:
-            if diagnostic.name not in self.printed:
-                tqdm.write(f"step {state.global_step}: {diagnostic}")
-                self.printed.add(diagnostic.name)
 
 
 def _diagnose(args: Any, state: TrainerState) -> list[Diagnostic]:

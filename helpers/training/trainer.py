@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.nn.functional import pad
 from trl.kernels import chunked_logprob
@@ -194,8 +195,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
                 shared, failure = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
             noise = max(noise, self._largest_difference(stock, again, labels))
             difference = max(difference, self._largest_difference(stock, shared, labels))
-        if int(self.accelerator.gather(torch.tensor([bool(failure)], device=ids.device).int()).max()):
-            return self._disable_sharing(f"the model does not accept a packed row ({failure or 'on another process'})")
+        if failure := next(filter(None, gather_object([failure])), ""):
+            return self._disable_sharing(f"the model does not accept a packed row ({failure})")
         weights: Any = self.model
         computed_in = next(w.dtype for w in weights.parameters() if w.is_floating_point())
         if self.args.bf16 or self.args.fp16:
