@@ -23,10 +23,8 @@ TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokeni
 REFUSED = "the chat template refuses a conversation"
 VALIDATED_ROWS = 16  # rows that `validate_chat_template` checks before training
 PROBE = [
-    {"role": "user", "content": "Apples?"},
-    {"role": "assistant", "content": "Two."},
-    {"role": "user", "content": "Pears?"},
-    {"role": "assistant", "content": "Three."},
+    {"role": role, "content": text}
+    for role, text in (("user", "Apples?"), ("assistant", "Two."), ("user", "Pears?"), ("assistant", "Three."))
 ]
 
 
@@ -154,9 +152,8 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
 def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
     """Check on real conversations that the template is safe to train on.
 
-    It renders every turn, has one beginning-of-sequence token if the tokenizer puts one before other text, and closes
-    the answer with the end-of-sequence token. The prompt at generation, as text and as tokens, is how the conversation
-    begins. Raises UserError with the text and the ids.
+    It renders every turn, begins as the tokenizer begins other text, closes the answer with the end-of-sequence token,
+    and its prompt at generation is how the conversation begins. Raises UserError with the text and the ids.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     needs_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

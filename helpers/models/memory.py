@@ -161,10 +161,7 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
 
 
 def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
-    """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs.
-
-    Activations follow what autograd keeps per layer in traces of TRL 1.16 with transformers 5.23.
-    """
+    """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs."""
     trained, embeddings = trained_sizes(decoder, spec), 0
     if spec.full or any("embed" in name for name in spec.modules_to_save):
         embeddings = decoder.embeddings
@@ -216,7 +213,7 @@ def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
     """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW.
 
-    With 8-bit states, embeddings have float32 states nevertheless (transformers 5.23, trainer.py, create_optimizer).
+    Embeddings never have 8-bit states (transformers 5.23, trainer.py, create_optimizer).
     """
     name = spec.optimizer.removeprefix("paged_")
     states = next((n for prefix, n in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
@@ -225,7 +222,7 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
 
 
 def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """The larger of two moments: the end of the forward pass, with adapters cast for autocast; the first backward."""
+    """What autograd keeps in traces of TRL 1.16: the larger of the end of the forward pass and the first backward."""
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
     layers, hidden = decoder.config.num_hidden_layers, decoder.config.hidden_size
@@ -256,8 +253,10 @@ def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
 def suggest_changes(
     decoder: Decoder, values: dict[str, Any], step: str, limit: float, trained_further: bool = False
 ) -> list[tuple[str, float]]:
-    """Flags that reduce the peak to `limit` bytes, each with its peak: every kind of change that is enough alone, else
-    one combination, else all changes together, with a peak above `limit`. The harmless kinds come first."""
+    """Flags that reduce the peak to `limit` bytes, each with its peak, the harmless ones first.
+
+    These are every kind of change that is enough alone, else one combination, else all changes together.
+    """
 
     def peak(change: dict[str, Any]) -> float:
         return memory_by_part(decoder, TrainingSpec(values | change, step, decoder, trained_further))["peak"]

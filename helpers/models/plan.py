@@ -207,7 +207,7 @@ def lora_module_args(
 def upcast_adapter(model: torch.nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
 
-    TRL's frozen copy of an adapter, "ref", still has the exact values; the trained one takes them from there.
+    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values.
     """
     weights = dict(model.named_parameters())
     for name, weight in weights.items():

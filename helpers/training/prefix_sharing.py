@@ -19,8 +19,7 @@ class PackingPlan:
     """The layout of a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
 
     `lengths` has (prefix, chosen, rejected) of each pair, in tokens. `gather` has the position that scores each label.
-    The plan is a forward keyword of the model, so that checkpointed layers get it again. It is not a dataclass because
-    FSDP copies dataclasses at every layer.
+    The model's forward takes the plan as a keyword. It is no dataclass: FSDP copies dataclasses at every layer.
     """
 
     def __init__(self, lengths: list[tuple[int, int, int]], gather: torch.Tensor) -> None:
@@ -51,8 +50,10 @@ class PackingPlan:
 
     @functools.cached_property
     def varlen(self) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor | None]:
-        """Arguments of two varlen calls, for [prefix, chosen] and for rejected tails, and the positions of the keys of
-        the second one: each tail's prefix, then the tail. Without tails these are empty and None."""
+        """Arguments of two varlen calls, for [prefix, chosen] and for tails, and where the keys of the second one are.
+
+        These are each tail's prefix, then the tail. Without tails, the last two are empty and None.
+        """
         chosen, tails = self.sizes[: len(self.lengths)], self.sizes[len(self.lengths) :]
         starts, device = list(itertools.accumulate(self.sizes, initial=0)), self.gather.device
         keys = [
@@ -84,9 +85,8 @@ class PackedBatch:
 def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
     """Pack a batch of TRL's collator, (2B, L): chosen rows, then rejected rows, padded on the right.
 
-    A pair shares the longest common prefix of its rows, which may reach into the answers. The positions of a rejected
-    tail continue from its prefix. Each label is scored from the token before it; the last token of a prefix scores the
-    first label of both rows.
+    A pair shares the longest common prefix of its rows, which may reach into the answers. Each label is scored from the
+    token before it; the last token of a prefix scores the first label of both rows.
     """
     rows, length = input_ids.shape
     pairs = rows // 2
@@ -156,8 +156,7 @@ def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: 
 
 
 def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
-    """Two calls for the full batch. Flash-attention aligns its causal mask at the lower right, so the first query of a
-    tail sees all of its prefix."""
+    """Two calls for all pairs. The causal mask is aligned at the lower right, so a tail sees all of its prefix."""
     kwargs.pop("position_ids", None)  # the borders of sequences are explicit
     first, second, keys = plan.varlen
     end = sum(plan.sizes[: len(plan.lengths)])

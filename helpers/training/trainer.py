@@ -31,14 +31,11 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 
 
 class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer that takes the token columns of `load_preferences` unchanged.
+    """DPOTrainer that takes the token columns of `load_preferences` unchanged, and copies an adapter completely.
 
     TRL 1.16 (dpo_trainer.py, _prepare_dataset) tokenizes every row itself and silently drops rows whose prompt fills
-    max_length. Rows with token columns have been tokenized the same way, checked and counted
-    (tests/data/test_preferences.py compares the two). TRL prepares all other rows.
-
-    TRL's frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of tokens that a
-    chat template added, so it would differ from the initial policy. These rows are copied too.
+    max_length. Its frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of
+    tokens that a chat template added, so the reference would differ from the initial policy.
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,8 +101,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
     """DPOTrainer that computes the common beginning of a pair's chosen and rejected rows once.
 
     `shared_prefix` is "on", "off" or "auto", which prints a reason and computes as TRL does where sharing is not
-    supported or where the first batch differs. Raises UserError if "on" is not possible, and SettingsError for any
-    other value.
+    supported or where the first batch differs. Raises UserError if "on" is not possible.
     """
 
     def __init__(self, *args: Any, shared_prefix: str = "auto", **kwargs: Any) -> None:
@@ -141,7 +137,6 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
 
     def _unsupported_reason(self, model: Any) -> str:
         """Why prefixes cannot be shared in this run, or ""."""
-        args: Any = self.args
         config, attention = model.config.get_text_config(), str(model.config._attn_implementation)
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         reasons = {
@@ -153,8 +148,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
             and model.active_peft_config.is_prompt_learning,
             "sequences are split over devices": self.accelerator.parallelism_config is not None,
-            "torch_compile would recompile the model for every batch": args.torch_compile,
-            "dropout would be the same for both answers of a prompt": not args.disable_dropout,
+            "torch_compile would recompile the model for every batch": self.args.torch_compile,
+            "dropout would be the same for both answers of a prompt": not cast(Any, self.args).disable_dropout,
         }
         return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -171,8 +166,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
     def _check_first_batch(self, model: Any, inputs: Any) -> None:
-        """Compare the log-probabilities of the first batch with TRL's, on every process, and disable sharing if they
-        differ by more than rounding."""
+        """Disable sharing if the log-probabilities of the first batch differ from TRL's by more than rounding."""
         if self.sharing is None or self._is_compared:
             return
         if not int(self.accelerator.gather(inputs["completion_mask"][:, 1:].sum()[None]).sum()):
