@@ -225,15 +225,15 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     """What autograd keeps in traces of TRL 1.16: the larger of the end of the forward pass and the first backward."""
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
-    layers, hidden = decoder.config.num_hidden_layers, decoder.config.hidden_size
+    layers, hidden = int(decoder.config.num_hidden_layers), int(decoder.config.hidden_size)
     inner = max((linear.outputs for linear in decoder.linears), default=hidden)  # the width of the MLP
     is_gated = any("gate" in linear.name for linear in decoder.linears)
     query, key_value, _ = _head_widths(decoder.config)
     attention = spec.compute * 2 * (key_value if spec.flash else query)  # keys and values, by head
     # the residual stream and both norms, which are computed in float32
     width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full] - 8 * (not is_gated)
-    layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden
-    layer += spec.compute * spec.rank * len(spec.targets) / layers
+    adapters = spec.compute * spec.rank * len(spec.targets) / layers
+    layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
     work, ends = spec.compute * (4 * inner + 2 * hidden), 6 * hidden  # `work` is temporary, within one layer
     if not spec.checkpointing:
         return spec.tokens * (layers * layer + ends + work) + casts
@@ -243,11 +243,11 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
 
 def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     """TRL scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile."""
-    rows = min(spec.tokens, LOGIT_TILE[0])
+    rows, width = min(spec.tokens, LOGIT_TILE[0]), int(decoder.config.hidden_size)
     tile = float(rows * LOGIT_TILE[1] * spec.compute)
     if not spec.on_gpu:
-        tile += 16.0 * rows * min(decoder.config.vocab_size, LOGIT_TILE[1])
-    return tile + 6.0 * spec.tokens * decoder.config.hidden_size + (4.0 * decoder.embeddings if spec.full else 0)
+        tile += 16.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
+    return tile + 6.0 * spec.tokens * width + (4.0 * decoder.embeddings if spec.full else 0)
 
 
 def suggest_changes(
