@@ -106,16 +106,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers.data import DataReport, load_instructions, show_example
-from helpers.models import (
-    check_lora_modules,
-    load_tokenizer,
-    prepare_model,
-    save_model,
-    trainable_token_indices,
-    upcast_adapter,
-)
+from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
 from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
-from helpers.training import add_callbacks
+from helpers.training import prepare_trainer
 
 # %% [markdown]
 # ## Data
@@ -202,17 +195,17 @@ if settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
-        modules_to_save=check_lora_modules(model, settings.lora_modules_to_save),
-        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens=new_tokens),
         task_type="CAUSAL_LM",
         revision=start.revision,  # of the base
+        **lora_module_args(model, tokenizer, new_tokens=new_tokens, modules_to_save=settings.lora_modules_to_save),
     )
 
 # %% [markdown]
 # ## Trainer
 #
 # The trainer is TRL's own. `--packing` fills rows of `max_length` tokens with several conversations, which do not see
-# each other.
+# each other. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It also
+# undoes TRL's cast of QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 trainer = SFTTrainer(
@@ -223,11 +216,7 @@ trainer = SFTTrainer(
     processing_class=tokenizer,
     peft_config=peft_config,
 )
-add_callbacks(
-    trainer, run, settings=settings, eval_set=eval_set
-)  # logs, curves, diagnostics, sampled answers, safe checkpoints
-if peft_config and settings.adapter_dtype == "fp32":
-    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
+prepare_trainer(trainer, run, settings=settings, eval_set=eval_set)
 
 # %% [markdown]
 # ## Train

@@ -119,16 +119,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 
 from helpers.data import DataReport, load_preferences, show_example
-from helpers.models import (
-    check_lora_modules,
-    load_tokenizer,
-    prepare_model,
-    save_model,
-    trainable_token_indices,
-    upcast_adapter,
-)
+from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
 from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
-from helpers.training import SharedPrefixDPOTrainer, add_callbacks
+from helpers.training import SharedPrefixDPOTrainer, prepare_trainer
 
 # %% [markdown]
 # ## Data
@@ -221,10 +214,9 @@ elif settings.tuning != "full":
         use_rslora=settings.use_rslora,
         use_dora=settings.tuning == "dora",
         target_modules=settings.lora_target_modules,
-        modules_to_save=check_lora_modules(model, settings.lora_modules_to_save),
-        trainable_token_indices=trainable_token_indices(model, tokenizer, new_tokens=new_tokens),
         task_type="CAUSAL_LM",
         revision=start.revision,  # of the base
+        **lora_module_args(model, tokenizer, new_tokens=new_tokens, modules_to_save=settings.lora_modules_to_save),
     )
 elif not training_args.precompute_ref_log_probs:
     reference = AutoModelForCausalLM.from_pretrained(start.path, **loading)
@@ -235,6 +227,8 @@ elif not training_args.precompute_ref_log_probs:
 #
 # The trainer is TRL's `DPOTrainer` on tokenized rows. It computes the prompt shared by a pair once instead of twice,
 # and compares its first batch with TRL's own computation (`--shared_prefix off` is TRL's own way).
+# `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It also
+# undoes TRL's cast of QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 trainer = SharedPrefixDPOTrainer(
@@ -247,11 +241,7 @@ trainer = SharedPrefixDPOTrainer(
     peft_config=peft_config,
     shared_prefix=settings.shared_prefix,
 )
-add_callbacks(
-    trainer, run, settings=settings, eval_set=eval_set
-)  # logs, curves, diagnostics, sampled answers, safe checkpoints
-if settings.tuning != "full" and settings.adapter_dtype == "fp32":
-    upcast_adapter(trainer.model)  # TRL casts QLoRA adapters to bf16, which rounds small updates away
+prepare_trainer(trainer, run, settings=settings, eval_set=eval_set)
 
 # %% [markdown]
 # ## Train

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import AddedToken
 
 from helpers.core import UserError, find_path
@@ -22,10 +23,8 @@ TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokeni
 REFUSED = "the chat template refuses a conversation"
 VALIDATED_ROWS = 16  # rows that `validate_chat_template` checks before training
 PROBE = [
-    {"role": "user", "content": "Apples?"},
-    {"role": "assistant", "content": "Two."},
-    {"role": "user", "content": "Pears?"},
-    {"role": "assistant", "content": "Three."},
+    {"role": role, "content": text}
+    for role, text in (("user", "Apples?"), ("assistant", "Two."), ("user", "Pears?"), ("assistant", "Three."))
 ]
 
 
@@ -103,24 +102,24 @@ def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict
     An assistant turn is what its rendering adds to that of the prompt before it. Raises UserError if the template's
     text does not only grow from turn to turn.
     """
-    text, spans = render(tokenizer, messages), []
+    text, ends = render(tokenizer, messages), []  # where each assistant turn starts and ends, in characters
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(tokenizer, messages[:i], prompt=True), render(tokenizer, messages[: i + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise UserError(f"the chat template renders turn {i} differently in a longer conversation: {after!r}")
-            spans.append((len(before), len(after)))
-    if not tokenizer.is_fast:  # no offsets: count the tokens of each part, which must only grow too
-        ids, *parts = tokenize(tokenizer, [text, *(text[:end] for span in spans for end in span)])
+            ends += [len(before), len(after)]
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+    else:  # no offsets: count the tokens up to each end, which must only grow too
+        ids, *parts = tokenize(tokenizer, [text, *(text[:end] for end in ends)])
         if any(ids[: len(part)] != part for part in parts):
             raise UserError(f"the tokens of one turn merge with the next: {text!r}")
-        ends = [len(part) for part in parts]
-        learned = [any(a <= i < b for a, b in zip(ends[::2], ends[1::2], strict=True)) for i in range(len(ids))]
-    else:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        learned = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-    return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learned, strict=True)]}
+        starts, ends = list(range(len(ids))), [len(part) for part in parts]
+    # a token is learned if an odd number of ends lies at or before its start
+    learned = np.searchsorted(ends, starts, side="right") % 2
+    return {"input_ids": ids, "labels": np.where(learned, ids, -100).tolist()}
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
@@ -153,9 +152,8 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
 def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
     """Check on real conversations that the template is safe to train on.
 
-    It renders every turn, has one beginning-of-sequence token if the tokenizer puts one before other text, and closes
-    the answer with the end-of-sequence token. The prompt at generation, as text and as tokens, is how the conversation
-    begins. Raises UserError with the text and the ids.
+    It renders every turn, begins as the tokenizer begins other text, closes the answer with the end-of-sequence token,
+    and its prompt at generation is how the conversation begins. Raises UserError with the text and the ids.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     needs_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
 from helpers.models.plan import sharding_engine
-from helpers.models.resolve import Start, missing_weights
+from helpers.models.resolve import Start, fetch_file, missing_weights
 from helpers.settings.fields import TrainSettings
 
 GB = 10**9
@@ -22,10 +22,8 @@ GB = 10**9
 OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adam": 2, "ademamix": 3}
 MIN_8BIT_SIZE = 4096  # parameters; bitsandbytes keeps the state of smaller weights in float32
 LOGIT_TILE = (4096, 32768)  # rows and columns of logits in memory at a time (trl 1.16, kernels/chunked_logprob.py)
-# Families whose layers are listed here: importing torch and transformers takes longer than a dry run may. Whether the
-# query, key and value projections have a bias by default, and the output projection.
-ATTENTION_BIAS = dict.fromkeys(("llama", "mistral", "qwen3", "gemma"), (False, False))
-ATTENTION_BIAS |= {"qwen2": (True, False), "gpt_neox": (True, True)}
+# Families whose layers are listed here: importing torch and transformers takes longer than a dry run may.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 class Linear(NamedTuple):
@@ -43,25 +41,21 @@ class Linear(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder's linear layers except the LM head, its widths, and how many other parameters it has."""
+    """A decoder's config, its linear layers except the LM head, and how many other parameters it has."""
 
-    layers: int
-    hidden: int
-    query: int  # width of all query heads together
-    key_value: int  # width of all key heads, and of all value heads
-    inner: int  # width of the MLP
-    gated: bool
-    vocabulary: int
-    tied: bool  # the LM head shares the embeddings' weights
-    positions: int  # tokens of the longest supported text
+    config: Any
     linears: list[Linear]
     norms: int  # parameters outside linear layers, embeddings and LM head
 
     @property
+    def embeddings(self) -> int:
+        """Parameters of the embeddings; the LM head has as many."""
+        return int(self.config.vocab_size * self.config.hidden_size)
+
+    @property
     def parameters(self) -> int:
-        biases = sum(linear.outputs for linear in self.linears if linear.bias)
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.norms + biases + sum(linear.weights for linear in self.linears)
+        tables = self.embeddings * (1 if self.config.tie_word_embeddings else 2)
+        return tables + self.norms + sum(linear.weights + linear.outputs * linear.bias for linear in self.linears)
 
     def targets(self, lora_target_modules: str | list[str]) -> list[Linear]:
         """The layers that PEFT gives an adapter: "all-linear", or those whose full name matches the expression."""
@@ -73,28 +67,12 @@ class Decoder:
 
 
 def read_decoder(config: Mapping[str, Any]) -> Decoder:
-    """Read a decoder's shapes from its config.json: in some seconds, or at once for a family in ATTENTION_BIAS."""
-    c: Any = SimpleNamespace(**config)
+    """Read a decoder's shapes from its config.json: at once for a family in LLAMA_LIKE, else in some seconds."""
+    c: Any = SimpleNamespace(**{"tie_word_embeddings": config.get("model_type") == "gemma"} | dict(config))
     try:
-        linears, norms, inner = _known_layers(c)
-        vocabulary, tied = c.vocab_size, bool(getattr(c, "tie_word_embeddings", c.model_type == "gemma"))
+        return Decoder(c, *_listed_layers(c))
     except (AttributeError, KeyError):  # another family, or a number that is left to transformers' defaults
-        c, linears, norms, vocabulary = _built_layers(config)
-        inner, tied = max((linear.outputs for linear in linears), default=c.hidden_size), bool(c.tie_word_embeddings)
-    query, key_value, _ = _head_widths(c)
-    return Decoder(
-        layers=c.num_hidden_layers,
-        hidden=c.hidden_size,
-        query=query,
-        key_value=key_value,
-        inner=inner,
-        gated=any("gate" in linear.name for linear in linears),
-        vocabulary=vocabulary,
-        tied=tied,
-        positions=getattr(c, "max_position_embeddings", 0),
-        linears=linears,
-        norms=norms,
-    )
+        return Decoder(*_built_layers(config))
 
 
 def _head_widths(c: Any) -> tuple[int, int, int]:
@@ -103,59 +81,47 @@ def _head_widths(c: Any) -> tuple[int, int, int]:
     return c.num_attention_heads * size, (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * size, size
 
 
-def _known_layers(c: Any) -> tuple[list[Linear], int, int]:
-    """The linear layers of a usual family, the parameters of its norms, and the width of its MLP."""
+def _listed_layers(c: Any) -> tuple[list[Linear], int]:
+    """The linear layers of a family in LLAMA_LIKE, and the parameters of its norms. Raises KeyError for another."""
+    if c.model_type not in LLAMA_LIKE or not c.vocab_size:
+        raise KeyError(c.model_type)
     hidden, inner, (query, key_value, size) = c.hidden_size, c.intermediate_size, _head_widths(c)
-    bias, output_bias = ATTENTION_BIAS[c.model_type]
-    if hasattr(c, "attention_bias") and c.model_type != "qwen2":
-        bias = output_bias = bool(c.attention_bias)
-    mlp_bias = bool(getattr(c, "mlp_bias", False))
-    if c.model_type == "gpt_neox":
-        prefix, norms, last_norm = "gpt_neox.layers", 4 * hidden, 2 * hidden
-        layer = {
-            "attention.query_key_value": (hidden, 3 * hidden, bias),
-            "attention.dense": (hidden, hidden, bias),
-            "mlp.dense_h_to_4h": (hidden, inner, True),
-            "mlp.dense_4h_to_h": (inner, hidden, True),
-        }
-    else:
-        prefix, norms, last_norm = "model.layers", 2 * (hidden + size * (c.model_type == "qwen3")), hidden
-        layer = {
-            "self_attn.q_proj": (hidden, query, bias),
-            "self_attn.k_proj": (hidden, key_value, bias),
-            "self_attn.v_proj": (hidden, key_value, bias),
-            "self_attn.o_proj": (query, hidden, output_bias),
-            "mlp.gate_proj": (hidden, inner, mlp_bias),
-            "mlp.up_proj": (hidden, inner, mlp_bias),
-            "mlp.down_proj": (inner, hidden, mlp_bias),
-        }
-    count = c.num_hidden_layers
-    linears = [Linear(f"{prefix}.{i}.{name}", *shape) for i in range(count) for name, shape in layer.items()]
-    return linears, count * norms + last_norm, inner
+    is_qwen2, mlp_bias = c.model_type == "qwen2", bool(getattr(c, "mlp_bias", False))
+    output_bias = bool(getattr(c, "attention_bias", False)) and not is_qwen2
+    layer = {
+        "self_attn.q_proj": (hidden, query, output_bias or is_qwen2),
+        "self_attn.k_proj": (hidden, key_value, output_bias or is_qwen2),
+        "self_attn.v_proj": (hidden, key_value, output_bias or is_qwen2),
+        "self_attn.o_proj": (query, hidden, output_bias),
+        "mlp.gate_proj": (hidden, inner, mlp_bias),
+        "mlp.up_proj": (hidden, inner, mlp_bias),
+        "mlp.down_proj": (inner, hidden, mlp_bias),
+    }
+    count, norms = c.num_hidden_layers, 2 * (hidden + size * (c.model_type == "qwen3"))
+    linears = [Linear(f"model.layers.{i}.{name}", *shape) for i in range(count) for name, shape in layer.items()]
+    return linears, count * norms + hidden
 
 
-def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int, int]:
-    """Build the model on the meta device. Returns its text config, linear layers, other parameters and vocabulary."""
+def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int]:
+    """Build the model on the meta device. Returns its text config, linear layers, and its other parameters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    text, head, table = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
-    linears = []
+    layers, linears = {model.get_input_embeddings(), model.get_output_embeddings()}, []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
-            shape = module.weight.shape
-            inputs, outputs = shape if isinstance(module, Conv1D) else reversed(shape)
+        if isinstance(module, torch.nn.Linear | Conv1D) and module not in layers:
+            inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
             linears.append(Linear(name, inputs, outputs, module.bias is not None))
-    counted = sum(linear.weights + linear.outputs * linear.bias for linear in linears) + table.weight.numel()
-    counted += 0 if text.tie_word_embeddings else head.weight.numel()
-    return text, linears, sum(p.numel() for p in model.parameters()) - counted, table.weight.shape[0]
+            layers.add(module)
+    counted = {parameter for layer in layers for parameter in layer.parameters()}
+    return model.config.get_text_config(), linears, sum(p.numel() for p in {*model.parameters()} - counted)
 
 
 class TrainingSpec:
-    """What memory depends on besides the model, read from `RunSettings.values()`, for a GPU with bfloat16 or a CPU."""
+    """What memory depends on besides the model: `RunSettings.values()`, for a GPU with bfloat16 or a CPU."""
 
     def __init__(self, values: Mapping[str, Any], step: str, decoder: Decoder, trained_further: bool = False) -> None:
         tuning, dpo, engine = values["tuning"], step == "dpo", sharding_engine()
@@ -169,7 +135,7 @@ class TrainingSpec:
         self.targets = [] if self.full else decoder.targets(values["lora_target_modules"])
         self.modules_to_save = tuple(values["lora_modules_to_save"])
         self.batch = int(values["per_device_train_batch_size"])
-        self.length = int(values["max_length"] or decoder.positions)
+        self.length = int(values["max_length"] or getattr(decoder.config, "max_position_embeddings", 0))
         self.tokens = (2 if dpo else 1) * self.batch * self.length
         self.checkpointing = values.get("gradient_checkpointing", True)
         self.optimizer = str(values.get("optim", "paged_adamw_8bit" if self.on_gpu and not engine else "adamw_torch"))
@@ -195,13 +161,10 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
 
 
 def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
-    """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs.
-
-    Activations follow what autograd keeps per layer in traces of TRL 1.16 with transformers 5.23.
-    """
+    """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs."""
     trained, embeddings = trained_sizes(decoder, spec), 0
     if spec.full or any("embed" in name for name in spec.modules_to_save):
-        embeddings = decoder.vocabulary * decoder.hidden
+        embeddings = decoder.embeddings
     count = sum(trained) + embeddings
     # DeepSpeed and FSDP keep trained weights in bfloat16, and float32 copies with the optimizer
     mixed = spec.full and spec.stage > 0 and spec.compute == 2
@@ -227,30 +190,30 @@ def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
         return (2.0 if spec.stage and spec.compute == 2 else 4.0) * decoder.parameters
     if spec.bits == 16:
         return float(spec.compute * decoder.parameters)
-    quantized = 0.0
+    total = float(spec.compute * (decoder.parameters - sum(linear.weights for linear in decoder.linears)))
     for linear in decoder.linears:
         blocks = math.ceil(linear.weights / 64)  # NF4: an 8-bit constant each, and one of 32 bits per 256 of those
         tables = 4 * 16 + 4 * 256 + 4  # two codebooks and an offset
         nf4 = linear.weights / 2 + blocks + 4 * math.ceil(blocks / 256) + tables
-        quantized += nf4 if spec.bits == 4 else linear.weights + 4 * linear.outputs  # int8: a constant per row
-    return quantized + spec.compute * (decoder.parameters - sum(linear.weights for linear in decoder.linears))
+        total += nf4 if spec.bits == 4 else linear.weights + 4 * linear.outputs  # int8: a constant per row
+    return total
 
 
 def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
     """Parameters of each trained weight, except the input embeddings."""
-    head = decoder.vocabulary * decoder.hidden
     if spec.full:
         biases = [linear.outputs for linear in decoder.linears if linear.bias]
-        return [*(n.weights for n in decoder.linears), *biases, *([] if decoder.tied else [head]), decoder.norms]
+        head = [] if decoder.config.tie_word_embeddings else [decoder.embeddings]
+        return [*(linear.weights for linear in decoder.linears), *biases, *head, decoder.norms]
     sizes = [spec.rank * side for linear in spec.targets for side in (linear.inputs, linear.outputs)]
     sizes += [linear.outputs for linear in spec.targets] if spec.dora else []
-    return sizes + [head for name in spec.modules_to_save if "embed" not in name]
+    return sizes + [decoder.embeddings for name in spec.modules_to_save if "embed" not in name]
 
 
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
     """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW.
 
-    With 8-bit states, embeddings have float32 states nevertheless (transformers 5.23, trainer.py, create_optimizer).
+    Embeddings never have 8-bit states (transformers 5.23, trainer.py, create_optimizer).
     """
     name = spec.optimizer.removeprefix("paged_")
     states = next((n for prefix, n in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
@@ -259,53 +222,57 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
 
 
 def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """The larger of two moments: the end of the forward pass, with adapters cast for autocast; the first backward."""
+    """What autograd keeps in traces of TRL 1.16: the larger of the end of the forward pass and the first backward."""
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
-    inner = spec.compute * decoder.inner * (4 if decoder.gated else 2)
-    attention = spec.compute * 2 * (decoder.key_value if spec.flash else decoder.query)  # keys and values, by head
+    layers, hidden = int(decoder.config.num_hidden_layers), int(decoder.config.hidden_size)
+    inner = max((linear.outputs for linear in decoder.linears), default=hidden)  # the width of the MLP
+    is_gated = any("gate" in linear.name for linear in decoder.linears)
+    query, key_value, _ = _head_widths(decoder.config)
+    attention = spec.compute * 2 * (key_value if spec.flash else query)  # keys and values, by head
     # the residual stream and both norms, which are computed in float32
-    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full]
-    width -= 0 if decoder.gated else 8
-    layer = attention + inner + width * decoder.hidden + spec.compute * spec.rank * len(spec.targets) / decoder.layers
-    work = spec.compute * (4 * decoder.inner + 2 * decoder.hidden)  # temporary, within one layer
-    ends = 6 * decoder.hidden
+    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full] - 8 * (not is_gated)
+    adapters = spec.compute * spec.rank * len(spec.targets) / layers
+    layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
+    work, ends = spec.compute * (4 * inner + 2 * hidden), 6 * hidden  # `work` is temporary, within one layer
     if not spec.checkpointing:
-        return spec.tokens * (decoder.layers * layer + ends + work) + casts
-    kept = decoder.layers * decoder.hidden * (4 if spec.full else spec.compute) + ends
-    forward, backward = kept + work, kept + layer + work
-    return max(spec.tokens * forward + casts, spec.tokens * backward + casts / decoder.layers)
+        return spec.tokens * (layers * layer + ends + work) + casts
+    kept = layers * hidden * (4 if spec.full else spec.compute) + ends
+    return max(spec.tokens * (kept + work) + casts, spec.tokens * (kept + layer + work) + casts / layers)
 
 
 def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     """TRL scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile."""
-    rows = min(spec.tokens, LOGIT_TILE[0])
+    rows, width = min(spec.tokens, LOGIT_TILE[0]), int(decoder.config.hidden_size)
     tile = float(rows * LOGIT_TILE[1] * spec.compute)
     if not spec.on_gpu:
-        tile += 16.0 * rows * min(decoder.vocabulary, LOGIT_TILE[1])
-    return tile + 6.0 * spec.tokens * decoder.hidden + (4.0 * decoder.vocabulary * decoder.hidden if spec.full else 0)
+        tile += 16.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
+    return tile + 6.0 * spec.tokens * width + (4.0 * decoder.embeddings if spec.full else 0)
 
 
 def suggest_changes(
     decoder: Decoder, values: dict[str, Any], step: str, limit: float, trained_further: bool = False
 ) -> list[tuple[str, float]]:
-    """Flags that reduce the peak to `limit` bytes, each with its peak: every kind of change that is enough alone, else
-    one combination, else all changes together, with a peak above `limit`. The harmless kinds come first."""
+    """Flags that reduce the peak to `limit` bytes, each with its peak, the harmless ones first.
+
+    These are every kind of change that is enough alone, else one combination, else all changes together.
+    """
 
     def peak(change: dict[str, Any]) -> float:
         return memory_by_part(decoder, TrainingSpec(values | change, step, decoder, trained_further))["peak"]
 
-    kinds = [list(kind) for kind in _changes(values, TrainingSpec(values, step, decoder, trained_further)) if kind]
-    enough = [next((change for change in kind if peak(change) <= limit), None) for kind in kinds]
-    options, combined = [change for change in enough if change], dict[str, Any]()
+    def fitting(kind: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any] | None:
+        return next((before | change for change in kind if peak(before | change) <= limit), None)
+
+    kinds = [kind for kind in _changes(values, TrainingSpec(values, step, decoder, trained_further)) if kind]
+    options, combined = [change for kind in kinds if (change := fitting(kind, {}))], dict[str, Any]()
     for kind in kinds if not options else ():
-        options = [combined | change for change in kind if peak(combined | change) <= limit][:1]
-        if options:
+        if enough := fitting(kind, combined):
+            options = [enough]
             break
-        if peak(combined | kind[-1]) < peak(combined):
-            combined |= kind[-1]
-    flags = [" ".join(f"--{name} {value}" for name, value in change.items()) for change in options or [combined]]
-    return list(zip(flags, map(peak, options or [combined]), strict=True))
+        combined = min(combined, combined | kind[-1], key=peak)
+    options = options or [combined]
+    return [(" ".join(f"--{name} {value}" for name, value in each.items()), peak(each)) for each in options]
 
 
 def _changes(values: Mapping[str, Any], spec: TrainingSpec) -> Iterator[list[dict[str, Any]]]:
@@ -356,11 +323,11 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     """Estimate what `settings` need on one GPU with bfloat16, or on a CPU with `--use_cpu`. Raises UserError."""
     values, lines = settings.values(), list[str]()
     settings.accumulation_steps()  # raises if they contradict each other
-    config, folder = json.loads(start.config_file.read_text()), find_path(start.model)
+    config, folder = fetch_file(start.model, start.revision, "config.json"), find_path(start.model)
     if folder and (missing := missing_weights(folder)):
         lines = [f"The weights are not here yet: {folder.name} {missing}."]
     try:
-        decoder = read_decoder(config)
+        decoder = read_decoder(json.loads(config.read_text()))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         return MemoryEstimate({}, {}, [f"Memory: unknown, because its config.json is not supported: {reason}", *lines])
@@ -375,8 +342,8 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
         heading = "What would make it fit:" if options[0][1] <= limit else "Nothing makes it fit. It needs least with:"
         lines = [heading, *(f"  {flags}  ({_format_bytes(peak)})" for flags, peak in options), *lines]
     plain = "float32" if spec.compute == 4 or (spec.full and not spec.stage) else "bfloat16"
-    known = spec.optimizer.removeprefix("paged_").startswith(tuple(OPTIMIZER_STATES))
     pages = ", which may page to the CPU" if "paged" in spec.optimizer else ""
+    known = spec.optimizer.removeprefix("paged_").startswith(tuple(OPTIMIZER_STATES))
     shape = f"batch {spec.batch}, {spec.length:,} tokens"
     notes = {
         "weights": plain if spec.full else {4: "4-bit NF4", 8: "8-bit"}.get(spec.bits, plain),

@@ -100,10 +100,8 @@ def plan_model(
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-    if quantization == "auto":
-        quantization = "4bit" if tuning == "qlora" else "none"
     config = None
-    if quantization == "4bit":
+    if quantization == "4bit" or (quantization == "auto" and tuning == "qlora"):
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -186,34 +184,30 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
-def check_lora_modules(model: torch.nn.Module, names: tuple[str, ...]) -> list[str] | None:
-    """Return `names` for LoraConfig's modules_to_save. Raises SettingsError for an unknown one, which PEFT ignores."""
+def lora_module_args(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str], modules_to_save: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return LoraConfig's modules_to_save and trainable_token_indices.
+
+    The latter are the rows of `new_tokens` in the embeddings and an untied LM head. Raises SettingsError for an unknown
+    name in `modules_to_save`, which PEFT ignores.
+    """
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for name in names:
-        if name not in known:
-            raise SettingsError(
-                f"`--lora_modules_to_save {name}` is not a module of the model. Use one of {', '.join(sorted(known))}."
-            )
-    return list(names) or None
-
-
-def trainable_token_indices(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]
-) -> dict[str, list[int]] | None:
-    """Return LoraConfig's trainable_token_indices: the rows of `new_tokens` in the embeddings and an untied LM head."""
-    if not new_tokens:
-        return None
+    if unknown := [name for name in modules_to_save if name not in known]:
+        names = ", ".join(sorted(known))
+        raise SettingsError(f"`--lora_modules_to_save {unknown[0]}` is not a module of the model. Use one of {names}.")
     ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens]  # type: ignore[arg-type]
     layers = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:
         layers.append(model.get_output_embeddings())
-    return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    rows = {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    return {"modules_to_save": list(modules_to_save) or None, "trainable_token_indices": rows if new_tokens else None}
 
 
 def upcast_adapter(model: torch.nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
 
-    TRL's frozen copy of an adapter, "ref", still has the exact values; the trained one takes them from there.
+    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values.
     """
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
@@ -228,15 +222,13 @@ def save_model(trainer: Any, folder: Path) -> None:
     Call it in every process of a launch: under ZeRO-3 and FSDP each holds a part of the weights.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        # the adapter has the rows of added tokens: PEFT need not save all embeddings for them
-        embeddings = "auto" if model.peft_config["default"].trainable_token_indices is None else False
-        if is_main_process():
-            model.save_pretrained(
-                str(folder), selected_adapters=["default"], state_dict=state, save_embedding_layers=embeddings
-            )
-    else:
-        trainer.save_model(str(folder))
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(str(folder))  # and the tokenizer
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_main_process():
+        # the adapter has the rows of added tokens: PEFT need not save all embeddings for them
+        layers = "auto" if model.peft_config["default"].trainable_token_indices is None else False
+        names = ["default"]
+        model.save_pretrained(str(folder), selected_adapters=names, state_dict=state, save_embedding_layers=layers)
         trainer.processing_class.save_pretrained(folder)

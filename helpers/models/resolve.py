@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint, hf_token
-from helpers.models.chat import TEMPLATE_TOKENS, set_chat_template
+from helpers.models.chat import set_chat_template
 from helpers.runs.run import Run, find_parent, find_run, read_run
-from helpers.settings.fields import RunSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,11 +44,6 @@ class Start:
     def tokenizer(self) -> str:
         return str(self.parent.folder) if self.parent else self.path
 
-    @property
-    def config_file(self) -> Path:
-        """The model's config.json; its weights may still be missing."""
-        return fetch_file(self.model, self.revision, "config.json")
-
 
 def resolve_start(settings: RunSettings) -> Start:
     """Find what `settings` start from: `model_id`, or a run of 01_sft.py, whose model_id and adapter settings are used.
@@ -77,13 +72,6 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
     values = settings.values()
     if values["tuning"] == "full":
         raise SettingsError(f"`--tuning full` cannot train the adapter in {folder.name}. Use `--tuning lora` or qlora.")
-    template = str(values.get("chat_template"))
-    tokenizer = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json"))
-    if missing := [token for token in TEMPLATE_TOKENS.get(template, ()) if token not in tokenizer]:
-        raise SettingsError(
-            f"`--chat_template {template}` needs {', '.join(missing)}, which the adapter in {folder.name} was trained "
-            f"without. Train 01_sft.py with `--chat_template {template}`."
-        )
     dora, run = config.get("use_dora", False), read_run(folder).get("settings", {})
     adopted = {
         "lora_r": config["r"],
@@ -95,7 +83,7 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
     if (values["tuning"] == "dora") != dora and values["tuning"] != "qlora":  # on 4-bit weights, qlora is either
         adopted["tuning"] = "dora" if dora else "lora"
     for name, value in adopted.items():
-        by_hand = not settings.sources.get(name, "default").startswith(("default", "recipe"))
+        by_hand = settings.layer(name) > SOURCE_ORDER.index("recipe")
         # `--tuning lora` is right for a DoRA adapter: it means that the base is not quantized
         if by_hand and values[name] != value and not (name == "tuning" and dora):
             raise SettingsError(
@@ -107,7 +95,10 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
 
 
 def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template."""
+    """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template.
+
+    Raises SettingsError if the adapter that `start` trains further has no rows for these tokens.
+    """
     from transformers import AutoTokenizer
 
     values = settings.values()
@@ -115,6 +106,11 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
         start.tokenizer, revision=start.revision or "main", trust_remote_code=values["trust_remote_code"]
     )
     name, new_tokens = set_chat_template(tokenizer, values["chat_template"])
+    if new_tokens and start.adapter:
+        raise SettingsError(
+            f"`--chat_template {name}` needs {', '.join(new_tokens)}, which the adapter in {start.adapter.name} was "
+            f"trained without. Train 01_sft.py with `--chat_template {name}`."
+        )
     print("Chat template:", name, *new_tokens)
     return tokenizer, new_tokens
 
@@ -171,7 +167,7 @@ def _check_connection() -> None:
 def missing_weights(folder: Path, file: str = "config.json") -> str:
     """Describe missing weights, as "has ... and no weights" or "lacks ..."; "" if none are missing."""
     patterns = WEIGHT_PATTERNS.get(file, ("*",))
-    if not any(True for pattern in patterns for _ in folder.glob(pattern)):
+    if not any(list(folder.glob(pattern)) for pattern in patterns):
         return f"has a {file} and no weights ({' or '.join(patterns)})"
     for index in folder.glob("*.index.json"):
         names = set(json.loads(index.read_text()).get("weight_map", {}).values())
@@ -184,11 +180,12 @@ def missing_weights(folder: Path, file: str = "config.json") -> str:
 class ModelRef:
     """A model that answers: a full model, an adapter on its base, or the model `base` behind an endpoint."""
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     base: str
     adapter: str | None = None
     revision: str = ""  # of the base; "" means main
-    mutates_base: bool = False  # loading the adapter changes the base's weights: it must be loaded again afterwards
+    # loading the adapter changes the base's weights: it must be loaded again afterwards
+    mutates_base: bool = dataclasses.field(default=False, compare=False)
     base_url: str = ""
 
     @property
@@ -205,8 +202,7 @@ class ModelRef:
     @property
     def tokenizer(self) -> str:
         """The folder or Hub id of its tokenizer: the adapter's, or else the base's."""
-        folder = find_path(self.adapter or "")
-        return self.adapter if self.adapter and folder and (folder / "tokenizer_config.json").is_file() else self.base
+        return self.adapter if self.adapter and Path(self.adapter, "tokenizer_config.json").is_file() else self.base
 
 
 def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
@@ -234,48 +230,38 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
 
     NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Equal names are numbered.
     """
-    models: dict[ModelRef, ModelRef] = {}
-    for name in names:
-        model, separator, url = (name, "@", base_url) if base_url else name.partition("@http")
-        if separator:
-            resolved = [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
-        else:
-            resolved = _resolve_with_start(name, output_dir)
-        for each in resolved:
-            models.setdefault(dataclasses.replace(each, name="", mutates_base=False), each)
-    used = [model.name for model in models.values()]
+    models = list(dict.fromkeys(ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)))
+    used = [model.name for model in models]
     if "tie" in used:
         raise UserError("a model is called 'tie', which is also a verdict. Rename its folder.")
     return [
         dataclasses.replace(m, name=f"{m.name} ({used[: i + 1].count(m.name)})") if used.count(m.name) > 1 else m
-        for i, m in enumerate(models.values())
+        for i, m in enumerate(models)
     ]
 
 
-def _resolve_with_start(name: str, output_dir: Path) -> list[ModelRef]:
+def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[ModelRef]:
     """The model `name`, after the one that it was trained from, if that is known."""
+    model, separator, url = (name, "@", base_url) if base_url else name.partition("@http")
+    if separator:
+        return [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
     folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
     folder = folder or find_path(str(output_dir / name))
     parent = find_parent(folder, read_run(folder)) if folder else None
-    if (folder / "adapter_config.json").is_file() if folder else _is_adapter_on_hub(name):
-        adapter = resolve_adapter(str(folder or name))
+    name = str(folder or name)
+    if _is_adapter(name):
+        adapter = resolve_adapter(name)
         start = dataclasses.replace(adapter, name=Path(adapter.base).name, adapter=None, mutates_base=False)
         if parent and (parent / "adapter_config.json").is_file():
             start = dataclasses.replace(start, name=parent.name, adapter=str(parent))
         return [start, adapter]
-    model = ModelRef(Path(folder or name).name, str(folder or name))
-    if parent and (parent / "config.json").is_file():
-        return [ModelRef(parent.name, str(parent)), model]
-    return [model]
+    start_of_full = [ModelRef(parent.name, str(parent))] if parent and (parent / "config.json").is_file() else []
+    return [*start_of_full, ModelRef(Path(name).name, name)]
 
 
-def _is_adapter_on_hub(name: str) -> bool:
-    """Whether a Hub id is an adapter's. False if that is unknown: loading the model will report why."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
+def _is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id is an adapter's. False if that is unknown: loading the model will report why."""
     try:
-        if cached := try_to_load_from_cache(name, "adapter_config.json"):
-            return isinstance(cached, str)
-        return any(file.rfilename == "adapter_config.json" for file in HfApi().model_info(name).siblings or ())
-    except Exception:  # no such repository, no network, not a Hub id
+        return fetch_file(name, None, "adapter_config.json").is_file()
+    except UserError:  # no such file or repository, no network
         return False

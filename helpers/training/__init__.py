@@ -6,7 +6,7 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "trainer": ["SharedPrefixDPOTrainer"],
-        "callbacks": ["add_callbacks"],
+        "callbacks": ["prepare_trainer"],
         "prefix_sharing": ["pack_pairs"],
     },
 )

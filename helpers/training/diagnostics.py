@@ -1,4 +1,4 @@
-"""Training problems that a run's log history shows, each with its numbers and with settings to try.
+"""Training problems that a run's log history shows. diagnostics.yaml says what each means and which settings to try.
 
 A threshold compares the run with its own beginning, on the same held-out rows or over a window of logs, so that one
 noisy log reports nothing. Thresholds without a citation are our own, set on demo runs with and without a problem and on
@@ -11,11 +11,15 @@ import bisect
 import itertools
 import math
 from collections.abc import Collection
+from pathlib import Path
 from statistics import median
+from typing import Any
+
+import yaml
 
 from helpers.runs.curves import WINDOW, Diagnostic, History, first_and_last, is_dpo_history, series
 
-Texts = tuple[str, str, str]  # a diagnostic's observation, reason and suggestion
+ADVICE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Diagnostic]:
@@ -24,11 +28,17 @@ def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str]
     The IPO loss asks for a margin of 1 / 2β nats a token, so `runaway_margin` does not apply to it.
     """
     end = max_steps or max((log["step"] for log in history), default=0)
-    checks = [check for check in DIAGNOSTICS.values() if check is not runaway_margin or "ipo" not in loss_types]
-    return [Diagnostic(check.__name__, *texts) for check in checks if (texts := check(history, end))]
+    diagnostics = []
+    for name, check in DIAGNOSTICS.items():
+        does_not_apply = name == "runaway_margin" and "ipo" in loss_types
+        if not does_not_apply and (observation := check(history, end)):
+            options = [each for each in ADVICE[name]["try"] if "--dpo_beta" not in each or is_dpo_history(history)]
+            suggestion = ", or ".join(filter(None, (", ".join(options[:-1]), options[-1])))
+            diagnostics.append(Diagnostic(name, observation, ADVICE[name]["reason"], suggestion))
+    return diagnostics
 
 
-def displacement(history: History, end: float) -> Texts | None:
+def displacement(history: History, end: float) -> str:
     """Likelihood displacement: chosen answers become less likely.
 
     DPO's loss also falls when both likelihoods fall (Pal et al., 2024, arXiv:2402.13228; Razin et al., 2024,
@@ -37,16 +47,12 @@ def displacement(history: History, end: float) -> Texts | None:
     """
     logps, rewards = first_and_last(history, "logps/chosen", max), first_and_last(history, "rewards/chosen", max)
     if not logps or not rewards or rewards[1] >= 0 or logps[0] - logps[1] < max(0.5, 0.05 * abs(logps[0])):
-        return None
-    return (
-        f"the log-probability of chosen answers fell from {logps[0]:.3g} to {logps[1]:.3g}, their reward to "
-        f"{rewards[1]:.2g}",
-        "Chosen answers become less likely while the loss falls, and other answers take their place.",
-        "--loss_type sigmoid sft, a lower --learning_rate, or a higher --dpo_beta",
-    )
+        return ""
+    fall = f"fell from {logps[0]:.3g} to {logps[1]:.3g}, their reward to {rewards[1]:.2g}"
+    return f"the log-probability of chosen answers {fall}"
 
 
-def runaway_margin(history: History, end: float) -> Texts | None:
+def runaway_margin(history: History, end: float) -> str:
     """The policy moves far from its reference, and gets worse while the loss still falls.
 
     See Rafailov et al., 2024, arXiv:2406.02900. Reported when the reward margin is above 10 over a window (a pair's
@@ -58,15 +64,11 @@ def runaway_margin(history: History, end: float) -> Texts | None:
     distances = [c - r for c, r in zip(chosen, rejected, strict=False)] or [0.0, 0.0]
     moved, margin = distances[1] - distances[0], median(margins[-WINDOW:]) if len(margins) >= WINDOW else 0.0
     if margin <= 10 and moved <= max(100, *map(abs, chosen[:1]), 3 * abs(distances[0])):
-        return None
-    return (
-        f"the reward margin is {margin:.3g}, and the distance between chosen and rejected grew by {moved:.3g} nats",
-        "The policy moves away from the reference without learning to separate more pairs.",
-        "a higher --dpo_beta, a lower --learning_rate, or fewer --num_train_epochs",
-    )
+        return ""
+    return f"the reward margin is {margin:.3g}, and the distance between chosen and rejected grew by {moved:.3g} nats"
 
 
-def saturated(history: History, end: float) -> Texts | None:
+def saturated(history: History, end: float) -> str:
     """All pairs are ranked correctly before half of the run is over.
 
     Reported when the training accuracy has a median of at least 0.99 and stays above 0.98 for the last two windows and
@@ -79,15 +81,11 @@ def saturated(history: History, end: float) -> Texts | None:
     high, one_pair = values[since:], min((1 - value for value in values if value < 1), default=0.0)
     is_long = len(high) >= max(2 * WINDOW, 200 * one_pair) and median(high) >= 0.99
     if not is_long or not steps[since + WINDOW - 1] <= end / 2 < math.inf:
-        return None
-    return (
-        f"since step {steps[since]:.0f} of {end:.0f}, {sum(high) / len(high):.1%} of pairs are ranked correctly",
-        "The rest of the run teaches little. The length or the opening of an answer may reveal which one was chosen.",
-        "checking the data report, harder pairs (--pairing best_vs_random), or fewer --num_train_epochs",
-    )
+        return ""
+    return f"since step {steps[since]:.0f} of {end:.0f}, {sum(high) / len(high):.1%} of pairs are ranked correctly"
 
 
-def overfitting(history: History, end: float) -> Texts | None:
+def overfitting(history: History, end: float) -> str:
     """Held-out margins fall, or the held-out loss rises, while the same value improves in training.
 
     Reported when the last two evaluations are at least a tenth worse than the best one, and the last window of training
@@ -104,40 +102,27 @@ def overfitting(history: History, end: float) -> Texts | None:
         if worse >= 0.1 * abs(held_out[best]) and sign * (now - then) > 0:
             return (
                 f"the held-out {label} went from {held_out[best]:.3g} at step {at[best]:.0f} to {held_out[-1]:.3g}, "
-                f"the training {label} from {then:.3g} to {now:.3g}",
-                "The model memorizes training rows, and what it learns no longer generalizes.",
-                "fewer --num_train_epochs, --early_stopping_patience 2, a lower --learning_rate, or more data",
+                f"the training {label} from {then:.3g} to {now:.3g}"
             )
-    return None
+    return ""
 
 
-def diverged(history: History, end: float) -> Texts | None:
+def diverged(history: History, end: float) -> str:
     """The loss is at least a tenth above its beginning in the last two evaluations."""
     loss = first_and_last(history, "loss", min)
-    if not loss or loss[1] <= 1.1 * loss[0]:
-        return None
-    return (
-        f"the loss went from {loss[0]:.3g} to {loss[1]:.3g}",
-        "The model is worse than it was before training.",
-        "a lower --learning_rate, a larger --warmup_steps, or checking the labels",
-    )
+    return f"the loss went from {loss[0]:.3g} to {loss[1]:.3g}" if loss and loss[1] > 1.1 * loss[0] else ""
 
 
-def entropy(history: History, end: float) -> Texts | None:
+def entropy(history: History, end: float) -> str:
     """The entropy of the next token (nats) is above 2.5 times its beginning, or for DPO below a quarter of it."""
     low, high = first_and_last(history, "entropy", max), first_and_last(history, "entropy", min)
-    is_dpo = is_dpo_history(history)
-    is_collapsed = bool(low) and low[1] < low[0] / 4 and is_dpo
-    if not is_collapsed and not (high and high[1] > 2.5 * high[0]):
-        return None
-    return (
-        f"the entropy went from {low[0]:.3g} to {(low if is_collapsed else high)[1]:.3g} nats a token",
-        "All prompts get similar answers." if is_collapsed else "The model loses its ability to continue answers.",
-        "a lower --learning_rate" + (", or a higher --dpo_beta" if is_dpo else ""),
-    )
+    is_low = bool(low) and low[1] < low[0] / 4 and is_dpo_history(history)
+    if not is_low and not (high and high[1] > 2.5 * high[0]):
+        return ""
+    return f"the entropy went from {low[0]:.3g} to {(low if is_low else high)[1]:.3g} nats a token"
 
 
-def grad_norm_spikes(history: History, end: float) -> Texts | None:
+def grad_norm_spikes(history: History, end: float) -> str:
     """The gradient norm, before clipping, is above 10 times the median of all logs before it twice, or 100 times once.
 
     Batches differ by a small factor. A step of this size stays in Adam's second moments for long.
@@ -148,31 +133,23 @@ def grad_norm_spikes(history: History, end: float) -> Texts | None:
         ratios.append(norm / (before[len(before) // 2] or math.inf))
         bisect.insort(before, norm)
     if sum(ratio > 10 for ratio in ratios) < 2 and max(ratios, default=0.0) <= 100:
-        return None
+        return ""
     worst = max((i for i, ratio in enumerate(ratios) if ratio > 10), key=norms.__getitem__)
-    return (
-        f"the gradient norm was {norms[worst]:.3g} at step {steps[worst]:.0f}, {ratios[worst]:.0f} times the median "
-        "of the steps before",
-        "Such a step undoes many others, even when it is clipped.",
-        "a lower --learning_rate, a lower --max_grad_norm, a larger --warmup_steps, or a larger batch",
-    )
+    compared = f"{ratios[worst]:.0f} times the median of the steps before"
+    return f"the gradient norm was {norms[worst]:.3g} at step {steps[worst]:.0f}, {compared}"
 
 
-def lr_never_warm(history: History, end: float) -> Texts | None:
+def lr_never_warm(history: History, end: float) -> str:
     """The learning rate still rises after half of the run, or is always 0."""
     steps, rates = series(history, "learning_rate")
     is_rising = len(rates) >= WINDOW and all(a < b for a, b in itertools.pairwise(rates))
     if len(rates) < WINDOW or (max(rates) > 0 and not (is_rising and steps[-1] >= end / 2)):
-        return None
+        return ""
     trend = " and still rising" if is_rising else ""
-    return (
-        f"at step {steps[-1]:.0f} of {end:.0f} the learning rate is {rates[-1]:.3g}{trend}",
-        "Most of the run trains below the learning rate that was set.",
-        "a smaller --warmup_steps (below 1 it is a share of all steps), or a longer run",
-    )
+    return f"at step {steps[-1]:.0f} of {end:.0f} the learning rate is {rates[-1]:.3g}{trend}"
 
 
-def length_drift(history: History, end: float) -> Texts | None:
+def length_drift(history: History, end: float) -> str:
     """Sampled answers get longer, or much shorter, than before training.
 
     DPO confuses length with quality where longer answers were chosen (Park et al., 2024, arXiv:2403.19159). Reported
@@ -182,19 +159,15 @@ def length_drift(history: History, end: float) -> Texts | None:
     steps, lengths = series(history, "samples/mean_length")
     cut = series(history, "samples/cut")[1] or [0.0]
     if len(lengths) < 3 or not is_dpo_history(history):
-        return None
+        return ""
     more_cut = min(cut[-2:]) - cut[0]
     if lengths[0] / 3 <= max(lengths[-2:]) and min(lengths[-2:]) <= 1.5 * lengths[0] and more_cut < 0.5:
-        return None
+        return ""
     share = f", where {cut[-1]:.0%} are cut off" if cut[-1] else ""
-    return (
-        f"sampled answers went from {lengths[0]:.3g} to {lengths[-1]:.3g} tokens by step {steps[-1]:.0f}{share}",
-        "The model learns length instead of quality, or does not finish its answers.",
-        "a higher --dpo_beta, --ld_alpha 0.5, or checking the lengths in the data report",
-    )
+    return f"sampled answers went from {lengths[0]:.3g} to {lengths[-1]:.3g} tokens by step {steps[-1]:.0f}{share}"
 
 
-def no_learning(history: History, end: float) -> Texts | None:
+def no_learning(history: History, end: float) -> str:
     """Half of the run is over and nothing is learned.
 
     Reported for DPO when fewer than 55 % of pairs are ranked correctly (half is chance) or the reward margin is below
@@ -203,22 +176,14 @@ def no_learning(history: History, end: float) -> Texts | None:
     last = max((log["step"] for log in history if "loss" in log), default=0)
     loss, at = first_and_last(history, "loss", min), f"at step {last:.0f} of {end:.0f}"
     if last < end / 2 or not loss or diverged(history, end):
-        return None
-    if is_dpo := is_dpo_history(history):
-        accuracy = first_and_last(history, "rewards/accuracies", max)
-        margins = first_and_last(history, "rewards/margins", max)
-        if not accuracy or not margins or (accuracy[1] >= 0.55 and margins[1] >= 0.01):
-            return None
-        observation = f"{at} the reward margin is {margins[1]:.2g}, and {accuracy[1]:.0%} of pairs are ranked correctly"
-    elif loss[1] <= 0.99 * loss[0]:
-        return None
-    else:
-        observation = f"{at} the loss is {loss[1]:.3g}, compared with {loss[0]:.3g} at the start"
-    return (
-        observation,
-        "The steps are too small, or the data has nothing to learn.",
-        f"a higher --learning_rate, {'a higher --dpo_beta, ' * is_dpo}more steps, or checking the labels",
-    )
+        return ""
+    if not is_dpo_history(history):
+        change = f"{at} the loss is {loss[1]:.3g}, compared with {loss[0]:.3g} at the start"
+        return change if loss[1] > 0.99 * loss[0] else ""
+    accuracy, margins = (first_and_last(history, f"rewards/{name}", max) for name in ("accuracies", "margins"))
+    if not accuracy or not margins or (accuracy[1] >= 0.55 and margins[1] >= 0.01):
+        return ""
+    return f"{at} the reward margin is {margins[1]:.2g}, and {accuracy[1]:.0%} of pairs are ranked correctly"
 
 
 DIAGNOSTICS = {

@@ -13,23 +13,20 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Attention = Callable[..., tuple[torch.Tensor, None]]
-UNSUPPORTED = ("s_aux", "position_bias", "cache")  # arguments of attention that have no place in a packed row
 
 
 class PackingPlan:
     """The layout of a packed row: first all [prefix, chosen], pair by pair, then all rejected tails.
 
     `lengths` has (prefix, chosen, rejected) of each pair, in tokens. `gather` has the position that scores each label.
-    The plan is a forward keyword of the model, so that checkpointed layers get it again. It is not a dataclass because
-    FSDP copies dataclasses at every layer.
+    The model's forward takes the plan as a keyword. It is no dataclass: FSDP copies dataclasses at every layer.
     """
 
     def __init__(self, lengths: list[tuple[int, int, int]], gather: torch.Tensor) -> None:
         self.lengths, self.gather = lengths, gather
-        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._varlen: tuple[dict[str, Any], dict[str, Any], torch.Tensor | None] | None = None
+        self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """Tokens of each [prefix, chosen], then of each rejected tail that is not empty."""
         return [prefix + chosen for prefix, chosen, _ in self.lengths] + [r for *_, r in self.lengths if r]
@@ -40,31 +37,31 @@ class PackingPlan:
             if rejected:
                 yield pair, prefix
 
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    def mask(self, queries: int, keys: int, window: int | None) -> torch.Tensor | None:
         """The mask of the last `queries` of `keys` tokens, (1, 1, queries, keys); None where it is plainly causal."""
-        window = window if window is not None and window < keys else None
-        if queries == keys and window is None:
+        window = min(window or keys, keys)
+        if queries == keys == window:
             return None
-        if (queries, keys, window, device) not in self._masks:
-            i = torch.arange(keys - queries, keys, device=device)[:, None]
-            j = torch.arange(keys, device=device)
-            seen = j <= i if window is None else (j <= i) & (j > i - window)
-            self._masks[queries, keys, window, device] = seen[None, None]
-        return self._masks[queries, keys, window, device]
+        if (queries, keys, window) not in self._masks:
+            device = self.gather.device
+            i, j = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
+            self._masks[queries, keys, window] = ((j <= i) & (j > i - window))[None, None]
+        return self._masks[queries, keys, window]
 
-    def varlen(self, device: torch.device) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor | None]:
-        """Arguments of two varlen calls, for [prefix, chosen] and for rejected tails, and the positions of the keys of
-        the second one: each tail's prefix, then the tail. Without tails these are empty and None."""
-        if self._varlen is None:
-            chosen, tails = self.sizes[: len(self.lengths)], self.sizes[len(self.lengths) :]
-            starts = list(itertools.accumulate(self.sizes, initial=0))
-            keys = [
-                torch.cat([torch.arange(starts[pair], starts[pair] + seen), torch.arange(start, start + tail)])
-                for (pair, seen), start, tail in zip(self.tails(), starts[len(chosen) :], tails, strict=False)
-            ]
-            second = _varlen_args(tails, [len(each) for each in keys], device) if tails else {}
-            self._varlen = _varlen_args(chosen, chosen, device), second, torch.cat(keys).to(device) if tails else None
-        return self._varlen
+    @functools.cached_property
+    def varlen(self) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor | None]:
+        """Arguments of two varlen calls, for [prefix, chosen] and for tails, and where the keys of the second one are.
+
+        These are each tail's prefix, then the tail. Without tails, the last two are empty and None.
+        """
+        chosen, tails = self.sizes[: len(self.lengths)], self.sizes[len(self.lengths) :]
+        starts, device = list(itertools.accumulate(self.sizes, initial=0)), self.gather.device
+        keys = [
+            torch.cat([torch.arange(starts[pair], starts[pair] + seen), torch.arange(start, start + tail)])
+            for (pair, seen), start, tail in zip(self.tails(), starts[len(chosen) :], tails, strict=False)
+        ]
+        second = _varlen_args(tails, [len(each) for each in keys], device) if tails else {}
+        return _varlen_args(chosen, chosen, device), second, torch.cat(keys).to(device) if tails else None
 
 
 def _varlen_args(queries: list[int], keys: list[int], device: torch.device) -> dict[str, Any]:
@@ -88,9 +85,8 @@ class PackedBatch:
 def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
     """Pack a batch of TRL's collator, (2B, L): chosen rows, then rejected rows, padded on the right.
 
-    A pair shares the longest common prefix of its rows, which may reach into the answers. The positions of a rejected
-    tail continue from its prefix. Each label is scored from the token before it; the last token of a prefix scores the
-    first label of both rows.
+    A pair shares the longest common prefix of its rows, which may reach into the answers. Each label is scored from the
+    token before it; the last token of a prefix scores the first label of both rows.
     """
     rows, length = input_ids.shape
     pairs = rows // 2
@@ -130,9 +126,6 @@ def packed_attention(attention: Attention, packed: Callable[..., torch.Tensor]) 
         plan = kwargs.pop("plan", None)
         if plan is None:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
-        for name in UNSUPPORTED:
-            if kwargs.pop(name, None) is not None:
-                raise NotImplementedError(f"attention with {name}")
 
         def one(q: Any, k: Any, v: Any, mask: Any = None, **borders: Any) -> torch.Tensor:
             return attention(module, q, k, v, mask, *args, **kwargs, **borders)[0]
@@ -149,10 +142,7 @@ def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: 
     """
     window, sizes, pairs = kwargs.pop("sliding_window", None), plan.sizes, len(plan.lengths)
     queries, keys, values = (x.split(sizes, 2) for x in (q, k, v))
-    parts = []
-    for pair in range(pairs):
-        mask = plan.mask(sizes[pair], sizes[pair], window, q.device)
-        parts.append(one(queries[pair], keys[pair], values[pair], mask))
+    parts = [one(queries[i], keys[i], values[i], plan.mask(sizes[i], sizes[i], window)) for i in range(pairs)]
     for tail, (pair, seen) in enumerate(plan.tails(), pairs):
         own_keys, own_values = (torch.cat([x[pair][:, :, :seen], x[tail]], 2) for x in (keys, values))
         if window is None and 3 * seen <= sizes[tail]:
@@ -160,16 +150,15 @@ def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: 
             own_queries = torch.cat([queries[pair][:, :, :seen], queries[tail]], 2)
             parts.append(one(own_queries, own_keys, own_values)[:, seen:])
         else:
-            mask = plan.mask(sizes[tail], own_keys.shape[2], window, q.device)
+            mask = plan.mask(sizes[tail], own_keys.shape[2], window)
             parts.append(one(queries[tail], own_keys, own_values, mask))
     return torch.cat(parts, 1)
 
 
 def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
-    """Two calls for the full batch. Flash-attention aligns its causal mask at the lower right, so the first query of a
-    tail sees all of its prefix."""
+    """Two calls for all pairs. The causal mask is aligned at the lower right, so a tail sees all of its prefix."""
     kwargs.pop("position_ids", None)  # the borders of sequences are explicit
-    first, second, keys = plan.varlen(q.device)
+    first, second, keys = plan.varlen
     end = sum(plan.sizes[: len(plan.lengths)])
     chosen, tails = q.split([end, q.shape[2] - end], 2)
     parts = [one(chosen, k[:, :, :end], v[:, :, :end], **first)]

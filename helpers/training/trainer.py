@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import types
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
+from torch.nn.functional import pad
 from trl.kernels import chunked_logprob
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.core import SettingsError, UserError
-from helpers.training.prefix_sharing import PackedBatch, pack_pairs, register_attention
+from helpers.training.prefix_sharing import pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
@@ -29,23 +31,19 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 
 
 class TokenizedDPOTrainer(DPOTrainer):
-    """DPOTrainer that takes the token columns of `load_preferences` unchanged.
+    """DPOTrainer that takes the token columns of `load_preferences` unchanged, and copies an adapter completely.
 
     TRL 1.16 (dpo_trainer.py, _prepare_dataset) tokenizes every row itself and silently drops rows whose prompt fills
-    max_length. Rows with token columns have been tokenized the same way, checked and counted
-    (tests/data/test_preferences.py compares the two). TRL prepares all other rows.
-
-    TRL's frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of tokens that a
-    chat template added, so it would differ from the initial policy. These rows are copied too.
+    max_length. Its frozen copy of an adapter that is trained further (dpo_trainer.py, __init__) lacks the rows of
+    tokens that a chat template added, so the reference would differ from the initial policy.
     """
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        weights = dict(model.named_parameters()) if isinstance(model, PeftModel) else {}
-        exact = {name: w.detach().clone() for name, w in weights.items() if name.endswith(".default")}
+        weights = model.named_parameters() if isinstance(model, PeftModel) else ()
+        exact = {name: weight.detach().clone() for name, weight in weights if name.endswith(".default")}
         super().__init__(model, *args, **kwargs)
-        weights = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         for name, weight in exact.items():
-            weights[name.removesuffix("default") + "ref"].data.copy_(weight)
+            model.get_parameter(name.removesuffix("default") + "ref").data.copy_(weight)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
@@ -58,13 +56,7 @@ class PrefixSharing:
 
     def __init__(self) -> None:
         self.enabled = True
-        self.packed: tuple[Any, Any, PackedBatch] | None = None
-
-    def pack(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedBatch:
-        """Pack a batch once for the forward passes of both the policy and its reference."""
-        if self.packed is None or self.packed[0] is not input_ids or self.packed[1] is not labels:
-            self.packed = input_ids, labels, pack_pairs(input_ids, attention_mask, labels)
-        return self.packed[2]
+        self.pack = functools.lru_cache(maxsize=1)(pack_pairs)  # once for both; tensors are compared by identity
 
     def wrap(self, model: Any) -> None:
         """Wrap the forward that TRL's `add_fused_lm_head` gave a causal LM; it takes the batches of TRL's collator."""
@@ -79,7 +71,7 @@ class PrefixSharing:
             """Pass only the hidden states of scored positions to the LM head."""
             if (plan := kwargs.get("plan")) is not None:
                 hidden = out.last_hidden_state
-                out.last_hidden_state = hidden[0].index_select(0, plan.gather.to(hidden.device))[None]
+                out.last_hidden_state = hidden[0].index_select(0, plan.gather)[None]
             return out
 
         if hook := getattr(backbone, "_keep_scored", None):  # of an earlier trainer of this model
@@ -88,19 +80,15 @@ class PrefixSharing:
 
         @functools.wraps(fused.__func__)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            names = ("input_ids", "attention_mask", "labels")
-            if not self.enabled or not kwargs.get("fused_lm_head") or any(kwargs.get(name) is None for name in names):
+            tensors = [kwargs.get(name) for name in ("input_ids", "attention_mask", "labels")]
+            if not self.enabled or not kwargs.get("fused_lm_head") or any(tensor is None for tensor in tensors):
                 return fused(*args, **kwargs)
-            batch = self.pack(*(kwargs.pop(name) for name in names))
+            batch = self.pack(*tensors)
             # in training, a forward without gradients is the reference's, of which only log-probabilities are read
-            out = (reference if self_.training and not torch.is_grad_enabled() else fused)(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.input_ids.new_empty(1, 1, 1, 1),  # a 4D mask is passed through; nothing reads it
-                shift_labels=batch.labels,
-                plan=batch.plan,
-                **kwargs,
-            )
+            compute = reference if self_.training and not torch.is_grad_enabled() else fused
+            unread = batch.input_ids.new_empty(1, 1, 1, 1)  # a 4D mask is passed through
+            kwargs |= {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": unread}
+            out = compute(**kwargs | {"labels": None, "shift_labels": batch.labels, "plan": batch.plan})
             for name in PER_TOKEN:
                 if (value := getattr(out, name)) is not None:
                     setattr(out, name, value.new_zeros(batch.scored.shape).masked_scatter(batch.scored, value[0]))
@@ -113,8 +101,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
     """DPOTrainer that computes the common beginning of a pair's chosen and rejected rows once.
 
     `shared_prefix` is "on", "off" or "auto", which prints a reason and computes as TRL does where sharing is not
-    supported or where the first batch differs. Raises UserError if "on" is not possible, and SettingsError for any
-    other value.
+    supported or where the first batch differs. Raises UserError if "on" is not possible.
     """
 
     def __init__(self, *args: Any, shared_prefix: str = "auto", **kwargs: Any) -> None:
@@ -150,7 +137,6 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
 
     def _unsupported_reason(self, model: Any) -> str:
         """Why prefixes cannot be shared in this run, or ""."""
-        args: Any = self.args
         config, attention = model.config.get_text_config(), str(model.config._attn_implementation)
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         reasons = {
@@ -162,8 +148,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
             and model.active_peft_config.is_prompt_learning,
             "sequences are split over devices": self.accelerator.parallelism_config is not None,
-            "torch_compile would recompile the model for every batch": args.torch_compile,
-            "dropout would be the same for both answers of a prompt": not args.disable_dropout,
+            "torch_compile would recompile the model for every batch": self.args.torch_compile,
+            "dropout would be the same for both answers of a prompt": not cast(Any, self.args).disable_dropout,
         }
         return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -173,29 +159,27 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
         finally:
             if self.sharing is not None:
-                self.sharing.packed = None  # do not keep a batch after its step
+                self.sharing.pack.cache_clear()  # do not keep a batch after its step
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         self._check_first_batch(model, inputs)
         return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
     def _check_first_batch(self, model: Any, inputs: Any) -> None:
-        """Compare the log-probabilities of the first batch with TRL's, on every process, and disable sharing if they
-        differ by more than rounding."""
+        """Disable sharing if the log-probabilities of the first batch differ from TRL's by more than rounding."""
         if self.sharing is None or self._is_compared:
             return
+        if not int(self.accelerator.gather(inputs["completion_mask"][:, 1:].sum()[None]).sum()):
+            return  # no process has a label in this batch
         self._is_compared = True
-        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
         order = torch.arange(len(ids), device=ids.device).view(2, -1).flip(1).flatten()
-        widen = functools.partial(torch.nn.functional.pad, pad=(0, 1))
-        padded = widen(ids[order], value=0), widen(mask[order], value=0), widen(labels[order], value=-100)
-        difference = noise = -1.0
-        failure = ""
+        padded = [pad(x[order], (0, 1), value=value) for x, value in ((ids, 0), (mask, 0), (labels, -100))]
+        difference, noise, failure = 0.0, 0.0, ""
         for each in {id(m): m for m in (model, self.ref_model) if m is not None}.values():
             self.sharing.enabled = False
-            stock = self._log_probs(each, ids, mask, labels)
-            again = self._log_probs(each, *padded)[order, :-1]
+            stock, again = self._log_probs(each, ids, mask, labels), self._log_probs(each, *padded)[order, :-1]
             self.sharing.enabled = True
             try:
                 shared = self._log_probs(each, ids, mask, labels)
@@ -205,11 +189,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
                 shared, failure = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
             noise = max(noise, self._largest_difference(stock, again, labels))
             difference = max(difference, self._largest_difference(stock, shared, labels))
-        if difference < 0:  # no process has a label in this batch
-            self._is_compared = False
-            return
-        if int(self.accelerator.gather(torch.tensor([bool(failure)], device=ids.device).int()).max()):
-            return self._disable_sharing(f"the model does not accept a packed row ({failure or 'on another process'})")
+        if failure := next(filter(None, gather_object([failure])), ""):
+            return self._disable_sharing(f"the model does not accept a packed row ({failure})")
         weights: Any = self.model
         computed_in = next(w.dtype for w in weights.parameters() if w.is_floating_point())
         if self.args.bf16 or self.args.fp16:
@@ -228,17 +209,14 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         model.eval()
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-                log_probs: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
+                out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
         finally:
             model.train(training)
-        return log_probs
+        return cast(torch.Tensor, out.log_probs)
 
     def _largest_difference(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> float:
-        """The largest root mean square difference of a row over all processes: inf with NaN, -1 without any label."""
+        """The largest root mean square difference of a row, over all processes; inf with NaN."""
         scored = labels[:, 1:] != -100
-        count = scored.sum(1)
-        squares = ((first - second).masked_fill(~scored, 0.0) ** 2).sum(1) / count.clamp(min=1)
-        squares = torch.nan_to_num(squares, nan=torch.inf).masked_fill(count == 0, -1.0)
-        largest = float(self.accelerator.gather(squares.max()[None]).max())
-        return largest if largest < 0 else largest**0.5
+        squares = (first - second).masked_fill(~scored, 0.0).square().sum(1) / scored.sum(1).clamp(min=1)
+        largest = torch.nan_to_num(squares, nan=torch.inf).max().sqrt()
+        return float(self.accelerator.gather(largest[None]).max())

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.core import UserError
+from helpers.core import SettingsError, UserError
 from helpers.models.chat import (
     CHAT_TEMPLATES,
     TEMPLATE_FOLDER,
@@ -23,7 +23,7 @@ from helpers.models.chat import (
     tokenize_with_labels,
     validate_chat_template,
 )
-from helpers.models.plan import resize_embeddings, trainable_token_indices
+from helpers.models.plan import lora_module_args, resize_embeddings
 
 MISTRAL = read_template("mistral")
 TALK = [
@@ -223,12 +223,11 @@ def test_added_chat_tokens_have_rows_that_are_trained_and_survive_merge_and_relo
     embeddings = before["model.embed_tokens.weight"]
     assert embeddings.shape[0] == model.config.vocab_size == known + 2
     assert torch.allclose(embeddings[known], embeddings[:known].mean(0), atol=1e-6)
-    rows = trainable_token_indices(model, tokenizer, ["<|im_start|>", "<|im_end|>"])
+    arguments = lora_module_args(model, tokenizer, ["<|im_start|>", "<|im_end|>"], modules_to_save=())
+    rows = arguments["trainable_token_indices"]
     new = [known, known + 1]
     assert rows == {"model.embed_tokens": new} | ({} if tied else {"lm_head": new})
-    config_of_adapter = LoraConfig(
-        r=4, target_modules="all-linear", trainable_token_indices=rows, task_type="CAUSAL_LM"
-    )
+    config_of_adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **arguments)
     model = get_peft_model(model, config_of_adapter)
     row = {name: torch.tensor([ids]) for name, ids in tokenize_with_labels(tokenizer, TALK).items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -256,7 +255,11 @@ def test_a_model_that_has_the_rows_is_left_alone(demo_folder: Path, tokenizer: P
     weight = model.get_input_embeddings().weight
     resize_embeddings(model, tokenizer)
     assert model.get_input_embeddings().weight is weight
-    assert trainable_token_indices(model, tokenizer, []) is None
+    assert lora_module_args(model, tokenizer, [], modules_to_save=()) == {
+        "modules_to_save": None, "trainable_token_indices": None,
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match=r"`--lora_modules_to_save head` is not a module of the model\. Use one of"):
+        lora_module_args(model, tokenizer, [], modules_to_save=("lm_head", "head"))
 
 
 def test_a_base_model_without_a_template_gets_mistral_s_and_pads(

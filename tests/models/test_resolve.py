@@ -145,6 +145,9 @@ def test_a_start_is_a_model_a_run_or_the_adapter_of_a_run(
     tokenizer, new_tokens = load_tokenizer(start, settings)
     assert (len(tokenizer), new_tokens) == (len(AutoTokenizer.from_pretrained(base)), [])
     assert capsys.readouterr().out == "Chat template: the tokenizer's own\n"
+    settings.chat_template = "chatml"
+    with pytest.raises(SettingsError, match=r"needs <\|im_start\|>, <\|im_end\|>, which the adapter in lora"):
+        load_tokenizer(start, settings)
 
 
 def test_a_moved_run_is_compared_with_the_run_beside_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from helpers.runs.curves import Diagnostic, History, read_history
 from helpers.settings.fields import DIAGNOSTIC_NAMES
-from helpers.training.diagnostics import DIAGNOSTICS, diagnose
+from helpers.training.diagnostics import ADVICE, DIAGNOSTICS, diagnose
 
 HISTORIES = Path(__file__).parents[1] / "histories"
 STEPS = 100
@@ -253,4 +253,4 @@ def test_a_diagnostic_prints_its_observation_reason_and_suggestion() -> None:
     assert str(Diagnostic("margin", "it is 12", "It runs away.", "a higher --dpo_beta")) == (
         "margin: it is 12. It runs away. Try a higher --dpo_beta."
     )
-    assert (*DIAGNOSTICS, "nan") == DIAGNOSTIC_NAMES
+    assert (*DIAGNOSTICS, "nan") == (*ADVICE, "nan") == DIAGNOSTIC_NAMES

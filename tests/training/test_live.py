@@ -203,7 +203,7 @@ def test_a_diagnostic_is_printed_once_and_the_current_ones_are_saved(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(tmp_path, {})
-    watch = callbacks.DiagnosticsCallback(run)
+    watch = callbacks.RecordCallback(run)
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     state = TrainerState(global_step=6, max_steps=12)
     watch.on_train_begin(args, state, control)

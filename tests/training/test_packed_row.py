@@ -45,7 +45,7 @@ def dense(lengths: list[tuple[int, int, int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("lengths", [[(3, 2, 1), (2, 1, 3)], [(5, 0, 4)], [(4, 2, 0), (1, 1, 1)], [(4, 2, 0)]])
 def test_the_borders_for_flash_attention_say_what_a_dense_mask_says(lengths: list[tuple[int, int, int]]) -> None:
-    first, second, key_positions = PackingPlan(lengths, torch.empty(0)).varlen(torch.device("cpu"))
+    first, second, key_positions = PackingPlan(lengths, torch.empty(0)).varlen
     seen = torch.zeros_like(dense(lengths))
     for start, end in itertools.pairwise(first["cu_seq_lens_q"].tolist()):
         seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
