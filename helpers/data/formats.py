@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import hashlib
 import itertools
 import math
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from helpers.core import Row
+from helpers.data.messages import (
+    DropRow,
+    Message,
+    add_system_prompt,
+    conversation_key,
+    parse_text,
+    to_history,
+    to_messages,
+    unusable,
+    validation_error,
+    without_nulls,
+)
 
-Message = dict[str, str]
-TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the first that a row has
-MARGIN_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
+# Columns, by what they hold; the first that a row has is read.
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "question", "input")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+MORE_COLUMNS = ("input", "context")  # follow an instruction
+MARGIN_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"),
+                  ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
+                  ("chosen_score", "rejected_score"))  # fmt: skip
+IMAGE_COLUMNS = ("image", "images")
 SCORE_KEYS = ("overall_score", "score", "rating")
 ANSWER_KEYS = ("response", "text", "answer", "content")
-
-
-class DropRow(Exception):
-    """A row cannot be used. The message is the reason, as the row report shows it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Example:
     chosen: list[Message]
     rejected: list[Message] = dataclasses.field(default_factory=list)
     margin: float | None = None
+    tools: list[Any] | None = None  # what the assistant may call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,91 +61,40 @@ class PairingConfig:
     seed: int = 0
 
 
-# ---- Messages ----
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether `value` is a non-empty list of messages, each with text under role and content."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in value)
-
-
-def parse_hh(text: Any) -> list[Message]:
-    """Messages of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; [] for anything else."""
-    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-        return []
-    parts = TURN.split(text)[1:]
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
-    return [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
-
-
-def validation_error(messages: list[Message]) -> str:
-    """Why a conversation (system message or none, then user and assistant in turns) cannot be learned from, or ""."""
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    if not turns or turns[-1]["role"] != "assistant":
-        return "no final assistant turn"
-    if any(m["role"] != ("assistant" if i % 2 else "user") for i, m in enumerate(turns)):
-        return "roles do not alternate"
-    if any(not m["content"].strip() for m in turns):
-        return "empty answer" if not turns[-1]["content"].strip() else "empty turn"
-    return ""
-
-
-def conversation_key(messages: list[Message]) -> str:
-    """One string per distinct conversation. Surrounding whitespace in a message does not count."""
-    return "\x1f".join(f"{m['role']}\x1e{m['content'].strip()}" for m in messages)
-
-
-def conversation_hash(messages: list[Message]) -> str:
-    """The hash of `conversation_key` in 20 hex digits; "" for no messages."""
-    key = conversation_key(messages).encode("utf-8", "surrogatepass")
-    return hashlib.sha1(key).hexdigest()[:20] if messages else ""
-
-
-def add_system_prompt(messages: list[Message], system_prompt: str) -> list[Message]:
-    """The conversation behind `system_prompt`, unless that is empty or the conversation has a system message."""
-    if not system_prompt or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _messages(value: Any, role: str) -> list[Message]:
-    """Messages without other keys, which a chat template would see. A text is a transcript, or one turn of `role`."""
-    if is_conversation(value):
-        return [{"role": m["role"], "content": m["content"]} for m in value]
-    return parse_hh(value) or ([{"role": role, "content": value}] if isinstance(value, str) else [])
+# ---- Parts of a row ----
 
 
 def _prompt(value: Any) -> list[Message]:
     """A prompt as messages, without the empty assistant turn that ends a transcript."""
-    messages = _messages(value, "user")
+    messages = to_messages(value, "user")
     if messages[-1:] == [{"role": "assistant", "content": ""}]:
         messages = messages[:-1]
-    if not messages or not str(value).strip():
-        raise _unusable("prompt", value)
+    if not messages:
+        raise unusable("prompt", value)
     return messages
 
 
-def _conversation(column: str, answer: Any, prompt: Any, system: Any = None) -> list[Message]:
+def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Message]:
     """The conversation that ends with `answer`, a text or messages. These may include the prompt."""
-    messages = _messages(answer, "assistant")
+    messages = to_messages(answer, "assistant")
     if not messages:
-        raise _unusable(column, answer)
+        raise unusable(column, answer)
     if messages[0]["role"] == "assistant":
         messages = [*_prompt(prompt), *messages]
+    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), "")
+    if history := to_history(row.get("history")):
+        first = int(messages[0]["role"] == "system")
+        messages = [*messages[:first], *history, *messages[first:]]
     messages = add_system_prompt(messages, system if isinstance(system, str) and system.strip() else "")
     if error := validation_error(messages):
         raise DropRow(error)
     return messages
 
 
-def _unusable(column: str, value: Any) -> DropRow:
-    """The reason to drop a row whose column is not text: it is empty, or a file was read with other types."""
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        return DropRow(f"no {column}")
-    is_number = isinstance(value, int | float | datetime.date | datetime.time)
-    return DropRow("a number or a date, not text" if is_number else "not text")
+def _tools(row: Row) -> list[Any] | None:
+    """The tools of a row: a list, which may be written as text."""
+    tools = without_nulls(parse_text(row.get("tools")))
+    return tools if isinstance(tools, list) and tools else None
 
 
 def _number(value: Any) -> float | None:
@@ -148,25 +107,26 @@ def _number(value: Any) -> float | None:
 
 
 def _question(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
-    """The first of these columns that a row has. Alpaca's instruction is followed by its input if that is not empty."""
+    """The first of these columns that a row has. An instruction is followed by its input if that is not empty."""
     name = next((name for name in columns if name in row), "")
-    text, more = row.get(name), row.get("input") if name == "instruction" else None
-    return f"{text}\n\n{more}" if isinstance(text, str) and isinstance(more, str) and more.strip() else text
+    text, rest = row.get(name), (row.get(more) for more in MORE_COLUMNS if name == "instruction")
+    parts = [part for part in (text, *rest) if isinstance(part, str) and part.strip()]
+    return "\n\n".join(parts) if isinstance(text, str) else text
 
 
 # ---- Pairs ----
 
 
-def _pair(prompt: Any, chosen: Any, rejected: Any, system: Any = None, margin: float | None = None) -> Example:
+def _pair(prompt: Any, chosen: Any, rejected: Any, row: Row, margin: float | None = None) -> Example:
     """A pair of texts or of messages."""
     better, worse = (
-        _conversation(name, answer, prompt, system) for name, answer in (("chosen", chosen), ("rejected", rejected))
+        _conversation(name, answer, prompt, row) for name, answer in (("chosen", chosen), ("rejected", rejected))
     )
     if conversation_key(better[:-1]) != conversation_key(worse[:-1]):
         raise DropRow("prompts differ")
-    if better[-1]["content"].strip() == worse[-1]["content"].strip():
+    if conversation_key(better[-1:]) == conversation_key(worse[-1:]):
         raise DropRow("chosen equals rejected")
-    return Example(better[:-1], better[-1:], worse[-1:], margin)
+    return Example(better[:-1], better[-1:], worse[-1:], margin, _tools(row))
 
 
 def read_pair(row: Row, config: PairingConfig) -> list[Example]:
@@ -175,7 +135,7 @@ def read_pair(row: Row, config: PairingConfig) -> list[Example]:
         score = _number(row.get("chosen_score"))
         if row.get("status") == "tie" or score is None or score < 8 or row.get("in_gsm8k_train"):
             raise DropRow("not recommended by the dataset card")
-    return [_pair(_question(row), row.get("chosen"), row.get("rejected"), row.get("system"), _margin(row))]
+    return [_pair(_question(row), row.get("chosen"), row.get("rejected"), row, _margin(row))]
 
 
 def _margin(row: Row) -> float | None:
@@ -198,13 +158,13 @@ def read_alpaca_farm(row: Row, config: PairingConfig) -> list[Example]:
         raise DropRow("no preference")
     first, second = row.get("output_1"), row.get("output_2")
     chosen, rejected = (first, second) if preferred == 1 else (second, first)
-    return [_pair(_question(row), chosen, rejected)]
+    return [_pair(_question(row), chosen, rejected, row)]
 
 
 def read_ranked(row: Row, config: PairingConfig) -> list[Example]:
     """berkeley-nest/Nectar: seven answers to one transcript, with ranks; rank 1 is the best."""
     rated = [(text, -rank) for text, rank in _rate("answers", row.get("answers"), ["rank"])]
-    pairs = _pairs_of_rated(_prompt(row.get("prompt")), rated, config)
+    pairs = _pairs_of_rated(_prompt(row.get("prompt")), rated, row, config)
     return [dataclasses.replace(pair, margin=None) for pair in pairs]  # ranks are not ratings
 
 
@@ -212,13 +172,13 @@ def read_scored(row: Row, config: PairingConfig) -> list[Example]:
     """A prompt, several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
     answers = row.get("completions", row.get("responses"))
     rated = _rate("completions", answers, SCORE_KEYS, row.get("scores"))
-    return _pairs_of_rated(_prompt(_question(row)), rated, config)
+    return _pairs_of_rated(_prompt(_question(row)), rated, row, config)
 
 
 def _rate(column: str, answers: Any, score_keys: Sequence[str], scores: Any = None) -> list[tuple[str, float]]:
     """Text and score of each answer. The score is in the answer, or in a separate list."""
     if not isinstance(answers, list):
-        raise _unusable(column, answers)
+        raise unusable(column, answers)
     scores, rated = scores[: len(answers)] if isinstance(scores, list) else [], []
     for answer, score in itertools.zip_longest(answers, scores):
         fields = answer if isinstance(answer, dict) else {"text": answer}
@@ -231,7 +191,9 @@ def _rate(column: str, answers: Any, score_keys: Sequence[str], scores: Any = No
     return rated
 
 
-def _pairs_of_rated(prompt: list[Message], rated: list[tuple[str, float]], config: PairingConfig) -> list[Example]:
+def _pairs_of_rated(
+    prompt: list[Message], rated: list[tuple[str, float]], row: Row, config: PairingConfig
+) -> list[Example]:
     """Pairs of rated answers; the higher rating is chosen."""
     if len(rated) < 2:
         raise DropRow("fewer than two answers")
@@ -248,7 +210,7 @@ def _pairs_of_rated(prompt: list[Message], rated: list[tuple[str, float]], confi
     pairs, reasons = [], []
     for (better, high), (worse, low) in candidates:
         try:
-            pairs.append(_pair(prompt, better, worse, margin=high - low))
+            pairs.append(_pair(prompt, better, worse, row, high - low))
         except DropRow as reason:
             reasons.append(reason)
     if not pairs:
@@ -256,12 +218,16 @@ def _pairs_of_rated(prompt: list[Message], rated: list[tuple[str, float]], confi
     return pairs
 
 
-def read_conversation(prompt: str, answer: str, row: Row, config: PairingConfig) -> list[Example]:
-    """The columns `prompt` and `answer`, texts or messages; the latter may hold both. `label` is that of KTO."""
-    if row.get("label") is False:
+def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, config: PairingConfig) -> list[Example]:
+    """The first of the columns `prompts` and of `answers` that a row has, texts or messages; the latter may hold both.
+    `label` is that of datasets for KTO."""
+    if row.get("label") in (False, "False", "false", "0"):
         raise DropRow("labelled as undesired")
-    messages = _conversation(answer, row.get(answer), _question(row, [prompt]))
-    return [Example(messages[:-1], messages[-1:])]
+    answer = next(name for name in answers if name in row)
+    messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
+    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+        raise DropRow("no turn is learned")
+    return [Example(messages[:-1], messages[-1:], tools=_tools(row))]
 
 
 def _margin_error(margin: float | None, min_margin: float) -> str:
@@ -277,7 +243,8 @@ def _margin_error(margin: float | None, min_margin: float) -> str:
 class Format:
     """How the rows of a dataset are read: a reader, the columns that it needs, and the one of them that holds lists.
 
-    "a or b" means one of two columns. `use` is pairs, conversations, or chosen (the chosen side of pairs).
+    "a or b" means one of several columns. `use` is pairs, conversations, or chosen (the chosen side of pairs). Of a
+    dataset: `as_text` are columns that hold lists as text, `unused` are columns and keys of messages that are not read.
     """
 
     name: str
@@ -285,6 +252,8 @@ class Format:
     columns: tuple[str, ...]
     lists: str = ""
     use: Literal["pairs", "conversations", "chosen"] = "pairs"
+    as_text: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}, the chosen side" if self.use == "chosen" else self.name
@@ -297,37 +266,60 @@ class Format:
     def read(self, row: Row, config: PairingConfig) -> list[Example | str]:
         """The examples of a row. A string is the reason to drop the row, or one pair of it."""
         try:
+            for name in self.as_text:
+                row[name] = parse_text(row.get(name))
+            if any(row.get(name) for name in IMAGE_COLUMNS):
+                raise DropRow("images")
             examples = self.reader(row, config if self.use == "pairs" else PairingConfig())
         except DropRow as reason:
             return [str(reason)]
         if self.use == "chosen":
-            return [Example(examples[0].prompt, examples[0].chosen)]
+            return [Example(examples[0].prompt, examples[0].chosen, tools=examples[0].tools)]
         return [_margin_error(example.margin, config.min_margin) or example for example in examples]
 
 
+class TrackedRow(dict[str, Any]):
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
+ANY_PROMPT = "prompt or instruction or messages or conversations"
+ANY_ANSWERS = "completions or responses"
 PAIR_FORMATS = (  # in the order of detection. Known datasets of each: docs/data.md
     Format("messages", read_pair, ("chosen", "rejected"), lists="chosen"),
-    Format("pairs", read_pair, ("prompt", "chosen", "rejected")),
+    Format("pairs", read_pair, (ANY_PROMPT, "chosen", "rejected")),
     Format("orca", read_pair, ("question or input", "chosen", "rejected")),
     Format("ranked", read_ranked, ("prompt", "answers"), lists="answers"),
     Format("hh", read_pair, ("chosen", "rejected")),
     Format("alpaca_farm", read_alpaca_farm, ("instruction", "output_1", "output_2", "preference")),
-    Format(
-        "scored",
-        read_scored,
-        ("prompt or instruction or question", "completions or responses"),
-        lists="completions or responses",
-    ),
+    Format("scored", read_scored, ("prompt or instruction or question", ANY_ANSWERS), lists=ANY_ANSWERS),
 )
-CONVERSATION_COLUMNS = {  # prompt and answer; messages hold both
-    "messages": ("", "messages"),
-    "completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
+CONVERSATION_COLUMNS = {  # prompt and answer, the first that there is of each; messages hold both
+    "messages": ((), ("messages",)),
+    "sharegpt": ((), ("conversations",)),
+    "completion": (("prompt", "question"), ("completion", "response", "answer")),
+    "alpaca": (("instruction",), ("output", "response")),
 }
 INSTRUCTION_FORMATS = (
     *(
-        Format(name, partial(read_conversation, *columns), tuple(filter(None, columns)), use="conversations")
-        for name, columns in CONVERSATION_COLUMNS.items()
+        Format(
+            name,
+            partial(read_conversation, prompts, answers),
+            tuple(" or ".join(names) for names in (prompts, answers) if names),
+            use="conversations",
+        )
+        for name, (prompts, answers) in CONVERSATION_COLUMNS.items()
     ),
     *(dataclasses.replace(pair_format, use="chosen") for pair_format in PAIR_FORMATS),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import REPO, SettingsError, UserError, describe_error, find_path, read_jsonl
-from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, Format
+from helpers.data.files import FILE_TYPES, as_json_lines, file_type
+from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, Format, PairingConfig, TrackedRow
+from helpers.data.messages import MESSAGE_KEYS, ROLE_KEYS, DropRow, is_list_as_text, parse_hh, parse_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+TEXT_TYPES = {"json", "jsonl", "csv"}
+LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history", "tools")
 FORMAT_ALIASES = {"triplet": "pairs", "transcript": "hh"}
 PROBED_ROWS = 100  # rows that show whether a column holds lists
 
@@ -43,7 +47,7 @@ class DatasetSpec:
     @property
     def is_file_name(self) -> bool:
         """Whether the id can only mean files: it is a glob, or ends like a file of rows."""
-        return glob.has_magic(self.id) or Path(self.id).suffix in FILE_READERS
+        return glob.has_magic(self.id) or bool(file_type(self.id))
 
     @property
     def files(self) -> list[Path]:
@@ -97,10 +101,7 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
     from datasets.exceptions import DatasetsError
 
     split, what = split or spec.split, f"dataset {spec.id!r}, split {split or spec.split!r},"
-    lines = [file for file in spec.files if file.suffix == ".jsonl"]
     try:
-        for file in lines:
-            _check_lines(file)
         rows = _load(spec, split).with_format(None)
     except (StopIteration, IndexError):
         raise UserError(f"{what} has no rows") from None
@@ -108,8 +109,9 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
         if spec.any_split and split == spec.split and (other := _training_split(spec)):
             print(f"{spec.id} has no split {split!r}; using {other!r}.")
             return load_rows(dataclasses.replace(spec, split=other, any_split=False))
-        for file in lines:
-            read_jsonl(file)  # names the line
+        for file in spec.files:
+            if file_type(file) == "jsonl":
+                read_jsonl(file)  # names the line
         if rows := _load_file_of_script(spec, split):
             return rows
         local = " ".join(str(error.__cause__ or error).split())[:300]
@@ -119,29 +121,21 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
     return rows
 
 
-def _check_lines(file: Path) -> None:
-    """Raise ValueError for lines that datasets reads without complaint: not UTF-8, or not an object."""
-    with file.open(encoding="utf-8-sig") as lines:
-        if any(not line.lstrip().startswith("{") for line in lines if line.strip()):
-            raise ValueError("a line is not an object")
-
-
 def _load(spec: DatasetSpec, split: str) -> Dataset:
-    from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, config, load_dataset, load_from_disk
 
     path, files = find_path(spec.id), spec.files
     if files:
-        readers = {FILE_READERS.get(file.suffix, "") for file in files}
-        if len(readers) > 1 or "" in readers:
-            raise UserError(f"dataset {spec.id!r} must be files of one type. Use one of {', '.join(FILE_READERS)}.")
-        as_text: dict[str, Any] = {}
-        if readers == {"csv"}:  # every cell is text: an answer may be "None", or a number
-            import pandas
-
-            names = pandas.read_csv(files[0], nrows=0).columns
-            as_text = {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False}
-        names = [glob.escape(str(file)) for file in files]
-        return load_dataset(readers.pop(), data_files=names, split="train", **as_text)
+        types = {file_type(file) for file in files}
+        if len({"lines" if each in TEXT_TYPES else each for each in types}) > 1 or "" in types:
+            raise UserError(f"dataset {spec.id!r} must be files of one type. Use one of {', '.join(FILE_TYPES)}.")
+        if types <= TEXT_TYPES:
+            cache = Path(config.HF_DATASETS_CACHE) / "dpo-notebooks"
+            files = [as_json_lines(file, split, cache) for file in files]
+            return load_dataset(
+                "json", data_files=[glob.escape(str(f)) for f in files], split="train", parse_agent_traces=False
+            )
+        return load_dataset(types.pop(), data_files=[glob.escape(str(file)) for file in files], split="train")
     if path is None and spec.is_file_name:
         raise UserError(f"dataset {spec.id!r} does not exist: there is no such file")
     if path and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -207,11 +201,18 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
     candidates = known if data_format == "auto" else [each for each in known if each.name == data_format]
     if not candidates:
         raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
+    first = rows[:PROBED_ROWS]
+    as_text = tuple(name for name, values in first.items() if _holds_lists_as_text(name, values))
     if data_format == "auto":  # a format that is named is taken at its word
-        for name, values in rows[:PROBED_ROWS].items():
-            columns[name] = 2 * sum(isinstance(v, list) for v in values) > sum(v is not None for v in values)
-    if fitting := detect_format(columns, candidates):
-        return fitting
+        for name, values in first.items():
+            lists = sum(isinstance(v, list | dict) for v in values)
+            columns[name] = name in as_text or 2 * lists > sum(v is not None for v in values)
+    fitting = detect_format(columns, candidates)
+    if fitting and fitting.name == "hh" and data_format == "auto":  # known by the marks of its transcripts
+        transcripts = sum(bool(parse_hh(text)) for text in first["chosen"])
+        fitting = fitting if 2 * transcripts >= len(first["chosen"]) else None
+    if fitting:
+        return dataclasses.replace(fitting, as_text=as_text)
     needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
     problem = "which match no known format"
     fix = f"Rename them to {needs}, or set `--data_format` to one of {names}."
@@ -220,6 +221,38 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
         problem = f"and no {lacking}, which the format {data_format} needs"
         fix = "Rename them, or use another `--data_format`."
     raise UserError(f"the dataset has columns {', '.join(columns)}, {problem}. {fix}")
+
+
+def _holds_lists_as_text(column: str, values: list[Any]) -> bool:
+    """Whether most values of a column are lists that a CSV or JSON file holds as text. Raises UserError if they begin
+    as lists and most cannot be parsed."""
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    lists = [t for t in texts if is_list_as_text(t) or (column in LIST_COLUMNS and t.lstrip().startswith("["))]
+    if 2 * len(lists) <= len(texts):
+        return False
+    parsed = 0
+    for text in lists:
+        with contextlib.suppress(DropRow):
+            parsed += isinstance(parse_text(text), list | dict)
+    if 2 * parsed <= len(lists):
+        raise UserError(f"column {column} holds lists as text that cannot be parsed: {lists[0][:60]!r}. Write JSON.")
+    return True
+
+
+def unused_columns(rows: Dataset, row_format: Format, pairing: PairingConfig) -> tuple[str, ...]:
+    """Columns of a dataset that reading its first rows does not touch, and such keys of their messages."""
+    read, keys, columns = set[str](), dict[str, None](), rows.column_names
+    for i in range(min(PROBED_ROWS, len(rows))):
+        row = TrackedRow(rows[i])
+        row_format.read(row, pairing)
+        read |= row.read
+        for name in row.read & set(columns):
+            value = dict.get(row, name)
+            for message in value if isinstance(value, list) else [value]:
+                if isinstance(message, dict) and {*ROLE_KEYS} & message.keys():
+                    unread = [k for k, v in message.items() if k not in MESSAGE_KEYS and v not in (None, "", [])]
+                    keys |= {f"{name}.{key}": None for key in unread}
+    return (*(name for name in columns if name not in read), *keys)
 
 
 def detect_format(columns: Mapping[str, bool], known: Sequence[Format] = PAIR_FORMATS) -> Format | None:

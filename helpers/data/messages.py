@@ -54,15 +54,13 @@ def to_messages(value: Any, role: str) -> list[Message]:
     if isinstance(value, str):
         return parse_hh(value) or ([{"role": role, "content": value}] if value.strip() or role == "assistant" else [])
     if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return []
-    return [to_message(message, role) for message in value if message is not None]
+        return [to_message(value, role)]
+    return [to_message(message) for message in value if message is not None] if isinstance(value, list) else []
 
 
 def to_message(message: Any, default_role: str = "") -> Message:
     """One message with the keys of transformers. Raises DropRow."""
-    if isinstance(message, str) and default_role:
+    if isinstance(message, str):
         raise DropRow("a list of texts, not of messages")
     if not isinstance(message, dict):
         raise unusable("message", message)
@@ -118,7 +116,9 @@ def to_history(value: Any) -> list[Message]:
         return []
     if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
         roles = ("user", "assistant")
-        return [{"role": role, "content": to_text(text)} for turn in value for role, text in zip(roles, turn, strict=True)]
+        return [
+            {"role": role, "content": to_text(text)} for turn in value for role, text in zip(roles, turn, strict=True)
+        ]
     return to_messages(value, "user")
 
 

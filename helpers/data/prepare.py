@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import os
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import SettingsError, UserError, process_lock
-from helpers.data.formats import Example, Format, Message, PairingConfig, add_system_prompt, conversation_hash
-from helpers.data.loading import choose_format
+from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig
+from helpers.data.loading import choose_format, unused_columns
+from helpers.data.messages import Message, add_system_prompt, conversation_hash
 from helpers.models.chat import (
     encode_prompt,
     fold_system_message,
+    not_rendered,
     render_all,
     special_token_pattern,
     supports_system_role,
@@ -31,6 +34,7 @@ TOKENIZERS: dict[str, Tokenizer] = {}  # forked workers inherit them; sending on
 SIDES = ("prompt", "chosen", "rejected")
 TOO_LONG = "longer than max_length"
 PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
+NOT_RENDERED = "{}, which the chat template does not render"
 TRUNCATED_ANSWER = "answer truncated"
 TokenIds = dict[str, list[int]]  # by column
 
@@ -58,8 +62,8 @@ def tokenize_dataset(
     pairing: PairingConfig | None = None,
     system_prompt: str = "",
     num_proc: int = 0,
-) -> tuple[Dataset, str]:
-    """Prepare all rows, cached by content; returns them and the name of their format. Raises UserError.
+) -> tuple[Dataset, Format]:
+    """Prepare all rows, cached by content; returns them and their format. Raises UserError.
 
     Pairs have the columns prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids and margin, conversations have
     messages, input_ids and labels. Both have tokens, prompt_hash and `row_report.INTERNAL_COLUMNS`.
@@ -68,6 +72,11 @@ def tokenize_dataset(
     if use_pairs and pairing.recommended and "status" not in rows.column_names:
         example = "argilla/distilabel-intel-orca-dpo-pairs"
         raise SettingsError(f"--recommended needs a dataset with a status column, such as {example}. Leave it out.")
+    has_ratings = row_format.name == "scored" or any({*names} <= {*rows.column_names} for names in MARGIN_COLUMNS)
+    if use_pairs and pairing.min_margin and not has_ratings and "rating" not in rows.column_names:
+        names = ", ".join(" and ".join(names) for names in MARGIN_COLUMNS)
+        raise SettingsError(f"--min_margin needs ratings, in columns such as {names}. Leave it out.")
+    row_format = dataclasses.replace(row_format, unused=unused_columns(rows, row_format, pairing))
     config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
     fingerprint = content_fingerprint(rows, tokenizer, config)
     TOKENIZERS[fingerprint] = tokenizer
@@ -86,7 +95,7 @@ def tokenize_dataset(
             )
     finally:
         del TOKENIZERS[fingerprint]
-    return prepared, str(row_format)
+    return prepared, row_format
 
 
 def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, Any]) -> str:
@@ -95,7 +104,10 @@ def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, A
     datasets makes such names by pickling, which for tokenizers changes from one process to the next.
     """
     here = Path(__file__).parent
-    code = [file.read_text() for file in (here / "formats.py", here / "prepare.py", here.parent / "models/chat.py")]
+    code = [
+        file.read_text()
+        for file in (here / "messages.py", here / "formats.py", here / "prepare.py", here.parent / "models/chat.py")
+    ]
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # left from an earlier call, and without effect here
         tokenizer.backend_tokenizer.no_padding()
@@ -154,7 +166,7 @@ def _prepare_batch(
         try:
             example, ids, row["drop_reason"], cut = apply_limits(tokenizer, example, ids, limits)
         except UserError as error:
-            raise UserError(f"row {row['source_index']} {error}") from None
+            raise UserError(f"row {row['source_index'] + 1} {error}") from None
         prompt = fold_system_message(example.prompt, has_system_role)
         folded = "" if prompt is example.prompt else "system message folded into the first user turn"
         tokens = _lengths(ids)[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(_lengths(ids))
@@ -190,23 +202,33 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str
     prompt, the prompt in training would differ from the one at generation, and the pair cannot be used.
     """
     has_system_role, encoded = supports_system_role(tokenizer), list[TokenIds | str]()
+    ids_or_reason: TokenIds | str
     prompts = [fold_system_message(example.prompt, has_system_role) for example in examples]
+    tools = [example.tools for example in examples]
+    lacking = [not_rendered(tokenizer, [*e.prompt, *e.chosen, *e.rejected], e.tools) for e in examples]
     if examples and not examples[0].rejected:
-        for prompt, example in zip(prompts, examples, strict=True):
+        for prompt, example, lack in zip(prompts, examples, lacking, strict=True):
             try:
-                encoded.append(tokenize_with_labels(tokenizer, [*prompt, *example.chosen]))
+                ids_or_reason = tokenize_with_labels(tokenizer, [*prompt, *example.chosen], example.tools)
             except UserError as error:
-                encoded.append(str(error)[:80])
+                ids_or_reason = str(error)
+            encoded.append(NOT_RENDERED.format(lack) if lack else ids_or_reason)
         return encoded
-    texts = render_all(tokenizer, prompts, prompt=True)
+    texts = render_all(tokenizer, prompts, prompt=True, tools=tools)
     for side in SIDES[1:]:
-        texts += render_all(tokenizer, [[*p, *getattr(e, side)] for p, e in zip(prompts, examples, strict=True)])
+        talks = [[*p, *getattr(e, side)] for p, e in zip(prompts, examples, strict=True)]
+        texts += render_all(tokenizer, talks, tools=tools)
     ids, count = tokenize(tokenizer, [text for text, _ in texts]), len(examples)
     for i in range(count):
         prompt_ids, chosen, rejected = ids[i::count]
         start = len(prompt_ids)
+        (prompt, _), *answers = texts[i::count]
         reason = next((error for _, error in texts[i::count] if error), "")
-        if not reason and not chosen[:start] == rejected[:start] == prompt_ids:
+        if lacking[i]:
+            reason = NOT_RENDERED.format(lacking[i])
+        elif not reason and not all(answer.startswith(prompt) for answer, _ in answers):
+            reason = "the chat template renders the prompt differently before an answer"
+        elif not reason and not chosen[:start] == rejected[:start] == prompt_ids:
             reason = "first token of the answer merges with the prompt"
         columns = {"prompt_ids": prompt_ids, "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
         encoded.append(reason or columns)
@@ -260,8 +282,9 @@ def truncate_prompt(tokenizer: Tokenizer, prompt: list[Message], max_tokens: int
     """
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
-    while len(turns) > 1 and _prompt_length(tokenizer, head + turns) > max_tokens:
-        turns = turns[2:]
+    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]  # a prompt begins with one of them
+    fits = bisect.bisect_left(users[:-1], True, key=lambda i: _prompt_length(tokenizer, head + turns[i:]) <= max_tokens)
+    turns = turns[users[fits] :]
     text, start, starts = turns[-1]["content"], 0, list(range(len(turns[-1]["content"])))
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

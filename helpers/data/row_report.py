@@ -33,9 +33,10 @@ Config = TypeVar("Config")
 class RowReport:
     """What happened to every row: `kept + sum(dropped) == read`.
 
-    `examples` has up to three row numbers for each reason, counted from 0 and behind the dataset's name if there are
+    `examples` has up to three row numbers for each reason, counted from 1 and behind the dataset's name if there are
     several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has
-    the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset.
+    the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset. `unused` are the
+    columns, and keys of messages, that are not read.
     """
 
     read: int = 0
@@ -43,6 +44,7 @@ class RowReport:
     train: int = 0
     eval: int = 0
     format: str = ""
+    unused: list[str] = dataclasses.field(default_factory=list)
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     flagged: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -75,7 +77,8 @@ class RowReport:
 
     def as_dict(self) -> dict[str, Any]:
         """All counts, ready for JSON."""
-        counts = {name: getattr(self, name) for name in ("format", "read", "kept", "train", "eval", "sets", "examples")}
+        counts = {name: getattr(self, name) for name in ("format", "unused", "read", "kept", "train", "eval", "sets")}
+        counts["examples"] = self.examples
         return counts | {
             "changed": self.changed_rows,
             "dropped": self.dropped.total(),
@@ -91,6 +94,8 @@ class RowReport:
         for kind, reasons in self.by_kind.items():
             for reason, count in reasons.most_common():
                 table.add_row(f"  {kind}: {reason}", f"{count:,}", ", ".join(map(str, self.examples[reason])))
+        if self.unused:
+            table.add_row("  not used", str(len(self.unused)), ", ".join(self.unused))
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
         table.add_row("  train", f"{self.train:,}", "")
         table.add_row("  eval", f"{self.eval:,}", "")
@@ -149,11 +154,12 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
             rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
             prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, spec.format, **options)
             label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
-            numbers = [f"{label} {index}" for index in indices] if label else indices
+            numbers = [f"{label} {index + 1}" if label else index + 1 for index in indices]
             splits.append(PreparedSplit(prepared, numbers, label, is_eval))
             formats.append(row_format)
     report, train, held_out = deduplicate(splits)
-    report.format = ", ".join(dict.fromkeys(formats))
+    report.format = ", ".join(dict.fromkeys(map(str, formats)))
+    report.unused = list(dict.fromkeys(name for row_format in formats for name in row_format.unused))
     report.check(settings.strict)
     if held_out is None:
         train, held_out = split_by_prompt(train, split)
@@ -180,8 +186,8 @@ def prepare_rows(
 ) -> tuple[Dataset, RowReport]:
     """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
     prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
-    report, kept, _ = deduplicate([PreparedSplit(prepared, range(len(rows)))])
-    report.format = row_format
+    report, kept, _ = deduplicate([PreparedSplit(prepared, range(1, len(rows) + 1))])
+    report.format, report.unused = str(row_format), list(row_format.unused)
     return kept, report
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import UserError, find_path
-from helpers.data.formats import Message, PairingConfig, add_system_prompt
+from helpers.data.formats import PairingConfig
 from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
+from helpers.data.messages import Message, add_system_prompt
 from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import Split, config_from
 from helpers.models.resolve import Start

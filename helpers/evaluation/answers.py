@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from helpers.core import Interrupted, Row, UserError, atomic_write, read_jsonl, safe_file_name, short_path
-from helpers.data.formats import Message
+from helpers.data.messages import Message
 from helpers.evaluation.questions import Question, answer_turns, question_turns
 from helpers.runs.run import Run
 

@@ -15,7 +15,7 @@ from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import CleanExit, SettingsError, UserError
-from helpers.data.formats import Message
+from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.models.chat import eos_token_ids, fold_system_message, render, set_chat_template, supports_system_role
 from helpers.models.plan import LoadPlan, plan_model, prepare_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
-from helpers.data.formats import Message
+from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import UserError, find_path, read_jsonl
-from helpers.data.formats import is_conversation
 from helpers.data.loading import DatasetSpec, load_rows
+from helpers.data.messages import is_conversation
 
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")

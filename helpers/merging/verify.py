@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from helpers.core import UserError
-from helpers.data.formats import Message
+from helpers.data.messages import Message
 from helpers.merging.merge import Adapter, MergedModel, staging_dir
 from helpers.merging.weights import StreamingMerger, WeightFiles, write_merged
 from helpers.models.chat import render

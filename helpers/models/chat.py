@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken
 
-from helpers.core import UserError, find_path
+from helpers.core import UserError, find_path, shorten
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -21,6 +24,8 @@ CHAT_TEMPLATES = ("mistral", "chatml", "tulu", "alpaca", "vicuna", "hh")
 TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}  # added to a tokenizer that lacks them
 TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokenizer's own end-of-sequence token
 REFUSED = "the chat template refuses a conversation"
+MANY_TURNS = 16  # messages above which `tokenize_with_labels` renders parts of a conversation only
+XYZZY = {"name": "xyzzy", "description": "", "parameters": {"type": "object", "properties": {}}}  # a tool
 VALIDATED_ROWS = 16  # rows that `validate_chat_template` checks before training
 PROBE = [
     {"role": role, "content": text}
@@ -60,25 +65,39 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
     return chat_template, new
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool = False) -> str:
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None  # what an assistant may call, as in transformers
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: bool = False, tools: Tools = None) -> str:
     """Render a conversation as text, special tokens included; `prompt` opens the assistant's turn at the end."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # jinja2's TemplateError, or whatever a template raises for unexpected messages
-        raise UserError(f"{REFUSED}: {error}") from None
+        raise UserError(f"{REFUSED}: {shorten(str(error))}") from None
 
 
 def render_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[Messages],
+    prompt: bool = False,
+    tools: Sequence[Tools] = (),
 ) -> list[tuple[str, str]]:
-    """Render many conversations: the text and "", or "" and the reason why the template refuses it, for each."""
-    try:
-        texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
-        return [(str(text), "") for text in texts]
-    except Exception as error:  # see `render`
-        if len(conversations) == 1:
-            return [("", f"{REFUSED}: {error}"[:80])]
-        return [result for messages in conversations for result in render_all(tokenizer, [messages], prompt)]
+    """Render many conversations: the text and "", or "" and the reason why the template refuses it, for each.
+
+    `tools` are those of each conversation; empty if none has any.
+    """
+    with contextlib.suppress(Exception):  # see `render`
+        if not any(tools):
+            texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
+            return [(str(text), "") for text in texts]
+    results = []
+    for messages, own_tools in itertools.zip_longest(conversations, tools):
+        try:
+            results.append((render(tokenizer, messages, prompt, own_tools), ""))
+        except UserError as error:
+            results.append(("", str(error)))
+    return results
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -91,35 +110,76 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Tokenize a conversation that the model is to answer."""
     return tokenize(tokenizer, [render(tokenizer, messages, prompt=True)])[0]
 
 
-def tokenize_with_labels(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """Tokenize a conversation. Labels are -100 except on every assistant turn and its end.
+def tokenize_with_labels(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> dict[str, list[int]]:
+    """Tokenize a conversation. Labels are -100 except on every assistant turn and its end; a turn of weight 0 is not
+    learned either.
 
     An assistant turn is what its rendering adds to that of the prompt before it. Raises UserError if the template's
     text does not only grow from turn to turn.
     """
-    text, ends = render(tokenizer, messages), []  # where each assistant turn starts and ends, in characters
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(tokenizer, messages[:i], prompt=True), render(tokenizer, messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise UserError(f"the chat template renders turn {i} differently in a longer conversation: {after!r}")
-            ends += [len(before), len(after)]
+    text = render(tokenizer, messages, tools=tools)
+    spans = _short_spans(tokenizer, messages, tools, text) if len(messages) > MANY_TURNS else None
+    spans = spans if spans is not None else _exact_spans(tokenizer, messages, tools, text)
+    ends = [end for i, span in spans.items() for end in span if messages[i].get("weight") != 0]
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
     else:  # no offsets: count the tokens up to each end, which must only grow too
         ids, *parts = tokenize(tokenizer, [text, *(text[:end] for end in ends)])
         if any(ids[: len(part)] != part for part in parts):
-            raise UserError(f"the tokens of one turn merge with the next: {text!r}")
+            raise UserError("the tokens of one turn merge with the next")
         starts, ends = list(range(len(ids))), [len(part) for part in parts]
     # a token is learned if an odd number of ends lies at or before its start
     learned = np.searchsorted(ends, starts, side="right") % 2
     return {"input_ids": ids, "labels": np.where(learned, ids, -100).tolist()}
+
+
+def _exact_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+) -> dict[int, tuple[int, int]]:
+    """Where each assistant turn starts and ends in `text`, in characters. It renders the conversation up to each turn,
+    so its time grows with the square of the turns."""
+    spans = {}
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(tokenizer, messages[:i], prompt=True, tools=tools)
+            after = render(tokenizer, messages[: i + 1], tools=tools)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError("the chat template renders a turn differently in a longer conversation")
+            spans[i] = len(before), len(after)
+    return spans
+
+
+def _short_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+) -> dict[int, tuple[int, int]] | None:
+    """As `_exact_spans`, in time that grows with the turns: each exchange is rendered behind the one before it only.
+    None if these parts do not make up `text`, because the template looks further back."""
+    first = int(messages[0]["role"] == "system")
+    head = messages[:first]
+    starts = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"] + [len(messages)]
+    spans, end, after, earlier = {}, 0, "", Messages()
+    for start, stop in itertools.pairwise(starts):
+        window = [*head, *earlier]
+        shift = end - len(render(tokenizer, window, tools=tools)) if earlier else 0
+        for i in range(start, stop):
+            if messages[i]["role"] == "assistant":
+                before = render(tokenizer, [*window, *messages[start:i]], prompt=True, tools=tools)
+                after = render(tokenizer, [*window, *messages[start : i + 1]], tools=tools)
+                if not after.startswith(before):
+                    return None
+                spans[i] = len(before) + shift, len(after) + shift
+        if text[end : len(after) + shift] != after[end - shift :]:
+            return None
+        end, earlier = len(after) + shift, messages[start:stop]
+    return spans if end == len(text) else None
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
@@ -135,12 +195,37 @@ def supports_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "Xyzzy." in text
 
 
-def fold_system_message(messages: list[dict[str, str]], supported: bool = False) -> list[dict[str, str]]:
+def not_rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> str:
+    """What of a conversation the template leaves out of its text: tools, tool_calls, reasoning_content, or a tool's
+    answer; "" if it renders all."""
+    if tools and not _renders(tokenizer, PROBE[:1], "xyzzy", [{"type": "function", "function": XYZZY}]):
+        return "tools"
+    for message in messages:
+        call = {"type": "function", "function": {"name": "xyzzy", "arguments": {}}, "id": "xyzzy1234"}
+        probe = {"role": "assistant", "content": "", "tool_calls": [call]}
+        if "tool_calls" in message and not _renders(tokenizer, [*PROBE[:1], probe], "xyzzy"):
+            return "tool_calls"
+        answer = {"role": "tool", "content": "Plugh.", "tool_call_id": "xyzzy1234", "name": "xyzzy"}
+        if message["role"] == "tool" and not _renders(tokenizer, [*PROBE[:1], probe, answer], "Plugh."):
+            return "a tool's answer"
+        thought = {"role": "assistant", "content": "Two.", "reasoning_content": "Plugh."}
+        if "reasoning_content" in message and not _renders(tokenizer, [*PROBE[:1], thought], "Plugh."):
+            return "reasoning_content"
+    return ""
+
+
+def _renders(tokenizer: PreTrainedTokenizerBase, messages: Messages, word: str, tools: Tools = None) -> bool:
+    with contextlib.suppress(UserError):
+        return word in render(tokenizer, messages, tools=tools)
+    return False
+
+
+def fold_system_message(messages: Messages, supported: bool = False) -> Messages:
     """Move a leading system message into the first user turn, unless the template has a system role (`supported`)."""
     if supported or messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
-    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -149,7 +234,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> None:
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> None:
     """Check on real conversations that the template is safe to train on.
 
     It renders every turn, begins as the tokenizer begins other text, closes the answer with the end-of-sequence token,

@@ -70,7 +70,11 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
         with ignore_broken_pipe():
-            print(format_help(cls) if {"-h", "--help"} & set(argv) else trl_fields.trl_help(cls.step, own, _notebook_source()))
+            print(
+                format_help(cls)
+                if {"-h", "--help"} & set(argv)
+                else trl_fields.trl_help(cls.step, own, _notebook_source())
+            )
         raise SystemExit(0)
 
     types = trl_fields.field_types(cls.step) | own

@@ -86,7 +86,11 @@ def test_cells_are_text_whatever_they_look_like(tmp_path: Path) -> None:
         ("a.csv", CSV + "Who, me?,Yes.,No.\n", "a.csv, line 3, has 4 fields; the header has 3. Put texts with a comma"),
         ("a.csv", CSV + "Why?,Because.,No.,\n", "a.csv, line 3, has 4 fields; the header has 3"),
         ("a.csv", CSV + "Why?,Because.\n", "a.csv, line 3, has 2 fields; the header has 3"),
-        ("a.csv", CSV + '"Why?,Because.,No.\nx,y,z\n', "line 3, has 1 field; the header has 3. A double quote that opens"),
+        (
+            "a.csv",
+            CSV + '"Why?,Because.,No.\nx,y,z\n',
+            "line 3, has 1 field; the header has 3. A double quote",
+        ),
         ("a.csv", CSV.replace(",", ";") + "a;b;c;d\n", "Put texts with a semicolon in double quotes"),
         ("a.csv", "prompt,chosen,chosen\na,b,c\n", "a.csv has two columns named 'chosen'"),
         ("a.csv", "prompt,chosen,\na,b,c\n", "line 2, has 'c' in a column without a name"),

@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from helpers.data.formats import (
     INSTRUCTION_FORMATS,
     PAIR_FORMATS,
-    DropRow,
     Example,
     PairingConfig,
-    parse_hh,
     read_pair,
     read_ranked,
     read_scored,
-    validation_error,
 )
 from helpers.data.loading import detect_format
+from helpers.data.messages import DropRow, parse_hh, validation_error
 
 PAIRS = {row_format.name: row_format for row_format in PAIR_FORMATS}
 CONVERSATIONS = {row_format.name: row_format for row_format in INSTRUCTION_FORMATS if row_format.use == "conversations"}

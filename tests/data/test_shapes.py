@@ -23,7 +23,9 @@ CHATML = (
 )
 
 
-def prepare(tokenizer: Any, rows: list[dict[str, Any]], use_pairs: bool = True, **options: Any) -> tuple[Any, RowReport]:
+def prepare(
+    tokenizer: Any, rows: list[dict[str, Any]], use_pairs: bool = True, **options: Any
+) -> tuple[Any, RowReport]:
     return prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits(), use_pairs, **options)
 
 
@@ -63,7 +65,7 @@ def chatml(tokenizer: PreTrainedTokenizerBase, tmp_path: Any) -> Any:
             }},
             [user("Why?")],
         ),
-        ({"messages": [user("Why?")], **{s: {"role": "assistant", "content": t} for s, t in PAIR.items()}}, [user("Why?")]),
+        ({"messages": [user("Why?")], **{side: bot(text) for side, text in PAIR.items()}}, [user("Why?")]),
         ({"messages": [user("Why?")], **PAIR}, [user("Why?")]),
         ({"prompt": [{"role": "User", "content": [{"type": "text", "text": "Why?"}]}], **PAIR}, [user("Why?")]),
         ({"prompt": [{"role": "developer", "content": "Be kind."}, user("Why?")], **PAIR}, [SYSTEM, user("Why?")]),
@@ -83,9 +85,8 @@ def test_lists_of_messages_that_became_text_are_parsed(write: Any, chatml: Any) 
 
 def test_text_that_looks_like_a_list_of_messages_and_cannot_be_parsed_is_refused(chatml: Any) -> None:
     broken = {"prompt": "Why?", "chosen": "[{'role': 'assistant' 'content': 'a'}]", "rejected": "[{'role': 'as"}
-    with pytest.raises(UserError, match="a list as text that cannot be parsed"):
-        report = prepare(chatml, [broken, broken])[1]
-        report.check(strict=False)
+    with pytest.raises(UserError, match="column chosen holds lists as text that cannot be parsed"):
+        prepare(chatml, [broken, broken])
 
 
 def test_an_answer_in_json_stays_text_where_answers_are_texts(chatml: Any) -> None:
@@ -213,8 +214,12 @@ def test_a_template_that_renders_the_prompt_differently_is_named_for_that(chatml
 
 
 def test_the_message_of_a_template_is_whole(chatml: Any) -> None:
-    long = "this template takes only conversations about fruit, of which there were none in this one, as far as it knows"
-    chatml.chat_template = "{{ raise_exception('" + long + "') if 'odd' in messages[0]['content'] }}" + chatml.chat_template
+    long = (
+        "this template takes only conversations about fruit, of which there were none in this one, as far as it knows"
+    )
+    chatml.chat_template = (
+        "{{ raise_exception('" + long + "') if 'odd' in messages[0]['content'] }}" + chatml.chat_template
+    )
     dropped = dict(prepare(chatml, [{"prompt": "odd", **PAIR}])[1].dropped)
     assert dropped == {f"the chat template refuses a conversation: {long}": 1}
 

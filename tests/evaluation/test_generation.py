@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
-from helpers.data.formats import Message
+from helpers.data.messages import Message
 from helpers.evaluation import generators
 from helpers.evaluation.answers import AnswerStore
 from helpers.evaluation.generators import HFGenerator, chat_loop, generation_kwargs, iter_generators
