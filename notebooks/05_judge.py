@@ -81,7 +81,7 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import short_path, show
-from helpers.evaluation import PairwiseResults, RatingResults, find_answers, make_judge, save_judgments
+from helpers.evaluation import find_answers, make_judge, summarize
 from helpers.runs import show_report, start_run
 
 # %%
@@ -108,12 +108,10 @@ verdicts = judge.run(judge_run)
 # test, and notes on what speaks against the numbers: a judge that prefers the first answer, or the longer one.
 
 # %%
-results = (RatingResults if settings.mode == "single" else PairwiseResults).from_judgments(
-    verdicts, answers, seed=settings.seed
-)
+results = summarize(verdicts, answers, mode=settings.mode, seed=settings.seed)
 show(results)
 show(results.figure(), save_as=judge_run.folder / "results.png")
-save_judgments(judge_run, verdicts, results=results)
+verdicts.save(judge_run, results)
 
 # %% [markdown]
 # ## Next

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import html
 import json
 import os
 import random
@@ -14,10 +13,9 @@ import re
 import signal
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from helpers.core import Interrupted, Row, UserError, atomic_write, read_jsonl, safe_file_name, short_path
 from helpers.data.formats import Message
@@ -32,48 +30,36 @@ TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 class JsonlStore:
     """A JSONL file of rows, each under a key: `rows[key]`. A later row replaces an earlier one with the same key.
 
-    An incomplete last line, from a kill or a full disk, is removed by the next write. Raises UserError for a line that
-    is not an object or has no key.
+    An incomplete last line, from a kill or a full disk, is removed. Raises UserError for a line that is not an object
+    or has no key.
     """
 
     def __init__(self, file: Path, key: Callable[[Row], Hashable]) -> None:
         self.file, self.key = file, key
         self.rows: dict[Hashable, Row] = {}
-        self._end = 0  # of the last complete line
         if not file.is_file():
             return
-        content = file.read_bytes()
-        self._end = content.rfind(b"\n") + 1
-        with contextlib.suppress(ValueError):
-            if isinstance(json.loads(content[self._end :]), dict):  # written by hand, without its newline
-                self._end = len(content)
-        for row in read_jsonl(file, end=self._end):
+        complete, newline, last = file.read_bytes().rpartition(b"\n")
+        if last:
+            with contextlib.suppress(ValueError):
+                json.loads(last)  # only its newline is missing
+                newline = b"\n" + last + b"\n"
+            atomic_write(file, complete + newline)
+        for row in read_jsonl(file):
             try:
                 self.rows[key(row)] = row
             except (LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} has a row of another kind ({error!r}): {str(row)[:80]}") from None
 
     def add(self, *rows: Row) -> None:
-        """Append rows in one write that reaches the disk before this returns. Several processes may share the file."""
+        """Append rows in one write that reaches the disk before this returns."""
         if not rows:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
-        with self.file.open("a+b") as out:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(out, fcntl.LOCK_EX)
-            out.seek(self._end)
-            end = self._end + out.read().rfind(b"\n") + 1  # after the complete lines of other processes
-            out.truncate(end)
-            out.seek(max(0, end - 1))
-            if out.read() not in (b"", b"\n"):
-                text = b"\n" + text
-            out.write(text)
+        with self.file.open("ab") as out:
+            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             out.flush()
             os.fsync(out.fileno())
-            self._end = out.tell()
         self.rows |= {self.key(row): row for row in rows}
 
 
@@ -98,14 +84,18 @@ def resumable(run: Run) -> Iterator[None]:
         raise
 
 
-class Generator(Protocol):
+class Generator:
     """Generates answers to conversations."""
 
-    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> Sequence[str | None]:
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str | None]:
         """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
+        raise NotImplementedError
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """Print and return one answer."""
+        """Print one answer, word by word where that is possible, and return it."""
+        [answer] = self.generate([conversation], seed, **kwargs)
+        print(answer or "")
+        return answer or ""
 
 
 class AnswerStore:
@@ -152,9 +142,9 @@ class AnswerStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(q, ensure_ascii=False, default=str) + "\n" for q in self.questions)
         (self.folder / "question.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
-        missing = {str(q["question_id"]) for q in self.missing(name)}
+        missing = {q["question_id"] for q in self.missing(name)}
         for number, (temperature, batch) in enumerate(tqdm(self._batches(), desc=name, unit="batch")):
-            if missing.isdisjoint(str(q["question_id"]) for q in batch):
+            if missing.isdisjoint(q["question_id"] for q in batch):
                 continue
             kwargs = generation_kwargs
             if temperature is not None:
@@ -170,9 +160,24 @@ class AnswerStore:
                     "tstamp": time.time(),
                 }
                 for question, turns in zip(batch, answers, strict=True)
-                if turns is not None and str(question["question_id"]) in missing
+                if turns is not None and question["question_id"] in missing
             ]
             self.file(name).add(*rows)
+
+    def side_by_side(self, names: list[str], rows: int) -> SideBySide:
+        """`rows` of the questions, evenly spread, with each model's answer; the turns of a conversation are joined."""
+        step = max(1, len(self.questions) // max(1, rows))
+        columns = [self.answers(name) for name in names]
+        picked = [
+            [q["turns"], *(column.get(q["question_id"], []) for column in columns)]
+            for q in self.questions[step // 2 :: step][:rows]
+        ]
+        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in picked])
+
+    def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
+        """Write answers.html, a page to read and vote on (see `write_page`), and return its id."""
+        answers = {name: self.answers(name) for name in names}
+        return write_page(self.folder / "answers.html", self.questions, answers, title, settings, self.seed)
 
     def _batches(self) -> list[tuple[float | None, list[Question]]]:
         """Questions with the same temperature (None: that of the settings) and turns, and of similar length."""
@@ -211,17 +216,6 @@ class SideBySide:
     head: list[str]
     rows: list[list[str]]
 
-    @classmethod
-    def of(cls, store: AnswerStore, names: list[str], rows: int) -> SideBySide:
-        """`rows` of the questions, evenly spread; the turns of a conversation are joined."""
-        step = max(1, len(store.questions) // max(1, rows))
-        columns = [store.answers(name) for name in names]
-        picked = [
-            [q["turns"], *(column.get(q["question_id"], []) for column in columns)]
-            for q in store.questions[step // 2 :: step][:rows]
-        ]
-        return cls(["prompt", *names], [[_join(turns) for turns in row] for row in picked])
-
     def __rich__(self) -> Any:
         from rich.table import Table
         from rich.text import Text
@@ -249,7 +243,7 @@ def _join(turns: list[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(turns, 1))
 
 
-def write_vote_page(
+def write_page(
     file: Path,
     questions: list[Question],
     answers: ModelAnswers,
@@ -265,16 +259,9 @@ def write_vote_page(
     The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
     "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
     """
-    if "tie" in answers:
-        raise UserError("a model is called 'tie', which is the vote for none of them. Rename it.")
-    ids = [_to_json(question["question_id"]) for question in questions]
-    if not ids:
-        raise UserError("the page has no question to show")
-    [(repeated, count)] = Counter(ids).most_common(1)
-    if count > 1:
-        raise UserError(f"question_id {repeated} occurs {count} times. Give each question its own.")
     shown = []
-    for question, i in zip(questions, ids, strict=True):
+    for question in questions:
+        i = _to_json(question["question_id"])
         models = [model for model in answers if answers[model].get(question["question_id"])]
         random.Random(f"{seed} {i}").shuffle(models)
         shown.append(
@@ -289,16 +276,10 @@ def write_vote_page(
         )
     values = {name: v if isinstance(v, str) else _to_json(v) for name, v in (settings or {}).items()}
     content = _to_json({"settings": values, "models": list(answers), "questions": shown})
-    template = Path(__file__).with_name("vote_page.html").read_text(encoding="utf-8")
-    parts = {
-        "title": html.escape(title),
-        "policy": _policy(template),
-        "page": hashlib.sha256(content.encode()).hexdigest()[:12],
-        "content": content,
-    }
-    page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)  # one pass: no text is filled in twice
-    atomic_write(file, page.encode("utf-8", errors="replace"))
-    return parts["page"]
+    page = hashlib.sha256(content.encode()).hexdigest()[:12]
+    text = render_template("vote_page.html", title=title, policy=_policy(), page=page, content=content)
+    atomic_write(file, text.encode("utf-8", errors="replace"))
+    return page
 
 
 def _to_json(value: Any) -> str:
@@ -306,8 +287,9 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, default=str).replace("<", "\\u003c")
 
 
-def _policy(template: str) -> str:
-    """A Content-Security-Policy that allows the template's own style and script, by their hashes, and no request."""
+def _policy() -> str:
+    """A Content-Security-Policy that allows the page's own style and script, by their hashes, and no request."""
+    template = Path(__file__).with_name("vote_page.html").read_text(encoding="utf-8")
 
     def source(tag: str) -> str:
         [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import CleanExit, SettingsError, UserError
+from helpers.core import CleanExit, SettingsError, UserError, fingerprint
 from helpers.data.formats import Message
 from helpers.evaluation.answers import AnswerStore, Generator
+from helpers.evaluation.questions import Question
 from helpers.models.chat import eos_token_ids, fold_system_message, render, set_chat_template, supports_system_role
-from helpers.models.plan import LoadPlan, plan_model, prepare_model
+from helpers.models.plan import plan_model, prepare_model
 from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
@@ -26,20 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Arguments of `model.generate` that change what it returns, or need an object.
-UNSUPPORTED_ARGUMENTS = {
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "stop_strings",
-    "output_scores",
-    "output_logits",
-}
+UNSUPPORTED_ARGUMENTS = {"num_return_sequences", "return_dict_in_generate", "stop_strings"}
 TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
 # How newer models of OpenAI's call an argument; None: they do not accept it.
 ARGUMENT_ALIASES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 UNKNOWN_ARGUMENT = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
-LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -79,7 +73,7 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     return kwargs
 
 
-class HFGenerator:
+class HFGenerator(Generator):
     """A model on this machine, with or without an adapter."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -95,34 +89,30 @@ class HFGenerator:
         kwargs = {"eos_token_id": eos_token_ids(self.tokenizer, self.model.generation_config)} | kwargs
         system = supports_system_role(self.tokenizer)
         texts = [render(self.tokenizer, fold_system_message(talk, system), prompt=True) for talk in conversations]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         inputs = self.tokenizer(
-            [texts[i] for i in order], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
         with torch.inference_mode():
             output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **kwargs)
         new = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = dict(zip(order, new, strict=True))
-        return [answers[i].strip() for i in range(len(texts))]
+        return [text.strip() for text in new]
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
         from transformers import TextStreamer
 
-        beams = kwargs.get("num_beams", 1) > 1  # a beam search has no words until it ends
-        streamer = None if beams else TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [answer] = self.generate([conversation], seed, streamer=streamer, **kwargs)
-        if beams:
-            print(answer)
-        return answer
+        if kwargs.get("num_beams", 1) > 1:  # a beam search has no words until it ends
+            return super().stream(conversation, seed, **kwargs)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return self.generate([conversation], seed, streamer=streamer, **kwargs)[0]
 
 
-class OpenAIGenerator:
+class OpenAIGenerator(Generator):
     """A model behind an OpenAI-compatible endpoint; the conversations of a batch are sent at the same time."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
-    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> list[str | None]:
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str | None]:
         arguments = _to_openai(kwargs) | {"seed": seed}
 
         def ask(i: int) -> tuple[int, str | None]:
@@ -133,12 +123,6 @@ class OpenAIGenerator:
                 return i, None
 
         return [text for _, text in sorted(run_parallel(range(len(conversations)), ask, len(conversations)))]
-
-    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """The answer, printed once it is complete."""
-        [answer] = self.generate([conversation], seed, **kwargs)
-        print(answer or "")
-        return answer or ""
 
 
 def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -154,94 +138,103 @@ def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
     return arguments | ({"extra_body": body} if body else {})
 
 
-def plan_generators(models: list[ModelRef], settings: Any) -> LoadPlan | str:
-    """How the models will be loaded, to print. Raises UserError for a model that cannot run here, or a bad endpoint."""
-    remote = [Endpoint(model.base, model.base_url) for model in models if model.base_url]
-    plans = [plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url]
-    return plans[0] if plans else f"Answers come from {', '.join(sorted({endpoint.where for endpoint in remote}))}."
+class Generators:
+    """The models that answer, each loaded when it is needed, and how they sample. To show: how they are loaded.
 
-
-def iter_generators(
-    models: list[ModelRef], settings: Any, answers: AnswerStore | None = None
-) -> Iterator[tuple[str, Generator]]:
-    """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
-
-    One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used until
-    the next is asked for.
+    Raises SettingsError or UserError for arguments that are refused, a bad endpoint, or a model that cannot run here.
     """
-    from peft import PeftModel
-    from transformers import AutoTokenizer
 
-    base: Any = None
-    loaded: tuple[str, str] | None = None
-    for ref in models:
-        if answers is not None and not answers.missing(ref.name):
-            continue
-        if ref.base_url:
-            yield ref.name, OpenAIGenerator(Endpoint(ref.base, ref.base_url))
-            continue
-        if loaded != (ref.base, ref.revision):
-            base = None
-            gc.collect()  # free the base before loading the next
-            base = _load_base(ref, settings)
-        tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=settings.trust_remote_code)
-        set_chat_template(tokenizer, "auto")
-        prepare_model(base, tokenizer)
-        if ref.adapter:
-            base = PeftModel.from_pretrained(base, ref.adapter)
-        generator = HFGenerator(base.eval(), tokenizer)
-        yield ref.name, generator
-        generator.model = None  # the caller may still hold the generator
-        base = base.unload() if ref.adapter else base
-        loaded = None if ref.mutates_base else (ref.base, ref.revision)
+    def __init__(self, models: list[ModelRef], settings: Any) -> None:
+        self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
+        self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
+        self.plans = {m.base: plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url}
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        servers = ", ".join(sorted({endpoint.where for endpoint in self.endpoints.values()}))
+        return next(iter(self.plans.values()), Text(f"Answers come from {servers}."))
+
+    def fingerprint(self, questions: list[Question]) -> str:
+        """Identifies the questions and the models' weights."""
+        return fingerprint(questions, [model.fingerprint for model in self.models])
+
+    def load(self, answers: AnswerStore | None = None) -> Iterator[tuple[str, Generator]]:
+        """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
+
+        One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used
+        until the next is asked for.
+        """
+        from peft import PeftModel
+        from transformers import AutoTokenizer
+
+        base: Any = None
+        loaded: tuple[str, str] | None = None
+        for ref in self.models:
+            if answers is not None and not answers.missing(ref.name):
+                continue
+            if ref in self.endpoints:
+                yield ref.name, OpenAIGenerator(self.endpoints[ref])
+                continue
+            if loaded != (ref.base, ref.revision):
+                base = None
+                gc.collect()  # free the base before loading the next
+                base = self._load_base(ref)
+            remote_code = self.settings.trust_remote_code
+            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=remote_code)
+            set_chat_template(tokenizer, "auto")
+            prepare_model(base, tokenizer)
+            if ref.adapter:
+                base = PeftModel.from_pretrained(base, ref.adapter)
+            generator = HFGenerator(base.eval(), tokenizer)
+            yield ref.name, generator
+            generator.model = None  # the caller may still hold the generator
+            base = base.unload() if ref.adapter else base
+            loaded = None if ref.mutates_base else (ref.base, ref.revision)
+
+    def _load_base(self, ref: ModelRef) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        plan = self.plans[ref.base]
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(ref.base, ref.revision),
+            revision=ref.revision or "main",
+            dtype=plan.dtype,
+            quantization_config=plan.quantization,
+            attn_implementation=plan.attn_implementation,
+            device_map=plan.device_map,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
+
+    def chat(self) -> None:
+        """Talk with the last model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
+
+        Raises CleanExit at the end: a conversation is not saved, and has no run.
+        """
+        _, generator = next(Generators(self.models[-1:], self.settings).load())
+        talk: list[Message] = []
+        print("/new starts over, /quit ends.")
+        while (line := _read_line()) != "/quit":
+            if line == "/new":
+                talk = []
+            elif line:
+                talk.append({"role": "user", "content": line})
+                try:
+                    answer = generator.stream(talk, self.settings.seed + len(talk), **self.sampling)
+                    talk.append({"role": "assistant", "content": answer})
+                except (KeyboardInterrupt, UserError) as error:
+                    talk.pop()
+                    print(f"\n({error or 'stopped'}; the question is removed)")
+        raise CleanExit("The conversation is not saved.")
 
 
-def _load_base(ref: ModelRef, settings: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    plan = plan_model(ref.base, "none", settings.quantization)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        resolve_model(ref.base, ref.revision),
-        revision=ref.revision or "main",
-        dtype=plan.dtype,
-        quantization_config=plan.quantization,
-        attn_implementation=plan.attn_implementation,
-        device_map=plan.device_map,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return model
-
-
-def chat_loop(model: ModelRef, settings: Any, lines: Iterable[str] | None = None) -> None:
-    """Talk with a model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
-
-    Raises CleanExit at the end: a conversation is not saved, and has no run.
-    """
-    kwargs = generation_kwargs(settings)
-    _, generator = next(iter_generators([model], settings))
-    talk: list[Message] = []
-    print("/new starts over, /quit ends.")
-    for line in map(str.strip, lines if lines is not None else _typed_lines()):
-        if line in ("/quit", "/exit"):
-            break
-        if line == "/new":
-            talk = []
-        elif line:
-            talk.append({"role": "user", "content": line})
-            try:
-                answer = generator.stream(talk, settings.seed + len(talk), **kwargs)
-                talk.append({"role": "assistant", "content": answer})
-            except (KeyboardInterrupt, UserError) as error:
-                talk.pop()
-                print(f"\n({error or 'stopped'}; the question is removed)")
-    raise CleanExit("The conversation is not saved.")
-
-
-def _typed_lines() -> Iterator[str]:
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            yield input("> ")
-    print()
+def _read_line() -> str:
+    """A line that the user types; "/quit" at the end of the input."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return "/quit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +255,7 @@ class Endpoint:
     """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
-    are tried `tries` times by openai's client. It honours a Retry-After of up to two minutes; a longer one, up to
-    LONGEST_WAIT, is waited for here.
+    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes.
     """
 
     def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
@@ -286,51 +278,41 @@ class Endpoint:
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
         """One reply. A malformed one (no JSON, no choice, no text) is asked for again. Raises UserError."""
         for attempt in range(self.tries):
+            time.sleep(min(0.5 * 2**attempt, 8.0) if attempt else 0)
             try:
                 reply = self._create(messages, **arguments)
                 text, finish = reply.choices[0].message.content or "", reply.choices[0].finish_reason
             except (json.JSONDecodeError, AttributeError, IndexError, TypeError):  # a gateway's page, half an object
-                text, finish = "", None
+                continue
             if text or finish:
                 usage = getattr(reply, "usage", None)
                 counts = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
                 return Reply(text, finish != "length", *counts)
-            if attempt < self.tries - 1:
-                time.sleep(min(0.5 * 2**attempt, 8.0))
         raise UserError(f"{self.model} at {self.where} sent {self.tries} malformed replies in a row")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:
-        """A completion. Arguments and system messages that the server refuses are renamed, moved or dropped."""
+        """A completion. Arguments that the server refuses are renamed or dropped; a system message is moved."""
         from openai import APIConnectionError, APIStatusError
 
         create: Any = self.client.chat.completions.create
-        has_system = messages[0]["role"] == "system"
-        fold, waits = False, 0
+        has_system, fold = messages[0]["role"] == "system", self.supports_system is False
         while True:
             names = {name: self.renamed.get(name, name) for name in arguments}
             sent = {new: arguments[name] for name, new in names.items() if new}
-            fold = has_system and (fold or self.supports_system is False)
             try:
-                reply = create(model=self.model, messages=fold_system_message(messages) if fold else messages, **sent)
+                reply = create(model=self.model, messages=fold_system_message(messages, supported=not fold), **sent)
             except APIConnectionError as error:  # a timeout is one
                 raise UserError(f"no answer from {self.where}: {_first_line(error)} Is the server up?") from None
             except APIStatusError as error:
                 refused = [name for name in ARGUMENT_ALIASES if name in sent and _is_unknown(error, name)]
-                wait = _long_retry_after(error)
                 if error.status_code == 400 and refused:
                     self.renamed |= {name: ARGUMENT_ALIASES[name] for name in refused}
                     print(f"note: {self.model} does not accept {', '.join(refused)}: {_first_line(error)}")
                 elif error.status_code in (400, 422, 500) and has_system and not fold and not self.supports_system:
                     fold = True  # the templates of Mistral, Gemma and others have no system role
-                elif wait and waits < self.tries:
-                    waits += 1
-                    print(f"{self.where} asks to wait {wait:.0f} s.", flush=True)
-                    time.sleep(wait)
                 else:
                     raise self._explain(error) from None
                 continue
-            if fold and self.supports_system is None:
-                print(f"note: {self.model} has no system role: the system message is put before the user's.")
             if has_system:
                 self.supports_system = not fold
             return reply
@@ -359,12 +341,12 @@ def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency
     """
     errors: list[BaseException] = []
 
-    def run(job: Job) -> list[Result]:
+    def run(job: Job) -> Iterable[Result]:
         try:
-            return [] if errors else [work(job)]
+            return () if errors else (work(job),)
         except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
-            return []
+            return ()
 
     with ThreadPool(max(1, concurrency)) as pool:
         for results in pool.imap_unordered(run, jobs):
@@ -378,13 +360,6 @@ def _is_unknown(error: Any, name: str) -> bool:
     text = str(error.message)
     named = re.search(rf"\b{name}\b", text) and UNKNOWN_ARGUMENT.search(text)
     return getattr(error, "param", None) == name or bool(named)
-
-
-def _long_retry_after(error: Any) -> float:
-    """Seconds of a Retry-After that is too long for openai's client (3.52: above two minutes); else 0."""
-    value = error.response.headers.get("Retry-After", "")
-    seconds = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
-    return seconds if error.status_code in (429, 503) and 120 < seconds <= LONGEST_WAIT else 0.0
 
 
 def _first_line(error: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import threading
 import time
 from itertools import combinations
 from pathlib import Path
@@ -19,11 +18,11 @@ from helpers.evaluation.judgments import (
     Judgments,
     apply_rules,
     pair_row,
+    rating_row,
     read_judgments,
     read_votes,
-    score_by_rules,
 )
-from helpers.evaluation.questions import Question, question_turns
+from helpers.evaluation.questions import Question, find_input, question_turns
 from helpers.runs.run import Run
 
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
@@ -39,6 +38,15 @@ class JudgePrompts:
     def __init__(self, file: Path = OUR_PROMPTS) -> None:
         self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
         self.file, self.is_fastchat = file, "pair-v2" in self.rows
+
+    @classmethod
+    def of(cls, settings: Any) -> JudgePrompts:
+        """Those of --judge_prompts, or else of --bench_dir if it has any. Raises UserError."""
+        if settings.judge_prompts:
+            return cls(find_input("--judge_prompts", settings.judge_prompts))
+        bench = find_path(settings.bench_dir)
+        file = bench / OUR_PROMPTS.name if bench else OUR_PROMPTS
+        return cls(file if file.is_file() else OUR_PROMPTS)
 
     def name_for(self, question: Question, turn: int, mode: str) -> str:
         """The prompt for a turn (from 1) of a question. Raises UserError if the file lacks it."""
@@ -111,21 +119,22 @@ class Match:
     prompt: str  # its name
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return self.question["question_id"], self.turn, self.models, self.prompt
+    def fields(self) -> Row:
+        """What a row of calls.jsonl has of it."""
+        return {"question_id": self.question["question_id"], "turn": self.turn, "models": list(self.models),
+                "prompt": self.prompt}  # fmt: skip
 
 
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
     """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
     if mode == "single":
         return [(name,) for name in answers]
-    pairs: list[tuple[str, ...]] = (
-        [(baseline, name) for name in answers if name != baseline] if baseline else list(combinations(answers, 2))
-    )
+    pairs = [(baseline, name) for name in answers if name != baseline] if baseline else [*combinations(answers, 2)]
     if answers and not pairs:
-        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}; --mode single "
-                            "rates it")  # fmt: skip
-    return pairs
+        raise SettingsError(
+            f"a comparison needs two models, and there is one: {', '.join(answers)}. Give --mode single."
+        )
+    return [*pairs]
 
 
 def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Match]:
@@ -147,40 +156,19 @@ def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, pr
     return matches
 
 
-class Budget:
-    """Calls and tokens that may be spent from now on; 0 is no limit. Safe among threads."""
-
-    def __init__(self, max_calls: int = 0, max_tokens: int = 0) -> None:
-        self.max_calls, self.max_tokens = max_calls, max_tokens
-        self.calls = self.prompt_tokens = self.completion_tokens = 0
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """Whether there is a call left; it is taken."""
-        with self._lock:
-            tokens = self.prompt_tokens + self.completion_tokens
-            has_calls = not self.max_calls or self.calls < self.max_calls
-            has_call = has_calls and (not self.max_tokens or tokens < self.max_tokens)
-            self.calls += has_call
-            return has_call
-
-    def spend(self, prompt_tokens: int, completion_tokens: int) -> None:
-        with self._lock:
-            self.prompt_tokens += prompt_tokens
-            self.completion_tokens += completion_tokens
-
-    def summary(self, input_price: float = 0.0, output_price: float = 0.0) -> str:
-        """What was spent; prices are per million tokens."""
-        text = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
-        price = (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
-        return f"{text}: {price:,.2f} at the prices given" if price else text
+def describe_cost(replies: list[Reply], input_price: float = 0.0, output_price: float = 0.0) -> str:
+    """What was spent; prices are per million tokens."""
+    read, written = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
+    text = f"{len(replies):,} calls, {read:,} tokens read, {written:,} written"
+    price = (read * input_price + written * output_price) / 1e6
+    return f"{text}: {price:,.2f} at the prices given" if price else text
 
 
 class Judge:
     """A judge whose judgments exist already: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
-    def __init__(self, name: str, answers: AnswerSet, prompts: JudgePrompts, judgments: Judgments) -> None:
-        self.name, self.answers, self.prompts, self.judgments = name, answers, prompts, judgments
+    def __init__(self, judgments: Judgments, answers: AnswerSet, prompts: JudgePrompts) -> None:
+        self.name, self.judgments, self.answers, self.prompts = judgments.judge, judgments, answers, prompts
         timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
         self.fingerprint = fingerprint(answers.questions, answers.answers, prompts.rows, *timeless)
 
@@ -206,62 +194,53 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     if settings.mode == "single" and flag in ("votes", "judge_module"):
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
     pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
-    prompts = JudgePrompts(_prompts_file(settings))
+    prompts = JudgePrompts.of(settings)
     if flag == "judge_model":
         return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
     if flag == "votes":
-        name, rows = "human", read_votes(settings.votes, answers)
+        judgments = Judgments("human", read_votes(settings.votes, answers))
     elif flag == "judgments":
-        name, rows = settings.judgments, read_judgments(settings.judgments, settings.mode, settings.models)
+        rows = read_judgments(settings.judgments, settings.mode, settings.models)
+        judgments = Judgments(settings.judgments, rows, is_file=True)
     else:
-        name, rows = f"rules {settings.judge_module}", apply_rules(settings.judge_module, answers, pairs)
-    scores = score_by_rules(settings.judge_module, answers) if flag == "judge_module" else {}
-    return Judge(name, answers, prompts, Judgments(name, rows, scores, is_file=flag == "judgments"))
-
-
-def _prompts_file(settings: Any) -> Path:
-    if settings.judge_prompts:
-        path = find_path(settings.judge_prompts)
-        if path is None or not path.is_file():
-            raise UserError(f"--judge_prompts {settings.judge_prompts!r} is not a file")
-        return path
-    bench = find_path(settings.bench_dir)
-    file = bench / "judge_prompts.jsonl" if bench else OUR_PROMPTS
-    return file if file.is_file() else OUR_PROMPTS
+        judgments = apply_rules(settings.judge_module, answers, pairs)
+    return Judge(judgments, answers, prompts)
 
 
 class ModelJudge(Judge):
     """A model that judges matches. Each call is stored in calls.jsonl and made only once, by whatever run."""
 
     def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Match]) -> None:
-        super().__init__(settings.judge_model, answers, prompts, Judgments(settings.judge_model, []))
+        super().__init__(Judgments(settings.judge_model, []), answers, prompts)
         self.settings, self.matches = settings, matches
+        self.replies: list[Reply] = []  # of this run; a list is safe among threads
 
     def request_hash(self, match: Match) -> str:
         """What is asked of which model, in 16 hex digits that are the same in another run."""
         return fingerprint(self.name, self.prompts.messages(match, self.answers.answers), self.settings.temperature)
 
-    def _cached_calls(self) -> list[Row]:
-        """The readable calls of all runs; the last line of a file may be half written."""
+    def _cached_calls(self) -> dict[str, Row]:
+        """The calls of all runs that have a verdict, by their hash; the last line of a file may be half written."""
         s = self.settings
         files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
         rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
-        return [row for row in rows if row.get("winner") != "error"]
+        return {str(row.get("asked")): row for row in rows if row.get("winner") != "error"}
 
     def uncached(self) -> list[Match]:
         """The matches that no run has judged yet."""
-        cached = {row.get("asked") for row in self._cached_calls()}
+        cached = self._cached_calls()
         return [match for match in self.matches if self.request_hash(match) not in cached]
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
         matches = self.uncached()
-        texts = [m["content"] for match in matches for m in self.prompts.messages(match, self.answers.answers)]
+        size = sum(len(m["content"]) for match in matches for m in self.prompts.messages(match, self.answers.answers))
         first = self.prompts.messages(self.matches[0], self.answers.answers)
         lines = [f"--- {m['role']} ---\n{m['content']}" for m in first]
-        lines += ["---", f"{len(matches):,} calls like this one, about {sum(map(len, texts)) // 4:,} tokens to read."]
-        cached = len(self.matches) - len(matches)
-        return "\n".join([*lines, *([f"{cached:,} more have been judged before."] if cached else [])])
+        lines += ["---", f"{len(matches):,} calls like this one, about {size // 4:,} tokens to read."]
+        if cached := len(self.matches) - len(matches):
+            lines.append(f"{cached:,} more have been judged before.")
+        return "\n".join(lines)
 
     def run(self, run: Run) -> Judgments:
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
@@ -269,71 +248,55 @@ class ModelJudge(Judge):
 
         s = self.settings
         endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
-        budget = Budget(s.max_calls, s.max_tokens)
         store = JsonlStore(run.folder / "calls.jsonl", _call_key)
         super().run(run)
         with resumable(run):
             self.reuse_cached(store)
-            missing = self._missing(store, s.retry_errors)
-            rows = run_parallel(missing, lambda match: self._judge(match, endpoint, budget), s.max_concurrency)
+            missing = self._missing(store, s.retry_errors)[: s.max_calls or None]
+            rows = run_parallel(missing, lambda match: self._judge(match, endpoint), s.max_concurrency)
             for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
                 if row:
                     store.add(row)
-        print(budget.summary(s.input_price, s.output_price))
+        print(describe_cost(self.replies, s.input_price, s.output_price))
         return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
 
     def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Match]:
-        def is_missing(match: Match) -> bool:
-            return match.key not in store.rows or (retry_errors and store.rows[match.key]["winner"] == "error")
+        found = [(match, store.rows.get(_call_key(match.fields))) for match in self.matches]
+        return [m for m, row in found if row is None or (retry_errors and row["winner"] == "error")]
 
-        return [match for match in self.matches if is_missing(match)]
-
-    def reuse_cached(self, store: JsonlStore) -> int:
-        """Copy judgments of the same prompts by the same judge from other runs; how many."""
-        wanted: dict[str, list[Match]] = {}
+    def reuse_cached(self, store: JsonlStore) -> None:
+        """Copy judgments of the same prompts by the same judge from other runs."""
+        cached = self._cached_calls()
         for match in self._missing(store):
-            wanted.setdefault(self.request_hash(match), []).append(match)
-        rows = []
-        for row in self._cached_calls() if wanted else ():
-            for match in wanted.pop(str(row.get("asked")), []):
+            if row := cached.get(self.request_hash(match)):
                 names = dict(zip(row["models"], match.models, strict=True))  # the same answers under other names
-                own = {"question_id": match.question["question_id"], "models": list(match.models)}
-                rows.append(row | own | {"winner": names.get(row["winner"], row["winner"])})
-        store.add(*rows)
-        return len(rows)
+                store.add(row | match.fields | {"winner": names.get(row["winner"], row["winner"])})
 
-    def _judge(self, match: Match, endpoint: Endpoint, budget: Budget) -> Row | None:
-        """The row of a match; None once the budget is spent. A reply without a verdict is asked for once more."""
+    def _judge(self, match: Match, endpoint: Endpoint) -> Row | None:
+        """The row of a match; None once the budget is spent."""
         s, messages = self.settings, self.prompts.messages(match, self.answers.answers)
-        reply, winner = None, "error"
+        if s.max_tokens and sum(r.prompt_tokens + r.completion_tokens for r in self.replies) >= s.max_tokens:
+            return None
         refused: dict[str, str] = {}
-        for _ in range(2):
-            if winner != "error" or refused or not budget.take():
-                break
+        for _ in range(2):  # a reply without a verdict is asked for once more
             try:
                 reply = endpoint.ask(messages, temperature=s.temperature, max_tokens=s.max_new_tokens)
             except RequestRefused as error:  # for example too long: the others may be judged
                 reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
-            budget.spend(reply.prompt_tokens, reply.completion_tokens)
+            self.replies.append(reply)
             winner = _winner(match, reply.text)
-        if reply is None:
-            return None
-        row = dict(zip(("question_id", "turn", "models", "prompt"), match.key, strict=True))
-        row |= {"winner": winner, "finished": reply.finished, **refused, "asked": self.request_hash(match)}
-        row |= {"user_prompt": messages[-1]["content"], "judgment": reply.text, "tstamp": time.time()}
-        return row | {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+            if winner != "error" or refused:
+                break
+        row = match.fields | {"winner": winner, "finished": reply.finished, **refused}
+        row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}
+        tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+        return row | {"tstamp": time.time()} | tokens
 
     def _rows(self, store: JsonlStore) -> list[Row]:
         """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
-        rows = [store.rows.get(match.key) for match in self.matches]
+        rows = [store.rows.get(_call_key(match.fields)) for match in self.matches]
         if len(self.matches[0].models) == 1:
-            keys = ("question_id", "user_prompt", "judgment", "turn", "tstamp")
-            return [
-                {key: row[key] for key in keys}
-                | {"model": row["models"][0], "judge": [self.name, row["prompt"]]}
-                | {"score": -1 if row["winner"] == "error" else row["winner"]}
-                for row in rows if row
-            ]  # fmt: skip
+            return [rating_row(self.name, row) for row in rows if row]
         orders = zip(self.matches[::2], rows[::2], rows[1::2], strict=True)
         return [
             pair_row(match.question, match.turn, match.models, [self.name, match.prompt], [one, two])

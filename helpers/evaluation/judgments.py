@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -22,10 +23,10 @@ from helpers.core import (
     write_json,
 )
 from helpers.evaluation.answers import ModelAnswers
-from helpers.evaluation.questions import Question, answer_turns, read_bench
+from helpers.evaluation.questions import Question, answer_turns, find_input, read_bench
 from helpers.runs.run import Run, find_run, read_run
 
-VOTES_FORMAT = "votes-1"  # see write_vote_page
+VOTES_FORMAT = "votes-1"  # see write_page
 WINNERS = ("model_1", "model_2", "tie", "error")
 
 
@@ -45,20 +46,17 @@ class AnswerSet:
 
         table = Table("model", "questions answered", "mean characters per answer", box=None, pad_edge=False)
         for model, answers in self.answers.items():
-            texts = [text for turns in answers.values() for text in turns]
-            mean = sum(map(len, texts)) / max(1, len(texts))
+            lengths = [len(text) for turns in answers.values() for text in turns]
+            mean = sum(lengths) / max(1, len(lengths))
             table.add_row(Text(model), f"{len(answers)} of {len(self.questions)}", f"{mean:.0f}")
         rows = [[own.get(q["question_id"]) for own in self.answers.values()] for q in self.questions]
-        complete = [row for row in rows if None not in row]
-        same = sum(len(row) > 1 and row.count(row[0]) == len(row) for row in complete)
-        notes = []
-        if len(complete) < len(rows):
-            unfinished = read_run(self.folder).get("status") == "interrupted"
-            notes.append(f"note: {len(rows) - len(complete)} questions are not answered by every model and are not "
-                         f"compared there{'; the run of 04_vibes.py is not finished' * unfinished}")  # fmt: skip
-        if same:
-            notes.append(f"note: {same} questions have identical answers; the vote page of 04 skips them")
-        return Group(table, *map(Text, notes))
+        notes = {
+            "are not answered by every model and are not compared there": sum(None in row for row in rows),
+            "have identical answers; the vote page of 04 skips them": sum(
+                len(row) > 1 and row[0] is not None and row.count(row[0]) == len(row) for row in rows
+            ),
+        }
+        return Group(table, *(Text(f"note: {count} questions {note}") for note, count in notes.items() if count))
 
 
 def find_answers(settings: Any) -> AnswerSet:
@@ -66,16 +64,15 @@ def find_answers(settings: Any) -> AnswerSet:
 
     --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
     """
-    bench = _find_folder("--bench_dir", settings.bench_dir) if settings.bench_dir else None
+    bench = find_input("--bench_dir", settings.bench_dir, "folder").resolve() if settings.bench_dir else None
     if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
         return AnswerSet([], {}, settings.output_dir)
     if bench and not settings.is_set("answers_dir"):
         folder = bench
     elif settings.answers_dir == "latest":
         folder = find_run(settings.output_dir, "latest", "vibes").folder
-    else:
-        folder = settings.output_dir / settings.answers_dir
-        folder = folder if folder.is_dir() else _find_folder("--answers_dir", settings.answers_dir)
+    elif not (folder := settings.output_dir / settings.answers_dir).is_dir():
+        folder = find_input("--answers_dir", settings.answers_dir, "folder").resolve()
     place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
     files = {_model_name(file): file for file in sorted(place.glob("*.jsonl")) if file.name != "question.jsonl"}
     if not files:
@@ -89,13 +86,6 @@ def find_answers(settings: Any) -> AnswerSet:
     if unknown := [name for name in names if name not in files]:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(files)}")
     return AnswerSet(questions, {n: _read_answers(files[n], questions) for n in names}, folder, record.get("page", ""))
-
-
-def _find_folder(flag: str, name: str) -> Path:
-    path = find_path(name)
-    if path is None or not path.is_dir():
-        raise UserError(f"{flag} {name!r} is not a folder")
-    return path.resolve()
 
 
 def _model_name(file: Path) -> str:
@@ -121,6 +111,20 @@ class Judgments:
     total: int = 0
     is_file: bool = False  # read from a file of the user's, which is not saved again
 
+    def save(self, run: Run, results: Any) -> None:
+        """Write model_judgment/JUDGE_pair.jsonl or JUDGE_single.jsonl as FastChat does, results.json, and run.json."""
+        if not self.is_file:
+            kind = "single" if any("score" in row for row in self.rows) else "pair"
+            file = run.folder / "model_judgment" / f"{safe_file_name(self.judge)}_{kind}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        metrics = results.as_dict()
+        write_json(run.folder / "results.json", metrics)
+        if self.remaining or self._is_unreadable:
+            run.save(status="interrupted" if self.remaining else "failed", metrics=metrics)
+        else:
+            run.finish(metrics=metrics)
+
     @property
     def _is_unreadable(self) -> bool:
         """Whether no reply had a verdict."""
@@ -135,24 +139,8 @@ class Judgments:
                             "them (see --max_calls).")  # fmt: skip
         if self._is_unreadable:
             reply = str(self.rows[0].get("judgment") or self.rows[0].get("g1_judgment") or "")[:80]
-            hint = "" if reply else " It was cut off: raise --max_new_tokens."
-            raise UserError(f"no reply had a verdict; is this model able to judge? One reply: {reply!r}.{hint} Give "
-                            "--retry_errors to ask again.")  # fmt: skip
-
-
-def save_judgments(run: Run, judgments: Judgments, results: Any) -> None:
-    """Write model_judgment/JUDGE_pair.jsonl or JUDGE_single.jsonl as FastChat does, results.json, and run.json."""
-    if not judgments.is_file:
-        kind = "single" if any("score" in row for row in judgments.rows) else "pair"
-        file = run.folder / "model_judgment" / f"{safe_file_name(judgments.judge)}_{kind}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, "".join(json.dumps(row) + "\n" for row in judgments.rows).encode())
-    metrics = results.as_dict()
-    write_json(run.folder / "results.json", metrics)
-    if judgments.remaining or judgments._is_unreadable:
-        run.save(status="interrupted" if judgments.remaining else "failed", metrics=metrics)
-    else:
-        run.finish(metrics=metrics)
+            raise UserError(f"no reply had a verdict; is this model able to judge? One reply: {reply!r}. If it was cut "
+                            "off, raise --max_new_tokens. Give --retry_errors to ask again.")  # fmt: skip
 
 
 def pair_row(question: Question, turn: int, models: tuple[str, ...], judge: list[str], calls: list[Row]) -> Row:
@@ -164,6 +152,13 @@ def pair_row(question: Question, turn: int, models: tuple[str, ...], judge: list
     for i, call in enumerate(calls, 1):
         row |= {f"g{i}_user_prompt": call.get("user_prompt", ""), f"g{i}_judgment": call.get("judgment", "")}
     return row | {"turn": turn, "tstamp": calls[1].get("tstamp") or time.time()}
+
+
+def rating_row(judge: str, call: Row) -> Row:
+    """A row of FastChat's single judgments; a score of -1 is a reply without a rating."""
+    row = {key: call[key] for key in ("question_id", "user_prompt", "judgment", "turn", "tstamp")}
+    score = -1 if call["winner"] == "error" else call["winner"]
+    return row | {"model": call["models"][0], "judge": [judge, call["prompt"]], "score": score}
 
 
 def read_votes(files: tuple[str, ...], answers: AnswerSet) -> list[Row]:
@@ -208,13 +203,10 @@ def _expand(name: str) -> list[str]:
 
 def _read_export(name: str) -> dict[str, Any]:
     path = find_path(name)
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        is_format = content["format"] == VOTES_FORMAT and content["page"]
-        if is_format and all(isinstance(vote, dict) for vote in content["votes"]):
+        if content["format"] == VOTES_FORMAT and content["page"] and all(isinstance(v, dict) for v in content["votes"]):
             return dict(content)
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
     raise UserError(f"--votes {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
 
 
@@ -223,13 +215,10 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> list[R
 
     Raises UserError for rows of another kind, or of several judges.
     """
-    path = find_path(name)
-    if path is None or not path.is_file():
-        raise UserError(f"--judgments {name!r} is not a file")
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if not (_is_single(row) if mode == "single" else _is_pair(row)):
-            raise UserError(f"--judgments {name!r}, line {number}, is not a row of model_judgment for --mode {mode}")
+    rows = read_jsonl(find_input("--judgments", name))
+    is_row = _is_single if mode == "single" else _is_pair
+    if wrong := [number for number, row in enumerate(rows, 1) if not is_row(row)]:
+        raise UserError(f"--judgments {name!r}, line {wrong[0]}, is not a row of model_judgment for --mode {mode}")
     judges = list(dict.fromkeys(str((row.get("judge") or ["?"])[0]) for row in rows))
     if len(judges) > 1:
         raise UserError(f"--judgments {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
@@ -241,55 +230,42 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> list[R
 
 
 def _is_single(row: Row) -> bool:
-    is_rating = isinstance(row.get("score"), int | float) and isinstance(row.get("turn"), int)
-    return is_rating and isinstance(row.get("model"), str) and "question_id" in row
+    return {"question_id", "model", "turn"} <= row.keys() and isinstance(row.get("score"), int | float)
 
 
 def _is_pair(row: Row) -> bool:
-    one, two, judge = row.get("model_1"), row.get("model_2"), row.get("judge", [""])
-    is_named = isinstance(one, str) and isinstance(two, str) and one != two and isinstance(judge, list) and bool(judge)
-    return is_named and "question_id" in row and all(row.get(call) in WINNERS for call in ("g1_winner", "g2_winner"))
+    is_named = "question_id" in row and row.get("model_1", "") != row.get("model_2", "")
+    return is_named and all(row.get(call) in WINNERS for call in ("g1_winner", "g2_winner"))
 
 
-def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> list[Row]:
+def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> Judgments:
     """Judge by `module`: compare(first, second, question) is "win", "tie" or "loss" for the second; in both orders.
 
+    The scores are the shares of a model's answers for which each field of the module's score(answer, question) is true.
     Raises SettingsError if there is no such module, or if it needs a field that the questions lack.
     """
-    compare, rows = _import_rules(module).compare, []
+    rules = import_user_module(module, "judge_module")
+    if not (hasattr(rules, "score") and hasattr(rules, "compare")):
+        raise SettingsError(f"--judge_module {module} is not a module with score() and compare()")
+    rows, scores = [], {}
+    asked = [{"prompt": question["turns"][0], **question} for question in answers.questions]
+    texts = {model: {i: turns[0] for i, turns in by_id.items()} for model, by_id in answers.answers.items()}
     try:
-        for question in answers.questions:
-            asked = {"prompt": question["turns"][0], **question}
+        for question in asked:
+            i = question["question_id"]
             for one, two in pairs:
-                texts = [turns[0] for model in (one, two)
-                         if (turns := answers.answers[model].get(question["question_id"]))]  # fmt: skip
-                if len(texts) == 2:
-                    first, second = compare(*texts, asked), compare(*texts[::-1], asked)
+                if i in texts[one] and i in texts[two]:
+                    first = rules.compare(texts[one][i], texts[two][i], question)
+                    second = rules.compare(texts[two][i], texts[one][i], question)
                     winners = {"win": two, "loss": one}.get(first, "tie"), {"win": one, "loss": two}.get(second, "tie")
                     calls = [{"winner": winner} for winner in winners]
                     rows.append(pair_row(question, 1, (one, two), ["rules", module], calls))
+        for model, own in texts.items():
+            each = [dataclasses.asdict(rules.score(own[i], q)) for q in asked if (i := q["question_id"]) in own]
+            scores[model] = {name: sum(s[name] for s in each) / len(each) for name in each[0]} if each else {}
     except KeyError as error:
         raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Without it, judge with "
                             "--votes FILE or --judge_model NAME.") from None  # fmt: skip
     if not rows:
         raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
-    return rows
-
-
-def score_by_rules(module: str, answers: AnswerSet) -> dict[str, dict[str, float]]:
-    """model → the share of its answers for which each field of the module's score(answer, question) is true."""
-    score, shares = _import_rules(module).score, {}
-    for model, by_id in answers.answers.items():
-        scores = [
-            dataclasses.asdict(score(by_id[q["question_id"]][0], {"prompt": q["turns"][0], **q}))
-            for q in answers.questions if by_id.get(q["question_id"])
-        ]  # fmt: skip
-        shares[model] = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]} if scores else {}
-    return shares
-
-
-def _import_rules(module: str) -> Any:
-    rules = import_user_module(module, "judge_module")
-    if not (hasattr(rules, "score") and hasattr(rules, "compare")):
-        raise SettingsError(f"--judge_module {module} is not a module with score() and compare()")
-    return rules
+    return Judgments(f"rules {module}", rows, scores)

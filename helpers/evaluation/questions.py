@@ -34,10 +34,16 @@ def read_questions(settings: Any) -> list[Question]:
     return _parse_rows(rows[: settings.rows or None], source)
 
 
-def _read_file(name: str) -> list[dict[str, Any]]:
+def find_input(flag: str, name: str, kind: str = "file") -> Path:
+    """The file or folder that a flag names. Raises UserError if it is not there, or of the other kind."""
     path = find_path(name)
-    if path is None or not path.is_file():
-        raise UserError(f"--prompts_file {name!r} is not a file")
+    if path is None or not (path.is_file() if kind == "file" else path.is_dir()):
+        raise UserError(f"{flag} {name!r} is not a {kind}")
+    return path
+
+
+def _read_file(name: str) -> list[dict[str, Any]]:
+    path = find_input("--prompts_file", name)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
     if path.suffix in (".json", ".csv", ".parquet", ".arrow"):

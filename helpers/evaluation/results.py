@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,31 +49,30 @@ class Comparison(NamedTuple):
     is_blind: bool  # a person who voted had not seen the names
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Wins, losses and ties as FastChat's show_result counts them: rows with an error are excluded."""
 
     win: int
     loss: int
     tie: int
 
+    @classmethod
+    def of(cls, comparisons: list[Comparison]) -> Counts:
+        outcomes = [c.outcome for c in comparisons]
+        return cls(outcomes.count(1.0), outcomes.count(0.0), outcomes.count(0.5))
+
     @property
     def total(self) -> int:
-        return self.win + self.loss + self.tie
-
-    def as_dict(self) -> dict[str, float]:
-        wins = (self.win, self.loss, self.win + 0.5 * self.tie)
-        rates = {name: count / self.total if self.total else 0.0 for name, count in zip(RATES, wins, strict=True)}
-        return dataclasses.asdict(self) | rates
+        return sum(self)
 
     @property
     def win_rate_adjusted(self) -> float:
         return self.as_dict()["win_rate_adjusted"]
 
-    @classmethod
-    def of(cls, comparisons: list[Comparison]) -> Counts:
-        outcomes = [c.outcome for c in comparisons]
-        return cls(outcomes.count(1.0), outcomes.count(0.0), outcomes.count(0.5))
+    def as_dict(self) -> dict[str, float]:
+        numbers = (self.win, self.loss, self.win + 0.5 * self.tie)
+        rates = {name: n / self.total if self.total else 0.0 for name, n in zip(RATES, numbers, strict=True)}
+        return self._asdict() | rates
 
 
 def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Comparison]]:
@@ -151,11 +151,11 @@ class PairResult:
             errors=len(comparisons) - len(judged),
             interval=mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
             sign_p=sign_test(outcomes, groups) if judged else 1.0,
-            consistency=_share([c.is_consistent for c in swapped]),
-            first_position_win_rate=_share([c.first_won for c in inconsistent]),
-            longer_won=_share([(c.outcome == 1.0) == ((c.longer or 0) > 0) for c in decided]),
+            consistency=_mean([c.is_consistent for c in swapped]),
+            first_position_win_rate=_mean([c.first_won for c in inconsistent]),
+            longer_won=_mean([(c.outcome == 1.0) == ((c.longer or 0) > 0) for c in decided]),
             decided_unequal=len(decided),
-            candidate_longer=_share([(n or 0) > 0 for n in lengths]) if any(lengths) else None,
+            candidate_longer=_mean([(n or 0) > 0 for n in lengths]) if any(lengths) else None,
             length_controlled=controlled,
             length_controlled_interval=interval,
             categories={name: Counts.of([c for c in judged if c.category == name])
@@ -169,28 +169,22 @@ class PairResult:
         fields = vars(self) | self.counts.as_dict() | {"categories": categories, "notes": self.notes()}
         return {name: value for name, value in fields.items() if name != "counts"}
 
+    @property
+    def summary(self) -> str:
+        """The rate with its interval, and what else is known, in one line."""
+        return self._lines()[0]
+
     def notes(self) -> list[str]:
         """What to know before believing the table."""
+        return self._lines()[1:]
+
+    def _lines(self) -> list[str]:
         unseen = zero_event_upper_bound(self.identical)
-        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")[1:]
-
-    def __str__(self) -> str:
-        """The rate with its interval, and what else is known, in one line."""
-        rate, p = f"{self.counts.win_rate_adjusted:.1%}", f"sign test p = {self.sign_p:.2g}"
-        low, high = self.interval
-        parts = [f"{self.candidate} against {self.baseline}: {rate} (95% interval {low:.1%} to {high:.1%}), {p}"]
-        if self.length_controlled is not None and self.length_controlled_interval is not None:
-            low, high = self.length_controlled_interval
-            parts.append(f"at equal lengths {self.length_controlled:.1%} ({low:.1%} to {high:.1%})")
-        if self.longer_won is not None:
-            parts.append(f"the longer answer won {self.longer_won:.1%} of {self.decided_unequal} decided")
-        if self.consistency is not None:
-            parts.append(f"same verdict in both orders {self.consistency:.1%}")
-        return "; ".join(parts)
+        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")
 
 
-def _share(flags: list[bool]) -> float | None:
-    return sum(flags) / len(flags) if flags else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @dataclasses.dataclass
@@ -215,8 +209,7 @@ class PairwiseResults:
         for pair in self.pairs:
             c = pair.counts
             for name, own in ((pair.candidate, c), (pair.baseline, Counts(c.loss, c.win, c.tie))):
-                total = counts.get(name, Counts(0, 0, 0))
-                counts[name] = Counts(total.win + own.win, total.loss + own.loss, total.tie + own.tie)
+                counts[name] = Counts(*map(sum, zip(own, counts.get(name, (0, 0, 0)), strict=True)))
         return dict(sorted(counts.items(), key=lambda item: -item[1].as_dict()["win_rate"]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,7 +232,7 @@ class PairwiseResults:
         parts: list[Any] = [Text(f"{count} comparisons by {self.judge}\n", style="bold"),
                             _counts_table("model", self.models)]  # fmt: skip
         for pair in self.pairs:
-            parts += ["", Text(str(pair))]
+            parts += ["", Text(pair.summary)]
             if len(pair.categories) > 1:
                 parts += ["", _counts_table("category", pair.categories)]
         if self.scores:
@@ -250,25 +243,23 @@ class PairwiseResults:
 
     def figure(self) -> Figure:
         """Wins, ties and losses of each pair, overall and by category, with the adjusted rate and its interval."""
-        bars: list[tuple[str, Counts, tuple[float, float] | None]] = [
-            (f"{p.candidate}\nagainst {p.baseline}", p.counts, p.interval) for p in self.pairs
-        ]
+        bars = {f"{p.candidate}\nagainst {p.baseline}": p.counts for p in self.pairs}
         if len(self.pairs) == 1 and len(self.pairs[0].categories) > 1:
-            bars += [(category, counts, None) for category, counts in self.pairs[0].categories.items()]
-        title = f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
-        figure, axis = _bar_figure([name for name, *_ in bars], title)
-        for y, (_, counts, interval) in enumerate(bars):
-            left = 0.0
-            for kind, colour in (("win", BLUE), ("tie", LIGHT_GREY), ("loss", ORANGE)):
-                share = getattr(counts, kind) / counts.total if counts.total else 0.0
-                axis.barh(y, share, left=left, color=colour, height=0.6, label=kind if y == 0 else None)
-                if share > 0.04:
-                    ink = "black" if kind == "tie" else "white"
-                    axis.text(left + 0.01, y, str(getattr(counts, kind)), va="center", fontsize=9, color=ink)
-                left += share
-            rate = counts.win_rate_adjusted
-            around = [[rate - interval[0]], [interval[1] - rate]] if interval else None
-            axis.errorbar(rate, y, xerr=around, fmt="o", color="black", capsize=3, markersize=4)
+            bars |= self.pairs[0].categories
+        figure, axis = _bar_figure(
+            [*bars], f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
+        )
+        left = np.zeros(len(bars))
+        for kind, colour, ink in (("win", BLUE, "white"), ("tie", LIGHT_GREY, "black"), ("loss", ORANGE, "white")):
+            counts = [getattr(c, kind) for c in bars.values()]
+            shares = np.array([n / max(1, c.total) for n, c in zip(counts, bars.values(), strict=True)])
+            drawn = axis.barh(range(len(bars)), shares, left=left, color=colour, height=0.6, label=kind)
+            labels = [str(n) if share > 0.04 else "" for n, share in zip(counts, shares, strict=True)]
+            axis.bar_label(drawn, labels, label_type="center", fontsize=9, color=ink)
+            left += shares
+        axis.plot([c.win_rate_adjusted for c in bars.values()], range(len(bars)), "o", color="black", markersize=4)
+        for y, pair in enumerate(self.pairs):
+            axis.plot(pair.interval, (y, y), color="black", marker="|")
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1), xlabel="share of comparisons")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -297,30 +288,31 @@ class RatingResults:
         return dataclasses.asdict(self)
 
     def __rich__(self) -> Any:
-        def row(name: str, values: list[Any]) -> tuple[str, ...]:
-            return name, *("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
-
-        models = list(self.models.values())
-        rows = [row("average", [m["average"] for m in models])]
-        rows += [row("95% interval", ["{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else None
-                                      for m in models])]  # fmt: skip
+        models = self.models.values()
+        rows: dict[str, list[Any]] = {"average": [m["average"] for m in models]}
+        rows["95% interval"] = ["{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else None for m in models]
         for kind, label in (("turns", "turn "), ("categories", "")):
-            for key in dict.fromkeys(key for m in models for key in m[kind]):
-                rows.append(row(f"{label}{key}", [m[kind].get(key) for m in models]))
-        rows += [row("no rating", [m["errors"] for m in models])]
-        return _table([f"1 to 10, by {self.judge}", *self.models], rows)
+            rows |= {f"{label}{key}": [m[kind].get(key) for m in models] for m in models for key in m[kind]}
+        rows["no rating"] = [m["errors"] for m in models]
+        texts = [(name, *map(_format_rating, values)) for name, values in rows.items()]
+        return _table([f"1 to 10, by {self.judge}", *self.models], texts)
 
     def figure(self) -> Figure:
         """The average rating of each model, with its interval."""
-        figure, axis = _bar_figure(
-            list(self.models), f"{self.judge}: ratings from 1 to 10; the line is the 95% interval"
-        )
+        title = f"{self.judge}: ratings from 1 to 10; the line is the 95% interval"
+        figure, axis = _bar_figure([*self.models], title)
         for y, m in enumerate(self.models.values()):
-            average, (low, high) = m["average"] or 0.0, m["interval"] or (0.0, 0.0)
-            axis.barh(y, average, xerr=[[average - low], [high - average]], color=BLUE, height=0.6, capsize=3)
+            average, ends = m["average"] or 0.0, m["interval"] or (0.0, 0.0)
+            axis.barh(y, average, color=BLUE, height=0.6)
+            axis.plot(ends, (y, y), color="black", marker="|")
             axis.text(0.1, y, f"{average:.2f}", va="center", fontsize=9, color="white")
         axis.set(xlim=(0, 10), xlabel="mean rating")
         return figure
+
+
+def summarize(judgments: Judgments, answers: AnswerSet, mode: str, seed: int = 0) -> PairwiseResults | RatingResults:
+    """The results of judgments of --mode pairwise or single."""
+    return (RatingResults if mode == "single" else PairwiseResults).from_judgments(judgments, answers, seed)
 
 
 def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
@@ -330,18 +322,20 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     interval = mean_interval(shares, [str(row["question_id"]) for row in rated], seed) if rated else None
 
     def means(key: str) -> dict[Any, float | None]:
-        groups: dict[Any, list[float]] = {row[key]: [] for row in rows}
-        for row in rated:
-            groups[row[key]].append(row["score"])
-        return {group: sum(scores) / len(scores) if scores else None for group, scores in groups.items()}
+        groups = dict.fromkeys(row[key] for row in rows)
+        return {group: _mean([row["score"] for row in rated if row[key] == group]) for group in groups}
 
     return {
-        "average": sum(row["score"] for row in rated) / len(rated) if rated else None,
+        "average": _mean([row["score"] for row in rated]),
         "interval": tuple(1 + 9 * end for end in interval) if interval else None,
         "turns": dict(sorted(means("turn").items())),
         "categories": means("category"),
         "errors": len(rows) - len(rated),
     }
+
+
+def _format_rating(value: Any) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _bar_figure(names: list[str], title: str) -> tuple[Figure, Any]:

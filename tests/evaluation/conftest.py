@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.evaluation import generators
-from helpers.evaluation.answers import write_vote_page
+from helpers.evaluation.answers import write_page
 from tests.evaluation.pages import ANSWERS, QUESTIONS, SEED
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def open_page(context: BrowserContext, noise: list[str], tmp_path: Path) -> Iter
     pages: list[Page] = []
 
     def open_page(questions: Any = QUESTIONS, answers: Any = ANSWERS, **options: Any) -> Page:
-        write_vote_page(file, questions, answers, **{"title": "Two runs", "seed": SEED} | options)
+        write_page(file, questions, answers, **{"title": "Two runs", "seed": SEED} | options)
         page = context.new_page()
         pages.append(page)
         page.on("request", lambda request: request.url == file.as_uri() or noise.append(f"request: {request.url}"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
-from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide
+from helpers.evaluation.answers import AnswerStore, JsonlStore
 from helpers.evaluation.judgments import find_answers
 from tests.evaluation.judging import answers_worth
 
@@ -21,11 +21,11 @@ def test_answers_side_by_side_are_escaped_and_evenly_picked(tmp_path: Path) -> N
     answers = AnswerStore(tmp_path, questions)
     for name in ("one", "two"):
         answers.file(name).add(*({"question_id": i, "choices": [{"turns": [f"<script>{name}{i}"]}]} for i in range(4)))
-    page = SideBySide.of(answers, ["one", "two"], 4)._repr_html_()
+    page = answers.side_by_side(["one", "two"], 4)._repr_html_()
     assert "<script>" not in page
     assert "&lt;script&gt;one0" in page
-    assert [row[0] for row in SideBySide.of(answers, ["one"], 2).rows] == ["<b>1", "<b>3"]
-    assert [row[0] for row in SideBySide.of(answers, ["one"], 9).rows] == [f"<b>{i}" for i in range(4)]
+    assert [row[0] for row in answers.side_by_side(["one"], 2).rows] == ["<b>1", "<b>3"]
+    assert [row[0] for row in answers.side_by_side(["one"], 9).rows] == [f"<b>{i}" for i in range(4)]
     assert answers.mean_length(["one"]) == {"one": 12.0}
 
 

@@ -7,13 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers.core import SettingsError, UserError
-from helpers.evaluation import generators
 from helpers.evaluation.answers import AnswerStore
 from helpers.evaluation.generators import Endpoint, OpenAIGenerator, run_parallel
 from tests.conftest import REPO
@@ -58,17 +56,12 @@ def test_a_model_that_calls_an_argument_otherwise_gets_it_so() -> None:
     assert [r.get("max_completion_tokens") for r in server.requests] == [None, 5, 5, 6]
 
 
-def test_a_long_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(generators, "time", SimpleNamespace(sleep=waits.append))
+def test_a_retry_after_is_waited_for_by_the_client() -> None:
     with judge_server(lambda messages: "x") as server:
-        server.faults, server.retry_after = [429], "130"
-        assert Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}]).text == "x"
-        assert waits == [130.0]
         server.faults, server.retry_after = [429], "0.4"
         begun = time.monotonic()
-        Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}])
-        assert time.monotonic() - begun >= 0.4  # by the client itself
+        assert Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}]).text == "x"
+        assert time.monotonic() - begun >= 0.4
 
 
 def test_an_endpoint_is_asked_with_openais_arguments(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
+from helpers.evaluation.generators import Reply
 from helpers.evaluation.judges import (
-    Budget,
     JudgePrompts,
     Match,
     ModelJudge,
+    describe_cost,
     make_judge,
     make_matches,
     parse_rating,
@@ -122,9 +123,10 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
         _, judgments = judged(server, run, answers)
         assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (10, 0, 5)
         judgments.raise_if_incomplete()
-    budget = Budget()
-    budget.calls, budget.prompt_tokens, budget.completion_tokens = 10, 1_000_000, 500_000
-    assert budget.summary(2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+    replies = [Reply("", True, 100_000, 50_000)] * 10
+    assert (
+        describe_cost(replies, 2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+    )
 
 
 def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(tmp_path: Path) -> None:

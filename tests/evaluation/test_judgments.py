@@ -9,7 +9,7 @@ import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.evaluation.judges import make_judge
-from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes, score_by_rules
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
 from tests.evaluation.judging import answers_worth, export, questions_of, rows_of, settings_for, vote
 
@@ -24,10 +24,10 @@ def test_rules_judge_the_demo_and_say_what_they_need() -> None:
     wrong = "Of course, it is 11."
     texts = answers_worth({}, before=[rude, polite, polite, rude], after=[polite, polite, wrong, polite]).answers
     answers = AnswerSet([question | {"question_id": i} for i in range(4)], texts)
-    rows = apply_rules("recipes.demo.questions", answers, [("before", "after")])
-    (pair,) = PairwiseResults.from_judgments(Judgments("rules", rows), answers).pairs
+    judgments = apply_rules("recipes.demo.questions", answers, [("before", "after")])
+    (pair,) = PairwiseResults.from_judgments(judgments, answers).pairs
     assert (pair.counts, pair.consistency) == (Counts(2, 1, 1), None)
-    assert score_by_rules("recipes.demo.questions", answers) == {
+    assert judgments.scores == {
         "before": {"correct": 1.0, "courteous": 0.5}, "after": {"correct": 0.75, "courteous": 1.0},
     }  # fmt: skip
     with pytest.raises(SettingsError, match="--judge_module nowhere cannot be imported"):

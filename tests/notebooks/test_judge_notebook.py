@@ -221,7 +221,7 @@ def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Projec
         assert answers[0] == answers[1]
         assert len(answers[0]) == 6
     assert project.record("few-judged")["metrics"] == project.record("few-cells-judged")["metrics"]
-    assert "plus" in str([o for c in vibes.cells if "SideBySide.of" in c.source for o in c.outputs])
+    assert "plus" in str([o for c in vibes.cells if "side_by_side" in c.source for o in c.outputs])
     (table,) = [c for c in judged.cells if "results.figure()" in c.source]
     assert "6 comparisons by rules" in str(table.outputs)
     assert [o for o in table.outputs if "image/png" in o.get("data", {})]
