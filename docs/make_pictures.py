@@ -124,7 +124,7 @@ def draw_demo() -> None:
 
     answers = AnswerStore(vibes.folder, read_bench(vibes.folder))
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(answers.side_by_side(list(vibes.record["metrics"]["characters"]), rows=8))
+    console.print(answers.side_by_side(vibes.record["models"], rows=8))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
     fonts = r"@font-face \{.*?\}\s*"  # of rich's server: use the reader's own
     (PICTURES / "answers.svg").write_text(re.sub(fonts, "", svg, flags=re.DOTALL))

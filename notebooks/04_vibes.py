@@ -132,7 +132,7 @@ with resumable(vibes_run):
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
 page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.sampling)
-vibes_run.finish(page=page_id, metrics={"characters": answers.mean_length(names)})
+vibes_run.finish(page=page_id)
 
 # %% [markdown]
 # ## Next

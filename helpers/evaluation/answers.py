@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import random
-import re
 import signal
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +34,16 @@ class JsonlStore:
 
     def __init__(self, file: Path, key: Callable[[Row], Hashable]) -> None:
         self.file, self.key = file, key
-        self.rows: dict[Hashable, Row] = {}
-        if not file.is_file():
-            return
-        complete, newline, last = file.read_bytes().rpartition(b"\n")
+        complete, newline, last = file.read_bytes().rpartition(b"\n") if file.is_file() else (b"", b"", b"")
         if last:
             with contextlib.suppress(ValueError):
                 json.loads(last)  # only its newline is missing
-                newline = b"\n" + last + b"\n"
+                newline += last + b"\n"
             atomic_write(file, complete + newline)
-        for row in read_jsonl(file):
-            try:
-                self.rows[key(row)] = row
-            except (LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{file} has a row of another kind ({error!r}): {str(row)[:80]}") from None
+        try:
+            self.rows = {key(row): row for row in (read_jsonl(file) if file.is_file() else ())}
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} has a row of another kind: {error!r}") from None
 
     def add(self, *rows: Row) -> None:
         """Append rows in one write that reaches the disk before this returns."""
@@ -72,15 +66,15 @@ def resumable(run: Run) -> Iterator[None]:
             run.save(status="running")
         yield
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         with contextlib.suppress(OSError):  # the disk may be full
             if not finished:
-                run.save(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+                run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")
+        hint = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
         if isinstance(error, KeyboardInterrupt):
-            where = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
-            raise Interrupted(f"stopped by SIGINT. {where}", signal.SIGINT) from None
+            raise Interrupted(f"stopped by SIGINT. {hint}", signal.SIGINT) from None
         if type(error) is UserError:
-            error.args = (f"{error} (Finished parts are saved. Run the same command again to resume.)",)
+            error.args = (f"{error} ({hint})",)
         raise
 
 
@@ -98,18 +92,19 @@ class Generator:
         return answer or ""
 
 
+@dataclasses.dataclass
 class AnswerStore:
     """What each model answered: FOLDER/model_answer/NAME.jsonl, FastChat's layout, next to FOLDER/question.jsonl.
 
     `batch_size` questions are asked at a time. `by_category` samples at FastChat's temperatures for MT-Bench.
     """
 
-    def __init__(
-        self, folder: Path, questions: list[Question], batch_size: int = 8, seed: int = 0, by_category: bool = False
-    ) -> None:
-        self.folder, self.questions = folder, questions
-        self.batch_size, self.seed, self.by_category = batch_size, seed, by_category
-        self._files: dict[str, JsonlStore] = {}
+    folder: Path
+    questions: list[Question]
+    batch_size: int = 8
+    seed: int = 0
+    by_category: bool = False
+    _files: dict[str, JsonlStore] = dataclasses.field(default_factory=dict, init=False)
 
     def file(self, name: str) -> JsonlStore:
         """The rows of a model, by question_id."""
@@ -126,11 +121,6 @@ class AnswerStore:
         """A model's answers to the questions, one per turn, by question_id."""
         rows = self.file(name).rows
         return {i: answer_turns(rows[i]) for q in self.questions if (i := q["question_id"]) in rows}
-
-    def mean_length(self, names: list[str]) -> dict[str, float]:
-        """The mean number of characters in the answers to one question, by model."""
-        answers = {name: self.answers(name).values() for name in names}
-        return {name: sum(len("".join(turns)) for turns in each) / max(1, len(each)) for name, each in answers.items()}
 
     def generate_missing(self, name: str, generator: Generator, **generation_kwargs: Any) -> None:
         """Ask a model what it has not answered yet, batch by batch, each conversation turn by turn.
@@ -150,19 +140,14 @@ class AnswerStore:
             if temperature is not None:
                 kwargs = kwargs | {"do_sample": temperature > 0}
                 kwargs |= {"temperature": temperature, "top_p": 1.0} if temperature else {}
-            answers = _play(batch, generator, self.seed + number, kwargs)
-            rows = [
-                {
-                    "question_id": question["question_id"],
-                    "answer_id": uuid.uuid4().hex[:22],
-                    "model_id": name,
-                    "choices": [{"index": 0, "turns": turns}],
-                    "tstamp": time.time(),
-                }
-                for question, turns in zip(batch, answers, strict=True)
-                if turns is not None and question["question_id"] in missing
-            ]
-            self.file(name).add(*rows)
+            answers = zip(batch, _play(batch, generator, self.seed + number, kwargs), strict=True)
+            self.file(name).add(
+                *(
+                    {"question_id": question["question_id"], "answer_id": uuid.uuid4().hex[:22], "model_id": name,
+                     "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+                    for question, turns in answers if turns is not None and question["question_id"] in missing
+                )
+            )  # fmt: skip
 
     def side_by_side(self, names: list[str], rows: int) -> SideBySide:
         """`rows` of the questions, evenly spread, with each model's answer; the turns of a conversation are joined."""
@@ -175,9 +160,36 @@ class AnswerStore:
         return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in picked])
 
     def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
-        """Write answers.html, a page to read and vote on (see `write_page`), and return its id."""
+        """Write answers.html, a page to read and vote on that makes no network request, and return its id.
+
+        A model without an answer to a question is omitted there. `settings` says how the answers were made. The seed
+        and the question's id decide whose answer is on the left. No vote is asked for where all answers are the same.
+
+        The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
+        "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
+        """
         answers = {name: self.answers(name) for name in names}
-        return write_page(self.folder / "answers.html", self.questions, answers, title, settings, self.seed)
+        shown = []
+        for question in self.questions:
+            i = _to_json(question["question_id"])
+            columns = [{"model": m, "answers": own} for m in names if (own := answers[m].get(question["question_id"]))]
+            random.Random(f"{self.seed} {i}").shuffle(columns)
+            shown.append(
+                {
+                    "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
+                    "name": str(question["question_id"]),
+                    "category": question.get("category") or "",
+                    "turns": question_turns(question),
+                    "reference": question.get("reference") or [],
+                    "columns": columns,
+                }
+            )
+        values = {name: value if isinstance(value, str) else _to_json(value) for name, value in settings.items()}
+        content = _to_json({"settings": values, "models": names, "questions": shown})
+        page = hashlib.sha256(content.encode()).hexdigest()[:12]
+        text = render_template("vote_page.html", title=title, page=page, content=content)
+        atomic_write(self.folder / "answers.html", text.encode("utf-8", errors="replace"))
+        return page
 
     def _batches(self) -> list[tuple[float | None, list[Question]]]:
         """Questions with the same temperature (None: that of the settings) and turns, and of similar length."""
@@ -217,18 +229,25 @@ class SideBySide:
     rows: list[list[str]]
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(show_lines=True)
-        for name in self.head:
-            table.add_column(Text(name))
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+        return make_table(self.head, self.rows, show_lines=True)
 
     def _repr_html_(self) -> str:
         return render_template("side_by_side.jinja", head=self.head, rows=self.rows)
+
+
+def make_table(head: list[str], rows: Iterable[Iterable[Any]], show_lines: bool = False) -> Any:
+    """A table of texts with lines between its cells, or of names on the left and numbers on the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    style: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1), "header_style": "underline"}
+    table = Table(show_lines=True) if show_lines else Table(**style)
+    for i, name in enumerate(head):
+        is_number = bool(i) and not show_lines
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
 
 
 def render_template(name: str, escape: bool = True, **values: Any) -> str:
@@ -243,57 +262,6 @@ def _join(turns: list[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(turns, 1))
 
 
-def write_page(
-    file: Path,
-    questions: list[Question],
-    answers: ModelAnswers,
-    title: str,
-    settings: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> str:
-    """Write a self-contained page that makes no network request, and return its id. Every text is shown as text.
-
-    A model without an answer to a question is omitted there. `settings` says how the answers were made. `seed` and the
-    question's id decide whose answer is on the left. No vote is asked for where all answers are the same.
-
-    The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
-    "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
-    """
-    shown = []
-    for question in questions:
-        i = _to_json(question["question_id"])
-        models = [model for model in answers if answers[model].get(question["question_id"])]
-        random.Random(f"{seed} {i}").shuffle(models)
-        shown.append(
-            {
-                "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
-                "name": str(question["question_id"]),
-                "category": question.get("category") or "",
-                "turns": question_turns(question),
-                "reference": question.get("reference") or [],
-                "columns": [{"model": m, "answers": answers[m][question["question_id"]]} for m in models],
-            }
-        )
-    values = {name: v if isinstance(v, str) else _to_json(v) for name, v in (settings or {}).items()}
-    content = _to_json({"settings": values, "models": list(answers), "questions": shown})
-    page = hashlib.sha256(content.encode()).hexdigest()[:12]
-    text = render_template("vote_page.html", title=title, policy=_policy(), page=page, content=content)
-    atomic_write(file, text.encode("utf-8", errors="replace"))
-    return page
-
-
 def _to_json(value: Any) -> str:
     r"""ASCII JSON that cannot end a <script>: U+2028, lone surrogates and "<" are \u escapes."""
     return json.dumps(value, default=str).replace("<", "\\u003c")
-
-
-def _policy() -> str:
-    """A Content-Security-Policy that allows the page's own style and script, by their hashes, and no request."""
-    template = Path(__file__).with_name("vote_page.html").read_text(encoding="utf-8")
-
-    def source(tag: str) -> str:
-        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    rest = "base-uri 'none'; form-action 'none'"
-    return f"default-src 'none'; style-src {source('style')}; script-src {source('script')}; {rest}"

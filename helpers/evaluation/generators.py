@@ -24,11 +24,11 @@ from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Arguments of `model.generate` that change what it returns, or need an object.
 UNSUPPORTED_ARGUMENTS = {"num_return_sequences", "return_dict_in_generate", "stop_strings"}
-TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
+TEXT_ARGUMENTS = {"cache_implementation"}
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
 # How newer models of OpenAI's call an argument; None: they do not accept it.
@@ -61,11 +61,9 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
             hint = f"did you mean {close[0]}=...?" if close else "give NAME=VALUE"
             raise SettingsError(f"--generation_kwargs {word}: {hint}")
         try:
-            kwargs[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            kwargs[name] = value if name in TEXT_ARGUMENTS else json.loads(value.lower())
         except json.JSONDecodeError:
-            if name not in TEXT_ARGUMENTS:
-                raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
-            kwargs[name] = value
+            raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
     try:
         GenerationConfig(**kwargs).validate()
     except (TypeError, ValueError) as error:
@@ -73,12 +71,12 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     return kwargs
 
 
+@dataclasses.dataclass
 class HFGenerator(Generator):
     """A model on this machine, with or without an adapter."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model: Any = model
-        self.tokenizer = tokenizer
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
@@ -106,23 +104,24 @@ class HFGenerator(Generator):
         return self.generate([conversation], seed, streamer=streamer, **kwargs)[0]
 
 
+@dataclasses.dataclass
 class OpenAIGenerator(Generator):
     """A model behind an OpenAI-compatible endpoint; the conversations of a batch are sent at the same time."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    endpoint: Endpoint
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str | None]:
         arguments = _to_openai(kwargs) | {"seed": seed}
+        answers: list[str | None] = [None] * len(conversations)
 
-        def ask(i: int) -> tuple[int, str | None]:
+        def ask(i: int) -> None:
             try:
-                return i, self.endpoint.ask(conversations[i], **arguments).text.strip()
+                answers[i] = self.endpoint.ask(conversations[i], **arguments).text.strip()
             except RequestRefused as error:
                 print(f"note: {error}")
-                return i, None
 
-        return [text for _, text in sorted(run_parallel(range(len(conversations)), ask, len(conversations)))]
+        list(run_parallel(range(len(conversations)), ask, len(conversations)))
+        return answers
 
 
 def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +145,7 @@ class Generators:
 
     def __init__(self, models: list[ModelRef], settings: Any) -> None:
         self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
+        self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
         self.plans = {m.base: plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url}
 
@@ -180,8 +180,7 @@ class Generators:
                 base = None
                 gc.collect()  # free the base before loading the next
                 base = self._load_base(ref)
-            remote_code = self.settings.trust_remote_code
-            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **self.remote_code)
             set_chat_template(tokenizer, "auto")
             prepare_model(base, tokenizer)
             if ref.adapter:
@@ -196,15 +195,9 @@ class Generators:
         from transformers import AutoModelForCausalLM
 
         plan = self.plans[ref.base]
-        return AutoModelForCausalLM.from_pretrained(
-            resolve_model(ref.base, ref.revision),
-            revision=ref.revision or "main",
-            dtype=plan.dtype,
-            quantization_config=plan.quantization,
-            attn_implementation=plan.attn_implementation,
-            device_map=plan.device_map,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
+        options = {name: getattr(plan, name) for name in ("dtype", "attn_implementation", "device_map")}
+        options |= {"revision": ref.revision or "main", "quantization_config": plan.quantization} | self.remote_code
+        return AutoModelForCausalLM.from_pretrained(resolve_model(ref.base, ref.revision), **options)
 
     def chat(self) -> None:
         """Talk with the last model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
@@ -214,10 +207,11 @@ class Generators:
         _, generator = next(Generators(self.models[-1:], self.settings).load())
         talk: list[Message] = []
         print("/new starts over, /quit ends.")
-        while (line := _read_line()) != "/quit":
-            if line == "/new":
-                talk = []
-            elif line:
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            for line in iter(lambda: input("> ").strip(), "/quit"):
+                if line in ("/new", ""):
+                    talk = [] if line else talk
+                    continue
                 talk.append({"role": "user", "content": line})
                 try:
                     answer = generator.stream(talk, self.settings.seed + len(talk), **self.sampling)
@@ -226,15 +220,6 @@ class Generators:
                     talk.pop()
                     print(f"\n({error or 'stopped'}; the question is removed)")
         raise CleanExit("The conversation is not saved.")
-
-
-def _read_line() -> str:
-    """A line that the user types; "/quit" at the end of the input."""
-    try:
-        return input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return "/quit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +251,8 @@ class Endpoint:
         if url and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", url):
             raise SettingsError(f"--base_url {where!r} is not an address such as http://127.0.0.1:8000/v1")
         if not url and not key:
-            raise UserError(
-                f"{model!r} at OpenAI needs a key: set OPENAI_API_KEY in the environment or in .env, or --base_url to "
-                "an OpenAI-compatible server"
-            )
+            fix = "set OPENAI_API_KEY in the environment or in .env, or --base_url to an OpenAI-compatible server"
+            raise UserError(f"{model!r} at OpenAI needs a key: {fix}")
         self.model, self.where, self.tries = model, where or "api.openai.com", tries
         self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
         self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
@@ -321,16 +304,13 @@ class Endpoint:
         status, line = error.status_code, _first_line(error)
         if status in (400, 413, 422):
             return RequestRefused(f"{self.model} at {self.where} refuses the request: {line}")
+        if status in (401, 403):
+            return UserError(f"{self.where} does not accept the key in OPENAI_API_KEY ({status})")
         if status == 404:
             with contextlib.suppress(Exception):  # the first error says more
                 line = f"it has {', '.join([model.id for model in self.client.models.list()][:8])}"
-        problems = {
-            401: "does not accept the key in OPENAI_API_KEY (401)",
-            403: "does not accept the key in OPENAI_API_KEY (403)",
-            404: f"has no model {self.model!r} (404): {line}",
-            429: f"still asks to slow down (429): {line}",
-        }
-        return UserError(f"{self.where} {problems.get(status, f'fails ({status}): {line}')}")
+        problem = {404: f"has no model {self.model!r}", 429: "still asks to slow down"}.get(status, "fails")
+        return UserError(f"{self.where} {problem} ({status}): {line}")
 
 
 def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency: int) -> Iterator[Result]:
@@ -341,12 +321,12 @@ def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency
     """
     errors: list[BaseException] = []
 
-    def run(job: Job) -> Iterable[Result]:
+    def run(job: Job) -> list[Result]:
         try:
-            return () if errors else (work(job),)
+            return [] if errors else [work(job)]
         except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
-            return ()
+            return []
 
     with ThreadPool(max(1, concurrency)) as pool:
         for results in pool.imap_unordered(run, jobs):
@@ -357,12 +337,10 @@ def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency
 
 def _is_unknown(error: Any, name: str) -> bool:
     """Whether a server says that it has no argument of this name, rather than only mentioning it."""
-    text = str(error.message)
-    named = re.search(rf"\b{name}\b", text) and UNKNOWN_ARGUMENT.search(text)
-    return getattr(error, "param", None) == name or bool(named)
+    is_named = re.search(rf"\b{name}\b", error.message) and UNKNOWN_ARGUMENT.search(error.message)
+    return getattr(error, "param", None) == name or bool(is_named)
 
 
 def _first_line(error: Any) -> str:
     body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(message or error).split())[:300]
+    return " ".join(str((isinstance(body, dict) and body.get("message")) or error).split())[:300]

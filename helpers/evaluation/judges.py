@@ -1,8 +1,9 @@
-"""Judges: a model, people (votes), rules, or a file of judgments. Prompts and rows are in FastChat's layouts."""
+"""Judges: a model, people (votes) or rules. Prompts and rows are in FastChat's layouts."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from itertools import combinations
@@ -13,15 +14,7 @@ from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, 
 from helpers.data.formats import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
-from helpers.evaluation.judgments import (
-    AnswerSet,
-    Judgments,
-    apply_rules,
-    pair_row,
-    rating_row,
-    read_judgments,
-    read_votes,
-)
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, pair_row, rating_row, read_votes
 from helpers.evaluation.questions import Question, find_input, question_turns
 from helpers.runs.run import Run
 
@@ -29,7 +22,7 @@ OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
-JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
+KEY = ("question_id", "turn", "models", "prompt")  # of a call
 
 
 class JudgePrompts:
@@ -44,8 +37,7 @@ class JudgePrompts:
         """Those of --judge_prompts, or else of --bench_dir if it has any. Raises UserError."""
         if settings.judge_prompts:
             return cls(find_input("--judge_prompts", settings.judge_prompts))
-        bench = find_path(settings.bench_dir)
-        file = bench / OUR_PROMPTS.name if bench else OUR_PROMPTS
+        file = (find_path(settings.bench_dir) or OUR_PROMPTS.parent) / OUR_PROMPTS.name
         return cls(file if file.is_file() else OUR_PROMPTS)
 
     def name_for(self, question: Question, turn: int, mode: str) -> str:
@@ -54,7 +46,7 @@ class JudgePrompts:
         if self.is_fastchat:
             name = FASTCHAT_NAMES[mode][has_reference and question["category"] in REFERENCE_CATEGORIES]
         else:
-            name = {"pairwise": "pair", "single": "single"}[mode] + "-reference" * has_reference
+            name = mode.removesuffix("wise") + "-reference" * has_reference
         name += "-multi-turn" * (turn > 1)
         if name not in self.rows:
             raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
@@ -98,8 +90,8 @@ def parse_verdict(text: str) -> str:
 
     FastChat takes the first of A, B and C that occurs anywhere, so that a quoted [[A]] wins.
     """
-    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text))
-    return {"C": "tie"}.get(verdicts[-1], verdicts[-1]) if verdicts else "error"
+    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text)) or ["error"]
+    return str(verdicts[-1]).replace("C", "tie")
 
 
 def parse_rating(text: str) -> float:
@@ -120,21 +112,18 @@ class Match:
 
     @property
     def fields(self) -> Row:
-        """What a row of calls.jsonl has of it."""
-        return {"question_id": self.question["question_id"], "turn": self.turn, "models": list(self.models),
-                "prompt": self.prompt}  # fmt: skip
+        """What identifies it in a row of calls.jsonl."""
+        return dict(zip(KEY, (self.question["question_id"], self.turn, [*self.models], self.prompt), strict=True))
 
 
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
     """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
-    if mode == "single":
-        return [(name,) for name in answers]
-    pairs = [(baseline, name) for name in answers if name != baseline] if baseline else [*combinations(answers, 2)]
-    if answers and not pairs:
-        raise SettingsError(
-            f"a comparison needs two models, and there is one: {', '.join(answers)}. Give --mode single."
-        )
-    return [*pairs]
+    pairs = list(combinations(answers, 2 if mode == "pairwise" else 1))
+    if baseline and mode == "pairwise":
+        pairs = [(baseline, name) for name in answers if name != baseline]
+    if not pairs:
+        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}. Add another.")
+    return pairs
 
 
 def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Match]:
@@ -156,16 +145,8 @@ def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, pr
     return matches
 
 
-def describe_cost(replies: list[Reply], input_price: float = 0.0, output_price: float = 0.0) -> str:
-    """What was spent; prices are per million tokens."""
-    read, written = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-    text = f"{len(replies):,} calls, {read:,} tokens read, {written:,} written"
-    price = (read * input_price + written * output_price) / 1e6
-    return f"{text}: {price:,.2f} at the prices given" if price else text
-
-
 class Judge:
-    """A judge whose judgments exist already: people's votes, rules, or a file. `fingerprint` names what is judged."""
+    """A judge that makes no call: people's votes, or rules. `fingerprint` names what is judged."""
 
     def __init__(self, judgments: Judgments, answers: AnswerSet, prompts: JudgePrompts) -> None:
         self.name, self.judgments, self.answers, self.prompts = judgments.judge, judgments, answers, prompts
@@ -185,26 +166,18 @@ class Judge:
 
 def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
-    flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
+    flag = next((name for name in ("judge_model", "votes", "judge_module") if getattr(settings, name)), None)
     if flag is None:
-        raise SettingsError(
-            "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
-            "--judge_module MODULE."
-        )
-    if settings.mode == "single" and flag in ("votes", "judge_module"):
+        hint = "Give --judge_model NAME (with --base_url for your own server), --votes FILE or --judge_module MODULE."
+        raise SettingsError(f"no judge is set. {hint}")
+    if settings.mode == "single" and flag != "judge_model":
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
-    pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
-    prompts = JudgePrompts.of(settings)
+    pairs, prompts = model_pairs(answers.answers, settings.mode, settings.baseline), JudgePrompts.of(settings)
     if flag == "judge_model":
         return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
     if flag == "votes":
-        judgments = Judgments("human", read_votes(settings.votes, answers))
-    elif flag == "judgments":
-        rows = read_judgments(settings.judgments, settings.mode, settings.models)
-        judgments = Judgments(settings.judgments, rows, is_file=True)
-    else:
-        judgments = apply_rules(settings.judge_module, answers, pairs)
-    return Judge(judgments, answers, prompts)
+        return Judge(Judgments("human", read_votes(settings.votes, answers)), answers, prompts)
+    return Judge(apply_rules(settings.judge_module, answers, pairs), answers, prompts)
 
 
 class ModelJudge(Judge):
@@ -215,66 +188,72 @@ class ModelJudge(Judge):
         self.settings, self.matches = settings, matches
         self.replies: list[Reply] = []  # of this run; a list is safe among threads
 
+    def messages(self, match: Match) -> list[Message]:
+        return self.prompts.messages(match, self.answers.answers)
+
     def request_hash(self, match: Match) -> str:
         """What is asked of which model, in 16 hex digits that are the same in another run."""
-        return fingerprint(self.name, self.prompts.messages(match, self.answers.answers), self.settings.temperature)
+        return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
-    def _cached_calls(self) -> dict[str, Row]:
+    def cached_calls(self) -> dict[str, Row]:
         """The calls of all runs that have a verdict, by their hash; the last line of a file may be half written."""
         s = self.settings
         files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
         rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
         return {str(row.get("asked")): row for row in rows if row.get("winner") != "error"}
 
-    def uncached(self) -> list[Match]:
-        """The matches that no run has judged yet."""
-        cached = self._cached_calls()
-        return [match for match in self.matches if self.request_hash(match) not in cached]
-
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
-        matches = self.uncached()
-        size = sum(len(m["content"]) for match in matches for m in self.prompts.messages(match, self.answers.answers))
-        first = self.prompts.messages(self.matches[0], self.answers.answers)
-        lines = [f"--- {m['role']} ---\n{m['content']}" for m in first]
-        lines += ["---", f"{len(matches):,} calls like this one, about {size // 4:,} tokens to read."]
-        if cached := len(self.matches) - len(matches):
-            lines.append(f"{cached:,} more have been judged before.")
+        cached = self.cached_calls()
+        left = [self.messages(match) for match in self.matches if self.request_hash(match) not in cached]
+        tokens = sum(len(m["content"]) for messages in left for m in messages) // 4
+        lines = [f"--- {m['role']} ---\n{m['content']}" for m in self.messages(self.matches[0])]
+        lines += ["---", f"{len(left):,} calls like this one, about {tokens:,} tokens to read."]
+        if len(left) < len(self.matches):
+            lines.append(f"{len(self.matches) - len(left):,} more have been judged before.")
         return "\n".join(lines)
 
     def run(self, run: Run) -> Judgments:
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
         from tqdm.auto import tqdm
 
-        s = self.settings
+        s, self.replies = self.settings, []
         endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
         store = JsonlStore(run.folder / "calls.jsonl", _call_key)
         super().run(run)
         with resumable(run):
-            self.reuse_cached(store)
+            self._reuse_calls(store)
             missing = self._missing(store, s.retry_errors)[: s.max_calls or None]
             rows = run_parallel(missing, lambda match: self._judge(match, endpoint), s.max_concurrency)
             for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
                 if row:
                     store.add(row)
-        print(describe_cost(self.replies, s.input_price, s.output_price))
+        print(self.describe_cost())
         return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
+
+    def describe_cost(self) -> str:
+        """What this run spent; prices are per million tokens."""
+        read, written = (sum(getattr(r, f"{kind}_tokens") for r in self.replies) for kind in ("prompt", "completion"))
+        text = f"{len(self.replies):,} calls, {read:,} tokens read, {written:,} written"
+        price = (read * self.settings.input_price + written * self.settings.output_price) / 1e6
+        return f"{text}: {price:,.2f} at the prices given" if price else text
 
     def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Match]:
         found = [(match, store.rows.get(_call_key(match.fields))) for match in self.matches]
         return [m for m, row in found if row is None or (retry_errors and row["winner"] == "error")]
 
-    def reuse_cached(self, store: JsonlStore) -> None:
+    def _reuse_calls(self, store: JsonlStore) -> None:
         """Copy judgments of the same prompts by the same judge from other runs."""
-        cached = self._cached_calls()
+        cached, rows = self.cached_calls(), []
         for match in self._missing(store):
             if row := cached.get(self.request_hash(match)):
                 names = dict(zip(row["models"], match.models, strict=True))  # the same answers under other names
-                store.add(row | match.fields | {"winner": names.get(row["winner"], row["winner"])})
+                rows.append(row | match.fields | {"winner": names.get(row["winner"], row["winner"])})
+        store.add(*rows)
 
     def _judge(self, match: Match, endpoint: Endpoint) -> Row | None:
         """The row of a match; None once the budget is spent."""
-        s, messages = self.settings, self.prompts.messages(match, self.answers.answers)
+        s, messages = self.settings, self.messages(match)
         if s.max_tokens and sum(r.prompt_tokens + r.completion_tokens for r in self.replies) >= s.max_tokens:
             return None
         refused: dict[str, str] = {}
@@ -289,8 +268,8 @@ class ModelJudge(Judge):
                 break
         row = match.fields | {"winner": winner, "finished": reply.finished, **refused}
         row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}
-        tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-        return row | {"tstamp": time.time()} | tokens
+        return row | {"tstamp": time.time(), "prompt_tokens": reply.prompt_tokens,
+                      "completion_tokens": reply.completion_tokens}  # fmt: skip
 
     def _rows(self, store: JsonlStore) -> list[Row]:
         """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
@@ -304,8 +283,8 @@ class ModelJudge(Judge):
         ]  # fmt: skip
 
 
-def _call_key(row: Row) -> tuple[Any, ...]:
-    return row["question_id"], row["turn"], tuple(row["models"]), row["prompt"]
+def _call_key(row: Row) -> str:
+    return json.dumps([row[name] for name in KEY])
 
 
 def _winner(match: Match, text: str) -> Any:

@@ -10,23 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row
-from helpers.evaluation.answers import ModelAnswers, render_template
+from helpers.evaluation import statistics
+from helpers.evaluation.answers import make_table, render_template
 from helpers.evaluation.judgments import AnswerSet, Judgments
-from helpers.evaluation.statistics import (
-    bootstrap_interval,
-    group_index,
-    length_controlled,
-    mean_interval,
-    sign_test,
-    zero_event_upper_bound,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REFITS = 1_000  # resamples of the length-controlled rate
 ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
-OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
+OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0, "error": 0.5}
 FEW = 10  # decided comparisons below which no share of them is worth a note
 RATES = ("win_rate", "loss_rate", "win_rate_adjusted")
 METHOD = (
@@ -71,8 +63,7 @@ class Counts(NamedTuple):
 
     def as_dict(self) -> dict[str, float]:
         numbers = (self.win, self.loss, self.win + 0.5 * self.tie)
-        rates = {name: n / self.total if self.total else 0.0 for name, n in zip(RATES, numbers, strict=True)}
-        return self._asdict() | rates
+        return self._asdict() | {name: n / max(1, self.total) for name, n in zip(RATES, numbers, strict=True)}
 
 
 def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Comparison]]:
@@ -86,25 +77,25 @@ def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], 
     pairs: dict[tuple[str, str], list[Comparison]] = {pair: [] for pair in combinations(names, 2)}
     for row in rows:
         one, two = row["g1_winner"], row["g2_winner"]
-        pair = (row["model_1"], row["model_2"])
-        outcome = None if "error" in (one, two) else OUTCOMES[one if one == two else "tie"]
+        pair, outcome = (row["model_1"], row["model_2"]), OUTCOMES[one if one == two else "tie"]
         if pair not in pairs:  # the row has the pair the other way round
-            pair, outcome = pair[::-1], None if outcome is None else 1 - outcome
-        judge, i = str(row.get("judge", [""])[0]), str(row["question_id"])
-        longer = _length_difference(row, pair, texts, all_turns=judge == "human")
-        first_won, is_blind = (one, two) == ("model_1", "model_2"), row.get("blind", True)
-        own = (judge not in ONE_ORDER, one == two, first_won, longer, is_blind)
-        pairs[pair].append(Comparison(i, categories.get(i, "general"), outcome, *own))
+            pair, outcome = pair[::-1], 1 - outcome
+        judge, i, turn = str(row.get("judge", [""])[0]), str(row["question_id"]), row.get("turn", 1)
+        shown = slice(None) if judge == "human" else slice(turn - 1, turn)
+        old, new = (texts.get(model, {}).get(i, [])[shown] for model in pair)
+        pairs[pair].append(
+            Comparison(
+                question_id=i,
+                category=categories.get(i, "general"),
+                outcome=None if "error" in (one, two) else outcome,
+                is_swapped=judge not in ONE_ORDER,
+                is_consistent=one == two,
+                first_won=(one, two) == ("model_1", "model_2"),
+                longer=sum(map(len, new)) - sum(map(len, old)) if old and new else None,
+                is_blind=row.get("blind", True),
+            )
+        )
     return {pair: comparisons for pair, comparisons in pairs.items() if comparisons}
-
-
-def _length_difference(row: Row, pair: tuple[str, str], texts: ModelAnswers, all_turns: bool) -> int | None:
-    try:
-        one, two = (texts[model][str(row["question_id"])] for model in pair)
-        turns = range(len(one)) if all_turns else [int(row.get("turn", 1)) - 1]
-        return sum(len(two[t]) - len(one[t]) for t in turns)
-    except (KeyError, IndexError):
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +125,21 @@ class PairResult:
         outcomes = np.array([c.outcome for c in judged], dtype=float)
         groups: list[object] = [c.question_id for c in judged]
         swapped = [c for c in judged if c.is_swapped]
-        inconsistent = [c for c in swapped if not c.is_consistent]
-        lengths = [c.longer for c in judged]
-        decided = [c for c in judged if c.longer and c.outcome != 0.5]
-        controlled, interval = None, None
-        if any(lengths) and None not in lengths:
-            differences, index = np.array(lengths, dtype=float), group_index(groups)
-            controlled = float(length_controlled(outcomes, differences)[0])
-            interval = bootstrap_interval(
-                groups, lambda weights: length_controlled(outcomes, differences, weights[:, index]), seed, REFITS
-            )
+        lengths = np.array([c.longer for c in judged], dtype=float)  # NaN for unknown answers
+        decided = (np.nan_to_num(lengths) != 0) & (outcomes != 0.5)
+        controlled, interval = statistics.length_controlled_rate(outcomes, lengths, groups, seed)
         return cls(
             baseline,
             candidate,
             counts=Counts.of(judged),
             errors=len(comparisons) - len(judged),
-            interval=mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
-            sign_p=sign_test(outcomes, groups) if judged else 1.0,
+            interval=statistics.mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
+            sign_p=statistics.sign_test(outcomes, groups),
             consistency=_mean([c.is_consistent for c in swapped]),
-            first_position_win_rate=_mean([c.first_won for c in inconsistent]),
-            longer_won=_mean([(c.outcome == 1.0) == ((c.longer or 0) > 0) for c in decided]),
-            decided_unequal=len(decided),
-            candidate_longer=_mean([(n or 0) > 0 for n in lengths]) if any(lengths) else None,
+            first_position_win_rate=_mean([c.first_won for c in swapped if not c.is_consistent]),
+            longer_won=_mean(((outcomes == 1) == (lengths > 0))[decided].tolist()),
+            decided_unequal=int(decided.sum()),
+            candidate_longer=_mean((lengths > 0).tolist()) if np.nan_to_num(lengths).any() else None,
             length_controlled=controlled,
             length_controlled_interval=interval,
             categories={name: Counts.of([c for c in judged if c.category == name])
@@ -169,18 +153,13 @@ class PairResult:
         fields = vars(self) | self.counts.as_dict() | {"categories": categories, "notes": self.notes()}
         return {name: value for name, value in fields.items() if name != "counts"}
 
-    @property
-    def summary(self) -> str:
-        """The rate with its interval, and what else is known, in one line."""
-        return self._lines()[0]
+    def describe(self) -> list[str]:
+        """The rate with its interval and what else is known, in one line; then what to know before believing it."""
+        unseen = statistics.zero_event_upper_bound(self.identical)
+        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")
 
     def notes(self) -> list[str]:
-        """What to know before believing the table."""
-        return self._lines()[1:]
-
-    def _lines(self) -> list[str]:
-        unseen = zero_event_upper_bound(self.identical)
-        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")
+        return self.describe()[1:]
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -232,13 +211,13 @@ class PairwiseResults:
         parts: list[Any] = [Text(f"{count} comparisons by {self.judge}\n", style="bold"),
                             _counts_table("model", self.models)]  # fmt: skip
         for pair in self.pairs:
-            parts += ["", Text(pair.summary)]
+            parts += ["", Text(pair.describe()[0])]
             if len(pair.categories) > 1:
                 parts += ["", _counts_table("category", pair.categories)]
         if self.scores:
             names = list(next(iter(self.scores.values())))
             shares = [(model, *(f"{own[name]:.1%}" for name in names)) for model, own in self.scores.items()]
-            parts += ["", _table(["answers that are", *names], shares)]
+            parts += ["", make_table(["answers that are", *names], shares)]
         return Group(*parts, "", *(Text(f"• {note}") for note in self.notes()), "", Text(METHOD, style="dim"))
 
     def figure(self) -> Figure:
@@ -246,9 +225,8 @@ class PairwiseResults:
         bars = {f"{p.candidate}\nagainst {p.baseline}": p.counts for p in self.pairs}
         if len(self.pairs) == 1 and len(self.pairs[0].categories) > 1:
             bars |= self.pairs[0].categories
-        figure, axis = _bar_figure(
-            [*bars], f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
-        )
+        title = f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
+        figure, axis = _bar_figure([*bars], title, [pair.interval for pair in self.pairs])
         left = np.zeros(len(bars))
         for kind, colour, ink in (("win", BLUE, "white"), ("tie", LIGHT_GREY, "black"), ("loss", ORANGE, "white")):
             counts = [getattr(c, kind) for c in bars.values()]
@@ -258,8 +236,6 @@ class PairwiseResults:
             axis.bar_label(drawn, labels, label_type="center", fontsize=9, color=ink)
             left += shares
         axis.plot([c.win_rate_adjusted for c in bars.values()], range(len(bars)), "o", color="black", markersize=4)
-        for y, pair in enumerate(self.pairs):
-            axis.plot(pair.interval, (y, y), color="black", marker="|")
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1), xlabel="share of comparisons")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -294,18 +270,19 @@ class RatingResults:
         for kind, label in (("turns", "turn "), ("categories", "")):
             rows |= {f"{label}{key}": [m[kind].get(key) for m in models] for m in models for key in m[kind]}
         rows["no rating"] = [m["errors"] for m in models]
-        texts = [(name, *map(_format_rating, values)) for name, values in rows.items()]
-        return _table([f"1 to 10, by {self.judge}", *self.models], texts)
+
+        def text(value: Any) -> str:
+            return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+        return make_table([f"1 to 10, by {self.judge}", *self.models], [(n, *map(text, v)) for n, v in rows.items()])
 
     def figure(self) -> Figure:
         """The average rating of each model, with its interval."""
         title = f"{self.judge}: ratings from 1 to 10; the line is the 95% interval"
-        figure, axis = _bar_figure([*self.models], title)
-        for y, m in enumerate(self.models.values()):
-            average, ends = m["average"] or 0.0, m["interval"] or (0.0, 0.0)
-            axis.barh(y, average, color=BLUE, height=0.6)
-            axis.plot(ends, (y, y), color="black", marker="|")
-            axis.text(0.1, y, f"{average:.2f}", va="center", fontsize=9, color="white")
+        models = self.models.values()
+        figure, axis = _bar_figure([*self.models], title, [m["interval"] or (0, 0) for m in models])
+        drawn = axis.barh(range(len(models)), [m["average"] or 0 for m in models], color=BLUE, height=0.6)
+        axis.bar_label(drawn, fmt="%.2f", label_type="center", fontsize=9, color="white")
         axis.set(xlim=(0, 10), xlabel="mean rating")
         return figure
 
@@ -319,7 +296,7 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     """The ratings of one model. A score of -1 is a reply without a rating."""
     rated = [row for row in rows if row["score"] != -1]
     shares = np.array([(row["score"] - 1) / 9 for row in rated], dtype=float)  # of the way from 1 to 10
-    interval = mean_interval(shares, [str(row["question_id"]) for row in rated], seed) if rated else None
+    interval = statistics.mean_interval(shares, [str(row["question_id"]) for row in rated], seed) if rated else None
 
     def means(key: str) -> dict[Any, float | None]:
         groups = dict.fromkeys(row[key] for row in rows)
@@ -334,12 +311,8 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _format_rating(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _bar_figure(names: list[str], title: str) -> tuple[Figure, Any]:
-    """An empty figure for horizontal bars, the first name at the top."""
+def _bar_figure(names: list[str], title: str, intervals: list[tuple[float, float]]) -> tuple[Figure, Any]:
+    """A figure for horizontal bars, the first name at the top, with the intervals of the first bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
@@ -348,22 +321,11 @@ def _bar_figure(names: list[str], title: str) -> tuple[Figure, Any]:
     axis.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
     axis.invert_yaxis()
     figure.suptitle(title, fontsize=9, parse_math=False)
+    for y, ends in enumerate(intervals):
+        axis.plot(ends, (y, y), color="black", marker="|")
     return figure, axis
 
 
 def _counts_table(head: str, counts: dict[str, Counts]) -> Any:
     rows = [(name, c.win, c.loss, c.tie, *(f"{c.as_dict()[rate]:.1%}" for rate in RATES)) for name, c in counts.items()]
-    return _table([head, "win", "loss", "tie", *RATES], rows)
-
-
-def _table(head: list[str], rows: list[tuple[Any, ...]]) -> Any:
-    """A table that fits 80 columns: names on the left, numbers on the right."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="underline")
-    for i, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+    return make_table([head, "win", "loss", "tie", *RATES], rows)

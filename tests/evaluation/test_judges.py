@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from helpers.evaluation.judges import (
     JudgePrompts,
     Match,
     ModelJudge,
-    describe_cost,
     make_judge,
     make_matches,
     parse_rating,
@@ -123,10 +123,10 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
         _, judgments = judged(server, run, answers)
         assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (10, 0, 5)
         judgments.raise_if_incomplete()
-    replies = [Reply("", True, 100_000, 50_000)] * 10
-    assert (
-        describe_cost(replies, 2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
-    )
+    judge = make_judge(settings_for(run, input_price=2.0, output_price=8.0), answers)
+    assert isinstance(judge, ModelJudge)
+    judge.replies = [Reply("", True, 100_000, 50_000)] * 10
+    assert judge.describe_cost() == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
 
 
 def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(tmp_path: Path) -> None:
@@ -153,7 +153,9 @@ def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: 
         def uncached(**given: Any) -> int:
             judge = make_judge(settings_for(tmp_path / "two", server.url, **given), more)
             assert isinstance(judge, ModelJudge)
-            return len(judge.uncached())
+            calls = re.search(r"^(\d+) calls like this one", judge.preview(), re.MULTILINE)
+            assert calls
+            return int(calls[1])
 
         assert uncached() == 16
         assert uncached(temperature=1.0) == uncached(judge_model="another") == uncached(resume="never") == 24
@@ -205,7 +207,9 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
         assert "4 calls like this one" in judge.preview()
         judge.run(Run(tmp_path / "run", {}))
         lines = judge.preview().splitlines()
-    texts = [m["content"] for match in judge.uncached() for m in PROMPTS.messages(match, answers.answers)]
+    cached = judge.cached_calls()
+    left = [match for match in judge.matches if judge.request_hash(match) not in cached]
+    texts = [m["content"] for match in left for m in PROMPTS.messages(match, answers.answers)]
     tokens = sum(map(len, texts)) // 4
     assert lines[-2:] == [f"3 calls like this one, about {tokens:,} tokens to read.", "1 more have been judged before."]
     assert lines[0] == "--- system ---"
