@@ -64,11 +64,10 @@ def zero_event_upper_bound(questions: int, tail: float = 0.05) -> float:
 
 def sign_test(outcomes: Floats, groups: list[object]) -> float:
     """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
-    from scipy.stats import binomtest
-
     sums, counts = _sums_by_group(outcomes, groups)
     wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** (wins + losses))
 
 
 def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:
