@@ -80,7 +80,7 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import short_path, show
-from helpers.evaluation import find_answers, make_judge, summarize
+from helpers.evaluation import find_answers, make_judge, summarize_judgments
 from helpers.runs import show_report, start_run
 
 # %%
@@ -107,7 +107,7 @@ verdicts = judge.run(judge_run)
 # test, and notes on what speaks against the numbers: a judge that prefers the first answer, or the longer one.
 
 # %%
-results = summarize(verdicts, answers, mode=settings.mode, seed=settings.seed)
+results = summarize_judgments(verdicts, answers, mode=settings.mode, seed=settings.seed)
 show(results)
 show(results.figure(), save_as=judge_run.folder / "results.png")
 verdicts.save(judge_run, results)

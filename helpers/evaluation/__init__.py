@@ -10,6 +10,6 @@ __all__, __getattr__ = lazy_door(
         "answers": ["AnswerStore", "resumable"],
         "judges": ["make_judge"],
         "judgments": ["find_answers"],
-        "results": ["summarize"],
+        "results": ["summarize_judgments"],
     },
 )

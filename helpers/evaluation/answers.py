@@ -152,12 +152,10 @@ class AnswerStore:
     def side_by_side(self, names: list[str], rows: int) -> SideBySide:
         """`rows` of the questions, evenly spread, with each model's answer; the turns of a conversation are joined."""
         step = max(1, len(self.questions) // max(1, rows))
-        columns = [self.answers(name) for name in names]
-        picked = [
-            [q["turns"], *(column.get(q["question_id"], []) for column in columns)]
-            for q in self.questions[step // 2 :: step][:rows]
-        ]
-        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in picked])
+        shown = self.questions[step // 2 :: step][:rows]
+        columns = [{q["question_id"]: q["turns"] for q in shown}, *map(self.answers, names)]
+        cells = [[column.get(q["question_id"], []) for column in columns] for q in shown]
+        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells])
 
     def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
         """Write answers.html, a page to read and vote on that makes no network request, and return its id.

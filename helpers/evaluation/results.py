@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     is_swapped: bool  # the judge saw both orders
     is_consistent: bool  # both orders gave the same verdict
     first_won: bool  # the answer shown first won in both orders
-    longer: int | None  # characters by which the candidate's answer is longer; None for unknown answers
+    longer: int  # characters by which the candidate's answer is longer
     is_blind: bool  # a person who voted had not seen the names
 
 
@@ -80,8 +80,8 @@ def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], 
         pair, outcome = (row["model_1"], row["model_2"]), OUTCOMES[one if one == two else "tie"]
         if pair not in pairs:  # the row has the pair the other way round
             pair, outcome = pair[::-1], 1 - outcome
-        judge, i, turn = str(row.get("judge", [""])[0]), str(row["question_id"]), row.get("turn", 1)
-        shown = slice(None) if judge == "human" else slice(turn - 1, turn)
+        judge, i, turn = row["judge"][0], str(row["question_id"]), row["turn"]
+        shown = slice(None) if judge == "human" else slice(turn - 1, turn)  # a person votes on all turns at once
         old, new = (texts.get(model, {}).get(i, [])[shown] for model in pair)
         pairs[pair].append(
             Comparison(
@@ -91,7 +91,7 @@ def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], 
                 is_swapped=judge not in ONE_ORDER,
                 is_consistent=one == two,
                 first_won=(one, two) == ("model_1", "model_2"),
-                longer=sum(map(len, new)) - sum(map(len, old)) if old and new else None,
+                longer=sum(map(len, new)) - sum(map(len, old)),
                 is_blind=row.get("blind", True),
             )
         )
@@ -125,8 +125,8 @@ class PairResult:
         outcomes = np.array([c.outcome for c in judged], dtype=float)
         groups: list[object] = [c.question_id for c in judged]
         swapped = [c for c in judged if c.is_swapped]
-        lengths = np.array([c.longer for c in judged], dtype=float)  # NaN for unknown answers
-        decided = (np.nan_to_num(lengths) != 0) & (outcomes != 0.5)
+        lengths = np.array([c.longer for c in judged], dtype=float)
+        decided = (lengths != 0) & (outcomes != 0.5)
         controlled, interval = statistics.length_controlled_rate(outcomes, lengths, groups, seed)
         return cls(
             baseline,
@@ -139,7 +139,7 @@ class PairResult:
             first_position_win_rate=_mean([c.first_won for c in swapped if not c.is_consistent]),
             longer_won=_mean(((outcomes == 1) == (lengths > 0))[decided].tolist()),
             decided_unequal=int(decided.sum()),
-            candidate_longer=_mean((lengths > 0).tolist()) if np.nan_to_num(lengths).any() else None,
+            candidate_longer=_mean((lengths > 0).tolist()) if lengths.any() else None,
             length_controlled=controlled,
             length_controlled_interval=interval,
             categories={name: Counts.of([c for c in judged if c.category == name])
@@ -287,7 +287,9 @@ class RatingResults:
         return figure
 
 
-def summarize(judgments: Judgments, answers: AnswerSet, mode: str, seed: int = 0) -> PairwiseResults | RatingResults:
+def summarize_judgments(
+    judgments: Judgments, answers: AnswerSet, mode: str, seed: int = 0
+) -> PairwiseResults | RatingResults:
     """The results of judgments of --mode pairwise or single."""
     return (RatingResults if mode == "single" else PairwiseResults).from_judgments(judgments, answers, seed)
 

@@ -97,8 +97,8 @@ def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None 
 def length_controlled_rate(
     outcomes: Floats, lengths: Floats, groups: list[object], seed: int
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """The win rate at equal lengths and its interval; None where lengths are unknown (NaN) or never differ."""
-    if np.isnan(lengths).any() or not lengths.any():
+    """The win rate at equal lengths and its interval; None where lengths never differ."""
+    if not lengths.any():
         return None, None
     index = _group_index(groups)
     interval = bootstrap_interval(groups, lambda w: length_controlled(outcomes, lengths, w[:, index]), seed, REFITS)
