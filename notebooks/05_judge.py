@@ -75,8 +75,7 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Answers and judge
 #
-# Only questions that both models of a pair have answered are compared. The judge is a model, people (votes) or
-# rules.
+# Only questions that both models of a pair have answered are compared. The judge is a model, people (votes) or rules.
 
 # %%
 from helpers.core import short_path, show

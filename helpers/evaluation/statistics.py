@@ -66,8 +66,8 @@ def sign_test(outcomes: Floats, groups: list[object]) -> float:
     """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
     sums, counts = _sums_by_group(outcomes, groups)
     wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
-    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2 ** (wins + losses))
+    tail: int = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2 ** (wins + losses)))
 
 
 def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:
