@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import time
@@ -22,7 +21,6 @@ OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
-KEY = ("question_id", "turn", "models", "prompt")  # of a call
 
 
 class JudgePrompts:
@@ -52,21 +50,21 @@ class JudgePrompts:
             raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
         return name
 
-    def messages(self, match: Match, answers: ModelAnswers) -> list[Message]:
+    def messages(self, match: Row, question: Question, answers: ModelAnswers) -> list[Message]:
         """System and user message for a match. Raises UserError for a template with an unknown field."""
-        row, question, turn = self.rows[match.prompt], match.question, match.turn
+        row, turn, models = self.rows[match["prompt"]], match["turn"], match["models"]
         asked, reference = question_turns(question), question.get("reference", [])
         fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _transcript(asked, reference, turn)}
         fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
         fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
-        for side, model in zip(("_a", "_b") if len(match.models) > 1 else ("",), match.models, strict=True):
+        for side, model in zip(("_a", "_b") if len(models) > 1 else ("",), models, strict=True):
             turns = answers[model][question["question_id"]]
             fields |= {f"answer{side}": turns[turn - 1], f"conversation{side}": _transcript(asked, turns, turn)}
             fields |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
         try:
             text = row["prompt_template"].format(**fields)
         except (LookupError, ValueError) as error:
-            raise UserError(f"{self.file}: the template of {match.prompt} cannot be filled in: {error}") from None
+            raise UserError(f"{self.file}: the template of {match['prompt']} cannot be filled in: {error}") from None
         return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
 
 
@@ -101,21 +99,6 @@ def parse_rating(text: str) -> float:
     return rating if ratings and 1 <= (rating := float(ratings[-1])) <= 10 else -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """One call of the judge: a turn (from 1) of two models' answers in the order they are shown, or of one model's."""
-
-    question: Question
-    turn: int
-    models: tuple[str, ...]
-    prompt: str  # its name
-
-    @property
-    def fields(self) -> Row:
-        """What identifies it in a row of calls.jsonl."""
-        return dict(zip(KEY, (self.question["question_id"], self.turn, [*self.models], self.prompt), strict=True))
-
-
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
     """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
     pairs = list(combinations(answers, 2 if mode == "pairwise" else 1))
@@ -126,20 +109,21 @@ def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tu
     return pairs
 
 
-def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Match]:
+def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Row]:
     """Every call to make: for each question and turn both orders of each pair, or each model alone.
 
-    A turn that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
+    A match is the start of a row of calls.jsonl: {"question_id", "turn" (from 1), "models" as shown, "prompt"}. A turn
+    that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
     """
     matches = []
     for question in answers.questions:
-        turns = len(question["turns"])  # FastChat's prompts have room for two
+        i, turns = question["question_id"], len(question["turns"])  # FastChat's prompts have room for two
         for turn in range(1, (min(turns, 2) if prompts.is_fastchat else turns) + 1):
             name = prompts.name_for(question, turn, mode)
             for pair in pairs:
-                if all(len(answers.answers[model].get(question["question_id"], ())) >= turn for model in pair):
+                if all(len(answers.answers[model].get(i, ())) >= turn for model in pair):
                     orders = [pair, pair[::-1]] if mode == "pairwise" else [pair]
-                    matches += [Match(question, turn, order, name) for order in orders]
+                    matches += [{"question_id": i, "turn": turn, "models": [*o], "prompt": name} for o in orders]
     if not matches:
         raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
     return matches
@@ -183,15 +167,16 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
 class ModelJudge(Judge):
     """A model that judges matches. Each call is stored in calls.jsonl and made only once, by whatever run."""
 
-    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Match]) -> None:
+    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Row]) -> None:
         super().__init__(Judgments(settings.judge_model, []), answers, prompts)
         self.settings, self.matches = settings, matches
+        self.questions = {question["question_id"]: question for question in answers.questions}
         self.replies: list[Reply] = []  # of this run; a list is safe among threads
 
-    def messages(self, match: Match) -> list[Message]:
-        return self.prompts.messages(match, self.answers.answers)
+    def messages(self, match: Row) -> list[Message]:
+        return self.prompts.messages(match, self.questions[match["question_id"]], self.answers.answers)
 
-    def request_hash(self, match: Match) -> str:
+    def request_hash(self, match: Row) -> str:
         """What is asked of which model, in 16 hex digits that are the same in another run."""
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
@@ -238,8 +223,8 @@ class ModelJudge(Judge):
         price = (read * self.settings.input_price + written * self.settings.output_price) / 1e6
         return f"{text}: {price:,.2f} at the prices given" if price else text
 
-    def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Match]:
-        found = [(match, store.rows.get(_call_key(match.fields))) for match in self.matches]
+    def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Row]:
+        found = [(match, store.rows.get(_call_key(match))) for match in self.matches]
         return [m for m, row in found if row is None or (retry_errors and row["winner"] == "error")]
 
     def _reuse_calls(self, store: JsonlStore) -> None:
@@ -247,11 +232,11 @@ class ModelJudge(Judge):
         cached, rows = self.cached_calls(), []
         for match in self._missing(store):
             if row := cached.get(self.request_hash(match)):
-                names = dict(zip(row["models"], match.models, strict=True))  # the same answers under other names
-                rows.append(row | match.fields | {"winner": names.get(row["winner"], row["winner"])})
+                names = dict(zip(row["models"], match["models"], strict=True))  # the same answers under other names
+                rows.append(row | match | {"winner": names.get(row["winner"], row["winner"])})
         store.add(*rows)
 
-    def _judge(self, match: Match, endpoint: Endpoint) -> Row | None:
+    def _judge(self, match: Row, endpoint: Endpoint) -> Row | None:
         """The row of a match; None once the budget is spent."""
         s, messages = self.settings, self.messages(match)
         if s.max_tokens and sum(r.prompt_tokens + r.completion_tokens for r in self.replies) >= s.max_tokens:
@@ -266,30 +251,30 @@ class ModelJudge(Judge):
             winner = _winner(match, reply.text)
             if winner != "error" or refused:
                 break
-        row = match.fields | {"winner": winner, "finished": reply.finished, **refused}
+        row = match | {"winner": winner, "finished": reply.finished, **refused}
         row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}
         return row | {"tstamp": time.time(), "prompt_tokens": reply.prompt_tokens,
                       "completion_tokens": reply.completion_tokens}  # fmt: skip
 
     def _rows(self, store: JsonlStore) -> list[Row]:
         """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
-        rows = [store.rows.get(_call_key(match.fields)) for match in self.matches]
-        if len(self.matches[0].models) == 1:
+        rows = [store.rows.get(_call_key(match)) for match in self.matches]
+        if self.settings.mode == "single":
             return [rating_row(self.name, row) for row in rows if row]
         orders = zip(self.matches[::2], rows[::2], rows[1::2], strict=True)
         return [
-            pair_row(match.question, match.turn, match.models, [self.name, match.prompt], [one, two])
+            pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ]  # fmt: skip
 
 
 def _call_key(row: Row) -> str:
-    return json.dumps([row[name] for name in KEY])
+    return json.dumps([row[name] for name in ("question_id", "turn", "models", "prompt")])
 
 
-def _winner(match: Match, text: str) -> Any:
+def _winner(match: Row, text: str) -> Any:
     """The model that won, "tie" or "error"; for one model alone its rating or "error"."""
-    if len(match.models) == 1:
+    if len(match["models"]) == 1:
         return rating if (rating := parse_rating(text)) > 0 else "error"
     verdict = parse_verdict(text)
-    return match.models["AB".index(verdict)] if verdict in ("A", "B") else verdict
+    return match["models"]["AB".index(verdict)] if verdict in ("A", "B") else verdict

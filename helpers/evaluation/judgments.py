@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class Judgments:
                             "off, raise --max_new_tokens. Give --retry_errors to ask again.")  # fmt: skip
 
 
-def pair_row(question: Question, turn: int, models: tuple[str, ...], judge: list[str], calls: list[Row]) -> Row:
+def pair_row(question: Question, turn: int, models: Sequence[str], judge: list[str], calls: list[Row]) -> Row:
     """A row of FastChat's pairwise judgments, of the two calls in which a pair was shown in both orders."""
     names = {models[0]: "model_1", models[1]: "model_2"}
     row: Row = {"question_id": question["question_id"], "model_1": models[0], "model_2": models[1]}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
-OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0, "error": 0.5}
+OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 FEW = 10  # decided comparisons below which no share of them is worth a note
 RATES = ("win_rate", "loss_rate", "win_rate_adjusted")
 METHOD = (
@@ -26,19 +26,6 @@ METHOD = (
     "bootstrap over questions. p: exact sign test over questions. At equal lengths: logistic regression on "
     "tanh(length difference / its standard deviation), with that term set to zero."
 )
-
-
-class Comparison(NamedTuple):
-    """One turn of one question: who won over both orders, seen from the pair's second model, the candidate."""
-
-    question_id: str
-    category: str
-    outcome: float | None  # 1, 0.5 or 0; None for an error
-    is_swapped: bool  # the judge saw both orders
-    is_consistent: bool  # both orders gave the same verdict
-    first_won: bool  # the answer shown first won in both orders
-    longer: int  # characters by which the candidate's answer is longer
-    is_blind: bool  # a person who voted had not seen the names
 
 
 class Counts(NamedTuple):
@@ -49,9 +36,9 @@ class Counts(NamedTuple):
     tie: int
 
     @classmethod
-    def of(cls, comparisons: list[Comparison]) -> Counts:
-        outcomes = [c.outcome for c in comparisons]
-        return cls(outcomes.count(1.0), outcomes.count(0.0), outcomes.count(0.5))
+    def of(cls, rows: list[Row]) -> Counts:
+        outcomes = [row["outcome"] for row in rows]
+        return cls(outcomes.count(1), outcomes.count(0), outcomes.count(0.5))
 
     @property
     def total(self) -> int:
@@ -66,36 +53,27 @@ class Counts(NamedTuple):
         return self._asdict() | {name: n / max(1, self.total) for name, n in zip(RATES, numbers, strict=True)}
 
 
-def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Comparison]]:
-    """Comparisons by pair of models, each pair in the order of `answers`, else in that of the rows.
+def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each pair of models, in the order of `answers`, else in that of the rows.
 
-    Two calls that disagree are a tie; an error in either is an error (FastChat, llm_judge/show_result.py).
+    Adds the category, the outcome (1, 0.5 or 0 for the pair's second model, the candidate; None for an error), and by
+    how many characters its answer is longer. Two calls that disagree are a tie; an error in either is an error
+    (FastChat, llm_judge/show_result.py).
     """
     categories = {str(q["question_id"]): q.get("category", "general") for q in answers.questions}
     texts = {model: {str(i): turns for i, turns in by_id.items()} for model, by_id in answers.answers.items()}
     names = list(dict.fromkeys([*texts, *(row[m] for row in rows for m in ("model_1", "model_2"))]))
-    pairs: dict[tuple[str, str], list[Comparison]] = {pair: [] for pair in combinations(names, 2)}
+    pairs: dict[tuple[str, str], list[Row]] = {pair: [] for pair in combinations(names, 2)}
     for row in rows:
-        one, two = row["g1_winner"], row["g2_winner"]
-        pair, outcome = (row["model_1"], row["model_2"]), OUTCOMES[one if one == two else "tie"]
+        i, pair = str(row["question_id"]), (row["model_1"], row["model_2"])
+        calls = {row["g1_winner"], row["g2_winner"]}
+        outcome = None if "error" in calls else OUTCOMES[calls.pop() if len(calls) == 1 else "tie"]
         if pair not in pairs:  # the row has the pair the other way round
-            pair, outcome = pair[::-1], 1 - outcome
-        judge, i, turn = row["judge"][0], str(row["question_id"]), row["turn"]
-        shown = slice(None) if judge == "human" else slice(turn - 1, turn)  # a person votes on all turns at once
-        old, new = (texts.get(model, {}).get(i, [])[shown] for model in pair)
-        pairs[pair].append(
-            Comparison(
-                question_id=i,
-                category=categories.get(i, "general"),
-                outcome=None if "error" in (one, two) else outcome,
-                is_swapped=judge not in ONE_ORDER,
-                is_consistent=one == two,
-                first_won=(one, two) == ("model_1", "model_2"),
-                longer=sum(map(len, new)) - sum(map(len, old)),
-                is_blind=row.get("blind", True),
-            )
-        )
-    return {pair: comparisons for pair, comparisons in pairs.items() if comparisons}
+            pair, outcome = pair[::-1], None if outcome is None else 1 - outcome
+        shown = slice(None) if row["judge"][0] == "human" else slice(row["turn"] - 1, row["turn"])
+        old, new = (sum(map(len, texts.get(model, {}).get(i, [])[shown])) for model in pair)
+        pairs[pair].append(row | {"category": categories.get(i, "general"), "outcome": outcome, "longer": new - old})
+    return {pair: own for pair, own in pairs.items() if own}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,31 +98,31 @@ class PairResult:
     identical: int  # questions, if all their outcomes are the same; else 0
 
     @classmethod
-    def of(cls, baseline: str, candidate: str, comparisons: list[Comparison], seed: int = 0) -> PairResult:
-        judged = [c for c in comparisons if c.outcome is not None]
-        outcomes = np.array([c.outcome for c in judged], dtype=float)
-        groups: list[object] = [c.question_id for c in judged]
-        swapped = [c for c in judged if c.is_swapped]
-        lengths = np.array([c.longer for c in judged], dtype=float)
+    def of(cls, baseline: str, candidate: str, rows: list[Row], seed: int = 0) -> PairResult:
+        judged = [row for row in rows if row["outcome"] is not None]
+        outcomes = np.array([row["outcome"] for row in judged], dtype=float)
+        lengths = np.array([row["longer"] for row in judged], dtype=float)
+        groups: list[object] = [str(row["question_id"]) for row in judged]
+        orders = [(row["g1_winner"], row["g2_winner"]) for row in judged if row["judge"][0] not in ONE_ORDER]
         decided = (lengths != 0) & (outcomes != 0.5)
         controlled, interval = statistics.length_controlled_rate(outcomes, lengths, groups, seed)
         return cls(
             baseline,
             candidate,
             counts=Counts.of(judged),
-            errors=len(comparisons) - len(judged),
+            errors=len(rows) - len(judged),
             interval=statistics.mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
             sign_p=statistics.sign_test(outcomes, groups),
-            consistency=_mean([c.is_consistent for c in swapped]),
-            first_position_win_rate=_mean([c.first_won for c in swapped if not c.is_consistent]),
+            consistency=_mean([one == two for one, two in orders]),
+            first_position_win_rate=_mean([one == "model_1" and two == "model_2" for one, two in orders if one != two]),
             longer_won=_mean(((outcomes == 1) == (lengths > 0))[decided].tolist()),
             decided_unequal=int(decided.sum()),
             candidate_longer=_mean((lengths > 0).tolist()) if lengths.any() else None,
             length_controlled=controlled,
             length_controlled_interval=interval,
-            categories={name: Counts.of([c for c in judged if c.category == name])
-                        for name in dict.fromkeys(c.category for c in judged)},
-            seen=sum(not c.is_blind for c in judged),
+            categories={name: Counts.of([row for row in judged if row["category"] == name])
+                        for name in dict.fromkeys(row["category"] for row in judged)},
+            seen=sum(not row.get("blind", True) for row in judged),
             identical=len(set(groups)) if len(set(outcomes.tolist())) == 1 else 0,
         )  # fmt: skip
 

@@ -14,7 +14,6 @@ from helpers.core import UserError, read_jsonl
 from helpers.evaluation.generators import Reply
 from helpers.evaluation.judges import (
     JudgePrompts,
-    Match,
     ModelJudge,
     make_judge,
     make_matches,
@@ -194,7 +193,7 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
     assert PROMPTS.name_for(question, 1, "pairwise") == "pair-reference"
     name = PROMPTS.name_for(question, 2, "pairwise")
     assert name == "pair-reference-multi-turn"
-    system, user = PROMPTS.messages(Match(question, 2, ("a", "b"), name), answers.answers)
+    system, user = PROMPTS.messages({"turn": 2, "models": ["a", "b"], "prompt": name}, question, answers.answers)
     assert "[[A]]" in system["content"]
     for text in ("2+2?", "And 3+3?", "four", "six", "{6}", "5", "7"):
         assert text in user["content"]
@@ -209,7 +208,7 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
         lines = judge.preview().splitlines()
     cached = judge.cached_calls()
     left = [match for match in judge.matches if judge.request_hash(match) not in cached]
-    texts = [m["content"] for match in left for m in PROMPTS.messages(match, answers.answers)]
+    texts = [m["content"] for match in left for m in judge.messages(match)]
     tokens = sum(map(len, texts)) // 4
     assert lines[-2:] == [f"3 calls like this one, about {tokens:,} tokens to read.", "1 more have been judged before."]
     assert lines[0] == "--- system ---"
@@ -219,7 +218,7 @@ def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> No
     texts: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
     answers = AnswerSet(questions_of(2, turns=3), texts)
     matches = make_matches(answers, [("a", "b")], "pairwise", PROMPTS)
-    assert [(m.question["question_id"], m.turn, m.models) for m in matches] == [
+    assert [(m["question_id"], m["turn"], tuple(m["models"])) for m in matches] == [
         (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
     ]  # fmt: skip
     with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
