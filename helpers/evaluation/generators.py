@@ -104,39 +104,6 @@ class HFGenerator(Generator):
         return self.generate([conversation], seed, streamer=streamer, **kwargs)[0]
 
 
-@dataclasses.dataclass
-class OpenAIGenerator(Generator):
-    """A model behind an OpenAI-compatible endpoint; the conversations of a batch are sent at the same time."""
-
-    endpoint: Endpoint
-
-    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str | None]:
-        arguments = _to_openai(kwargs) | {"seed": seed}
-        answers: list[str | None] = [None] * len(conversations)
-
-        def ask(i: int) -> None:
-            try:
-                answers[i] = self.endpoint.ask(conversations[i], **arguments).text.strip()
-            except RequestRefused as error:
-                print(f"note: {error}")
-
-        list(run_parallel(range(len(conversations)), ask, len(conversations)))
-        return answers
-
-
-def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint does not have."""
-    rest = set(kwargs) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS}
-    if kwargs.get("num_beams", 1) > 1 or rest:
-        names = ", ".join(sorted(rest)) or "--num_beams"
-        raise SettingsError(f"{names} is not an argument of an OpenAI-compatible endpoint. Remove it.")
-    arguments: dict[str, Any] = {"max_tokens": kwargs["max_new_tokens"], "temperature": 0.0}
-    if kwargs.get("do_sample"):
-        arguments |= {"temperature": kwargs["temperature"], "top_p": kwargs["top_p"]}
-    body = {name: kwargs[name] for name, usual in BODY_ARGUMENTS.items() if kwargs.get(name, usual) != usual}
-    return arguments | ({"extra_body": body} if body else {})
-
-
 class Generators:
     """The models that answer, each loaded when it is needed, and how they sample. To show: how they are loaded.
 
@@ -174,7 +141,7 @@ class Generators:
             if answers is not None and not answers.missing(ref.name):
                 continue
             if ref in self.endpoints:
-                yield ref.name, OpenAIGenerator(self.endpoints[ref])
+                yield ref.name, self.endpoints[ref]
                 continue
             if loaded != (ref.base, ref.revision):
                 base = None
@@ -236,7 +203,7 @@ class RequestRefused(UserError):
     """The server refuses this one request: it is too long, or against its rules. Others may succeed."""
 
 
-class Endpoint:
+class Endpoint(Generator):
     """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
@@ -257,6 +224,20 @@ class Endpoint:
         self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
         self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
         self.supports_system: bool | None = None  # not known yet
+
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str | None]:
+        """The conversations of a batch are sent at the same time."""
+        arguments = _to_openai(kwargs) | {"seed": seed}
+        answers: list[str | None] = [None] * len(conversations)
+
+        def answer(i: int) -> None:
+            try:
+                answers[i] = self.ask(conversations[i], **arguments).text.strip()
+            except RequestRefused as error:
+                print(f"note: {error}")
+
+        list(run_parallel(range(len(conversations)), answer, len(conversations)))
+        return answers
 
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
         """One reply. A malformed one (no JSON, no choice, no text) is asked for again. Raises UserError."""
@@ -311,6 +292,19 @@ class Endpoint:
                 line = f"it has {', '.join([model.id for model in self.client.models.list()][:8])}"
         problem = {404: f"has no model {self.model!r}", 429: "still asks to slow down"}.get(status, "fails")
         return UserError(f"{self.where} {problem} ({status}): {line}")
+
+
+def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint does not have."""
+    rest = set(kwargs) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS}
+    if kwargs.get("num_beams", 1) > 1 or rest:
+        names = ", ".join(sorted(rest)) or "--num_beams"
+        raise SettingsError(f"{names} is not an argument of an OpenAI-compatible endpoint. Remove it.")
+    arguments: dict[str, Any] = {"max_tokens": kwargs["max_new_tokens"], "temperature": 0.0}
+    if kwargs.get("do_sample"):
+        arguments |= {"temperature": kwargs["temperature"], "top_p": kwargs["top_p"]}
+    body = {name: kwargs[name] for name, usual in BODY_ARGUMENTS.items() if kwargs.get(name, usual) != usual}
+    return arguments | ({"extra_body": body} if body else {})
 
 
 def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency: int) -> Iterator[Result]:
