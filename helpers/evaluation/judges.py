@@ -202,7 +202,8 @@ class ModelJudge(Judge):
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
         from tqdm.auto import tqdm
 
-        s, self.replies = self.settings, []
+        s = self.settings
+        self.replies = []
         endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
         store = JsonlStore(run.folder / "calls.jsonl", _call_key)
         super().run(run)
@@ -223,6 +224,10 @@ class ModelJudge(Judge):
         price = (read * self.settings.input_price + written * self.settings.output_price) / 1e6
         return f"{text}: {price:,.2f} at the prices given" if price else text
 
+    def _is_spent(self) -> bool:
+        tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in self.replies)
+        return 0 < self.settings.max_calls <= len(self.replies) or 0 < self.settings.max_tokens <= tokens
+
     def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Row]:
         found = [(match, store.rows.get(_call_key(match))) for match in self.matches]
         return [m for m, row in found if row is None or (retry_errors and row["winner"] == "error")]
@@ -239,7 +244,7 @@ class ModelJudge(Judge):
     def _judge(self, match: Row, endpoint: Endpoint) -> Row | None:
         """The row of a match; None once the budget is spent."""
         s, messages = self.settings, self.messages(match)
-        if s.max_tokens and sum(r.prompt_tokens + r.completion_tokens for r in self.replies) >= s.max_tokens:
+        if self._is_spent():
             return None
         refused: dict[str, str] = {}
         for _ in range(2):  # a reply without a verdict is asked for once more
@@ -249,7 +254,7 @@ class ModelJudge(Judge):
                 reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
             self.replies.append(reply)
             winner = _winner(match, reply.text)
-            if winner != "error" or refused:
+            if winner != "error" or refused or self._is_spent():
                 break
         row = match | {"winner": winner, "finished": reply.finished, **refused}
         row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}

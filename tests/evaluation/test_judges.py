@@ -122,6 +122,9 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
         _, judgments = judged(server, run, answers)
         assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (10, 0, 5)
         judgments.raise_if_incomplete()
+    with judge_server(lambda messages: "Well.") as server:  # a reply without a verdict is asked for once more
+        judged(server, tmp_path / "another" / "run", answers, max_calls=3, max_concurrency=1)
+        assert len(server.requests) == 3
     judge = make_judge(settings_for(run, input_price=2.0, output_price=8.0), answers)
     assert isinstance(judge, ModelJudge)
     judge.replies = [Reply("", True, 100_000, 50_000)] * 10
