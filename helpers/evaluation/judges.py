@@ -152,8 +152,10 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
     flag = next((name for name in ("judge_model", "votes", "judge_module") if getattr(settings, name)), None)
     if flag is None:
-        hint = "Give --judge_model NAME (with --base_url for your own server), --votes FILE or --judge_module MODULE."
-        raise SettingsError(f"no judge is set. {hint}")
+        raise SettingsError(
+            "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
+            "--judge_module MODULE."
+        )
     if settings.mode == "single" and flag != "judge_model":
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
     pairs, prompts = model_pairs(answers.answers, settings.mode, settings.baseline), JudgePrompts.of(settings)
@@ -226,7 +228,7 @@ class ModelJudge(Judge):
 
     def _is_spent(self) -> bool:
         tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in self.replies)
-        return 0 < self.settings.max_calls <= len(self.replies) or 0 < self.settings.max_tokens <= tokens
+        return bool(0 < self.settings.max_calls <= len(self.replies) or 0 < self.settings.max_tokens <= tokens)
 
     def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Row]:
         found = [(match, store.rows.get(_call_key(match))) for match in self.matches]
