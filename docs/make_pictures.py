@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from rich.console import Console
 
 from helpers.core import REPO
-from helpers.evaluation import AnswerStore, SideBySide, read_bench
+from helpers.evaluation import AnswerStore, read_bench
 from helpers.runs import Curves, find_run
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -124,7 +124,7 @@ def draw_demo() -> None:
 
     answers = AnswerStore(vibes.folder, read_bench(vibes.folder))
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(SideBySide.of(answers, list(vibes.record["metrics"]["characters"]), rows=8))
+    console.print(answers.side_by_side(vibes.record["models"], rows=8))
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
     fonts = r"@font-face \{.*?\}\s*"  # of rich's server: use the reader's own
     (PICTURES / "answers.svg").write_text(re.sub(fonts, "", svg, flags=re.DOTALL))

@@ -80,18 +80,8 @@ settings = load_settings(Settings, globals())
 # saved, and ends the notebook here.
 
 # %%
-from helpers.core import fingerprint, short_path, show
-from helpers.evaluation import (
-    AnswerStore,
-    SideBySide,
-    chat_loop,
-    generation_kwargs,
-    iter_generators,
-    plan_generators,
-    read_questions,
-    resumable,
-    write_vote_page,
-)
+from helpers.core import short_path, show
+from helpers.evaluation import AnswerStore, Generators, read_questions, resumable
 from helpers.models import resolve_models
 from helpers.runs import start_run
 
@@ -99,10 +89,10 @@ from helpers.runs import start_run
 model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)
 names = [model.name for model in model_refs]
 questions = read_questions(settings)
-sampling = generation_kwargs(settings)
-show(plan_generators(model_refs, settings))
+generators = Generators(model_refs, settings)
+show(generators)
 if settings.chat and not settings.dry_run:
-    chat_loop(model_refs[-1], settings)
+    generators.chat()
 
 # %% [markdown]
 # ## The run
@@ -111,8 +101,7 @@ if settings.chat and not settings.dry_run:
 
 # %%
 show(f"{len(questions)} prompts for {', '.join(names)}")
-weights = [model.fingerprint for model in model_refs]
-vibes_run = start_run(settings, base_model=model_refs[0].base, origin=fingerprint(questions, weights))
+vibes_run = start_run(settings, base_model=model_refs[0].base, origin=generators.fingerprint(questions))
 vibes_run.set(models=names, prompts=len(questions))
 
 # %% [markdown]
@@ -131,8 +120,8 @@ answers = AnswerStore(
     by_category=settings.temperature_by_category,
 )
 with resumable(vibes_run):
-    for name, generator in iter_generators(model_refs, settings, answers=answers):
-        answers.generate_missing(name, generator, **sampling)
+    for name, generator in generators.load(answers):
+        answers.generate_missing(name, generator, **generators.sampling)
 
 # %% [markdown]
 # ## Side by side
@@ -141,17 +130,9 @@ with resumable(vibes_run):
 # whose. `05_judge.py --votes` counts the votes.
 
 # %%
-show(SideBySide.of(answers, names, rows=settings.show_rows))
-page = vibes_run.folder / "answers.html"
-page_id = write_vote_page(
-    page,
-    questions,
-    answers={name: answers.answers(name) for name in names},
-    title=vibes_run.name,
-    settings=sampling,
-    seed=settings.seed,
-)
-vibes_run.finish(page=page_id, metrics={"characters": answers.mean_length(names)})
+show(answers.side_by_side(names, rows=settings.show_rows))
+page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.sampling)
+vibes_run.finish(page=page_id)
 
 # %% [markdown]
 # ## Next
@@ -161,6 +142,6 @@ vibes_run.finish(page=page_id, metrics={"characters": answers.mean_length(names)
 # %%
 judge = f"python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)}"
 is_recipe = settings.sources["prompts_file"] == "recipe"
-print(f"Page: {short_path(page)}")
+print(f"Page: {short_path(vibes_run.folder / 'answers.html')}")
 print(f"Next: {judge} {f'--recipe {settings.recipe}' if is_recipe else '--judge_model NAME'}")
 print(f"or, with votes exported from the page: {judge} --votes ~/Downloads/votes-{page_id}*.json")

@@ -43,7 +43,7 @@ class Settings(RunSettings):
     """Judge models' answers: who wins, by how much, and how sure that is."""
 
     step: ClassVar[str] = "judge"
-    exclusive: ClassVar = (("judge_model", "votes", "judge_module", "judgments"),)
+    exclusive: ClassVar = (("judge_model", "votes", "judge_module"),)
 
     mode: Literal["pairwise", "single"] = "pairwise"  # compare two answers, or rate each from 1 to 10
     answers_dir: str = "latest"  # a run of 04_vibes.py (latest: the newest finished), or a folder of model_answer files
@@ -55,7 +55,6 @@ class Settings(RunSettings):
     base_url: str = ""  # its OpenAI-compatible endpoint; by default OPENAI_BASE_URL, or OpenAI's own
     votes: tuple[str, ...] = ()  # or people: votes exported from the page of 04_vibes.py
     judge_module: str = ""  # or rules: a module such as recipes.demo.questions
-    judgments: str = ""  # or a file of FastChat's model_judgment, which is only counted
     judge_prompts: str = ""  # prompts in the layout of FastChat's judge_prompts.jsonl; built-in ones by default
 
     temperature: float = 0.0  # of the judge
@@ -76,12 +75,11 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Answers and judge
 #
-# Only questions that both models of a pair have answered are compared. The judge is a model, people (votes), rules, or
-# a file of judgments.
+# Only questions that both models of a pair have answered are compared. The judge is a model, people (votes) or rules.
 
 # %%
 from helpers.core import short_path, show
-from helpers.evaluation import PairwiseResults, RatingResults, find_answers, make_judge, save_judgments
+from helpers.evaluation import find_answers, make_judge, summarize_judgments
 from helpers.runs import show_report, start_run
 
 # %%
@@ -108,12 +106,10 @@ verdicts = judge.run(judge_run)
 # test, and notes on what speaks against the numbers: a judge that prefers the first answer, or the longer one.
 
 # %%
-results = (RatingResults if settings.mode == "single" else PairwiseResults).from_judgments(
-    verdicts, answers, seed=settings.seed
-)
+results = summarize_judgments(verdicts, answers, mode=settings.mode, seed=settings.seed)
 show(results)
 show(results.figure(), save_as=judge_run.folder / "results.png")
-save_judgments(judge_run, verdicts, results=results)
+verdicts.save(judge_run, results)
 
 # %% [markdown]
 # ## Next

@@ -6,10 +6,10 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "questions": ["read_bench", "read_questions"],
-        "generators": ["chat_loop", "generation_kwargs", "HFGenerator", "iter_generators", "plan_generators"],
-        "answers": ["AnswerStore", "SideBySide", "resumable", "write_vote_page"],
+        "generators": ["Generators", "HFGenerator"],
+        "answers": ["AnswerStore", "resumable"],
         "judges": ["make_judge"],
-        "judgments": ["find_answers", "save_judgments"],
-        "results": ["PairwiseResults", "RatingResults"],
+        "judgments": ["find_answers"],
+        "results": ["summarize_judgments"],
     },
 )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
-import html
 import json
 import os
 import random
-import re
 import signal
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from helpers.core import Interrupted, Row, UserError, atomic_write, read_jsonl, safe_file_name, short_path
 from helpers.data.messages import Message
@@ -32,48 +28,32 @@ TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 class JsonlStore:
     """A JSONL file of rows, each under a key: `rows[key]`. A later row replaces an earlier one with the same key.
 
-    An incomplete last line, from a kill or a full disk, is removed by the next write. Raises UserError for a line that
-    is not an object or has no key.
+    An incomplete last line, from a kill or a full disk, is removed. Raises UserError for a line that is not an object
+    or has no key.
     """
 
     def __init__(self, file: Path, key: Callable[[Row], Hashable]) -> None:
         self.file, self.key = file, key
-        self.rows: dict[Hashable, Row] = {}
-        self._end = 0  # of the last complete line
-        if not file.is_file():
-            return
-        content = file.read_bytes()
-        self._end = content.rfind(b"\n") + 1
-        with contextlib.suppress(ValueError):
-            if isinstance(json.loads(content[self._end :]), dict):  # written by hand, without its newline
-                self._end = len(content)
-        for row in read_jsonl(file, end=self._end):
-            try:
-                self.rows[key(row)] = row
-            except (LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{file} has a row of another kind ({error!r}): {str(row)[:80]}") from None
+        complete, newline, last = file.read_bytes().rpartition(b"\n") if file.is_file() else (b"", b"", b"")
+        if last:
+            with contextlib.suppress(ValueError):
+                json.loads(last)  # only its newline is missing
+                newline += last + b"\n"
+            atomic_write(file, complete + newline)
+        try:
+            self.rows = {key(row): row for row in (read_jsonl(file) if file.is_file() else ())}
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} has a row of another kind: {error!r}") from None
 
     def add(self, *rows: Row) -> None:
-        """Append rows in one write that reaches the disk before this returns. Several processes may share the file."""
+        """Append rows in one write that reaches the disk before this returns."""
         if not rows:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
-        with self.file.open("a+b") as out:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(out, fcntl.LOCK_EX)
-            out.seek(self._end)
-            end = self._end + out.read().rfind(b"\n") + 1  # after the complete lines of other processes
-            out.truncate(end)
-            out.seek(max(0, end - 1))
-            if out.read() not in (b"", b"\n"):
-                text = b"\n" + text
-            out.write(text)
+        with self.file.open("ab") as out:
+            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             out.flush()
             os.fsync(out.fileno())
-            self._end = out.tell()
         self.rows |= {self.key(row): row for row in rows}
 
 
@@ -86,40 +66,45 @@ def resumable(run: Run) -> Iterator[None]:
             run.save(status="running")
         yield
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         with contextlib.suppress(OSError):  # the disk may be full
             if not finished:
-                run.save(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+                run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")
+        hint = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
         if isinstance(error, KeyboardInterrupt):
-            where = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
-            raise Interrupted(f"stopped by SIGINT. {where}", signal.SIGINT) from None
+            raise Interrupted(f"stopped by SIGINT. {hint}", signal.SIGINT) from None
         if type(error) is UserError:
-            error.args = (f"{error} (Finished parts are saved. Run the same command again to resume.)",)
+            error.args = (f"{error} ({hint})",)
         raise
 
 
-class Generator(Protocol):
+class Generator:
     """Generates answers to conversations."""
 
-    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> Sequence[str | None]:
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str | None]:
         """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
+        raise NotImplementedError
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """Print and return one answer."""
+        """Print one answer, word by word where that is possible, and return it."""
+        [answer] = self.generate([conversation], seed, **kwargs)
+        print(answer or "")
+        return answer or ""
 
 
+@dataclasses.dataclass
 class AnswerStore:
     """What each model answered: FOLDER/model_answer/NAME.jsonl, FastChat's layout, next to FOLDER/question.jsonl.
 
     `batch_size` questions are asked at a time. `by_category` samples at FastChat's temperatures for MT-Bench.
     """
 
-    def __init__(
-        self, folder: Path, questions: list[Question], batch_size: int = 8, seed: int = 0, by_category: bool = False
-    ) -> None:
-        self.folder, self.questions = folder, questions
-        self.batch_size, self.seed, self.by_category = batch_size, seed, by_category
-        self._files: dict[str, JsonlStore] = {}
+    folder: Path
+    questions: list[Question]
+    batch_size: int = 8
+    seed: int = 0
+    by_category: bool = False
+    _files: dict[str, JsonlStore] = dataclasses.field(default_factory=dict, init=False)
 
     def file(self, name: str) -> JsonlStore:
         """The rows of a model, by question_id."""
@@ -137,11 +122,6 @@ class AnswerStore:
         rows = self.file(name).rows
         return {i: answer_turns(rows[i]) for q in self.questions if (i := q["question_id"]) in rows}
 
-    def mean_length(self, names: list[str]) -> dict[str, float]:
-        """The mean number of characters in the answers to one question, by model."""
-        answers = {name: self.answers(name).values() for name in names}
-        return {name: sum(len("".join(turns)) for turns in each) / max(1, len(each)) for name, each in answers.items()}
-
     def generate_missing(self, name: str, generator: Generator, **generation_kwargs: Any) -> None:
         """Ask a model what it has not answered yet, batch by batch, each conversation turn by turn.
 
@@ -152,27 +132,62 @@ class AnswerStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(q, ensure_ascii=False, default=str) + "\n" for q in self.questions)
         (self.folder / "question.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
-        missing = {str(q["question_id"]) for q in self.missing(name)}
+        missing = {q["question_id"] for q in self.missing(name)}
         for number, (temperature, batch) in enumerate(tqdm(self._batches(), desc=name, unit="batch")):
-            if missing.isdisjoint(str(q["question_id"]) for q in batch):
+            if missing.isdisjoint(q["question_id"] for q in batch):
                 continue
             kwargs = generation_kwargs
             if temperature is not None:
                 kwargs = kwargs | {"do_sample": temperature > 0}
                 kwargs |= {"temperature": temperature, "top_p": 1.0} if temperature else {}
-            answers = _play(batch, generator, self.seed + number, kwargs)
-            rows = [
+            answers = zip(batch, _play(batch, generator, self.seed + number, kwargs), strict=True)
+            self.file(name).add(
+                *(
+                    {"question_id": question["question_id"], "answer_id": uuid.uuid4().hex[:22], "model_id": name,
+                     "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+                    for question, turns in answers if turns is not None and question["question_id"] in missing
+                )
+            )  # fmt: skip
+
+    def side_by_side(self, names: list[str], rows: int) -> SideBySide:
+        """`rows` of the questions, evenly spread, with each model's answer; the turns of a conversation are joined."""
+        step = max(1, len(self.questions) // max(1, rows))
+        shown = self.questions[step // 2 :: step][:rows]
+        columns = [{q["question_id"]: q["turns"] for q in shown}, *map(self.answers, names)]
+        cells = [[column.get(q["question_id"], []) for column in columns] for q in shown]
+        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells])
+
+    def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
+        """Write answers.html, a page to read and vote on that makes no network request, and return its id.
+
+        A model without an answer to a question is omitted there. `settings` says how the answers were made. The seed
+        and the question's id decide whose answer is on the left. No vote is asked for where all answers are the same.
+
+        The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
+        "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
+        """
+        answers = {name: self.answers(name) for name in names}
+        shown = []
+        for question in self.questions:
+            i = _to_json(question["question_id"])
+            columns = [{"model": m, "answers": own} for m in names if (own := answers[m].get(question["question_id"]))]
+            random.Random(f"{self.seed} {i}").shuffle(columns)
+            shown.append(
                 {
-                    "question_id": question["question_id"],
-                    "answer_id": uuid.uuid4().hex[:22],
-                    "model_id": name,
-                    "choices": [{"index": 0, "turns": turns}],
-                    "tstamp": time.time(),
+                    "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
+                    "name": str(question["question_id"]),
+                    "category": question.get("category") or "",
+                    "turns": question_turns(question),
+                    "reference": question.get("reference") or [],
+                    "columns": columns,
                 }
-                for question, turns in zip(batch, answers, strict=True)
-                if turns is not None and str(question["question_id"]) in missing
-            ]
-            self.file(name).add(*rows)
+            )
+        values = {name: value if isinstance(value, str) else _to_json(value) for name, value in settings.items()}
+        content = _to_json({"settings": values, "models": names, "questions": shown})
+        page = hashlib.sha256(content.encode()).hexdigest()[:12]
+        text = render_template("vote_page.html", title=title, page=page, content=content)
+        atomic_write(self.folder / "answers.html", text.encode("utf-8", errors="replace"))
+        return page
 
     def _batches(self) -> list[tuple[float | None, list[Question]]]:
         """Questions with the same temperature (None: that of the settings) and turns, and of similar length."""
@@ -211,30 +226,26 @@ class SideBySide:
     head: list[str]
     rows: list[list[str]]
 
-    @classmethod
-    def of(cls, store: AnswerStore, names: list[str], rows: int) -> SideBySide:
-        """`rows` of the questions, evenly spread; the turns of a conversation are joined."""
-        step = max(1, len(store.questions) // max(1, rows))
-        columns = [store.answers(name) for name in names]
-        picked = [
-            [q["turns"], *(column.get(q["question_id"], []) for column in columns)]
-            for q in store.questions[step // 2 :: step][:rows]
-        ]
-        return cls(["prompt", *names], [[_join(turns) for turns in row] for row in picked])
-
     def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(show_lines=True)
-        for name in self.head:
-            table.add_column(Text(name))
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+        return make_table(self.head, self.rows, show_lines=True)
 
     def _repr_html_(self) -> str:
         return render_template("side_by_side.jinja", head=self.head, rows=self.rows)
+
+
+def make_table(head: list[str], rows: Iterable[Iterable[Any]], show_lines: bool = False) -> Any:
+    """A table of texts with lines between its cells, or of names on the left and numbers on the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    style: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1), "header_style": "underline"}
+    table = Table(show_lines=True) if show_lines else Table(**style)
+    for i, name in enumerate(head):
+        is_number = bool(i) and not show_lines
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
 
 
 def render_template(name: str, escape: bool = True, **values: Any) -> str:
@@ -249,69 +260,6 @@ def _join(turns: list[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(turns, 1))
 
 
-def write_vote_page(
-    file: Path,
-    questions: list[Question],
-    answers: ModelAnswers,
-    title: str,
-    settings: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> str:
-    """Write a self-contained page that makes no network request, and return its id. Every text is shown as text.
-
-    A model without an answer to a question is omitted there. `settings` says how the answers were made. `seed` and the
-    question's id decide whose answer is on the left. No vote is asked for where all answers are the same.
-
-    The page exports {"format": "votes-1", "page": id, "voter": name, "voter_id": of the browser, "exported": when,
-    "votes": [{"question_id", "order", "winner": a model or "tie", "blind", "voted"}]}.
-    """
-    if "tie" in answers:
-        raise UserError("a model is called 'tie', which is the vote for none of them. Rename it.")
-    ids = [_to_json(question["question_id"]) for question in questions]
-    if not ids:
-        raise UserError("the page has no question to show")
-    [(repeated, count)] = Counter(ids).most_common(1)
-    if count > 1:
-        raise UserError(f"question_id {repeated} occurs {count} times. Give each question its own.")
-    shown = []
-    for question, i in zip(questions, ids, strict=True):
-        models = [model for model in answers if answers[model].get(question["question_id"])]
-        random.Random(f"{seed} {i}").shuffle(models)
-        shown.append(
-            {
-                "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
-                "name": str(question["question_id"]),
-                "category": question.get("category") or "",
-                "turns": question_turns(question),
-                "reference": question.get("reference") or [],
-                "columns": [{"model": m, "answers": answers[m][question["question_id"]]} for m in models],
-            }
-        )
-    values = {name: v if isinstance(v, str) else _to_json(v) for name, v in (settings or {}).items()}
-    content = _to_json({"settings": values, "models": list(answers), "questions": shown})
-    template = Path(__file__).with_name("vote_page.html").read_text(encoding="utf-8")
-    parts = {
-        "title": html.escape(title),
-        "policy": _policy(template),
-        "page": hashlib.sha256(content.encode()).hexdigest()[:12],
-        "content": content,
-    }
-    page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)  # one pass: no text is filled in twice
-    atomic_write(file, page.encode("utf-8", errors="replace"))
-    return parts["page"]
-
-
 def _to_json(value: Any) -> str:
     r"""ASCII JSON that cannot end a <script>: U+2028, lone surrogates and "<" are \u escapes."""
     return json.dumps(value, default=str).replace("<", "\\u003c")
-
-
-def _policy(template: str) -> str:
-    """A Content-Security-Policy that allows the template's own style and script, by their hashes, and no request."""
-
-    def source(tag: str) -> str:
-        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    rest = "base-uri 'none'; form-action 'none'"
-    return f"default-src 'none'; style-src {source('style')}; script-src {source('script')}; {rest}"

@@ -14,32 +14,26 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import CleanExit, SettingsError, UserError
+from helpers.core import CleanExit, SettingsError, UserError, fingerprint
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
+from helpers.evaluation.questions import Question
 from helpers.models.chat import eos_token_ids, fold_system_message, render, set_chat_template, supports_system_role
-from helpers.models.plan import LoadPlan, plan_model, prepare_model
+from helpers.models.plan import plan_model, prepare_model
 from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Arguments of `model.generate` that change what it returns, or need an object.
-UNSUPPORTED_ARGUMENTS = {
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "stop_strings",
-    "output_scores",
-    "output_logits",
-}
-TEXT_ARGUMENTS = {"cache_implementation", "early_stopping"}
+UNSUPPORTED_ARGUMENTS = {"num_return_sequences", "return_dict_in_generate", "stop_strings"}
+TEXT_ARGUMENTS = {"cache_implementation"}
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
 # How newer models of OpenAI's call an argument; None: they do not accept it.
 ARGUMENT_ALIASES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 UNKNOWN_ARGUMENT = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted|instead", re.IGNORECASE)
-LONGEST_WAIT = 900.0  # seconds that a Retry-After may ask for
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -67,11 +61,9 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
             hint = f"did you mean {close[0]}=...?" if close else "give NAME=VALUE"
             raise SettingsError(f"--generation_kwargs {word}: {hint}")
         try:
-            kwargs[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            kwargs[name] = value if name in TEXT_ARGUMENTS else json.loads(value.lower())
         except json.JSONDecodeError:
-            if name not in TEXT_ARGUMENTS:
-                raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
-            kwargs[name] = value
+            raise SettingsError(f"--generation_kwargs {word}: a number, a list, true or false is needed") from None
     try:
         GenerationConfig(**kwargs).validate()
     except (TypeError, ValueError) as error:
@@ -79,12 +71,12 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     return kwargs
 
 
-class HFGenerator:
+@dataclasses.dataclass
+class HFGenerator(Generator):
     """A model on this machine, with or without an adapter."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model: Any = model
-        self.tokenizer = tokenizer
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
@@ -95,153 +87,106 @@ class HFGenerator:
         kwargs = {"eos_token_id": eos_token_ids(self.tokenizer, self.model.generation_config)} | kwargs
         system = supports_system_role(self.tokenizer)
         texts = [render(self.tokenizer, fold_system_message(talk, system), prompt=True) for talk in conversations]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         inputs = self.tokenizer(
-            [texts[i] for i in order], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
         with torch.inference_mode():
             output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **kwargs)
         new = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = dict(zip(order, new, strict=True))
-        return [answers[i].strip() for i in range(len(texts))]
+        return [text.strip() for text in new]
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
         from transformers import TextStreamer
 
-        beams = kwargs.get("num_beams", 1) > 1  # a beam search has no words until it ends
-        streamer = None if beams else TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        [answer] = self.generate([conversation], seed, streamer=streamer, **kwargs)
-        if beams:
-            print(answer)
-        return answer
+        if kwargs.get("num_beams", 1) > 1:  # a beam search has no words until it ends
+            return super().stream(conversation, seed, **kwargs)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return self.generate([conversation], seed, streamer=streamer, **kwargs)[0]
 
 
-class OpenAIGenerator:
-    """A model behind an OpenAI-compatible endpoint; the conversations of a batch are sent at the same time."""
+class Generators:
+    """The models that answer, each loaded when it is needed, and how they sample. To show: how they are loaded.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-
-    def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> list[str | None]:
-        arguments = _to_openai(kwargs) | {"seed": seed}
-
-        def ask(i: int) -> tuple[int, str | None]:
-            try:
-                return i, self.endpoint.ask(conversations[i], **arguments).text.strip()
-            except RequestRefused as error:
-                print(f"note: {error}")
-                return i, None
-
-        return [text for _, text in sorted(run_parallel(range(len(conversations)), ask, len(conversations)))]
-
-    def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """The answer, printed once it is complete."""
-        [answer] = self.generate([conversation], seed, **kwargs)
-        print(answer or "")
-        return answer or ""
-
-
-def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint does not have."""
-    rest = set(kwargs) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS}
-    if kwargs.get("num_beams", 1) > 1 or rest:
-        names = ", ".join(sorted(rest)) or "--num_beams"
-        raise SettingsError(f"{names} is not an argument of an OpenAI-compatible endpoint. Remove it.")
-    arguments: dict[str, Any] = {"max_tokens": kwargs["max_new_tokens"], "temperature": 0.0}
-    if kwargs.get("do_sample"):
-        arguments |= {"temperature": kwargs["temperature"], "top_p": kwargs["top_p"]}
-    body = {name: kwargs[name] for name, usual in BODY_ARGUMENTS.items() if kwargs.get(name, usual) != usual}
-    return arguments | ({"extra_body": body} if body else {})
-
-
-def plan_generators(models: list[ModelRef], settings: Any) -> LoadPlan | str:
-    """How the models will be loaded, to print. Raises UserError for a model that cannot run here, or a bad endpoint."""
-    remote = [Endpoint(model.base, model.base_url) for model in models if model.base_url]
-    plans = [plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url]
-    return plans[0] if plans else f"Answers come from {', '.join(sorted({endpoint.where for endpoint in remote}))}."
-
-
-def iter_generators(
-    models: list[ModelRef], settings: Any, answers: AnswerStore | None = None
-) -> Iterator[tuple[str, Generator]]:
-    """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
-
-    One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used until
-    the next is asked for.
+    Raises SettingsError or UserError for arguments that are refused, a bad endpoint, or a model that cannot run here.
     """
-    from peft import PeftModel
-    from transformers import AutoTokenizer
 
-    base: Any = None
-    loaded: tuple[str, str] | None = None
-    for ref in models:
-        if answers is not None and not answers.missing(ref.name):
-            continue
-        if ref.base_url:
-            yield ref.name, OpenAIGenerator(Endpoint(ref.base, ref.base_url))
-            continue
-        if loaded != (ref.base, ref.revision):
-            base = None
-            gc.collect()  # free the base before loading the next
-            base = _load_base(ref, settings)
-        tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, trust_remote_code=settings.trust_remote_code)
-        set_chat_template(tokenizer, "auto")
-        prepare_model(base, tokenizer)
-        if ref.adapter:
-            base = PeftModel.from_pretrained(base, ref.adapter)
-        generator = HFGenerator(base.eval(), tokenizer)
-        yield ref.name, generator
-        generator.model = None  # the caller may still hold the generator
-        base = base.unload() if ref.adapter else base
-        loaded = None if ref.mutates_base else (ref.base, ref.revision)
+    def __init__(self, models: list[ModelRef], settings: Any) -> None:
+        self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
+        self.remote_code = {"trust_remote_code": settings.trust_remote_code}
+        self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
+        self.plans = {m.base: plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url}
 
+    def __rich__(self) -> Any:
+        from rich.text import Text
 
-def _load_base(ref: ModelRef, settings: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+        servers = ", ".join(sorted({endpoint.where for endpoint in self.endpoints.values()}))
+        return next(iter(self.plans.values()), Text(f"Answers come from {servers}."))
 
-    plan = plan_model(ref.base, "none", settings.quantization)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        resolve_model(ref.base, ref.revision),
-        revision=ref.revision or "main",
-        dtype=plan.dtype,
-        quantization_config=plan.quantization,
-        attn_implementation=plan.attn_implementation,
-        device_map=plan.device_map,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return model
+    def fingerprint(self, questions: list[Question]) -> str:
+        """Identifies the questions and the models' weights."""
+        return fingerprint(questions, [model.fingerprint for model in self.models])
 
+    def load(self, answers: AnswerStore | None = None) -> Iterator[tuple[str, Generator]]:
+        """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
 
-def chat_loop(model: ModelRef, settings: Any, lines: Iterable[str] | None = None) -> None:
-    """Talk with a model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
+        One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used
+        until the next is asked for.
+        """
+        from peft import PeftModel
+        from transformers import AutoTokenizer
 
-    Raises CleanExit at the end: a conversation is not saved, and has no run.
-    """
-    kwargs = generation_kwargs(settings)
-    _, generator = next(iter_generators([model], settings))
-    talk: list[Message] = []
-    print("/new starts over, /quit ends.")
-    for line in map(str.strip, lines if lines is not None else _typed_lines()):
-        if line in ("/quit", "/exit"):
-            break
-        if line == "/new":
-            talk = []
-        elif line:
-            talk.append({"role": "user", "content": line})
-            try:
-                answer = generator.stream(talk, settings.seed + len(talk), **kwargs)
-                talk.append({"role": "assistant", "content": answer})
-            except (KeyboardInterrupt, UserError) as error:
-                talk.pop()
-                print(f"\n({error or 'stopped'}; the question is removed)")
-    raise CleanExit("The conversation is not saved.")
+        base: Any = None
+        loaded: tuple[str, str] | None = None
+        for ref in self.models:
+            if answers is not None and not answers.missing(ref.name):
+                continue
+            if ref in self.endpoints:
+                yield ref.name, self.endpoints[ref]
+                continue
+            if loaded != (ref.base, ref.revision):
+                base = None
+                gc.collect()  # free the base before loading the next
+                base = self._load_base(ref)
+            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **self.remote_code)
+            set_chat_template(tokenizer, "auto")
+            prepare_model(base, tokenizer)
+            if ref.adapter:
+                base = PeftModel.from_pretrained(base, ref.adapter)
+            generator = HFGenerator(base.eval(), tokenizer)
+            yield ref.name, generator
+            generator.model = None  # the caller may still hold the generator
+            base = base.unload() if ref.adapter else base
+            loaded = None if ref.mutates_base else (ref.base, ref.revision)
 
+    def _load_base(self, ref: ModelRef) -> Any:
+        from transformers import AutoModelForCausalLM
 
-def _typed_lines() -> Iterator[str]:
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            yield input("> ")
-    print()
+        plan = self.plans[ref.base]
+        options = {name: getattr(plan, name) for name in ("dtype", "attn_implementation", "device_map")}
+        options |= {"revision": ref.revision or "main", "quantization_config": plan.quantization} | self.remote_code
+        return AutoModelForCausalLM.from_pretrained(resolve_model(ref.base, ref.revision), **options)
+
+    def chat(self) -> None:
+        """Talk with the last model until /quit or the end of the input; /new starts over, Ctrl-C stops an answer.
+
+        Raises CleanExit at the end: a conversation is not saved, and has no run.
+        """
+        _, generator = next(Generators(self.models[-1:], self.settings).load())
+        talk: list[Message] = []
+        print("/new starts over, /quit ends.")
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            for line in iter(lambda: input("> ").strip(), "/quit"):
+                if line in ("/new", ""):
+                    talk = [] if line else talk
+                    continue
+                talk.append({"role": "user", "content": line})
+                try:
+                    answer = generator.stream(talk, self.settings.seed + len(talk), **self.sampling)
+                    talk.append({"role": "assistant", "content": answer})
+                except (KeyboardInterrupt, UserError) as error:
+                    talk.pop()
+                    print(f"\n({error or 'stopped'}; the question is removed)")
+        raise CleanExit("The conversation is not saved.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +203,11 @@ class RequestRefused(UserError):
     """The server refuses this one request: it is too long, or against its rules. Others may succeed."""
 
 
-class Endpoint:
+class Endpoint(Generator):
     """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
-    are tried `tries` times by openai's client. It honours a Retry-After of up to two minutes; a longer one, up to
-    LONGEST_WAIT, is waited for here.
+    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes.
     """
 
     def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
@@ -274,63 +218,65 @@ class Endpoint:
         if url and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", url):
             raise SettingsError(f"--base_url {where!r} is not an address such as http://127.0.0.1:8000/v1")
         if not url and not key:
-            raise UserError(
-                f"{model!r} at OpenAI needs a key: set OPENAI_API_KEY in the environment or in .env, or --base_url to "
-                "an OpenAI-compatible server"
-            )
+            fix = "set OPENAI_API_KEY in the environment or in .env, or --base_url to an OpenAI-compatible server"
+            raise UserError(f"{model!r} at OpenAI needs a key: {fix}")
         self.model, self.where, self.tries = model, where or "api.openai.com", tries
         self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
         self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
         self.supports_system: bool | None = None  # not known yet
 
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[str | None]:
+        """The conversations of a batch are sent at the same time."""
+        arguments = _to_openai(kwargs) | {"seed": seed}
+        answers: list[str | None] = [None] * len(conversations)
+
+        def answer(i: int) -> None:
+            try:
+                answers[i] = self.ask(conversations[i], **arguments).text.strip()
+            except RequestRefused as error:
+                print(f"note: {error}")
+
+        list(run_parallel(range(len(conversations)), answer, len(conversations)))
+        return answers
+
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
         """One reply. A malformed one (no JSON, no choice, no text) is asked for again. Raises UserError."""
         for attempt in range(self.tries):
+            time.sleep(min(0.5 * 2**attempt, 8.0) if attempt else 0)
             try:
                 reply = self._create(messages, **arguments)
                 text, finish = reply.choices[0].message.content or "", reply.choices[0].finish_reason
             except (json.JSONDecodeError, AttributeError, IndexError, TypeError):  # a gateway's page, half an object
-                text, finish = "", None
+                continue
             if text or finish:
                 usage = getattr(reply, "usage", None)
                 counts = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
                 return Reply(text, finish != "length", *counts)
-            if attempt < self.tries - 1:
-                time.sleep(min(0.5 * 2**attempt, 8.0))
         raise UserError(f"{self.model} at {self.where} sent {self.tries} malformed replies in a row")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:
-        """A completion. Arguments and system messages that the server refuses are renamed, moved or dropped."""
+        """A completion. Arguments that the server refuses are renamed or dropped; a system message is moved."""
         from openai import APIConnectionError, APIStatusError
 
         create: Any = self.client.chat.completions.create
-        has_system = messages[0]["role"] == "system"
-        fold, waits = False, 0
+        has_system, fold = messages[0]["role"] == "system", self.supports_system is False
         while True:
             names = {name: self.renamed.get(name, name) for name in arguments}
             sent = {new: arguments[name] for name, new in names.items() if new}
-            fold = has_system and (fold or self.supports_system is False)
             try:
-                reply = create(model=self.model, messages=fold_system_message(messages) if fold else messages, **sent)
+                reply = create(model=self.model, messages=fold_system_message(messages, supported=not fold), **sent)
             except APIConnectionError as error:  # a timeout is one
                 raise UserError(f"no answer from {self.where}: {_first_line(error)} Is the server up?") from None
             except APIStatusError as error:
                 refused = [name for name in ARGUMENT_ALIASES if name in sent and _is_unknown(error, name)]
-                wait = _long_retry_after(error)
                 if error.status_code == 400 and refused:
                     self.renamed |= {name: ARGUMENT_ALIASES[name] for name in refused}
                     print(f"note: {self.model} does not accept {', '.join(refused)}: {_first_line(error)}")
                 elif error.status_code in (400, 422, 500) and has_system and not fold and not self.supports_system:
                     fold = True  # the templates of Mistral, Gemma and others have no system role
-                elif wait and waits < self.tries:
-                    waits += 1
-                    print(f"{self.where} asks to wait {wait:.0f} s.", flush=True)
-                    time.sleep(wait)
                 else:
                     raise self._explain(error) from None
                 continue
-            if fold and self.supports_system is None:
-                print(f"note: {self.model} has no system role: the system message is put before the user's.")
             if has_system:
                 self.supports_system = not fold
             return reply
@@ -339,16 +285,26 @@ class Endpoint:
         status, line = error.status_code, _first_line(error)
         if status in (400, 413, 422):
             return RequestRefused(f"{self.model} at {self.where} refuses the request: {line}")
+        if status in (401, 403):
+            return UserError(f"{self.where} does not accept the key in OPENAI_API_KEY ({status})")
         if status == 404:
             with contextlib.suppress(Exception):  # the first error says more
                 line = f"it has {', '.join([model.id for model in self.client.models.list()][:8])}"
-        problems = {
-            401: "does not accept the key in OPENAI_API_KEY (401)",
-            403: "does not accept the key in OPENAI_API_KEY (403)",
-            404: f"has no model {self.model!r} (404): {line}",
-            429: f"still asks to slow down (429): {line}",
-        }
-        return UserError(f"{self.where} {problems.get(status, f'fails ({status}): {line}')}")
+        problem = {404: f"has no model {self.model!r}", 429: "still asks to slow down"}.get(status, "fails")
+        return UserError(f"{self.where} {problem} ({status}): {line}")
+
+
+def _to_openai(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `model.generate` as OpenAI's. Raises SettingsError for those that an endpoint does not have."""
+    rest = set(kwargs) - {"max_new_tokens", "do_sample", "num_beams", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS}
+    if kwargs.get("num_beams", 1) > 1 or rest:
+        names = ", ".join(sorted(rest)) or "--num_beams"
+        raise SettingsError(f"{names} is not an argument of an OpenAI-compatible endpoint. Remove it.")
+    arguments: dict[str, Any] = {"max_tokens": kwargs["max_new_tokens"], "temperature": 0.0}
+    if kwargs.get("do_sample"):
+        arguments |= {"temperature": kwargs["temperature"], "top_p": kwargs["top_p"]}
+    body = {name: kwargs[name] for name, usual in BODY_ARGUMENTS.items() if kwargs.get(name, usual) != usual}
+    return arguments | ({"extra_body": body} if body else {})
 
 
 def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency: int) -> Iterator[Result]:
@@ -375,19 +331,10 @@ def run_parallel(jobs: Iterable[Job], work: Callable[[Job], Result], concurrency
 
 def _is_unknown(error: Any, name: str) -> bool:
     """Whether a server says that it has no argument of this name, rather than only mentioning it."""
-    text = str(error.message)
-    named = re.search(rf"\b{name}\b", text) and UNKNOWN_ARGUMENT.search(text)
-    return getattr(error, "param", None) == name or bool(named)
-
-
-def _long_retry_after(error: Any) -> float:
-    """Seconds of a Retry-After that is too long for openai's client (3.52: above two minutes); else 0."""
-    value = error.response.headers.get("Retry-After", "")
-    seconds = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
-    return seconds if error.status_code in (429, 503) and 120 < seconds <= LONGEST_WAIT else 0.0
+    is_named = re.search(rf"\b{name}\b", error.message) and UNKNOWN_ARGUMENT.search(error.message)
+    return getattr(error, "param", None) == name or bool(is_named)
 
 
 def _first_line(error: Any) -> str:
     body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(message or error).split())[:300]
+    return " ".join(str((isinstance(body, dict) and body.get("message")) or error).split())[:300]

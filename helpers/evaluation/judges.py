@@ -1,10 +1,9 @@
-"""Judges: a model, people (votes), rules, or a file of judgments. Prompts and rows are in FastChat's layouts."""
+"""Judges: a model, people (votes) or rules. Prompts and rows are in FastChat's layouts."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
-import threading
 import time
 from itertools import combinations
 from pathlib import Path
@@ -14,23 +13,14 @@ from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, 
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
-from helpers.evaluation.judgments import (
-    AnswerSet,
-    Judgments,
-    apply_rules,
-    pair_row,
-    read_judgments,
-    read_votes,
-    score_by_rules,
-)
-from helpers.evaluation.questions import Question, question_turns
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, pair_row, rating_row, read_votes
+from helpers.evaluation.questions import Question, find_input, question_turns
 from helpers.runs.run import Run
 
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
-JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
 
 
 class JudgePrompts:
@@ -40,33 +30,41 @@ class JudgePrompts:
         self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
         self.file, self.is_fastchat = file, "pair-v2" in self.rows
 
+    @classmethod
+    def of(cls, settings: Any) -> JudgePrompts:
+        """Those of --judge_prompts, or else of --bench_dir if it has any. Raises UserError."""
+        if settings.judge_prompts:
+            return cls(find_input("--judge_prompts", settings.judge_prompts))
+        file = (find_path(settings.bench_dir) or OUR_PROMPTS.parent) / OUR_PROMPTS.name
+        return cls(file if file.is_file() else OUR_PROMPTS)
+
     def name_for(self, question: Question, turn: int, mode: str) -> str:
         """The prompt for a turn (from 1) of a question. Raises UserError if the file lacks it."""
         has_reference = len(question.get("reference", ())) >= turn
         if self.is_fastchat:
             name = FASTCHAT_NAMES[mode][has_reference and question["category"] in REFERENCE_CATEGORIES]
         else:
-            name = {"pairwise": "pair", "single": "single"}[mode] + "-reference" * has_reference
+            name = mode.removesuffix("wise") + "-reference" * has_reference
         name += "-multi-turn" * (turn > 1)
         if name not in self.rows:
             raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
         return name
 
-    def messages(self, match: Match, answers: ModelAnswers) -> list[Message]:
+    def messages(self, match: Row, question: Question, answers: ModelAnswers) -> list[Message]:
         """System and user message for a match. Raises UserError for a template with an unknown field."""
-        row, question, turn = self.rows[match.prompt], match.question, match.turn
+        row, turn, models = self.rows[match["prompt"]], match["turn"], match["models"]
         asked, reference = question_turns(question), question.get("reference", [])
         fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _transcript(asked, reference, turn)}
         fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
         fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
-        for side, model in zip(("_a", "_b") if len(match.models) > 1 else ("",), match.models, strict=True):
+        for side, model in zip(("_a", "_b") if len(models) > 1 else ("",), models, strict=True):
             turns = answers[model][question["question_id"]]
             fields |= {f"answer{side}": turns[turn - 1], f"conversation{side}": _transcript(asked, turns, turn)}
             fields |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
         try:
             text = row["prompt_template"].format(**fields)
         except (LookupError, ValueError) as error:
-            raise UserError(f"{self.file}: the template of {match.prompt} cannot be filled in: {error}") from None
+            raise UserError(f"{self.file}: the template of {match['prompt']} cannot be filled in: {error}") from None
         return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
 
 
@@ -90,8 +88,8 @@ def parse_verdict(text: str) -> str:
 
     FastChat takes the first of A, B and C that occurs anywhere, so that a quoted [[A]] wins.
     """
-    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text))
-    return {"C": "tie"}.get(verdicts[-1], verdicts[-1]) if verdicts else "error"
+    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text)) or ["error"]
+    return str(verdicts[-1]).replace("C", "tie")
 
 
 def parse_rating(text: str) -> float:
@@ -101,86 +99,41 @@ def parse_rating(text: str) -> float:
     return rating if ratings and 1 <= (rating := float(ratings[-1])) <= 10 else -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """One call of the judge: a turn (from 1) of two models' answers in the order they are shown, or of one model's."""
-
-    question: Question
-    turn: int
-    models: tuple[str, ...]
-    prompt: str  # its name
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.question["question_id"], self.turn, self.models, self.prompt
-
-
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
     """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
-    if mode == "single":
-        return [(name,) for name in answers]
-    pairs: list[tuple[str, ...]] = (
-        [(baseline, name) for name in answers if name != baseline] if baseline else list(combinations(answers, 2))
-    )
-    if answers and not pairs:
-        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}; --mode single "
-                            "rates it")  # fmt: skip
+    pairs = list(combinations(answers, 2 if mode == "pairwise" else 1))
+    if baseline and mode == "pairwise":
+        pairs = [(baseline, name) for name in answers if name != baseline]
+    if not pairs:
+        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}. Add another.")
     return pairs
 
 
-def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Match]:
+def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Row]:
     """Every call to make: for each question and turn both orders of each pair, or each model alone.
 
-    A turn that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
+    A match is the start of a row of calls.jsonl: {"question_id", "turn" (from 1), "models" as shown, "prompt"}. A turn
+    that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
     """
     matches = []
     for question in answers.questions:
-        turns = len(question["turns"])  # FastChat's prompts have room for two
+        i, turns = question["question_id"], len(question["turns"])  # FastChat's prompts have room for two
         for turn in range(1, (min(turns, 2) if prompts.is_fastchat else turns) + 1):
             name = prompts.name_for(question, turn, mode)
             for pair in pairs:
-                if all(len(answers.answers[model].get(question["question_id"], ())) >= turn for model in pair):
+                if all(len(answers.answers[model].get(i, ())) >= turn for model in pair):
                     orders = [pair, pair[::-1]] if mode == "pairwise" else [pair]
-                    matches += [Match(question, turn, order, name) for order in orders]
+                    matches += [{"question_id": i, "turn": turn, "models": [*o], "prompt": name} for o in orders]
     if not matches:
         raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
     return matches
 
 
-class Budget:
-    """Calls and tokens that may be spent from now on; 0 is no limit. Safe among threads."""
-
-    def __init__(self, max_calls: int = 0, max_tokens: int = 0) -> None:
-        self.max_calls, self.max_tokens = max_calls, max_tokens
-        self.calls = self.prompt_tokens = self.completion_tokens = 0
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """Whether there is a call left; it is taken."""
-        with self._lock:
-            tokens = self.prompt_tokens + self.completion_tokens
-            has_calls = not self.max_calls or self.calls < self.max_calls
-            has_call = has_calls and (not self.max_tokens or tokens < self.max_tokens)
-            self.calls += has_call
-            return has_call
-
-    def spend(self, prompt_tokens: int, completion_tokens: int) -> None:
-        with self._lock:
-            self.prompt_tokens += prompt_tokens
-            self.completion_tokens += completion_tokens
-
-    def summary(self, input_price: float = 0.0, output_price: float = 0.0) -> str:
-        """What was spent; prices are per million tokens."""
-        text = f"{self.calls:,} calls, {self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
-        price = (self.prompt_tokens * input_price + self.completion_tokens * output_price) / 1e6
-        return f"{text}: {price:,.2f} at the prices given" if price else text
-
-
 class Judge:
-    """A judge whose judgments exist already: people's votes, rules, or a file. `fingerprint` names what is judged."""
+    """A judge that makes no call: people's votes, or rules. `fingerprint` names what is judged."""
 
-    def __init__(self, name: str, answers: AnswerSet, prompts: JudgePrompts, judgments: Judgments) -> None:
-        self.name, self.answers, self.prompts, self.judgments = name, answers, prompts, judgments
+    def __init__(self, judgments: Judgments, answers: AnswerSet, prompts: JudgePrompts) -> None:
+        self.name, self.judgments, self.answers, self.prompts = judgments.judge, judgments, answers, prompts
         timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
         self.fingerprint = fingerprint(answers.questions, answers.answers, prompts.rows, *timeless)
 
@@ -197,157 +150,138 @@ class Judge:
 
 def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
-    flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
+    flag = next((name for name in ("judge_model", "votes", "judge_module") if getattr(settings, name)), None)
     if flag is None:
         raise SettingsError(
             "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
             "--judge_module MODULE."
         )
-    if settings.mode == "single" and flag in ("votes", "judge_module"):
+    if settings.mode == "single" and flag != "judge_model":
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
-    pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
-    prompts = JudgePrompts(_prompts_file(settings))
+    pairs, prompts = model_pairs(answers.answers, settings.mode, settings.baseline), JudgePrompts.of(settings)
     if flag == "judge_model":
         return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
     if flag == "votes":
-        name, rows = "human", read_votes(settings.votes, answers)
-    elif flag == "judgments":
-        name, rows = settings.judgments, read_judgments(settings.judgments, settings.mode, settings.models)
-    else:
-        name, rows = f"rules {settings.judge_module}", apply_rules(settings.judge_module, answers, pairs)
-    scores = score_by_rules(settings.judge_module, answers) if flag == "judge_module" else {}
-    return Judge(name, answers, prompts, Judgments(name, rows, scores, is_file=flag == "judgments"))
-
-
-def _prompts_file(settings: Any) -> Path:
-    if settings.judge_prompts:
-        path = find_path(settings.judge_prompts)
-        if path is None or not path.is_file():
-            raise UserError(f"--judge_prompts {settings.judge_prompts!r} is not a file")
-        return path
-    bench = find_path(settings.bench_dir)
-    file = bench / "judge_prompts.jsonl" if bench else OUR_PROMPTS
-    return file if file.is_file() else OUR_PROMPTS
+        return Judge(Judgments("human", read_votes(settings.votes, answers)), answers, prompts)
+    return Judge(apply_rules(settings.judge_module, answers, pairs), answers, prompts)
 
 
 class ModelJudge(Judge):
     """A model that judges matches. Each call is stored in calls.jsonl and made only once, by whatever run."""
 
-    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Match]) -> None:
-        super().__init__(settings.judge_model, answers, prompts, Judgments(settings.judge_model, []))
+    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Row]) -> None:
+        super().__init__(Judgments(settings.judge_model, []), answers, prompts)
         self.settings, self.matches = settings, matches
+        self.questions = {question["question_id"]: question for question in answers.questions}
+        self.replies: list[Reply] = []  # of this run; a list is safe among threads
 
-    def request_hash(self, match: Match) -> str:
+    def messages(self, match: Row) -> list[Message]:
+        return self.prompts.messages(match, self.questions[match["question_id"]], self.answers.answers)
+
+    def request_hash(self, match: Row) -> str:
         """What is asked of which model, in 16 hex digits that are the same in another run."""
-        return fingerprint(self.name, self.prompts.messages(match, self.answers.answers), self.settings.temperature)
+        return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
-    def _cached_calls(self) -> list[Row]:
-        """The readable calls of all runs; the last line of a file may be half written."""
+    def cached_calls(self) -> dict[str, Row]:
+        """The calls of all runs that have a verdict, by their hash; the last line of a file may be half written."""
         s = self.settings
         files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
         rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
-        return [row for row in rows if row.get("winner") != "error"]
-
-    def uncached(self) -> list[Match]:
-        """The matches that no run has judged yet."""
-        cached = {row.get("asked") for row in self._cached_calls()}
-        return [match for match in self.matches if self.request_hash(match) not in cached]
+        return {str(row.get("asked")): row for row in rows if row.get("winner") != "error"}
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
-        matches = self.uncached()
-        texts = [m["content"] for match in matches for m in self.prompts.messages(match, self.answers.answers)]
-        first = self.prompts.messages(self.matches[0], self.answers.answers)
-        lines = [f"--- {m['role']} ---\n{m['content']}" for m in first]
-        lines += ["---", f"{len(matches):,} calls like this one, about {sum(map(len, texts)) // 4:,} tokens to read."]
-        cached = len(self.matches) - len(matches)
-        return "\n".join([*lines, *([f"{cached:,} more have been judged before."] if cached else [])])
+        cached = self.cached_calls()
+        left = [self.messages(match) for match in self.matches if self.request_hash(match) not in cached]
+        tokens = sum(len(m["content"]) for messages in left for m in messages) // 4
+        lines = [f"--- {m['role']} ---\n{m['content']}" for m in self.messages(self.matches[0])]
+        lines += ["---", f"{len(left):,} calls like this one, about {tokens:,} tokens to read."]
+        if len(left) < len(self.matches):
+            lines.append(f"{len(self.matches) - len(left):,} more have been judged before.")
+        return "\n".join(lines)
 
     def run(self, run: Run) -> Judgments:
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
         from tqdm.auto import tqdm
 
         s = self.settings
+        self.replies = []
         endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
-        budget = Budget(s.max_calls, s.max_tokens)
         store = JsonlStore(run.folder / "calls.jsonl", _call_key)
         super().run(run)
         with resumable(run):
-            self.reuse_cached(store)
-            missing = self._missing(store, s.retry_errors)
-            rows = run_parallel(missing, lambda match: self._judge(match, endpoint, budget), s.max_concurrency)
+            self._reuse_calls(store)
+            missing = self._missing(store, s.retry_errors)[: s.max_calls or None]
+            rows = run_parallel(missing, lambda match: self._judge(match, endpoint), s.max_concurrency)
             for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
                 if row:
                     store.add(row)
-        print(budget.summary(s.input_price, s.output_price))
+        print(self.describe_cost())
         return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
 
-    def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Match]:
-        def is_missing(match: Match) -> bool:
-            return match.key not in store.rows or (retry_errors and store.rows[match.key]["winner"] == "error")
+    def describe_cost(self) -> str:
+        """What this run spent; prices are per million tokens."""
+        read, written = (sum(getattr(r, f"{kind}_tokens") for r in self.replies) for kind in ("prompt", "completion"))
+        text = f"{len(self.replies):,} calls, {read:,} tokens read, {written:,} written"
+        price = (read * self.settings.input_price + written * self.settings.output_price) / 1e6
+        return f"{text}: {price:,.2f} at the prices given" if price else text
 
-        return [match for match in self.matches if is_missing(match)]
+    def _is_spent(self) -> bool:
+        tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in self.replies)
+        return bool(0 < self.settings.max_calls <= len(self.replies) or 0 < self.settings.max_tokens <= tokens)
 
-    def reuse_cached(self, store: JsonlStore) -> int:
-        """Copy judgments of the same prompts by the same judge from other runs; how many."""
-        wanted: dict[str, list[Match]] = {}
+    def _missing(self, store: JsonlStore, retry_errors: bool = False) -> list[Row]:
+        found = [(match, store.rows.get(_call_key(match))) for match in self.matches]
+        return [m for m, row in found if row is None or (retry_errors and row["winner"] == "error")]
+
+    def _reuse_calls(self, store: JsonlStore) -> None:
+        """Copy judgments of the same prompts by the same judge from other runs."""
+        cached, rows = self.cached_calls(), []
         for match in self._missing(store):
-            wanted.setdefault(self.request_hash(match), []).append(match)
-        rows = []
-        for row in self._cached_calls() if wanted else ():
-            for match in wanted.pop(str(row.get("asked")), []):
-                names = dict(zip(row["models"], match.models, strict=True))  # the same answers under other names
-                own = {"question_id": match.question["question_id"], "models": list(match.models)}
-                rows.append(row | own | {"winner": names.get(row["winner"], row["winner"])})
+            if row := cached.get(self.request_hash(match)):
+                names = dict(zip(row["models"], match["models"], strict=True))  # the same answers under other names
+                rows.append(row | match | {"winner": names.get(row["winner"], row["winner"])})
         store.add(*rows)
-        return len(rows)
 
-    def _judge(self, match: Match, endpoint: Endpoint, budget: Budget) -> Row | None:
-        """The row of a match; None once the budget is spent. A reply without a verdict is asked for once more."""
-        s, messages = self.settings, self.prompts.messages(match, self.answers.answers)
-        reply, winner = None, "error"
+    def _judge(self, match: Row, endpoint: Endpoint) -> Row | None:
+        """The row of a match; None once the budget is spent."""
+        s, messages = self.settings, self.messages(match)
+        if self._is_spent():
+            return None
         refused: dict[str, str] = {}
-        for _ in range(2):
-            if winner != "error" or refused or not budget.take():
-                break
+        for _ in range(2):  # a reply without a verdict is asked for once more
             try:
                 reply = endpoint.ask(messages, temperature=s.temperature, max_tokens=s.max_new_tokens)
             except RequestRefused as error:  # for example too long: the others may be judged
                 reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
-            budget.spend(reply.prompt_tokens, reply.completion_tokens)
+            self.replies.append(reply)
             winner = _winner(match, reply.text)
-        if reply is None:
-            return None
-        row = dict(zip(("question_id", "turn", "models", "prompt"), match.key, strict=True))
-        row |= {"winner": winner, "finished": reply.finished, **refused, "asked": self.request_hash(match)}
-        row |= {"user_prompt": messages[-1]["content"], "judgment": reply.text, "tstamp": time.time()}
-        return row | {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+            if winner != "error" or refused or self._is_spent():
+                break
+        row = match | {"winner": winner, "finished": reply.finished, **refused}
+        row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}
+        return row | {"tstamp": time.time(), "prompt_tokens": reply.prompt_tokens,
+                      "completion_tokens": reply.completion_tokens}  # fmt: skip
 
     def _rows(self, store: JsonlStore) -> list[Row]:
         """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
-        rows = [store.rows.get(match.key) for match in self.matches]
-        if len(self.matches[0].models) == 1:
-            keys = ("question_id", "user_prompt", "judgment", "turn", "tstamp")
-            return [
-                {key: row[key] for key in keys}
-                | {"model": row["models"][0], "judge": [self.name, row["prompt"]]}
-                | {"score": -1 if row["winner"] == "error" else row["winner"]}
-                for row in rows if row
-            ]  # fmt: skip
+        rows = [store.rows.get(_call_key(match)) for match in self.matches]
+        if self.settings.mode == "single":
+            return [rating_row(self.name, row) for row in rows if row]
         orders = zip(self.matches[::2], rows[::2], rows[1::2], strict=True)
         return [
-            pair_row(match.question, match.turn, match.models, [self.name, match.prompt], [one, two])
+            pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ]  # fmt: skip
 
 
-def _call_key(row: Row) -> tuple[Any, ...]:
-    return row["question_id"], row["turn"], tuple(row["models"]), row["prompt"]
+def _call_key(row: Row) -> str:
+    return json.dumps([row[name] for name in ("question_id", "turn", "models", "prompt")])
 
 
-def _winner(match: Match, text: str) -> Any:
+def _winner(match: Row, text: str) -> Any:
     """The model that won, "tie" or "error"; for one model alone its rating or "error"."""
-    if len(match.models) == 1:
+    if len(match["models"]) == 1:
         return rating if (rating := parse_rating(text)) > 0 else "error"
     verdict = parse_verdict(text)
-    return match.models["AB".index(verdict)] if verdict in ("A", "B") else verdict
+    return match["models"]["AB".index(verdict)] if verdict in ("A", "B") else verdict

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import UserError, find_path, read_jsonl
+from helpers.core import Row, UserError, find_path, read_jsonl
 from helpers.data.loading import DatasetSpec, load_rows
 from helpers.data.messages import is_conversation
 
@@ -16,6 +17,7 @@ OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 # Columns that hold the question; the first one present is used. `prompt` may be a list of turns (MT-Bench on the Hub).
 COLUMNS = ("turns", "messages", "prompt", "instruction", "question")
 IDS = ("question_id", "prompt_id", "id")
+USED = (*COLUMNS, *IDS, "category", "reference", "system")  # columns that are read; others are kept as they are
 
 
 def read_questions(settings: Any) -> list[Question]:
@@ -28,27 +30,33 @@ def read_questions(settings: Any) -> list[Question]:
     elif settings.dataset_id:
         source, split = f"--dataset_id {settings.dataset_id!r}", settings.dataset_split
         dataset = load_rows(DatasetSpec(settings.dataset_id, split=split or "train", any_split=not split))
-        rows = [dict(row) for row in dataset.select(range(min(settings.rows or len(dataset), len(dataset))))]
+        rows = dataset.take(min(settings.rows or len(dataset), len(dataset))).to_list()
     else:
         source, rows = "--prompts", [{"turns": [prompt]} for prompt in settings.prompts] or read_jsonl(OUR_QUESTIONS)
     return _parse_rows(rows[: settings.rows or None], source)
 
 
-def _read_file(name: str) -> list[dict[str, Any]]:
+def find_input(flag: str, name: str, kind: str = "file") -> Path:
+    """The file or folder that a flag names. Raises UserError if it is not there, or of the other kind."""
     path = find_path(name)
-    if path is None or not path.is_file():
-        raise UserError(f"--prompts_file {name!r} is not a file")
+    if path is None or not (path.is_file() if kind == "file" else path.is_dir()):
+        raise UserError(f"{flag} {name!r} is not a {kind}")
+    return path
+
+
+def _read_file(name: str) -> list[Row]:
+    path = find_input("--prompts_file", name)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
     if path.suffix in (".json", ".csv", ".parquet", ".arrow"):
-        return [dict(row) for row in load_rows(DatasetSpec(str(path)))]
+        return list(load_rows(DatasetSpec(str(path))))
     try:
         return [{"turns": [line]} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts_file {name!r} is not UTF-8: {error.reason}") from None
 
 
-def _parse_rows(rows: list[dict[str, Any]], source: str) -> list[Question]:
+def _parse_rows(rows: list[Row], source: str) -> list[Question]:
     questions = [_parse_row(row, number, source) for number, row in enumerate(rows, 1)]
     if not questions:
         raise UserError(f"{source} has no questions")
@@ -58,34 +66,34 @@ def _parse_rows(rows: list[dict[str, Any]], source: str) -> list[Question]:
     return questions
 
 
-def _parse_row(row: dict[str, Any], number: int, source: str) -> Question:
-    column = next((c for c in COLUMNS if row.get(c)), None)
-    turns: Any = row[column] if column else None
-    system = str(row.get("system") or "")
-    if column == "instruction" and row.get("input"):
-        turns = f"{turns}\n\n{row['input']}"
+def _parse_row(row: Row, number: int, source: str) -> Question:
+    column = next((c for c in COLUMNS if row.get(c)), "")
+    turns: Any = row.get(column)
+    system, reference = row.get("system") or "", row.get("reference") or []
+    rest = {name: value for name, value in row.items() if name not in USED}
+    if column == "instruction" and (given := rest.pop("input", "")):
+        turns = f"{turns}\n\n{given}"
     if is_conversation(turns):  # only the user's turns are asked
         system = next((m["content"] for m in turns if m["role"] == "system"), system)
         turns = [m["content"] for m in turns if m["role"] == "user"]
     turns = [turns] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise UserError(f"{source}, row {number}, has no text, or list of texts, under any of {', '.join(COLUMNS)}")
-    reference = row.get("reference") or []
-    references = [_clean(str(text)) for text in (reference if isinstance(reference, list | tuple) else [reference])]
-    used = (*COLUMNS, *IDS, "system", "reference", "category", *(["input"] if column == "instruction" else []))
-    return {
+    question: Question = {
         "question_id": next((row[name] for name in IDS if isinstance(row.get(name), int | str)), number),
         "category": str(row.get("category") or "general"),
         "turns": [_clean(turn) for turn in turns],
-        **({"reference": references} if references else {}),
-        **({"system": _clean(system)} if system else {}),
-        **{name: value for name, value in row.items() if name not in used},
     }
+    if reference:
+        question["reference"] = [_clean(text) for text in (reference if isinstance(reference, list) else [reference])]
+    if system:
+        question["system"] = _clean(system)
+    return question | rest
 
 
-def _clean(text: str) -> str:
+def _clean(text: object) -> str:
     """Replace lone surrogates, which neither a tokenizer nor a server accepts."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return str(text).encode("utf-8", "replace").decode("utf-8")
 
 
 def read_bench(folder: Path) -> list[Question]:
@@ -100,15 +108,13 @@ def read_bench(folder: Path) -> list[Question]:
     return [q | ({"reference": references[i]} if (i := str(q["question_id"])) in references else {}) for q in questions]
 
 
-def answer_turns(row: dict[str, Any]) -> list[str]:
+def answer_turns(row: Row) -> list[str]:
     """The answers in a row of FastChat's model_answer, one per turn. Raises UserError for any other row."""
-    try:
+    with contextlib.suppress(LookupError, TypeError):
         turns = row["choices"][0]["turns"]
-    except (LookupError, TypeError):
-        turns = None
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise UserError(f"row is not from a model_answer file with a text per turn: {json.dumps(row)[:80]}")
-    return turns
+        if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+            return turns
+    raise UserError(f"row is not from a model_answer file with a text per turn: {json.dumps(row)[:80]}")
 
 
 def question_turns(question: Question) -> list[str]:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row
-from helpers.evaluation.answers import ModelAnswers, render_template
+from helpers.evaluation import statistics
+from helpers.evaluation.answers import make_table, render_template
 from helpers.evaluation.judgments import AnswerSet, Judgments
-from helpers.evaluation.statistics import (
-    bootstrap_interval,
-    group_index,
-    length_controlled,
-    mean_interval,
-    sign_test,
-    zero_event_upper_bound,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REFITS = 1_000  # resamples of the length-controlled rate
 ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
 OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 FEW = 10  # decided comparisons below which no share of them is worth a note
@@ -35,76 +28,52 @@ METHOD = (
 )
 
 
-class Comparison(NamedTuple):
-    """One turn of one question: who won over both orders, seen from the pair's second model, the candidate."""
-
-    question_id: str
-    category: str
-    outcome: float | None  # 1, 0.5 or 0; None for an error
-    is_swapped: bool  # the judge saw both orders
-    is_consistent: bool  # both orders gave the same verdict
-    first_won: bool  # the answer shown first won in both orders
-    longer: int | None  # characters by which the candidate's answer is longer; None for unknown answers
-    is_blind: bool  # a person who voted had not seen the names
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Wins, losses and ties as FastChat's show_result counts them: rows with an error are excluded."""
 
     win: int
     loss: int
     tie: int
 
+    @classmethod
+    def of(cls, rows: list[Row]) -> Counts:
+        outcomes = [row["outcome"] for row in rows]
+        return cls(outcomes.count(1), outcomes.count(0), outcomes.count(0.5))
+
     @property
     def total(self) -> int:
-        return self.win + self.loss + self.tie
-
-    def as_dict(self) -> dict[str, float]:
-        wins = (self.win, self.loss, self.win + 0.5 * self.tie)
-        rates = {name: count / self.total if self.total else 0.0 for name, count in zip(RATES, wins, strict=True)}
-        return dataclasses.asdict(self) | rates
+        return sum(self)
 
     @property
     def win_rate_adjusted(self) -> float:
         return self.as_dict()["win_rate_adjusted"]
 
-    @classmethod
-    def of(cls, comparisons: list[Comparison]) -> Counts:
-        outcomes = [c.outcome for c in comparisons]
-        return cls(outcomes.count(1.0), outcomes.count(0.0), outcomes.count(0.5))
+    def as_dict(self) -> dict[str, float]:
+        numbers = (self.win, self.loss, self.win + 0.5 * self.tie)
+        return self._asdict() | {name: n / max(1, self.total) for name, n in zip(RATES, numbers, strict=True)}
 
 
-def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Comparison]]:
-    """Comparisons by pair of models, each pair in the order of `answers`, else in that of the rows.
+def group_by_pair(rows: list[Row], answers: AnswerSet) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each pair of models, in the order of `answers`, else in that of the rows.
 
-    Two calls that disagree are a tie; an error in either is an error (FastChat, llm_judge/show_result.py).
+    Adds the category, the outcome (1, 0.5 or 0 for the pair's second model, the candidate; None for an error), and by
+    how many characters its answer is longer. Two calls that disagree are a tie; an error in either is an error
+    (FastChat, llm_judge/show_result.py).
     """
     categories = {str(q["question_id"]): q.get("category", "general") for q in answers.questions}
     texts = {model: {str(i): turns for i, turns in by_id.items()} for model, by_id in answers.answers.items()}
     names = list(dict.fromkeys([*texts, *(row[m] for row in rows for m in ("model_1", "model_2"))]))
-    pairs: dict[tuple[str, str], list[Comparison]] = {pair: [] for pair in combinations(names, 2)}
+    pairs: dict[tuple[str, str], list[Row]] = {pair: [] for pair in combinations(names, 2)}
     for row in rows:
-        one, two = row["g1_winner"], row["g2_winner"]
-        pair = (row["model_1"], row["model_2"])
-        outcome = None if "error" in (one, two) else OUTCOMES[one if one == two else "tie"]
+        i, pair = str(row["question_id"]), (row["model_1"], row["model_2"])
+        calls = {row["g1_winner"], row["g2_winner"]}
+        outcome = None if "error" in calls else OUTCOMES[calls.pop() if len(calls) == 1 else "tie"]
         if pair not in pairs:  # the row has the pair the other way round
             pair, outcome = pair[::-1], None if outcome is None else 1 - outcome
-        judge, i = str(row.get("judge", [""])[0]), str(row["question_id"])
-        longer = _length_difference(row, pair, texts, all_turns=judge == "human")
-        first_won, is_blind = (one, two) == ("model_1", "model_2"), row.get("blind", True)
-        own = (judge not in ONE_ORDER, one == two, first_won, longer, is_blind)
-        pairs[pair].append(Comparison(i, categories.get(i, "general"), outcome, *own))
-    return {pair: comparisons for pair, comparisons in pairs.items() if comparisons}
-
-
-def _length_difference(row: Row, pair: tuple[str, str], texts: ModelAnswers, all_turns: bool) -> int | None:
-    try:
-        one, two = (texts[model][str(row["question_id"])] for model in pair)
-        turns = range(len(one)) if all_turns else [int(row.get("turn", 1)) - 1]
-        return sum(len(two[t]) - len(one[t]) for t in turns)
-    except (KeyError, IndexError):
-        return None
+        shown = slice(None) if row["judge"][0] == "human" else slice(row["turn"] - 1, row["turn"])
+        old, new = (sum(map(len, texts.get(model, {}).get(i, [])[shown])) for model in pair)
+        pairs[pair].append(row | {"category": categories.get(i, "general"), "outcome": outcome, "longer": new - old})
+    return {pair: own for pair, own in pairs.items() if own}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,38 +98,31 @@ class PairResult:
     identical: int  # questions, if all their outcomes are the same; else 0
 
     @classmethod
-    def of(cls, baseline: str, candidate: str, comparisons: list[Comparison], seed: int = 0) -> PairResult:
-        judged = [c for c in comparisons if c.outcome is not None]
-        outcomes = np.array([c.outcome for c in judged], dtype=float)
-        groups: list[object] = [c.question_id for c in judged]
-        swapped = [c for c in judged if c.is_swapped]
-        inconsistent = [c for c in swapped if not c.is_consistent]
-        lengths = [c.longer for c in judged]
-        decided = [c for c in judged if c.longer and c.outcome != 0.5]
-        controlled, interval = None, None
-        if any(lengths) and None not in lengths:
-            differences, index = np.array(lengths, dtype=float), group_index(groups)
-            controlled = float(length_controlled(outcomes, differences)[0])
-            interval = bootstrap_interval(
-                groups, lambda weights: length_controlled(outcomes, differences, weights[:, index]), seed, REFITS
-            )
+    def of(cls, baseline: str, candidate: str, rows: list[Row], seed: int = 0) -> PairResult:
+        judged = [row for row in rows if row["outcome"] is not None]
+        outcomes = np.array([row["outcome"] for row in judged], dtype=float)
+        lengths = np.array([row["longer"] for row in judged], dtype=float)
+        groups: list[object] = [str(row["question_id"]) for row in judged]
+        orders = [(row["g1_winner"], row["g2_winner"]) for row in judged if row["judge"][0] not in ONE_ORDER]
+        decided = (lengths != 0) & (outcomes != 0.5)
+        controlled, interval = statistics.length_controlled_rate(outcomes, lengths, groups, seed)
         return cls(
             baseline,
             candidate,
             counts=Counts.of(judged),
-            errors=len(comparisons) - len(judged),
-            interval=mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
-            sign_p=sign_test(outcomes, groups) if judged else 1.0,
-            consistency=_share([c.is_consistent for c in swapped]),
-            first_position_win_rate=_share([c.first_won for c in inconsistent]),
-            longer_won=_share([(c.outcome == 1.0) == ((c.longer or 0) > 0) for c in decided]),
-            decided_unequal=len(decided),
-            candidate_longer=_share([(n or 0) > 0 for n in lengths]) if any(lengths) else None,
+            errors=len(rows) - len(judged),
+            interval=statistics.mean_interval(outcomes, groups, seed) if judged else (0.0, 1.0),
+            sign_p=statistics.sign_test(outcomes, groups),
+            consistency=_mean([one == two for one, two in orders]),
+            first_position_win_rate=_mean([one == "model_1" and two == "model_2" for one, two in orders if one != two]),
+            longer_won=_mean(((outcomes == 1) == (lengths > 0))[decided].tolist()),
+            decided_unequal=int(decided.sum()),
+            candidate_longer=_mean((lengths > 0).tolist()) if lengths.any() else None,
             length_controlled=controlled,
             length_controlled_interval=interval,
-            categories={name: Counts.of([c for c in judged if c.category == name])
-                        for name in dict.fromkeys(c.category for c in judged)},
-            seen=sum(not c.is_blind for c in judged),
+            categories={name: Counts.of([row for row in judged if row["category"] == name])
+                        for name in dict.fromkeys(row["category"] for row in judged)},
+            seen=sum(not row.get("blind", True) for row in judged),
             identical=len(set(groups)) if len(set(outcomes.tolist())) == 1 else 0,
         )  # fmt: skip
 
@@ -169,28 +131,17 @@ class PairResult:
         fields = vars(self) | self.counts.as_dict() | {"categories": categories, "notes": self.notes()}
         return {name: value for name, value in fields.items() if name != "counts"}
 
+    def describe(self) -> list[str]:
+        """The rate with its interval and what else is known, in one line; then what to know before believing it."""
+        unseen = statistics.zero_event_upper_bound(self.identical)
+        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")
+
     def notes(self) -> list[str]:
-        """What to know before believing the table."""
-        unseen = zero_event_upper_bound(self.identical)
-        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")[1:]
-
-    def __str__(self) -> str:
-        """The rate with its interval, and what else is known, in one line."""
-        rate, p = f"{self.counts.win_rate_adjusted:.1%}", f"sign test p = {self.sign_p:.2g}"
-        low, high = self.interval
-        parts = [f"{self.candidate} against {self.baseline}: {rate} (95% interval {low:.1%} to {high:.1%}), {p}"]
-        if self.length_controlled is not None and self.length_controlled_interval is not None:
-            low, high = self.length_controlled_interval
-            parts.append(f"at equal lengths {self.length_controlled:.1%} ({low:.1%} to {high:.1%})")
-        if self.longer_won is not None:
-            parts.append(f"the longer answer won {self.longer_won:.1%} of {self.decided_unequal} decided")
-        if self.consistency is not None:
-            parts.append(f"same verdict in both orders {self.consistency:.1%}")
-        return "; ".join(parts)
+        return self.describe()[1:]
 
 
-def _share(flags: list[bool]) -> float | None:
-    return sum(flags) / len(flags) if flags else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @dataclasses.dataclass
@@ -215,8 +166,7 @@ class PairwiseResults:
         for pair in self.pairs:
             c = pair.counts
             for name, own in ((pair.candidate, c), (pair.baseline, Counts(c.loss, c.win, c.tie))):
-                total = counts.get(name, Counts(0, 0, 0))
-                counts[name] = Counts(total.win + own.win, total.loss + own.loss, total.tie + own.tie)
+                counts[name] = Counts(*map(sum, zip(own, counts.get(name, (0, 0, 0)), strict=True)))
         return dict(sorted(counts.items(), key=lambda item: -item[1].as_dict()["win_rate"]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,36 +189,31 @@ class PairwiseResults:
         parts: list[Any] = [Text(f"{count} comparisons by {self.judge}\n", style="bold"),
                             _counts_table("model", self.models)]  # fmt: skip
         for pair in self.pairs:
-            parts += ["", Text(str(pair))]
+            parts += ["", Text(pair.describe()[0])]
             if len(pair.categories) > 1:
                 parts += ["", _counts_table("category", pair.categories)]
         if self.scores:
             names = list(next(iter(self.scores.values())))
             shares = [(model, *(f"{own[name]:.1%}" for name in names)) for model, own in self.scores.items()]
-            parts += ["", _table(["answers that are", *names], shares)]
+            parts += ["", make_table(["answers that are", *names], shares)]
         return Group(*parts, "", *(Text(f"• {note}") for note in self.notes()), "", Text(METHOD, style="dim"))
 
     def figure(self) -> Figure:
         """Wins, ties and losses of each pair, overall and by category, with the adjusted rate and its interval."""
-        bars: list[tuple[str, Counts, tuple[float, float] | None]] = [
-            (f"{p.candidate}\nagainst {p.baseline}", p.counts, p.interval) for p in self.pairs
-        ]
+        bars = {f"{p.candidate}\nagainst {p.baseline}": p.counts for p in self.pairs}
         if len(self.pairs) == 1 and len(self.pairs[0].categories) > 1:
-            bars += [(category, counts, None) for category, counts in self.pairs[0].categories.items()]
+            bars |= self.pairs[0].categories
         title = f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
-        figure, axis = _bar_figure([name for name, *_ in bars], title)
-        for y, (_, counts, interval) in enumerate(bars):
-            left = 0.0
-            for kind, colour in (("win", BLUE), ("tie", LIGHT_GREY), ("loss", ORANGE)):
-                share = getattr(counts, kind) / counts.total if counts.total else 0.0
-                axis.barh(y, share, left=left, color=colour, height=0.6, label=kind if y == 0 else None)
-                if share > 0.04:
-                    ink = "black" if kind == "tie" else "white"
-                    axis.text(left + 0.01, y, str(getattr(counts, kind)), va="center", fontsize=9, color=ink)
-                left += share
-            rate = counts.win_rate_adjusted
-            around = [[rate - interval[0]], [interval[1] - rate]] if interval else None
-            axis.errorbar(rate, y, xerr=around, fmt="o", color="black", capsize=3, markersize=4)
+        figure, axis = _bar_figure([*bars], title, [pair.interval for pair in self.pairs])
+        left = np.zeros(len(bars))
+        for kind, colour, ink in (("win", BLUE, "white"), ("tie", LIGHT_GREY, "black"), ("loss", ORANGE, "white")):
+            counts = [getattr(c, kind) for c in bars.values()]
+            shares = np.array([n / max(1, c.total) for n, c in zip(counts, bars.values(), strict=True)])
+            drawn = axis.barh(range(len(bars)), shares, left=left, color=colour, height=0.6, label=kind)
+            labels = [str(n) if share > 0.04 else "" for n, share in zip(counts, shares, strict=True)]
+            axis.bar_label(drawn, labels, label_type="center", fontsize=9, color=ink)
+            left += shares
+        axis.plot([c.win_rate_adjusted for c in bars.values()], range(len(bars)), "o", color="black", markersize=4)
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1), xlabel="share of comparisons")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -297,46 +242,48 @@ class RatingResults:
         return dataclasses.asdict(self)
 
     def __rich__(self) -> Any:
-        def row(name: str, values: list[Any]) -> tuple[str, ...]:
-            return name, *("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
-
-        models = list(self.models.values())
-        rows = [row("average", [m["average"] for m in models])]
-        rows += [row("95% interval", ["{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else None
-                                      for m in models])]  # fmt: skip
+        models = self.models.values()
+        rows: dict[str, list[Any]] = {"average": [m["average"] for m in models]}
+        rows["95% interval"] = ["{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else None for m in models]
         for kind, label in (("turns", "turn "), ("categories", "")):
-            for key in dict.fromkeys(key for m in models for key in m[kind]):
-                rows.append(row(f"{label}{key}", [m[kind].get(key) for m in models]))
-        rows += [row("no rating", [m["errors"] for m in models])]
-        return _table([f"1 to 10, by {self.judge}", *self.models], rows)
+            rows |= {f"{label}{key}": [m[kind].get(key) for m in models] for m in models for key in m[kind]}
+        rows["no rating"] = [m["errors"] for m in models]
+
+        def text(value: Any) -> str:
+            return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+        return make_table([f"1 to 10, by {self.judge}", *self.models], [(n, *map(text, v)) for n, v in rows.items()])
 
     def figure(self) -> Figure:
         """The average rating of each model, with its interval."""
-        figure, axis = _bar_figure(
-            list(self.models), f"{self.judge}: ratings from 1 to 10; the line is the 95% interval"
-        )
-        for y, m in enumerate(self.models.values()):
-            average, (low, high) = m["average"] or 0.0, m["interval"] or (0.0, 0.0)
-            axis.barh(y, average, xerr=[[average - low], [high - average]], color=BLUE, height=0.6, capsize=3)
-            axis.text(0.1, y, f"{average:.2f}", va="center", fontsize=9, color="white")
+        title = f"{self.judge}: ratings from 1 to 10; the line is the 95% interval"
+        models = self.models.values()
+        figure, axis = _bar_figure([*self.models], title, [m["interval"] or (0, 0) for m in models])
+        drawn = axis.barh(range(len(models)), [m["average"] or 0 for m in models], color=BLUE, height=0.6)
+        axis.bar_label(drawn, fmt="%.2f", label_type="center", fontsize=9, color="white")
         axis.set(xlim=(0, 10), xlabel="mean rating")
         return figure
+
+
+def summarize_judgments(
+    judgments: Judgments, answers: AnswerSet, mode: str, seed: int = 0
+) -> PairwiseResults | RatingResults:
+    """The results of judgments of --mode pairwise or single."""
+    return (RatingResults if mode == "single" else PairwiseResults).from_judgments(judgments, answers, seed)
 
 
 def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     """The ratings of one model. A score of -1 is a reply without a rating."""
     rated = [row for row in rows if row["score"] != -1]
     shares = np.array([(row["score"] - 1) / 9 for row in rated], dtype=float)  # of the way from 1 to 10
-    interval = mean_interval(shares, [str(row["question_id"]) for row in rated], seed) if rated else None
+    interval = statistics.mean_interval(shares, [str(row["question_id"]) for row in rated], seed) if rated else None
 
     def means(key: str) -> dict[Any, float | None]:
-        groups: dict[Any, list[float]] = {row[key]: [] for row in rows}
-        for row in rated:
-            groups[row[key]].append(row["score"])
-        return {group: sum(scores) / len(scores) if scores else None for group, scores in groups.items()}
+        groups = dict.fromkeys(row[key] for row in rows)
+        return {group: _mean([row["score"] for row in rated if row[key] == group]) for group in groups}
 
     return {
-        "average": sum(row["score"] for row in rated) / len(rated) if rated else None,
+        "average": _mean([row["score"] for row in rated]),
         "interval": tuple(1 + 9 * end for end in interval) if interval else None,
         "turns": dict(sorted(means("turn").items())),
         "categories": means("category"),
@@ -344,8 +291,8 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _bar_figure(names: list[str], title: str) -> tuple[Figure, Any]:
-    """An empty figure for horizontal bars, the first name at the top."""
+def _bar_figure(names: list[str], title: str, intervals: list[tuple[float, float]]) -> tuple[Figure, Any]:
+    """A figure for horizontal bars, the first name at the top, with the intervals of the first bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
@@ -354,22 +301,11 @@ def _bar_figure(names: list[str], title: str) -> tuple[Figure, Any]:
     axis.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
     axis.invert_yaxis()
     figure.suptitle(title, fontsize=9, parse_math=False)
+    for y, ends in enumerate(intervals):
+        axis.plot(ends, (y, y), color="black", marker="|")
     return figure, axis
 
 
 def _counts_table(head: str, counts: dict[str, Counts]) -> Any:
     rows = [(name, c.win, c.loss, c.tie, *(f"{c.as_dict()[rate]:.1%}" for rate in RATES)) for name, c in counts.items()]
-    return _table([head, "win", "loss", "tie", *RATES], rows)
-
-
-def _table(head: list[str], rows: list[tuple[Any, ...]]) -> Any:
-    """A table that fits 80 columns: names on the left, numbers on the right."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="underline")
-    for i, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+    return make_table([head, "win", "loss", "tie", *RATES], rows)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 10_000
+REFITS = 1_000  # resamples of the length-controlled rate
 RIDGE = 1e-3 * np.eye(2)  # without one, outcomes that length alone decides have no finite fit
 
 
@@ -65,9 +66,8 @@ def sign_test(outcomes: Floats, groups: list[object]) -> float:
     """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
     sums, counts = _sums_by_group(outcomes, groups)
     wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
-    n = wins + losses
-    tail: int = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    tail: int = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2 ** (wins + losses)))
 
 
 def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:
@@ -94,12 +94,23 @@ def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None 
     return np.asarray(1 / (1 + np.exp(-fit[:, 0])))
 
 
-def group_index(groups: list[object]) -> NDArray[np.int64]:
+def length_controlled_rate(
+    outcomes: Floats, lengths: Floats, groups: list[object], seed: int
+) -> tuple[float | None, tuple[float, float] | None]:
+    """The win rate at equal lengths and its interval; None where lengths never differ."""
+    if not lengths.any():
+        return None, None
+    index = _group_index(groups)
+    interval = bootstrap_interval(groups, lambda w: length_controlled(outcomes, lengths, w[:, index]), seed, REFITS)
+    return float(length_controlled(outcomes, lengths)[0]), interval
+
+
+def _group_index(groups: list[object]) -> NDArray[np.int64]:
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     return np.array([order[group] for group in groups], dtype=int)
 
 
 def _sums_by_group(outcomes: Floats, groups: list[object]) -> tuple[Floats, Floats]:
     """The sum and the number of the outcomes of each group."""
-    index = group_index(groups)
+    index = _group_index(groups)
     return np.bincount(index, outcomes).astype(float), np.bincount(index).astype(float)

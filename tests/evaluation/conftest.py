@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.evaluation import generators
-from helpers.evaluation.answers import write_vote_page
-from tests.evaluation.pages import ANSWERS, QUESTIONS, SEED
+from tests.evaluation.pages import write_page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -43,11 +42,10 @@ def noise() -> list[str]:
 @pytest.fixture
 def open_page(context: BrowserContext, noise: list[str], tmp_path: Path) -> Iterator[Open]:
     """Writes a page and opens it; in the end it has asked for nothing but its file, and nothing went wrong in it."""
-    file = tmp_path / "page.html"
     pages: list[Page] = []
 
-    def open_page(questions: Any = QUESTIONS, answers: Any = ANSWERS, **options: Any) -> Page:
-        write_vote_page(file, questions, answers, **{"title": "Two runs", "seed": SEED} | options)
+    def open_page(*words: Any, **options: Any) -> Page:
+        file = write_page(tmp_path, *words, **options)
         page = context.new_page()
         pages.append(page)
         page.on("request", lambda request: request.url == file.as_uri() or noise.append(f"request: {request.url}"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from helpers.evaluation.answers import AnswerStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +32,19 @@ ANSWERS: dict[str, dict[Any, list[str]]] = {
 }
 ORDERS = [["dpo-run", "sft-run"], ["sft-run", "dpo-run"], ["dpo-run", "sft-run"], ["sft-run", "dpo-run"]]
 SEED = 2  # whose orders these are
+
+
+def write_page(
+    folder: Path, questions: Any = QUESTIONS, answers: Any = ANSWERS, title: str = "Two runs", settings: Any = None,
+    seed: int = SEED,
+) -> Path:  # fmt: skip
+    """The vote page of these answers."""
+    shutil.rmtree(folder / "model_answer", ignore_errors=True)
+    store = AnswerStore(folder, questions, seed=seed)
+    for name, own in answers.items():
+        store.file(name).add(*({"question_id": i, "choices": [{"turns": turns}]} for i, turns in own.items()))
+    store.write_vote_page([*answers], title, settings or {})
+    return folder / "answers.html"
 
 
 def press(page: Page, *keys: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
-from helpers.evaluation.answers import AnswerStore, JsonlStore, SideBySide
+from helpers.evaluation.answers import AnswerStore, JsonlStore
 from helpers.evaluation.judgments import find_answers
 from tests.evaluation.judging import answers_worth
 
@@ -21,12 +21,11 @@ def test_answers_side_by_side_are_escaped_and_evenly_picked(tmp_path: Path) -> N
     answers = AnswerStore(tmp_path, questions)
     for name in ("one", "two"):
         answers.file(name).add(*({"question_id": i, "choices": [{"turns": [f"<script>{name}{i}"]}]} for i in range(4)))
-    page = SideBySide.of(answers, ["one", "two"], 4)._repr_html_()
+    page = answers.side_by_side(["one", "two"], 4)._repr_html_()
     assert "<script>" not in page
     assert "&lt;script&gt;one0" in page
-    assert [row[0] for row in SideBySide.of(answers, ["one"], 2).rows] == ["<b>1", "<b>3"]
-    assert [row[0] for row in SideBySide.of(answers, ["one"], 9).rows] == [f"<b>{i}" for i in range(4)]
-    assert answers.mean_length(["one"]) == {"one": 12.0}
+    assert [row[0] for row in answers.side_by_side(["one"], 2).rows] == ["<b>1", "<b>3"]
+    assert [row[0] for row in answers.side_by_side(["one"], 9).rows] == [f"<b>{i}" for i in range(4)]
 
 
 def test_a_store_removes_a_line_that_was_cut_short_and_keeps_one_without_its_newline(tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     (bench / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
 
     def found(**given: Any) -> Any:
-        values: dict[str, Any] = {"answers_dir": "latest", "judgments": "", "models": (), "judge_prompts": ""}
+        values: dict[str, Any] = {"answers_dir": "latest", "models": (), "judge_prompts": ""}
         values |= {"bench_dir": "", "baseline": ""} | given
         return find_answers(SimpleNamespace(**values, output_dir=tmp_path, is_set=lambda name: name in given))
 
@@ -102,7 +101,6 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     assert result.questions[0]["reference"] == ["r1", "r2"]
     assert found(bench_dir=str(bench), models=("m2", "m1")).answers.keys() == {"m2", "m1"}
     assert list(found(bench_dir=str(bench), baseline="m2").answers) == ["m2", "m1"]  # first, as the baseline
-    assert found(judgments="x").answers == {}
     assert found(answers_dir=str(bench)).answers == result.answers
     assert found(answers_dir=str(bench / "model_answer")).answers == result.answers
     for given, said in (

@@ -7,15 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers.core import SettingsError, UserError
-from helpers.evaluation import generators
 from helpers.evaluation.answers import AnswerStore
-from helpers.evaluation.generators import Endpoint, OpenAIGenerator, run_parallel
+from helpers.evaluation.generators import Endpoint, run_parallel
 from tests.conftest import REPO
 from tests.judge_server import judge_server
 
@@ -58,22 +56,17 @@ def test_a_model_that_calls_an_argument_otherwise_gets_it_so() -> None:
     assert [r.get("max_completion_tokens") for r in server.requests] == [None, 5, 5, 6]
 
 
-def test_a_long_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(generators, "time", SimpleNamespace(sleep=waits.append))
+def test_a_retry_after_is_waited_for_by_the_client() -> None:
     with judge_server(lambda messages: "x") as server:
-        server.faults, server.retry_after = [429], "130"
-        assert Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}]).text == "x"
-        assert waits == [130.0]
         server.faults, server.retry_after = [429], "0.4"
         begun = time.monotonic()
-        Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}])
-        assert time.monotonic() - begun >= 0.4  # by the client itself
+        assert Endpoint("judge", server.url).ask([{"role": "user", "content": "x"}]).text == "x"
+        assert time.monotonic() - begun >= 0.4
 
 
 def test_an_endpoint_is_asked_with_openais_arguments(tmp_path: Path) -> None:
     with judge_server(lambda messages: f"You said {messages[-1]['content']}") as server:
-        generator = OpenAIGenerator(Endpoint("judge", server.url))
+        generator = Endpoint("judge", server.url)
         answers = AnswerStore(tmp_path, QUESTIONS, batch_size=3, seed=11)
         sampling = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 4}
         answers.generate_missing("m", generator, **sampling, num_beams=1, repetition_penalty=1.0)
@@ -92,7 +85,7 @@ def test_a_prompt_that_a_server_refuses_does_not_lose_the_others(
     with judge_server(lambda messages: "yes") as server:
         server.refuse = lambda request: 400 if "4 plus 3" in request["messages"][-1]["content"] else None
         answers = AnswerStore(tmp_path, QUESTIONS)
-        answers.generate_missing("m", OpenAIGenerator(Endpoint("m", server.url)), **GREEDY)
+        answers.generate_missing("m", Endpoint("m", server.url), **GREEDY)
     assert [q["question_id"] for q in answers.missing("m")] == [4]
     assert answers.answers("m")[5] == ["yes", "yes"]
     assert "refuses the request: scripted 400" in capsys.readouterr().out

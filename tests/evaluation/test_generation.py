@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
 from helpers.data.messages import Message
-from helpers.evaluation import generators
 from helpers.evaluation.answers import AnswerStore
-from helpers.evaluation.generators import HFGenerator, chat_loop, generation_kwargs, iter_generators
+from helpers.evaluation.generators import Generators, HFGenerator, generation_kwargs
 from helpers.evaluation.questions import OUR_QUESTIONS, read_bench, read_questions
 from helpers.models.chat import render
 from helpers.models.resolve import ModelRef, resolve_models
@@ -134,7 +133,7 @@ def test_an_adapter_switched_on_and_off_answers_as_two_models_loaded_apart(
     refs = [ModelRef(n, base, adapter=str(tmp_path / n) if n else None) for n in ("", "1", "2")]
     refs.append(ModelRef("again", base))
     together = {
-        name: generator.generate(talks, 0, **GREEDY) for name, generator in iter_generators(refs, settings_of())
+        name: generator.generate(talks, 0, **GREEDY) for name, generator in Generators(refs, settings_of()).load()
     }
     assert together == {name: load_apart(name.removeprefix("again")) for name in ("", "1", "2", "again")}
     assert together[""] != together["1"] != together["2"] != together[""]
@@ -145,21 +144,21 @@ def test_one_base_is_in_memory_at_a_time_and_models_with_all_answers_are_skipped
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
 
-    def load(ref: ModelRef, settings: Any) -> Any:
+    def load(self: Generators, ref: ModelRef) -> Any:
         assert not [model for model in loaded if model() is not None]
         model = tiny_mistral(len(tokenizer))
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(generators, "_load_base", load)
+    monkeypatch.setattr(Generators, "_load_base", load)
     tokenizer.save_pretrained(tmp_path / "t")
     refs = [ModelRef(name, str(tmp_path / name)) for name in "tu"]
     monkeypatch.setattr(ModelRef, "tokenizer", str(tmp_path / "t"))
     answers = AnswerStore(tmp_path, QUESTIONS[:1])
-    for name, generator in iter_generators([*refs, refs[1]], settings_of(), answers):
+    for name, generator in Generators([*refs, refs[1]], settings_of()).load(answers):
         answers.generate_missing(name, generator, **GREEDY)
     assert len(loaded) == 2
-    assert not list(iter_generators(refs, settings_of(), answers))
+    assert not list(Generators(refs, settings_of()).load(answers))
 
 
 def test_conversations_are_played_turn_by_turn_with_what_was_answered(
@@ -285,28 +284,44 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, name: str, content:
         read_questions(settings_of("--prompts_file", str(tmp_path / name)))
 
 
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """What a person types, until the input ends."""
+    typed = iter(lines)
+
+    def read_line(prompt: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read_line)
+
+
 def test_a_chat_prints_answers_as_they_come_and_keeps_the_conversation(
     model: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = HFGenerator(model, tokenizer)
-    monkeypatch.setattr(generators, "iter_generators", lambda refs, settings: iter([("m", generator)]))
-    settings = settings_of("--max_new_tokens", "12")
+    monkeypatch.setattr(Generators, "load", lambda self: iter([("m", generator)]))
+    type_lines(monkeypatch, "What is 2 plus 3?")
     with pytest.raises(CleanExit, match="The conversation is not saved"):
-        chat_loop(ModelRef("m", "m"), settings, ["What is 2 plus 3?"])
+        Generators([ModelRef("m", "m")], settings_of("--max_new_tokens", "12")).chat()
     [expected] = generator.generate([[{"role": "user", "content": "What is 2 plus 3?"}]], **GREEDY)
     assert capsys.readouterr().out.split("ends.\n")[1].strip() == expected
 
 
-def test_a_chat_with_an_endpoint_prints_its_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ["Hello there", "", "/new", "Again", "More", "/quit", "never"]
+def test_a_chat_with_an_endpoint_prints_its_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, "Hello there", "", "/new", "Again", "More", "/quit", "never")
     with judge_server(lambda messages: f"You said {messages[-1]['content']}") as server, pytest.raises(CleanExit):
-        chat_loop(ModelRef("judge", "judge", base_url=server.url), settings_of(), lines)
+        Generators([ModelRef("judge", "judge", base_url=server.url)], settings_of()).chat()
     assert capsys.readouterr().out.endswith("You said Hello there\nYou said Again\nYou said More\n")
     assert [len(r["messages"]) for r in server.requests] == [1, 1, 3]
     assert server.requests[-1]["temperature"] == 0.0
 
 
 def test_names_behind_an_endpoint_are_candidates_beside_local_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a model is called 'tie'"):
+        resolve_models(("org/tie@http://127.0.0.1:1/v1",), tmp_path)
     found = resolve_models(("a/b@http://127.0.0.1:1/v1", "org/model"), tmp_path)
     assert found[0] == ModelRef("b", "a/b", base_url="http://127.0.0.1:1/v1")
     assert found[1].base_url == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
+from helpers.evaluation.generators import Reply
 from helpers.evaluation.judges import (
-    Budget,
     JudgePrompts,
-    Match,
     ModelJudge,
     make_judge,
     make_matches,
@@ -122,9 +122,13 @@ def test_a_budget_ends_after_so_many_calls_or_tokens_and_the_rest_is_asked_later
         _, judgments = judged(server, run, answers)
         assert (len(server.requests), judgments.remaining, len(judgments.rows)) == (10, 0, 5)
         judgments.raise_if_incomplete()
-    budget = Budget()
-    budget.calls, budget.prompt_tokens, budget.completion_tokens = 10, 1_000_000, 500_000
-    assert budget.summary(2.0, 8.0) == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
+    with judge_server(lambda messages: "Well.") as server:  # a reply without a verdict is asked for once more
+        judged(server, tmp_path / "another" / "run", answers, max_calls=3, max_concurrency=1)
+        assert len(server.requests) == 3
+    judge = make_judge(settings_for(run, input_price=2.0, output_price=8.0), answers)
+    assert isinstance(judge, ModelJudge)
+    judge.replies = [Reply("", True, 100_000, 50_000)] * 10
+    assert judge.describe_cost() == "10 calls, 1,000,000 tokens read, 500,000 written: 6.00 at the prices given"
 
 
 def test_one_pair_that_the_server_refuses_is_an_error_and_the_others_are_judged(tmp_path: Path) -> None:
@@ -151,7 +155,9 @@ def test_what_another_run_has_asked_the_same_judge_is_not_asked_again(tmp_path: 
         def uncached(**given: Any) -> int:
             judge = make_judge(settings_for(tmp_path / "two", server.url, **given), more)
             assert isinstance(judge, ModelJudge)
-            return len(judge.uncached())
+            calls = re.search(r"^(\d+) calls like this one", judge.preview(), re.MULTILINE)
+            assert calls
+            return int(calls[1])
 
         assert uncached() == 16
         assert uncached(temperature=1.0) == uncached(judge_model="another") == uncached(resume="never") == 24
@@ -190,7 +196,7 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
     assert PROMPTS.name_for(question, 1, "pairwise") == "pair-reference"
     name = PROMPTS.name_for(question, 2, "pairwise")
     assert name == "pair-reference-multi-turn"
-    system, user = PROMPTS.messages(Match(question, 2, ("a", "b"), name), answers.answers)
+    system, user = PROMPTS.messages({"turn": 2, "models": ["a", "b"], "prompt": name}, question, answers.answers)
     assert "[[A]]" in system["content"]
     for text in ("2+2?", "And 3+3?", "four", "six", "{6}", "5", "7"):
         assert text in user["content"]
@@ -203,7 +209,9 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
         assert "4 calls like this one" in judge.preview()
         judge.run(Run(tmp_path / "run", {}))
         lines = judge.preview().splitlines()
-    texts = [m["content"] for match in judge.uncached() for m in PROMPTS.messages(match, answers.answers)]
+    cached = judge.cached_calls()
+    left = [match for match in judge.matches if judge.request_hash(match) not in cached]
+    texts = [m["content"] for match in left for m in judge.messages(match)]
     tokens = sum(map(len, texts)) // 4
     assert lines[-2:] == [f"3 calls like this one, about {tokens:,} tokens to read.", "1 more have been judged before."]
     assert lines[0] == "--- system ---"
@@ -213,7 +221,7 @@ def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> No
     texts: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
     answers = AnswerSet(questions_of(2, turns=3), texts)
     matches = make_matches(answers, [("a", "b")], "pairwise", PROMPTS)
-    assert [(m.question["question_id"], m.turn, m.models) for m in matches] == [
+    assert [(m["question_id"], m["turn"], tuple(m["models"])) for m in matches] == [
         (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
     ]  # fmt: skip
     with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):

@@ -1,17 +1,16 @@
-"""Judgments that exist already: votes of people, rules, FastChat's files."""
+"""Judgments without a call: votes of people, and rules."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.evaluation.judges import make_judge
-from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes, score_by_rules
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_votes
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
-from tests.evaluation.judging import answers_worth, export, questions_of, rows_of, settings_for, vote
+from tests.evaluation.judging import answers_worth, export, questions_of, settings_for, vote
 
 
 def pairs_of(rows: list[dict[str, object]], answers: AnswerSet) -> list[PairResult]:
@@ -24,10 +23,10 @@ def test_rules_judge_the_demo_and_say_what_they_need() -> None:
     wrong = "Of course, it is 11."
     texts = answers_worth({}, before=[rude, polite, polite, rude], after=[polite, polite, wrong, polite]).answers
     answers = AnswerSet([question | {"question_id": i} for i in range(4)], texts)
-    rows = apply_rules("recipes.demo.questions", answers, [("before", "after")])
-    (pair,) = PairwiseResults.from_judgments(Judgments("rules", rows), answers).pairs
+    judgments = apply_rules("recipes.demo.questions", answers, [("before", "after")])
+    (pair,) = PairwiseResults.from_judgments(judgments, answers).pairs
     assert (pair.counts, pair.consistency) == (Counts(2, 1, 1), None)
-    assert score_by_rules("recipes.demo.questions", answers) == {
+    assert judgments.scores == {
         "before": {"correct": 1.0, "courteous": 0.5}, "after": {"correct": 0.75, "courteous": 1.0},
     }  # fmt: skip
     with pytest.raises(SettingsError, match="--judge_module nowhere cannot be imported"):
@@ -120,18 +119,3 @@ def test_a_judge_is_required_and_some_cannot_rate(tmp_path: Path) -> None:
     judge = make_judge(settings_for(tmp_path / "run", judge_model="", judge_module="recipes.demo.questions"), rules)
     assert judge.name == "rules recipes.demo.questions"
     assert judge.preview() == "1 judgments by rules recipes.demo.questions, without a call."
-
-
-def test_rows_of_another_kind_or_of_several_judges_are_refused(tmp_path: Path) -> None:
-    file, rows = tmp_path / "gpt-4_pair.jsonl", rows_of("aabb")
-    file.write_text('{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "B"}\n')
-    for mode in ("pairwise", "single"):
-        with pytest.raises(UserError, match=f"line 1, is not a row of model_judgment for --mode {mode}"):
-            read_judgments(str(file), mode)
-    file.write_text("".join(json.dumps(row | {"judge": [name, "p"]}) + "\n" for name, row in zip("xyxy", rows)))  # noqa: B905
-    with pytest.raises(UserError, match=r"has several judges \(x, y\)"):
-        read_judgments(str(file), "pairwise")
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(read_judgments(str(file), "pairwise", ("a", "b"))) == 4
-    with pytest.raises(UserError, match="has no judgments of a and c"):
-        read_judgments(str(file), "pairwise", ("a", "c"))

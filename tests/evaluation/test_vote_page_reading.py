@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from helpers.core import UserError
-from helpers.evaluation.answers import write_vote_page
 from tests.browser import give_up
 from tests.evaluation.pages import (
     ANSWERS,
@@ -25,6 +24,7 @@ from tests.evaluation.pages import (
     status,
     texts,
     units,
+    write_page,
 )
 
 # What is read
@@ -43,8 +43,8 @@ def test_the_order_is_shuffled_by_question_and_the_same_each_time(open_page: Ope
 
 def orders(folder: Path, seed: int) -> list[list[str]]:
     """What a page says of its columns, read without a browser."""
-    write_vote_page(folder / "page.html", QUESTIONS, ANSWERS, "Two runs", seed=seed)
-    [content] = re.findall(r'id="content".*?>(.*?)</script>', (folder / "page.html").read_text(encoding="utf-8"))
+    page = write_page(folder, seed=seed).read_text(encoding="utf-8")
+    [content] = re.findall(r'id="content".*?>(.*?)</script>', page)
     return [[column["model"] for column in question["columns"]] for question in json.loads(content)["questions"]]
 
 
@@ -229,27 +229,18 @@ def test_the_policy_lets_nothing_out_and_nothing_else_run(open_page: Open, noise
 # Writing it
 
 
+def test_the_policy_has_the_hashes_of_the_page_s_own_style_and_script(tmp_path: Path) -> None:
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in page, f"write this hash into vote_page.html: {digest}"
+
+
 def test_the_same_answers_are_the_same_page_and_a_write_leaves_no_draft(tmp_path: Path) -> None:
-    pages = []
-    for _ in range(2):
-        write_vote_page(tmp_path / "page.html", QUESTIONS, ANSWERS, "Two runs")
-        pages.append((tmp_path / "page.html").read_bytes())
+    pages = [write_page(tmp_path).read_bytes() for _ in range(2)]
     assert pages[0] == pages[1]
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-
-
-@pytest.mark.parametrize(
-    ("questions", "answers", "message"),
-    [
-        ([], ANSWERS, "the page has no question to show"),
-        ([QUESTIONS[0]] * 2, ANSWERS, "question_id 81 occurs 2 times"),
-        (QUESTIONS, {"tie": {81: ["x"]}}, "a model is called 'tie'"),
-    ],
-)
-def test_what_no_vote_could_be_read_from_is_refused(tmp_path: Path, questions: Any, answers: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        write_vote_page(tmp_path / "page.html", questions, answers, "Two runs")
-    assert list(tmp_path.iterdir()) == []
+    assert {file.name for file in tmp_path.iterdir()} == {"answers.html", "model_answer"}
 
 
 def test_without_a_browser_tests_are_skipped_and_fail_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:

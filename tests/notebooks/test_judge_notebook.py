@@ -100,12 +100,10 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt-single", "--mode", "single"]),
-            ("05_judge.py", ["--judgments", "outputs/mt/model_judgment/gpt-4_pair.jsonl", "--run_name", "counted",
-                             "--answers_dir", f"outputs/{answered}"]),
         ]  # fmt: skip
         key = "sk-" + "x1Y" * 14
         ended, told = run_all(project, commands, OPENAI_API_KEY=key)
-        assert ended == ["well"] * 4, told
+        assert ended == ["well"] * 3, told
         tried = project.run("05_judge.py", *flags, "--run_name", "other", "--dry_run", OPENAI_API_KEY=key)
         assert "\n0 calls like this one, about 0 tokens to read.\n32 more have been judged before.\n" in tried.stdout
         pairwise = [r for r in server.requests if r["messages"][0]["content"] == "Please compare."]
@@ -131,10 +129,6 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
     losses = sum(row["g1_winner"] == row["g2_winner"] == "model_1" for row in rows)
     assert (metrics["win"], metrics["loss"], metrics["tie"]) == (wins, losses, 16 - wins - losses)
     assert metrics["win_rate_adjusted"] == (wins + 0.5 * (16 - wins - losses)) / 16
-    counted = project.record("counted")["metrics"]
-    assert {n: counted[n] for n in ("win", "loss", "tie", "interval", "sign_p", "length_controlled")} == {
-        n: metrics[n] for n in ("win", "loss", "tie", "interval", "sign_p", "length_controlled")
-    }
     single = read_jsonl(outputs / "mt-single" / "model_judgment" / "gpt-4_single.jsonl")
     ratings = project.record("mt-single")["metrics"]["models"]
     for name in ("sft", dpo_run):
@@ -221,7 +215,7 @@ def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Projec
         assert answers[0] == answers[1]
         assert len(answers[0]) == 6
     assert project.record("few-judged")["metrics"] == project.record("few-cells-judged")["metrics"]
-    assert "plus" in str([o for c in vibes.cells if "SideBySide.of" in c.source for o in c.outputs])
+    assert "plus" in str([o for c in vibes.cells if "side_by_side" in c.source for o in c.outputs])
     (table,) = [c for c in judged.cells if "results.figure()" in c.source]
     assert "6 comparisons by rules" in str(table.outputs)
     assert [o for o in table.outputs if "image/png" in o.get("data", {})]
