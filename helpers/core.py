@@ -284,9 +284,12 @@ def figure_to_image(figure: Any) -> Any:
     """A matplotlib figure as a PNG that a notebook can display."""
     from IPython.display import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image(buffer.getvalue())
+    return Image(figure_to_png(figure, dpi=100))
+
+
+def figure_to_png(figure: Any, dpi: int = 120) -> bytes:
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 # ---- The Hub ----
@@ -336,18 +339,11 @@ def hf_token(purpose: str) -> str:
     """
     from huggingface_hub import get_token
 
-    token = get_token() or prompt_for_token("HF_TOKEN")
+    token = get_token() or ""
+    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+    if not token and is_interactive and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with contextlib.suppress(EOFError, RuntimeError, KeyboardInterrupt):  # RuntimeError: a kernel without stdin
+            token = getpass.getpass("HF_TOKEN (not shown; press Enter to continue without): ").strip()
     if not token:
         raise UserError(f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or `hf auth login`")
     return token
-
-
-def prompt_for_token(name: str) -> str:
-    """Ask the user for a token. Returns "" where nobody can answer: no terminal, no stdin, or several processes."""
-    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
-    if not is_interactive or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return ""
-    try:
-        return getpass.getpass(f"{name} (not shown; press Enter to continue without): ").strip()
-    except (EOFError, RuntimeError, KeyboardInterrupt):  # ipykernel's StdinNotImplementedError is a RuntimeError
-        return ""

@@ -114,7 +114,7 @@ from helpers.models import (
     trainable_token_indices,
     upcast_adapter,
 )
-from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
+from helpers.runs import Curves, final_metrics, show_report
 from helpers.training import add_callbacks
 
 # %% [markdown]
@@ -253,7 +253,7 @@ if not run.finished:
 # %%
 curves = Curves.read(run.folder)
 show(curves.figure, curves, save_as=run.folder / "curves.png")
-log_to_wandb(run)
+curves.log_to_wandb(run)
 show(run.metrics_table())
 
 # %% [markdown]

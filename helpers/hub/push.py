@@ -30,7 +30,7 @@ from helpers.core import (
     is_main_process,
 )
 from helpers.hub.model_card import base_on_hub, write_card
-from helpers.runs.run import Run, find_parent, lineage, read_run
+from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
 
 T = TypeVar("T")
 # What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's
@@ -92,13 +92,11 @@ def push_model(source: Run | Path, settings: Any) -> None:
 def preview_push(settings: Any, folder: Path) -> None:
     """Print the files and the card that a push of the run in `folder` would send."""
     folders = [folder] if settings.push != "merged" else []
-    records = {file: read_run(file.parent) for file in settings.output_dir.glob("[!.]*/run.json")}
-    merges = [file for file, record in records.items()
-              if (record.get("step"), record.get("status")) == ("merge", "finished")
-              and Path(record.get("parent_folder") or "") == folder]  # fmt: skip
-    if settings.push != "adapter" and merges:
-        folders.append(max(merges, key=lambda file: file.stat().st_mtime).parent)
-    elif settings.push != "adapter":
+    merges = [run for run in list_runs(settings.output_dir, "merge")
+              if run.finished and Path(run.record["parent_folder"]) == folder]  # fmt: skip
+    if settings.push != "adapter":
+        folders += [run.folder for run in merges[:1]]
+    if settings.push != "adapter" and not merges:
         print(f"{folder.name} is not merged yet. Run the same command without --push_to_hub and --dry_run first.")
     for source in folders:
         suffix = "-adapter" if settings.push == "both" and source == folder else ""
@@ -229,9 +227,9 @@ def _retry_wait(state: RetryCallState) -> float:
 
 def env_secrets() -> dict[bytes, str]:
     """Values of the secrets in the environment and of the Hub token, with their names."""
-    is_secret = {n: bool(SECRET_NAMES.search(n.upper())) and len(v) >= 16 for n, v in os.environ.items()}
-    secrets = {v: n for n, v in os.environ.items() if is_secret[n] and not os.path.exists(v)}
-    return {value.encode(): name for value, name in (secrets | {get_token() or "": "HF_TOKEN"}).items() if value}
+    secrets = {v: n for n, v in os.environ.items() if SECRET_NAMES.search(n.upper()) and len(v) >= 16}
+    secrets = {v: n for v, n in secrets.items() if not os.path.exists(v)} | {get_token() or "": "HF_TOKEN"}
+    return {value.encode(): name for value, name in secrets.items() if value}
 
 
 def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:

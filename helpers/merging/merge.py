@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from helpers.core import UserError, describe_error, find_path, short_path
-from helpers.merging.weights import QuantizedBase, StreamingMerger, UnsupportedAdapter, parse_size, write_merged
+from helpers.core import SettingsError, UserError, describe_error, find_path, short_path
+from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
-from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
+from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
+from helpers.runs.checkpoints import hash_files
 from helpers.runs.run import Run, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
@@ -38,23 +38,11 @@ class LoadPrecision:
         NF4 of QLoRA with double quantization, computed in bfloat16, is assumed."""
         plan = run.record.get("plan", {})
         if not plan and merge_base == "dequantized":
-            plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit NF4, double"}
-        dtype, bits = getattr(torch, plan["weights"]) if plan else "auto", plan.get("quantization", "none")
-        if bits == "none":
-            return cls(dtype)
-        if bits == "8-bit":
-            return cls(dtype, BitsAndBytesConfig(load_in_8bit=True))
-        compute = getattr(torch, plan["computed in"])
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options |= {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": compute}
-        return cls(dtype, BitsAndBytesConfig(load_in_4bit=True, **options))
-
-    def transform(self, merge_base: str) -> Any:
-        """What `StreamingMerger` does to a model's weights first, to merge into `merge_base` weights."""
-        if merge_base == "original":
-            return None
-        stored = torch.float32 if self.dtype == "auto" else self.dtype
-        return lambda model: QuantizedBase(model, self.quantization, stored)  # type: ignore[arg-type]
+            plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit"}
+        if not plan:
+            return cls()
+        bits = plan["quantization"][:1]  # of "4-bit NF4, double", "8-bit" or "none"
+        return cls(getattr(torch, plan["weights"]), quantization_config(bits, getattr(torch, plan["computed in"])))
 
 
 @dataclasses.dataclass
@@ -97,10 +85,12 @@ class Adapter:
         set_chat_template(tokenizer, "auto")
         return tokenizer
 
-    def merger(self, transform: Any) -> StreamingMerger:
-        """Raises UnsupportedAdapter."""
-        size = len(self.tokenizer)
-        return StreamingMerger(self.base_folder, self.folder, size, transform, self.trust_remote_code)
+    def merger(self, precision: LoadPrecision, merge_base: str) -> StreamingMerger:
+        """Add the adapter to "original" or "dequantized" weights. Raises UnsupportedAdapter."""
+        quantization = precision.quantization if merge_base == "dequantized" else None
+        stored = torch.float32 if precision.dtype == "auto" else precision.dtype
+        code, size = self.trust_remote_code, len(self.tokenizer)
+        return StreamingMerger(self.base_folder, self.folder, size, quantization, stored, code)
 
     def load_policy(self, precision: LoadPrecision, device: str) -> Any:
         """Load the base as in training, with the adapter on it."""
@@ -117,7 +107,11 @@ def find_adapter(settings: Any) -> Adapter:
 
     Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found.
     """
-    parse_size(settings.max_shard_size)
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=settings.max_shard_size)
+    except ValueError:
+        text = f"--max_shard_size {settings.max_shard_size!r} is not a size. Use a size such as 2GB or 500MB."
+        raise SettingsError(text) from None
     if settings.adapter:
         source = local_folder(settings.adapter)
         run = adapter_as_run(source)
@@ -143,11 +137,8 @@ def local_folder(model: str, revision: str = "") -> Path:
 
 def adapter_as_run(folder: Path) -> Run:
     """An adapter from elsewhere as the parent of a merge. Its fingerprint changes with its files."""
-    content = hashlib.sha256()
-    for file in sorted([*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]):
-        with file.open("rb") as opened:
-            content.update(hashlib.file_digest(opened, "sha256").digest())
-    return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
+    files = [*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]
+    return Run(folder.resolve(), {"fingerprint": hash_files(files)})
 
 
 @dataclasses.dataclass
@@ -157,7 +148,6 @@ class MergedModel:
     Attributes:
         merge_base: "original" or "dequantized" weights, with the adapter added.
         precision: How training computed with the base.
-        merger: None if PEFT merged the model, or if it was merged before.
     """
 
     run: Run
@@ -165,7 +155,6 @@ class MergedModel:
     merge_base: str
     precision: LoadPrecision
     dtype: torch.dtype | None = None
-    merger: StreamingMerger | None = None
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -221,15 +210,15 @@ def merge_adapter(
     merged = MergedModel(output, staging_dir(output), base, precision)
     merged.dtype = None if dtype == "auto" else getattr(torch, dtype)
     try:
-        merged.merger = adapter.merger(precision.transform(base))
-        write_merged(merged.folder, merged.merger, {"merge_base": base}, parse_size(max_shard_size), merged.dtype)
-        save_config(merged.folder, merged.merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
+        merger = adapter.merger(precision, base)
+        write_merged(merged.folder, merger, max_shard_size, merged.dtype)
+        save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
     except UnsupportedAdapter as reason:
         if base == "dequantized":
             text = f"{reason} cannot be merged into dequantized weights"
             raise UserError(f"{text}. Use `--merge_base original`.") from None
         print(f"PEFT merges {reason}. It needs the memory of the full model.")
-        merge_with_peft(merged.folder, adapter, merged.dtype, parse_size(max_shard_size))
+        merge_with_peft(merged.folder, adapter, merged.dtype, max_shard_size)
     return merged
 
 
@@ -250,7 +239,7 @@ def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Pat
         generation.save_pretrained(folder)
 
 
-def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, max_shard_size: int) -> None:
+def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, max_shard_size: str) -> None:
     """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,26 +124,6 @@ def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, 
         )
 
 
-def patch_step_comparison() -> None:
-    """Make transformers compare save_steps, eval_steps and logging_steps as numbers of steps.
-
-    transformers 5.23 (trainer.py, _init_training_state) compares a share of all steps (save_steps 0.2) with the steps
-    that the checkpoint has computed from it, and warns.
-    """
-    from transformers import trainer, trainer_utils
-
-    original: Any = trainer_utils.compare_trainer_and_checkpoint_args
-
-    def compare(args: Any, state: Any) -> None:
-        resolved = copy.copy(args)
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            if 0 < (share := getattr(args, name) or 0) < 1:
-                setattr(resolved, name, math.ceil(state.max_steps * share))
-        original(resolved, state)
-
-    vars(trainer)["compare_trainer_and_checkpoint_args"] = compare
-
-
 def explain_failure(error: BaseException, folder: Path) -> UserError | None:
     """A one-line error for a full disk, a path that is not writable or too little memory; None for anything else.
 
@@ -178,7 +157,16 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def hash_files(files: Iterable[Path]) -> str:
+    """Sixteen hex digits of a hash over the content of files, whose order does not matter."""
+    digests = [_sha256(file).digest() for file in sorted(files)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
 def _file_digest(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file).hexdigest()}
+
+
+def _sha256(file: Path) -> Any:
     with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-        return {"bytes": os.fstat(content.fileno()).st_size, "sha256": digest}
+        return hashlib.file_digest(content, "sha256")

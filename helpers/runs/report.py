@@ -29,13 +29,13 @@ from helpers.core import (
     SettingsError,
     UserError,
     atomic_write,
+    figure_to_png,
     find_path,
-    install_error_hook,
     is_main_process,
     print_help_if_asked,
     short_path,
 )
-from helpers.runs.curves import Curves, Panel, figure_to_png, logged_panels, plot_runs, read_history, read_samples
+from helpers.runs.curves import Curves, Panel, logged_panels, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every room
@@ -115,7 +115,6 @@ def _training_run(folder: Path) -> Path | None:
 
 def main(argv: Sequence[str]) -> None:
     """Write the report of one run."""
-    install_error_hook()
     print_help_if_asked(argv, __doc__)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers report outputs/<run>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,7 +27,6 @@ from helpers.core import (
     find_path,
     is_main_process,
     is_notebook,
-    prompt_for_token,
     short_path,
     wait_for_everyone,
     write_json,
@@ -128,14 +126,12 @@ class Run:
 
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished, with a fingerprint of the weights in its folder."""
-        weights = hashlib.sha256()
-        for file in sorted(self.folder.glob("*.safetensors")) if is_main_process() else ():
-            with file.open("rb") as content:
-                weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
+        weights: list[Path] = []
         if is_main_process():
             checkpoints.remove_quarantined(self.folder)
-        self.save(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
+            weights = list(self.folder.glob("*.safetensors"))
+        self.save(status="finished", finished=_now(), fingerprint=checkpoints.hash_files(weights), **fields)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
         """The command of the next step; `place` is how it names this run's folder."""
@@ -149,10 +145,9 @@ class Run:
 
     def metrics_table(self) -> Any:
         """The run's metrics as a table for `show`."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("metric", "value", box=None, pad_edge=False)
-        table.columns[1].justify = "right"
+        table = Table("metric", Column("value", justify="right"), box=None, pad_edge=False)
         for name, value in self.record.get("metrics", {}).items():
             table.add_row(name, f"{value:.6g}")
         return table
@@ -219,9 +214,9 @@ def start_run(
 
 
 def prepare_tracker(settings: RunSettings) -> None:
-    """Check --report_to before a model is loaded, and keep wandb from asking for a key while it trains.
+    """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one.
 
-    Without a key, wandb runs offline. Raises SettingsError for a tracker that is unknown or not installed.
+    Raises SettingsError for a tracker that is unknown or not installed.
     """
     name = settings.report_to
     if name == "none":
@@ -239,11 +234,7 @@ def prepare_tracker(settings: RunSettings) -> None:
 
     if settings.wandb_project:
         os.environ["WANDB_PROJECT"] = settings.wandb_project
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key:  # a variable, or netrc
-        return
-    if key := prompt_for_token("WANDB_API_KEY"):
-        os.environ["WANDB_API_KEY"] = key
-    else:
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:  # a variable, or netrc
         os.environ["WANDB_MODE"] = "offline"
         print("wandb: WANDB_API_KEY is not set, so this run is kept offline. Use `wandb sync` to upload it.")
 
@@ -340,13 +331,7 @@ def _now() -> str:
 
 def _package_versions() -> dict[str, str]:
     """The versions of Python and of the packages that determine a run's numbers."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _git_commit() -> str:

@@ -35,7 +35,6 @@ from helpers.core import (
     SettingsError,
     UserError,
     find_path,
-    install_error_hook,
     print_help_if_asked,
     short_path,
     show,
@@ -82,7 +81,6 @@ class Point:
 
 def main(argv: Sequence[str]) -> None:
     """Run the grid. Raises SettingsError before the first run, and UserError after the last one if a run failed."""
-    install_error_hook()
     print_help_if_asked(argv, __doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":

@@ -135,6 +135,7 @@ def silence_warnings() -> None:
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_relevant)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_relevant)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # ours names the line
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: without ipywidgets its bars are text
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
@@ -142,9 +143,11 @@ def silence_warnings() -> None:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """False for deepspeed 0.19's message that there is no GPU, unless DeepSpeed is used."""
-    is_used = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return is_used or not record.getMessage().startswith("Setting accelerator to CPU")
+    """False for deepspeed 0.19's message that there is no GPU, unless DeepSpeed is used, and for transformers 5.23's
+    that a resumed run has other steps: it compares shares (0.2) with numbers, and `check_same_settings` has compared.
+    """
+    text, is_used = record.getMessage(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return "arguments do not match" not in text and (is_used or not text.startswith("Setting accelerator to CPU"))
 
 
 def configure_kernel() -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.core import Interrupted, UserError, figure_to_image, is_main_process, is_notebook, wait_for_everyone
 from helpers.models.chat import eos_token_ids
-from helpers.runs.checkpoints import last_complete_checkpoint, patch_step_comparison, write_manifest
+from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
@@ -35,7 +35,6 @@ COMPLETION_PROMPTS = 8
 
 def add_callbacks(trainer: Any, run: Run, settings: TrainSettings, eval_set: Any) -> None:
     """Add all callbacks that `settings` ask for; completions are sampled for the first rows of `eval_set`."""
-    patch_step_comparison()
     run.when_stopped = save_partial_report
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
     if is_main_process():

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import signal
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from helpers.runs.checkpoints import (
     checkpoint_error,
     explain_failure,
     last_complete_checkpoint,
-    patch_step_comparison,
     quarantine_incomplete,
     quarantine_later,
     resolve_checkpoint,
@@ -40,25 +37,6 @@ def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
     if marked:
         write_manifest(path)
     return path
-
-
-def test_a_share_of_all_steps_is_compared_as_the_steps_it_came_to(caplog: pytest.LogCaptureFixture) -> None:
-    from transformers import TrainerState, trainer
-
-    patch_step_comparison()
-    logger = logging.getLogger("transformers.trainer_utils")
-    state = TrainerState(max_steps=96, logging_steps=10, eval_steps=20, save_steps=20, train_batch_size=4)
-    args = SimpleNamespace(logging_steps=10, eval_steps=0.2, save_steps=0.2, per_device_train_batch_size=4, n_gpu=1)
-    logger.addHandler(caplog.handler)
-    trainer.compare_trainer_and_checkpoint_args(args, state)
-    assert caplog.messages == []
-    args.save_steps = 0.1
-    trainer.compare_trainer_and_checkpoint_args(args, state)
-    logger.removeHandler(caplog.handler)
-    (said,) = set(caplog.messages)
-    assert "save_steps: 10 (from args) != 20" in said
-    assert "eval_steps" not in said
-    assert args.save_steps == 0.1
 
 
 def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
