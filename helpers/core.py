@@ -20,9 +20,6 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 
 
-# ---- Errors ----
-
-
 class UserError(Exception):
     """A mistake that the user can fix: one line that says how. `status` is the exit status of the command."""
 
@@ -65,6 +62,9 @@ def install_error_hook() -> None:
     """Make a command print a UserError as one line and exit with its status. Other errors keep their traceback."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has closed its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+            sys.exit(1)
         message = " ".join(str(error).split())
         if _is_raised_by_config(error, trace):
             error = SettingsError(f"TRL refuses these settings: {message}")
@@ -96,22 +96,6 @@ def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
     if {"-h", "--help"} & set(argv):
         print((doc or "").strip())
         raise SystemExit(0)
-
-
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """Exit silently when the reader of the output, such as `head`, closes its end."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise SystemExit(0) from None
-
-
-# ---- Processes ----
 
 
 def is_notebook() -> bool:
@@ -153,9 +137,6 @@ def silence_other_processes() -> None:
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the lifetime of the process
         os.environ["TQDM_DISABLE"] = "1"
-
-
-# ---- Paths and modules ----
 
 
 def find_path(name: str) -> Path | None:
@@ -208,8 +189,6 @@ def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str
     return sorted(homes), get
 
 
-# ---- Files ----
-
 Row = dict[str, Any]  # of a dataset or of a JSONL file
 
 
@@ -256,8 +235,6 @@ def fingerprint(*things: Any) -> str:
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-# ---- Display ----
-
 BLUE, ORANGE, GREY, LIGHT_GREY = "#0072B2", "#D55E00", "#767676", "#C8C8C8"  # of plots (Okabe and Ito)
 
 
@@ -291,8 +268,6 @@ def figure_to_png(figure: Any, dpi: int = 120) -> bytes:
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
     return buffer.getvalue()
 
-
-# ---- The Hub ----
 
 HUB_STATUS = {
     401: "the Hub does not accept your token (401). Set a valid HF_TOKEN, or unset it for public repositories",

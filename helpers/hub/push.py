@@ -76,16 +76,12 @@ def push_before_merge(settings: Any, folder: Path) -> None:
         check_push(settings, folder if settings.push == "both" else None)
 
 
-def push_model(source: Run | Path, settings: Any) -> None:
-    """Publish a run or a folder as the settings of 03_merge_push.py ask. `--push both` also publishes the adapter that
-    a merge started from, as `<hub_repo_id>-adapter`. Raises UserError."""
-    folder = source if isinstance(source, Path) else source.folder
+def push_model(folder: Path, settings: Any) -> None:
+    """Publish a folder as the settings of 03_merge_push.py ask. `--push both` also publishes the adapter that a merge
+    started from, as `<hub_repo_id>-adapter`. Raises UserError."""
     options = dict(license_id=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
     push_folder(folder, settings.hub_repo_id, settings.private, **options)
-    if settings.push == "both":
-        record = read_run(folder)
-        adapter = Path(record["parent_folder"])
-        adapter = adapter if adapter.is_dir() else find_parent(folder, record) or adapter
+    if settings.push == "both" and (adapter := find_parent(folder, read_run(folder))):
         push_folder(adapter, f"{settings.hub_repo_id or folder.name}-adapter", settings.private, **options)
 
 
@@ -125,24 +121,13 @@ def merge_and_push(run: Run, settings: Any) -> None:
         raise UserError(f"03_merge_push.py failed with status {status}. See its messages above.")
 
 
-def files_to_push(folder: Path) -> list[Path]:
-    """The files of `folder` that would be published, sorted by name."""
-    return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
-
-
-def print_files(folder: Path, card: str = "") -> None:
-    """Print the files of `folder` that a push would send, with their sizes."""
-    sizes = {file.name: file.stat().st_size for file in files_to_push(folder)}
-    for name, size in (sizes | ({"README.md": len(card.encode())} if card else {})).items():
-        print(f"{size / 1e3:10,.1f} kB  {name}" if size < 1e5 else f"{size / 1e6:10,.2f} MB  {name}")
-
-
 def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list[Path], str]:
     """Return the files that a push would send and the text of the card; print each file with its size.
 
     Raises UserError if there are no weights, the base is a local folder, or a file contains a secret or a local path.
     """
-    adapter, files = folder / "adapter_config.json", files_to_push(folder)
+    files = sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
+    adapter = folder / "adapter_config.json"
     if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
         base = f"The base model of {folder.name} is a local folder, which others do not have."
         raise UserError(f"{base} Push the merged model (`--push merged`).")
@@ -154,7 +139,9 @@ def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list
         raise UserError(f"Nothing was pushed: {'; '.join(secrets)}. Remove it, revoke it, and create a new one.")
     if paths := find_paths(files, card):
         raise UserError(f"Nothing was pushed: {', '.join(paths)} contains a local path. Remove it.")
-    print_files(folder, card)
+    sizes = {file.name: file.stat().st_size for file in files} | {"README.md": len(card.encode())}
+    for name, size in sizes.items():
+        print(f"{size / 1e6:10,.3f} MB  {name}")
     return files, card
 
 
@@ -169,8 +156,8 @@ def _base_license(folder: Path) -> str:
 
 def push_folder(
     folder: Path, repo_id: str, private: bool, license_id: str = "", revision: str = "", tag: str = ""
-) -> str:
-    """Upload the files of a model and its card in one commit; return the address of the repository. Raises UserError.
+) -> None:
+    """Upload the files of a model and its card in one commit. Raises UserError.
 
     Files that the Hub already has are not sent again. `repo_id` defaults to the folder's name. An existing repository
     keeps its visibility; a public one is refused if `private`. `revision` is a branch, created if needed; `tag` names
@@ -193,13 +180,11 @@ def push_folder(
         commit = with_retries(lambda: api.create_commit(repo_id, adds, **options))
         if tag:
             with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
-        is_private = bool(with_retries(lambda: api.model_info(repo_id)).private)
     except HUB_ERRORS as error:
         raise UserError(f"pushing to {repo_id} failed: {describe_error(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
     if is_private and not private:
         print("The repository existed and stays private. Change its visibility on its settings page on the Hub.")
-    return f"{api.endpoint}/{repo_id}"
 
 
 def with_retries(call: Callable[[], T]) -> T:

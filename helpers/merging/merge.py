@@ -161,11 +161,9 @@ class MergedModel:
         until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
         if self.run.finished:
             return
-        try:
-            verification.check(max_kl)
-        except UserError:
+        if problem := verification.problem(max_kl):
             shutil.rmtree(self.folder)
-            raise
+            raise UserError(f"{problem}. The merge was deleted.")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
         curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
         if curves.is_file():

@@ -50,10 +50,6 @@ class Verification:
             return f"The merged model has KL {kl:.2e}, above --max_kl {max_kl}"
         return "" if relative <= MAX_LAYER_DIFFERENCE else f"Merged layers differ by {relative:.1e}, more than rounding"
 
-    def check(self, max_kl: float) -> None:
-        if problem := self.problem(max_kl):
-            raise UserError(f"{problem}. The merge was deleted.")
-
     def __rich__(self) -> Group:
         if "kl" in self.metrics:
             base = f"; base alone {_short(self.rows['base alone']['kl'])}" if "base alone" in self.rows else ""

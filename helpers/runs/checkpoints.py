@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, short_path
+from helpers.core import SettingsError, UserError, find_path, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
 DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
@@ -25,9 +25,7 @@ BATCH_FLAGS = (
 def write_manifest(checkpoint: Path) -> None:
     """Write the size and SHA-256 of every file of a checkpoint; the last step of saving it."""
     files = {str(f.relative_to(checkpoint)): _file_digest(f) for f in sorted(checkpoint.rglob("*")) if f.is_file()}
-    draft = checkpoint / f".{MANIFEST}"
-    draft.write_text(json.dumps(files, indent=1) + "\n")
-    draft.replace(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, files)
 
 
 def checkpoint_error(checkpoint: Path) -> str:

@@ -292,25 +292,21 @@ def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Plot the runs whose folders are named, and print their diagnostics."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
     print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     flags = dict(split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
         raise SettingsError("usage: python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix.lower().removeprefix(".") not in formats:
-        raise SettingsError(f"--out {out} is not a picture. End its name in .png, .svg or .pdf ({', '.join(formats)}).")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SettingsError(f"--out {out}: the folder {out.parent} is missing or not writable. Name another.")
     folders = dict.fromkeys((find_path(name) or Path(name)).resolve() for name in argv[:at])
     common = os.path.commonpath([folder.parent for folder in folders])
     runs = {str(folder.relative_to(common)): Curves.read(folder) for folder in folders}
     histories = {label: run.history for label, run in runs.items()}
     figure = plot_runs(histories) if len(runs) > 1 else next(iter(runs.values())).figure
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120, format=out.suffix[1:] or "png")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--out {out} cannot be written: {error}. Name a .png, .svg or .pdf file.") from None
     for label, run in runs.items():
         for diagnostic in run.diagnostics:
             print(f"{label}: {diagnostic}")

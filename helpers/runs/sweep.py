@@ -51,12 +51,7 @@ SHOWN_LINE = re.compile(r"step +\d+[:/]|Run: |Resuming|error: ")
 # TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) caches by the dataset's fingerprint and the policy's weights. These
 # settings choose for themselves, or change what would be cached.
 OWN_REFERENCE = {"precompute_ref_log_probs", "sync_ref_model", "ld_alpha"}
-METRICS = {
-    "eval_loss": "loss",
-    "eval_rewards/margins": "margin",
-    "eval_rewards/accuracies": "accuracy",
-    "eval_logps/chosen": "chosen logp",
-}
+METRICS = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
 
 
 @dataclasses.dataclass
@@ -200,8 +195,9 @@ def summarize(folder: Path, points: Sequence[Point]) -> None:
 
     histories = {point.label: read_history(Path(point.run) / "metrics.jsonl") for point in points if point.run}
     results = [point.result() for point in points]
-    metrics = {name: head for name, head in METRICS.items() if any(name in (r["metrics"] or {}) for r in results)}
-    table = Table(*points[0].values, *metrics.values(), "diagnostics", Column("run", overflow="fold"))
+    metrics = [name for name in METRICS if any(name in (r["metrics"] or {}) for r in results)]
+    heads = [name.removeprefix("eval_") for name in metrics]
+    table = Table(*points[0].values, *heads, "diagnostics", Column("run", overflow="fold"))
     table.title = "Held-out metrics at the end"
     for point, result in zip(points, results, strict=True):
         values = [f"{(result['metrics'] or {}).get(name, math.nan):.4g}" for name in metrics]

@@ -28,7 +28,6 @@ from helpers.core import (
     SettingsError,
     add_user_paths,
     find_path,
-    ignore_broken_pipe,
     install_error_hook,
     is_main_process,
     is_notebook,
@@ -65,8 +64,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         argv = [] if is_notebook() else sys.argv[1:]
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
-        with ignore_broken_pipe():
-            print(format_help(cls) if {"-h", "--help"} & set(argv) else trl_fields.trl_help(cls.step, hide=own))
+        is_ours = {"-h", "--help"} & set(argv)
+        print(format_help(cls) if is_ours else trl_fields.trl_help(cls.step, hide=own), flush=True)
         raise SystemExit(0)
 
     types = trl_fields.field_types(cls.step) | own
