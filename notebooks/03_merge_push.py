@@ -48,7 +48,6 @@ class Settings(RunSettings):
     adapter: str = ""  # folder or Hub id of an adapter, instead of a run
     base_model_id: str = ""  # base of the adapter, if not the one it names
     merge_base: Literal["auto", "original", "dequantized"] = "auto"  # auto: dequantized after training in 4 or 8 bits
-    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the merged weights; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
     max_shard_size: str = "2GB"  # size limit of a file of weights
     max_kl: float = 0.01  # largest KL to the trained policy, in nats; a merge above it is deleted
@@ -95,7 +94,6 @@ merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapte
 merged = merge_adapter(
     adapter_ref,
     base=settings.merge_base,
-    dtype=settings.merge_dtype,
     max_shard_size=settings.max_shard_size,
     output=merge_run,
 )
@@ -104,9 +102,9 @@ merged = merge_adapter(
 # ## Verify
 #
 # Held-out prompts go through the trained policy, 4 bits included, and through the merged model. Expect a KL of about
-# 1e-8 in float32, and up to about 1e-3 in bfloat16, where each weight is rounded once more. The KL of the base alone
-# should be much larger: the adapter has an effect, and the merge kept it. A model that does not fit into memory is
-# compared layer by layer.
+# 1e-8 for a base in float32, and up to about 1e-3 in bfloat16, where each weight is rounded once more. The KL of the
+# base alone should be much larger: the adapter has an effect, and the merge kept it. A model that does not fit into
+# memory is compared layer by layer.
 
 # %%
 verification = verify_merge(merged, adapter_ref)
@@ -116,10 +114,9 @@ merged.finalize(verification, max_kl=settings.max_kl)
 # %% [markdown]
 # ## Publish
 #
-# `--push_to_hub --hub_repo_id name/model` sends the model and a card that is written from the run, also
-# after a merge that was finished before. The repository is private unless you use `--no_private`. Nothing is sent if a
-# file contains a token. `--dry_run` prints the files and the card. The token comes from `HF_TOKEN`, `.env`, or
-# `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the model and a card that is written from the run, also after a merge
+# that was finished before. The repository is private unless you use `--no_private`. Nothing is sent if a file contains
+# a token. `--dry_run` prints the files and the card. The token comes from `HF_TOKEN`, `.env`, or `hf auth login`.
 
 # %%
 if settings.push_to_hub:

@@ -154,7 +154,6 @@ class MergedModel:
     folder: Path
     merge_base: str
     precision: LoadPrecision
-    dtype: torch.dtype | None = None
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -184,16 +183,13 @@ def staging_dir(run: Run) -> Path:
     return run.folder.with_name(f".{run.folder.name}.part")
 
 
-def merge_adapter(
-    adapter: Adapter, output: Run, base: str = "auto", dtype: str = "auto", max_shard_size: str = "2GB"
-) -> MergedModel:
+def merge_adapter(adapter: Adapter, output: Run, base: str = "auto", max_shard_size: str = "2GB") -> MergedModel:
     """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
 
     PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model.
 
     Args:
         base: "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
-        dtype: Of the merged weights; "auto" is the base's.
 
     Raises UserError for an adapter that cannot be merged, and if the disk is full.
     """
@@ -206,25 +202,22 @@ def merge_adapter(
         return MergedModel(output, output.folder, output.record["merge_base"], precision)
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
-    merged.dtype = None if dtype == "auto" else getattr(torch, dtype)
     try:
         merger = adapter.merger(precision, base)
-        write_merged(merged.folder, merger, max_shard_size, merged.dtype)
-        save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
+        write_merged(merged.folder, merger, max_shard_size)
+        save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder)
     except UnsupportedAdapter as reason:
         if base == "dequantized":
             text = f"{reason} cannot be merged into dequantized weights"
             raise UserError(f"{text}. Use `--merge_base original`.") from None
         print(f"PEFT merges {reason}. It needs the memory of the full model.")
-        merge_with_peft(merged.folder, adapter, merged.dtype, max_shard_size)
+        merge_with_peft(merged.folder, adapter, max_shard_size)
     return merged
 
 
-def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path, dtype: torch.dtype | None) -> None:
+def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path) -> None:
     """Save everything but the weights: configurations, the base's code, and the tokenizer with its template."""
     config, generation_file = merger.config, folder / "generation_config.json"
-    if dtype is not None:
-        config.dtype = config.get_text_config().dtype = dtype
     config.save_pretrained(folder)
     for file in [*base.glob("generation_config.json"), *base.glob("*.py")]:
         shutil.copyfile(file, folder / file.name)
@@ -237,7 +230,7 @@ def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Pat
         generation.save_pretrained(folder)
 
 
-def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, max_shard_size: str) -> None:
+def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str) -> None:
     """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -245,7 +238,7 @@ def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, m
         model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
         resize_embeddings(model, adapter.tokenizer)
         merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
-        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
         adapter.tokenizer.save_pretrained(folder)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -77,7 +77,7 @@ def verify_merge(merged: MergedModel, adapter: Adapter) -> Verification:
     precision = merged.precision
     if merged.run.finished:
         return Verification(merged.run.record["metrics"], merged.run.record.get("verification") or {})
-    if not (device := device_for(WeightFiles(merged.folder), precision.dtype, merged.dtype)):
+    if not (device := device_for(WeightFiles(merged.folder), precision.dtype)):
         return Verification(compare_layers(adapter.merger(precision, "dequantized"), merged.folder))
     conversations, tokenizer = held_out_prompts(adapter.run), adapter.tokenizer
     policy = adapter.load_policy(precision, device)
@@ -100,12 +100,11 @@ def held_out_prompts(run: Run) -> list[list[Message]]:
     return [row["prompt"] for row in rows] or [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
-def device_for(weights: WeightFiles, *dtypes: Any) -> str:
-    """Where a model of these weights fits in the largest of `dtypes` ("auto" and None are the stored one): "cuda",
-    "cpu", or "" for nowhere."""
-    sizes = [dtype.itemsize for dtype in dtypes if isinstance(dtype, torch.dtype)]
+def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> str:
+    """Where a model of these weights fits, stored or in `dtype` ("auto" is as stored): "cuda", "cpu", or ""."""
+    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
     specs = [weights.spec(name) for name in weights]
-    needed = 1.2 * sum(spec.numel() * max(spec.itemsize, *sizes, 0) for spec in specs)
+    needed = 1.2 * sum(spec.numel() * max(spec.itemsize, size) for spec in specs)
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
         return "cuda"
     return "cpu" if psutil.virtual_memory().available > needed else ""

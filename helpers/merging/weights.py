@@ -95,14 +95,12 @@ def _write_shard(
     part.replace(file)
 
 
-def write_merged(
-    folder: Path, merger: StreamingMerger, max_shard_size: int | str, dtype: torch.dtype | None = None
-) -> None:
+def write_merged(folder: Path, merger: StreamingMerger, max_shard_size: int | str) -> None:
     """Write the merged weights into `folder`, or the files that an interrupted merge left missing.
 
     The files of another merge are deleted first. Raises UserError if the disk has too little space.
     """
-    specs = merger.specs(dtype)
+    specs = merger.specs()
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
     plan = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp(), "quantization": repr(merger.quantization)}
@@ -218,8 +216,8 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter whose {unused[0]} is not in the model")
         return replaced
 
-    def specs(self, dtype: torch.dtype | None = None) -> Specs:
-        """Meta tensors of the merged checkpoint in the order of the base's; floating-point ones in `dtype`, if given.
+    def specs(self) -> Specs:
+        """Meta tensors of the merged checkpoint, in the order and the dtypes of the base's.
 
         Tied weights that the adapter makes different are both included, and the configuration is untied.
         """
@@ -233,8 +231,7 @@ class StreamingMerger:
         for name in names:
             stored = self.base.spec(self._stored(name))
             shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
-            kind = dtype if dtype and stored.dtype.is_floating_point else stored.dtype
-            specs[name] = torch.empty(shape, dtype=kind, device="meta")
+            specs[name] = torch.empty(shape, dtype=stored.dtype, device="meta")
         return specs
 
     def _stored(self, name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, short_path, write_json
+from helpers.core import SettingsError, UserError, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
 DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
@@ -46,7 +46,7 @@ def checkpoint_error(checkpoint: Path) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint-N folders of a run, newest first."""
     checkpoints = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.rpartition("-")[2].isdigit()]
-    return sorted(checkpoints, key=_step, reverse=True)
+    return sorted(checkpoints, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -68,26 +68,6 @@ def remove_quarantined(folder: Path) -> None:
     """Delete what `quarantine_incomplete` has renamed."""
     for broken in folder.glob("broken-checkpoint-*"):
         shutil.rmtree(broken, ignore_errors=True)
-
-
-def quarantine_later(folder: Path, named: Path) -> None:
-    """Rename the run's checkpoints after `named`, when a run resumes from an earlier checkpoint."""
-    for later in list_checkpoints(folder) if named.parent == folder.resolve() else ():
-        if _step(later) > _step(named):
-            renamed = later.with_name(f"superseded-{later.name}")
-            shutil.rmtree(renamed, ignore_errors=True)
-            later.rename(renamed)
-            print(f"{short_path(later)} is later than {named.name}. Renamed to {renamed.name}.")
-
-
-def resolve_checkpoint(name: str) -> Path:
-    """The folder that --resume PATH names. Raises UserError if it is not a complete checkpoint."""
-    path = find_path(name)
-    if path is None or not path.is_dir():
-        raise UserError(f"--resume {name!r} is not auto, never, or the folder of a checkpoint.")
-    if error := checkpoint_error(path):
-        raise UserError(f"--resume {name!r} is not a complete checkpoint: {error}.")
-    return path.resolve()
 
 
 def check_writable(folder: Path) -> None:
@@ -149,10 +129,6 @@ def explain_failure(error: BaseException, folder: Path) -> UserError | None:
         return None
     explained.everywhere = "WORLD_SIZE" not in os.environ  # one process of several may fail alone
     return explained
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def hash_files(files: Iterable[Path]) -> str:

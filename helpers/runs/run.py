@@ -48,7 +48,6 @@ class Run:
     folder: Path
     record: dict[str, Any]
     overwrite: bool = False  # delete the older run in the folder with the first `save`
-    resume_from: Path | None = None  # the checkpoint that --resume names
     restart: bool = False  # --resume never: the same command would start over
     when_stopped: Callable[[Path], None] | None = None  # called before an error of `training` is raised
 
@@ -92,16 +91,11 @@ class Run:
         main = threading.current_thread() is threading.main_thread()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
-            before = self.record.get("resumed_from")
-            named = self.resume_from if str(self.resume_from) != before else None  # only for its first start
-            self.save(status="running", resumed_from=str(named) if named else before)  # first: it may delete a run
+            self.save(status="running")  # first: it may delete a run
             if is_main_process():
-                if named:
-                    checkpoints.quarantine_later(self.folder, named)
-                else:
-                    checkpoints.quarantine_incomplete(self.folder)
+                checkpoints.quarantine_incomplete(self.folder)
             wait_for_everyone()
-            if checkpoint := named or checkpoints.last_complete_checkpoint(self.folder):
+            if checkpoint := checkpoints.last_complete_checkpoint(self.folder):
                 print(f"Resuming from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
         except BaseException as error:
@@ -176,8 +170,6 @@ def start_run(
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
     run = Run(folder, read_run(folder), restart=settings.resume == "never")
-    if settings.resume not in ("auto", "never"):
-        run.resume_from = checkpoints.resolve_checkpoint(settings.resume)
     start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
         begin = f" would start from {start}" if settings.step in NEXT else ""

@@ -31,7 +31,7 @@ class RunSettings:
     output_dir: Path = Path("outputs")  # folder of all runs
     run_name: str = ""  # folder of this run; by default its name follows from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
-    resume: str = "auto"  # auto: resume the run of the same command; never: replace it; or a checkpoint folder
+    resume: Literal["auto", "never"] = "auto"  # auto: resume the run of the same command; never: replace it
     dry_run: bool = False  # print what would be done, then stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on

@@ -61,9 +61,11 @@ def test_an_interrupted_merge_continues_with_the_missing_files(
 
 def test_the_files_of_another_merge_are_not_used(tmp_path: Path) -> None:
     base, adapter = save(tmp_path, build(), LORA)
-    our_merge(base, adapter)
-    half = our_merge(base, adapter, dtype=torch.float16)
-    assert {weight.dtype for weight in tensors(half).values()} == {torch.float16}
+    before = tensors(our_merge(base, adapter))
+    weights = {n: w + 1 for n, w in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    after = tensors(our_merge(base, adapter))
+    assert [name for name in before if "proj" in name and torch.equal(before[name], after[name])] == []
 
 
 def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
