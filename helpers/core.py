@@ -158,10 +158,7 @@ def safe_file_name(model: str) -> str:
 
 
 def add_user_paths() -> None:
-    """Let `import` find modules in the current folder and in the repository.
-
-    `python notebooks/02_dpo.py` has neither on its path. They come last, so that they hide no installed package.
-    """
+    """Let `import` find modules in the current folder and in the repository, after all installed packages."""
     sys.path.extend(path for path in (str(Path.cwd()), str(REPO)) if path not in sys.path)
 
 
@@ -281,13 +278,12 @@ def describe_error(error: BaseException) -> str:
     """One line on an error of the Hub's client and its fix. For other errors, their own message."""
     from huggingface_hub import errors, is_offline_mode
 
-    chain = [error]
+    chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     kinds = {kind for e in chain for kind in type(e).__mro__}
     message = " ".join(str(error).split())[:300]
-    responses = [response for e in chain if (response := getattr(e, "response", None)) is not None]
-    status = responses[0].status_code if responses else 0
+    status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), 0)
     lines = [line for e in chain for line in str(getattr(e, "server_message", "") or e).splitlines()]
     quota = next((line for line in lines if re.search(r"storage|quota", line, re.IGNORECASE)), "")
     if errors.RepositoryNotFoundError in kinds:

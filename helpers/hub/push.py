@@ -103,10 +103,8 @@ def preview_push(settings: Any, folder: Path) -> None:
 
 
 def merge_and_push(run: Run, settings: Any) -> None:
-    """Run 03_merge_push.py in a new process for a finished DPO run, if the settings of 02_dpo.py ask for it.
-
-    An adapter is pushed unmerged without `--merge_adaptors`; a fully tuned model is pushed as it is. Raises UserError.
-    """
+    """Run 03_merge_push.py in a new process for a finished DPO run, if the settings of 02_dpo.py ask for it. An adapter
+    is pushed unmerged without `--merge_adaptors`; a fully tuned model is pushed as it is. Raises UserError."""
     is_merged = settings.merge_adaptors and run.is_adapter
     if settings.merge_adaptors and not is_merged and is_main_process():
         print(f"{run.name} was fully tuned: there is no adapter to merge.")
@@ -157,11 +155,10 @@ def _base_license(folder: Path) -> str:
 def push_folder(
     folder: Path, repo_id: str, private: bool, license_id: str = "", revision: str = "", tag: str = ""
 ) -> None:
-    """Upload the files of a model and its card in one commit. Raises UserError.
+    """Upload the files of a model and its card in one commit. Files that the Hub already has are not sent again.
 
-    Files that the Hub already has are not sent again. `repo_id` defaults to the folder's name. An existing repository
-    keeps its visibility; a public one is refused if `private`. `revision` is a branch, created if needed; `tag` names
-    the commit.
+    `repo_id` defaults to the folder's name. An existing repository keeps its visibility; a public one is refused if
+    `private`. `revision` is a branch, created if needed; `tag` names the commit. Raises UserError.
     """
     repo_id = repo_id or folder.name
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))

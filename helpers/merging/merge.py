@@ -47,15 +47,10 @@ class LoadPrecision:
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter to merge. Its base is looked up, and fetched, when it is first used.
+    """An adapter to merge. Its base is looked up, and fetched, when it is first used."""
 
-    Attributes:
-        source: Folder of its run, or its own.
-        run: The run that trained it. For an adapter from elsewhere only its fingerprint is known.
-    """
-
-    source: Path
-    run: Run
+    source: Path  # folder of its run, or its own
+    run: Run  # that trained it; for an adapter from elsewhere only its fingerprint is known
     base_model_id: str = ""
     trust_remote_code: bool = False
 
@@ -104,9 +99,7 @@ class Adapter:
 
 def find_adapter(settings: Any) -> Adapter:
     """Find the adapter that the settings of 03_merge_push.py name: of a finished run, or from elsewhere (`--adapter`).
-
-    Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found.
-    """
+    Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found."""
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=settings.max_shard_size)
     except ValueError:
@@ -143,17 +136,12 @@ def adapter_as_run(folder: Path) -> Run:
 
 @dataclasses.dataclass
 class MergedModel:
-    """A merged model: in a staging folder until `finalize`, then in the folder of its run.
-
-    Attributes:
-        merge_base: "original" or "dequantized" weights, with the adapter added.
-        precision: How training computed with the base.
-    """
+    """A merged model: in a staging folder until `finalize`, then in the folder of its run."""
 
     run: Run
     folder: Path
-    merge_base: str
-    precision: LoadPrecision
+    merge_base: str  # "original" or "dequantized" weights, with the adapter added
+    precision: LoadPrecision  # of training
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -186,12 +174,9 @@ def staging_dir(run: Run) -> Path:
 def merge_adapter(adapter: Adapter, output: Run, base: str = "auto", max_shard_size: str = "2GB") -> MergedModel:
     """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
 
-    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model.
-
-    Args:
-        base: "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
-
-    Raises UserError for an adapter that cannot be merged, and if the disk is full.
+    `base` is "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
+    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model. Raises UserError for
+    an adapter that cannot be merged, and if the disk is full.
     """
     precision = LoadPrecision.from_run(adapter.run, base)
     if base == "dequantized" and not precision.quantization:

@@ -35,13 +35,10 @@ QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far a merged model is from the trained policy.
+    """How far a merged model is from the trained policy."""
 
-    `metrics` are those of `compare_logits` or `compare_layers`; `rows` has those of `compare_logits`, by model.
-    """
-
-    metrics: dict[str, float]
-    rows: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float]  # of `compare_logits` or `compare_layers`
+    rows: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # of `compare_logits`, by model
 
     def problem(self, max_kl: float = 0.01) -> str:
         """Why the merged model is not the trained policy, or ""; a KL that is NaN is a problem too."""
@@ -140,11 +137,10 @@ def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> dic
 
 
 def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
-    """Compare the outputs of some adapted layers, as trained and as written, for a model that is too large to load.
+    """Compare PEFT's forward of some adapted layers with the weights in `folder`, for a model too large to load.
 
     `trained` has the base as training computed with it. `relative` is the largest root mean square difference of a
-    layer's outputs for the same random inputs, relative to the outputs. The trained side is PEFT's forward, which does
-    not merge. Raises UserError if there is no such layer.
+    layer's outputs for the same random inputs, relative to the outputs. Raises UserError if there is no such layer.
     """
     written = WeightFiles(folder)
     kinds: dict[str, list[str]] = {}

@@ -96,14 +96,13 @@ def _write_shard(
 
 
 def write_merged(folder: Path, merger: StreamingMerger, max_shard_size: int | str) -> None:
-    """Write the merged weights into `folder`, or the files that an interrupted merge left missing.
-
-    The files of another merge are deleted first. Raises UserError if the disk has too little space.
-    """
+    """Write the merged weights into `folder`, or the files that an interrupted merge left missing. The files of another
+    merge are deleted first. Raises UserError if the disk has too little space."""
     specs = merger.specs()
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
-    plan = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp(), "quantization": repr(merger.quantization)}
+    plan: dict[str, Any] = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
+    plan["quantization"] = repr(merger.quantization)
     plan["shards"] = {f: [[n, s.shape, str(s.dtype)] for n, s in shard.items()] for f, shard in shards.items()}
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
     mark = folder / "merge.digest"
@@ -198,10 +197,8 @@ class StreamingMerger:
         return wrapped
 
     def _find_replaced(self) -> dict[str, str]:
-        """Base weights that the adapter's file contains in full, and their names in that file.
-
-        Raises UnsupportedAdapter if a name of the file is not in the model, or a weight of the adapter not in the file.
-        """
+        """Base weights that the adapter's file contains in full, and their names in that file. Raises
+        UnsupportedAdapter if a name of the file is not in the model, or a weight of the adapter not in the file."""
         replaced, used = {}, set()
         for name, parameter in self.model.get_base_model().named_parameters():
             key = self._names.get(id(parameter))
@@ -217,10 +214,8 @@ class StreamingMerger:
         return replaced
 
     def specs(self) -> Specs:
-        """Meta tensors of the merged checkpoint, in the order and the dtypes of the base's.
-
-        Tied weights that the adapter makes different are both included, and the configuration is untied.
-        """
+        """Meta tensors of the merged checkpoint, in the order and the dtypes of the base's. Tied weights that the
+        adapter makes different are both included, and the configuration is untied."""
         names = dict.fromkeys(self.base)
         for name, target in self.tied.items():
             is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
@@ -359,7 +354,8 @@ class QuantizedBase:
         weight = weight.to(self.stored).contiguous()
         if config.load_in_8bit:
             rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            return functional.int8_vectorwise_dequant(rows, scales).to(weight.dtype).float()
+            dequantized: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
+            return dequantized.to(weight.dtype).float()
         options = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
         packed, state = functional.quantize_4bit(weight, quant_storage=config.bnb_4bit_quant_storage, **options)
         return functional.dequantize_4bit(packed, state).to(config.bnb_4bit_compute_dtype).float()

@@ -103,10 +103,8 @@ def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, 
 
 
 def explain_failure(error: BaseException, folder: Path) -> UserError | None:
-    """A one-line error for a full disk, a path that is not writable or too little memory; None for anything else.
-
-    On a full disk, checkpoints that are not complete are deleted, so that their space is free again.
-    """
+    """A one-line error for a full disk, a path that is not writable or too little memory; None for anything else. On a
+    full disk, incomplete checkpoints are deleted."""
     text = f"{type(error).__name__} {error}".lower()
     code = error.errno if isinstance(error, OSError) else None
     path = getattr(error, "filename", None) or folder

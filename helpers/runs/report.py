@@ -43,10 +43,9 @@ FILE = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html of a run of 01 or 02 in any state, and return its path.
+    """Write report.html of a run of 01 or 02 in any state, and return its path. Raises UserError for another folder.
 
     The page makes no request and shows every text as text. A section that cannot be rendered says why in its place.
-    Raises UserError if the folder is not such a run.
     """
     record = read_run(folder)
     if record.get("step") not in TRAINING_STEPS:
@@ -78,10 +77,7 @@ def write_report(folder: Path) -> Path:
 
 
 def show_report(*folders: Path) -> None:
-    """Write the report of the training run behind each folder, and print the last one's path.
-
-    Never raises: no run fails because of its report.
-    """
+    """Write the report of the training run behind each folder, and print the last one's path. Never raises."""
     if not is_main_process():
         return
     try:
@@ -235,10 +231,8 @@ def as_word(value: Any) -> str:
 
 
 def hide_paths(text: str, fill_in: bool = False) -> str:
-    """`text` with paths relative to the repository; of a folder elsewhere only the last part.
-
-    With `fill_in`, for a command, PATH/TO/ in front shows that it has to be filled in.
-    """
+    """`text` with paths relative to the repository; of a folder elsewhere only the last part. With `fill_in`, for a
+    command, PATH/TO/ in front shows that it has to be filled in."""
     text = re.sub(rf"{re.escape(str(REPO))}(?![\w@+-])", ".", text.replace(f"{REPO}{os.sep}", ""))
     if Path(text).is_absolute() and "\n" not in text:
         return f"{'PATH/TO/' if fill_in else ''}{Path(text).name}" if Path(text).name else text

@@ -84,10 +84,8 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
-        """Record the status of the training inside; yields the checkpoint to resume from, or None.
-
-        Raises UserError for what the user can fix: see `checkpoints.explain_failure`.
-        """
+        """Record the status of the training inside; yields the checkpoint to resume from, or None. Raises UserError for
+        what the user can fix: see `checkpoints.explain_failure`."""
         main = threading.current_thread() is threading.main_thread()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
@@ -156,12 +154,8 @@ def start_run(
 ) -> Run:
     """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
 
-    Args:
-        base_model: the model at the root of the lineage, a Hub id or a folder.
-        parent: the run that this one starts from.
-        origin: without a parent, what else tells apart runs of the same settings.
-        when_finished: called for a finished run of 01 or 02 if the settings ask for a merge or a push.
-
+    `base_model` is the root of the lineage, a Hub id or a folder. Without a `parent`, `origin` tells apart runs of the
+    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push.
     A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
     by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
@@ -206,10 +200,8 @@ def start_run(
 
 
 def prepare_tracker(settings: RunSettings) -> None:
-    """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one.
-
-    Raises SettingsError for a tracker that is unknown or not installed.
-    """
+    """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one. Raises
+    SettingsError for a tracker that is unknown or not installed."""
     name = settings.report_to
     if name == "none":
         return

@@ -137,10 +137,8 @@ class TrainSettings(RunSettings):
         return best | ({} if steps is None else {"eval_steps": steps, "save_steps": steps})
 
     def accumulation_steps(self) -> int:
-        """Batches per step: as set, or as --global_batch_size needs for this number of processes.
-
-        Raises SettingsError if one layer sets both, or if the batch size does not divide.
-        """
+        """Batches per step: as set, or as --global_batch_size needs for this number of processes. Raises SettingsError
+        if one layer sets both, or if the batch size does not divide."""
         own: Any = self  # the fields of the notebooks' cells
         rank, other = self.layer("global_batch_size"), self.layer("gradient_accumulation_steps")
         if not self.global_batch_size or other > rank:
