@@ -183,6 +183,7 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
+        self._buffers = [torch.empty(0) for _ in range(3)]
         self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
 
     def _find_wrapped(self) -> dict[str, Any]:
@@ -251,18 +252,24 @@ class StreamingMerger:
         return self.quantized.dequantize(name, weight) if self.quantized else weight
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A merged weight, in float32 if anything was added to it."""
+        """A merged weight, in float32 if anything was added to it. It is valid until the call after the next."""
         owner = _owner(name)
         if owner not in self._wrapped:
             return self.from_base(name)
         layer = self._wrapped[owner]
-        if name == f"{owner}.weight" and _is_plain_lora(layer):  # as PEFT does (get_delta_weight), with less memory
-            (adapter,) = layer.active_adapters
-            a, b = (self.adapter[self._names[id(m[adapter].weight)]].float() for m in (layer.lora_A, layer.lora_B))
-            return (b @ a).mul_(float(layer.scaling[adapter])).add_(self.from_base(name))
+        if name == f"{owner}.weight" and _is_plain_lora(layer):
+            return self._merge_plain(layer, self.from_base(name))
         if self._merged[0] != owner:
             self._merged = owner, self.layer(owner, merged=True).state_dict()
         return self._merged[1][name.removeprefix(f"{owner}.")]
+
+    def _merge_plain(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        """Merge as PEFT does (get_delta_weight, merge), but in buffers: new memory would take longer than the product."""
+        (adapter,) = layer.active_adapters
+        a, b = (self.adapter[self._names[id(m[adapter].weight)]].float() for m in (layer.lora_A, layer.lora_B))
+        self._buffers[:2] = self._buffers[1::-1]  # the other one may still be written to disk
+        total, exact = (self._buffers[i].resize_(weight.shape) for i in (0, 2))
+        return torch.mm(b, a, out=total).mul_(float(layer.scaling[adapter])).add_(exact.copy_(weight))
 
     def linear_layers(self) -> list[str]:
         """Names of adapted layers that multiply by a matrix."""
