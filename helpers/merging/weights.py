@@ -264,7 +264,7 @@ class StreamingMerger:
         return self._merged[1][name.removeprefix(f"{owner}.")]
 
     def _merge_plain(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
-        """Merge as PEFT does (get_delta_weight, merge), but in buffers: new memory would take longer than the product."""
+        """Merge as PEFT does (get_delta_weight, merge), but in buffers: new memory takes longer than the product."""
         (adapter,) = layer.active_adapters
         a, b = (self.adapter[self._names[id(m[adapter].weight)]].float() for m in (layer.lora_A, layer.lora_B))
         self._buffers[:2] = self._buffers[1::-1]  # the other one may still be written to disk
