@@ -119,13 +119,17 @@ def merge_and_push(run: Run, settings: Any) -> None:
         raise UserError(f"03_merge_push.py failed with status {status}. See its messages above.")
 
 
+def files_to_push(folder: Path) -> list[Path]:
+    """The files of `folder` that would be published, sorted by name."""
+    return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
+
+
 def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list[Path], str]:
     """Return the files that a push would send and the text of the card; print each file with its size.
 
     Raises UserError if there are no weights, the base is a local folder, or a file contains a secret or a local path.
     """
-    files = sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
-    adapter = folder / "adapter_config.json"
+    adapter, files = folder / "adapter_config.json", files_to_push(folder)
     if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
         base = f"The base model of {folder.name} is a local folder, which others do not have."
         raise UserError(f"{base} Push the merged model (`--push merged`).")

@@ -142,8 +142,7 @@ class RunContext(Run):
     @cached_property
     def data_report(self) -> dict[str, Any]:
         file = self.folder / "data_report.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return content if isinstance(content, dict) else {}
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     @cached_property
     def ancestors(self) -> list[dict[str, Any]]:
@@ -169,14 +168,8 @@ class RunContext(Run):
         return str(other.record.get("finished") or "~") < str(self.record.get("finished") or "")
 
     def draw(self, *panels: Panel) -> Markup:
+        """The curves of some panels, or of all that were logged."""
         return to_data_uri(figure_to_png(plot_runs({"": self.history}, panels=panels)))
-
-    def curves_picture(self) -> Markup | None:
-        """All curves; curves.png of the folder unless there are newer logs."""
-        logs, drawn = self.folder / "metrics.jsonl", self.folder / "curves.png"
-        if drawn.is_file() and (not self.history or drawn.stat().st_mtime >= logs.stat().st_mtime):
-            return to_data_uri(drawn.read_bytes())
-        return self.draw() if self.history else None
 
     def picture(self, file: Path) -> Markup | None:
         return to_data_uri(file.read_bytes()) if file.is_file() else None
