@@ -6,7 +6,6 @@ Tensors are planned as meta tensors, which have a shape and a dtype but no data.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from helpers.core import UserError
+from helpers.core import UserError, fingerprint
 from helpers.models.resolve import BASE_KEEPING_INITS
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
@@ -104,8 +103,7 @@ def write_merged(folder: Path, merger: StreamingMerger, max_shard_size: int | st
     plan: dict[str, Any] = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
     plan["quantization"] = repr(merger.quantization)
     plan["shards"] = {f: [[n, s.shape, str(s.dtype)] for n, s in shard.items()] for f, shard in shards.items()}
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
-    mark = folder / "merge.digest"
+    digest, mark = fingerprint(plan), folder / "merge.digest"
     if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -35,6 +33,7 @@ from helpers.core import (
     SettingsError,
     UserError,
     find_path,
+    fingerprint,
     print_help_if_asked,
     short_path,
     show,
@@ -81,8 +80,7 @@ def main(argv: Sequence[str]) -> None:
     if notebook is None or notebook.suffix != ".py":
         raise SettingsError("usage: python -m helpers sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
     points, output_dir = plan(notebook, argv[1:])
-    digest = hashlib.sha256(json.dumps([notebook.stem, *sorted(p.digest for p in points)]).encode()).hexdigest()[:6]
-    folder = output_dir / f"sweep-{digest}"
+    folder = output_dir / f"sweep-{fingerprint(notebook.stem, *sorted(p.digest for p in points))[:6]}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock:
         for i, point in enumerate(points):

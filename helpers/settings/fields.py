@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers.core import SettingsError, is_notebook
+from helpers.core import SettingsError, fingerprint, is_notebook
 from helpers.settings import trl_fields
 
 SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
@@ -53,8 +51,7 @@ class RunSettings:
 
     def digest(self, *more: str) -> str:
         """Six hex digits of a hash over `hashed_settings()` and `more` (what the run starts from)."""
-        text = json.dumps([self.hashed_settings(), *more], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:6]
+        return fingerprint(self.hashed_settings(), *more)[:6]
 
     def is_set(self, name: str) -> bool:
         """Whether any layer sets `name`; False if it has the default of the cell."""
