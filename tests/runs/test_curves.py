@@ -159,7 +159,7 @@ def test_the_command_plots_runs_and_prints_their_diagnostics(
     assert drawn == [["a", "z/a", "b"]]  # one of them was named twice
     for out in ("nodir/x.png", "x.xyz"):
         with pytest.raises(SettingsError, match=re.escape(f"--out {out} cannot be written: ")):
-            curves.main(["a", "--out", out])
+            curves.main(["a", "b", "--out", out])
     assert not (tmp_path / "x.xyz").exists()
     for words in ([], ["a", "--colour", "red"]):
         with pytest.raises(SettingsError, match="usage: python -m helpers curves"):
