@@ -62,9 +62,6 @@ def install_error_hook() -> None:
     """Make a command print a UserError as one line and exit with its status. Other errors keep their traceback."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has closed its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-            sys.exit(1)
         message = " ".join(str(error).split())
         if _is_raised_by_config(error, trace):
             error = SettingsError(f"TRL refuses these settings: {message}")

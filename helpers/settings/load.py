@@ -65,7 +65,10 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
         is_ours = {"-h", "--help"} & set(argv)
-        print(format_help(cls) if is_ours else trl_fields.trl_help(cls.step, hide=own), flush=True)
+        try:
+            print(format_help(cls) if is_ours else trl_fields.trl_help(cls.step, hide=own), flush=True)
+        except BrokenPipeError:  # the reader of the output, such as `head`, has closed its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise SystemExit(0)
 
     types = trl_fields.field_types(cls.step) | own
