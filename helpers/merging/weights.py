@@ -266,7 +266,10 @@ class StreamingMerger:
         (adapter,) = layer.active_adapters
         a, b = (self.adapter[self._names[id(m[adapter].weight)]].float() for m in (layer.lora_A, layer.lora_B))
         self._buffers[:2] = self._buffers[1::-1]  # the other one may still be written to disk
-        total, exact = (self._buffers[i].resize_(weight.shape) for i in (0, 2))
+        for i in (0, 2):
+            if self._buffers[i].numel() < weight.numel():
+                self._buffers[i] = torch.empty(weight.numel())
+        total, exact = (self._buffers[i][: weight.numel()].view(weight.shape) for i in (0, 2))
         return torch.mm(b, a, out=total).mul_(float(layer.scaling[adapter])).add_(exact.copy_(weight))
 
     def linear_layers(self) -> list[str]:
