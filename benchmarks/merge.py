@@ -66,7 +66,7 @@ def merge(who: str, folder: Path) -> dict[str, float]:
     out = folder / "merged"
     if who == "ours":
         merger = StreamingMerger(folder / "base", folder / "adapter")
-        write_merged(out, merger, {}, 10**9, None)
+        write_merged(out, merger, 10**9)
         merger.config.save_pretrained(out)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)

@@ -20,9 +20,6 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 
 
-# ---- Errors ----
-
-
 class UserError(Exception):
     """A mistake that the user can fix: one line that says how. `status` is the exit status of the command."""
 
@@ -108,22 +105,6 @@ def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
         raise SystemExit(0)
 
 
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """Exit silently when the reader of the output, such as `head`, closes its end."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise SystemExit(0) from None
-
-
-# ---- Processes ----
-
-
 def is_notebook() -> bool:
     """True in a Jupyter or VS Code cell, where sys.argv belongs to the kernel and SystemExit does not exit."""
     ipython = sys.modules.get("IPython")
@@ -165,9 +146,6 @@ def silence_other_processes() -> None:
         os.environ["TQDM_DISABLE"] = "1"
 
 
-# ---- Paths and modules ----
-
-
 def find_path(name: str) -> Path | None:
     """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id."""
     with contextlib.suppress(OSError, RuntimeError):  # too long for a file name, or ~ of an unknown user
@@ -188,10 +166,7 @@ def safe_file_name(model: str) -> str:
 
 
 def add_user_paths() -> None:
-    """Let `import` find modules in the current folder and in the repository.
-
-    `python notebooks/02_dpo.py` has neither on its path. They come last, so that they hide no installed package.
-    """
+    """Let `import` find modules in the current folder and in the repository, after all installed packages."""
     sys.path.extend(path for path in (str(Path.cwd()), str(REPO)) if path not in sys.path)
 
 
@@ -218,8 +193,6 @@ def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str
 
     return sorted(homes), get
 
-
-# ---- Files ----
 
 Row = dict[str, Any]  # of a dataset or of a JSONL file
 
@@ -266,8 +239,6 @@ def fingerprint(*things: Any) -> str:
     """Sixteen hex digits of a hash over `things`, which JSON must be able to hold."""
     return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-
-# ---- Display ----
 
 # C0 and C1 control characters but tab and newline: a terminal would obey them (OSC 52 writes the clipboard).
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -322,12 +293,13 @@ def figure_to_image(figure: Any) -> Any:
     """A matplotlib figure as a PNG that a notebook can display."""
     from IPython.display import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image(buffer.getvalue())
+    return Image(figure_to_png(figure, dpi=100))
 
 
-# ---- The Hub ----
+def figure_to_png(figure: Any, dpi: int = 120) -> bytes:
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=dpi)
+    return buffer.getvalue()
+
 
 HUB_STATUS = {
     401: "the Hub does not accept your token (401). Set a valid HF_TOKEN, or unset it for public repositories",
@@ -341,13 +313,12 @@ def describe_error(error: BaseException) -> str:
     """One line on an error of the Hub's client and its fix. For other errors, their own message."""
     from huggingface_hub import errors, is_offline_mode
 
-    chain = [error]
+    chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     kinds = {kind for e in chain for kind in type(e).__mro__}
     message = " ".join(str(error).split())[:300]
-    responses = [response for e in chain if (response := getattr(e, "response", None)) is not None]
-    status = responses[0].status_code if responses else 0
+    status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), 0)
     lines = [line for e in chain for line in str(getattr(e, "server_message", "") or e).splitlines()]
     quota = next((line for line in lines if re.search(r"storage|quota", line, re.IGNORECASE)), "")
     if errors.RepositoryNotFoundError in kinds:
@@ -374,18 +345,11 @@ def hf_token(purpose: str) -> str:
     """
     from huggingface_hub import get_token
 
-    token = get_token() or prompt_for_token("HF_TOKEN")
+    token = get_token() or ""
+    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+    if not token and is_interactive and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with contextlib.suppress(EOFError, RuntimeError, KeyboardInterrupt):  # RuntimeError: a kernel without stdin
+            token = getpass.getpass("HF_TOKEN (not shown; press Enter to continue without): ").strip()
     if not token:
         raise UserError(f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or `hf auth login`")
     return token
-
-
-def prompt_for_token(name: str) -> str:
-    """Ask the user for a token. Returns "" where nobody can answer: no terminal, no stdin, or several processes."""
-    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
-    if not is_interactive or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return ""
-    try:
-        return getpass.getpass(f"{name} (not shown; press Enter to continue without): ").strip()
-    except (EOFError, RuntimeError, KeyboardInterrupt):  # ipykernel's StdinNotImplementedError is a RuntimeError
-        return ""

@@ -107,7 +107,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.data import DataReport, load_instructions, show_example
 from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
-from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
+from helpers.runs import Curves, final_metrics, show_report
 from helpers.training import prepare_trainer
 
 # %% [markdown]
@@ -242,7 +242,7 @@ if not run.finished:
 # %%
 curves = Curves.read(run.folder)
 show(curves.figure, curves, save_as=run.folder / "curves.png")
-log_to_wandb(run)
+curves.log_to_wandb(run)
 show(run.metrics_table())
 
 # %% [markdown]

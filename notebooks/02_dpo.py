@@ -120,7 +120,7 @@ from trl import DPOConfig
 
 from helpers.data import DataReport, load_preferences, show_example
 from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
-from helpers.runs import Curves, final_metrics, log_to_wandb, show_report
+from helpers.runs import Curves, final_metrics, show_report
 from helpers.training import SharedPrefixDPOTrainer, prepare_trainer
 
 # %% [markdown]
@@ -267,7 +267,7 @@ if not run.finished:
 # %%
 curves = Curves.read(run.folder)
 show(curves.figure, curves, save_as=run.folder / "curves.png")
-log_to_wandb(run)
+curves.log_to_wandb(run)
 show(run.metrics_table())
 
 # %% [markdown]

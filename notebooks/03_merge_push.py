@@ -48,11 +48,9 @@ class Settings(RunSettings):
     adapter: str = ""  # folder or Hub id of an adapter, instead of a run
     base_model_id: str = ""  # base of the adapter, if not the one it names
     merge_base: Literal["auto", "original", "dequantized"] = "auto"  # auto: dequantized after training in 4 or 8 bits
-    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the merged weights; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
     max_shard_size: str = "2GB"  # size limit of a file of weights
     max_kl: float = 0.01  # largest KL to the trained policy, in nats; a merge above it is deleted
-    compare_merges: bool = False  # for a quantized run: also merge in other ways, and print how far each is
 
     push_to_hub: bool = False  # publish
     hub_repo_id: str = ""  # repository: name/model
@@ -73,8 +71,8 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import short_path, show
-from helpers.hub import print_files, push_before_merge, push_model
-from helpers.merging import compare_merges, find_adapter, merge_adapter, verify_merge
+from helpers.hub import push_before_merge, push_model
+from helpers.merging import find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
 adapter_ref = find_adapter(settings)
@@ -89,13 +87,13 @@ merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapte
 # A QLoRA adapter was trained on weights that were rounded to 4 bits, and has learned to correct for that.
 # **dequantized** adds it to exactly these weights: the merged model is the trained policy, at full size.
 # **original** adds it to the published weights. The result differs a little in every layer. Choose it if one copy of
-# the published weights has to serve several adapters.
+# the published weights has to serve several adapters. PEFT's own merge into 4-bit weights rounds most of the adapter
+# away.
 
 # %%
 merged = merge_adapter(
     adapter_ref,
     base=settings.merge_base,
-    dtype=settings.merge_dtype,
     max_shard_size=settings.max_shard_size,
     output=merge_run,
 )
@@ -104,31 +102,21 @@ merged = merge_adapter(
 # ## Verify
 #
 # Held-out prompts go through the trained policy, 4 bits included, and through the merged model. Expect a KL of about
-# 1e-8 in float32, and up to about 1e-3 in bfloat16, where each weight is rounded once more. The KL of the base alone
-# should be much larger: the adapter has an effect, and the merge kept it. A model that does not fit into memory is
-# compared layer by layer.
+# 1e-8 for a base in float32, and up to about 1e-3 in bfloat16, where each weight is rounded once more. The KL of the
+# base alone should be much larger: the adapter has an effect, and the merge kept it. A model that does not fit into
+# memory is compared layer by layer.
 
 # %%
 verification = verify_merge(merged, adapter_ref)
 show(verification)
 merged.finalize(verification, max_kl=settings.max_kl)
-print_files(merged.folder)
-
-# %% [markdown]
-# `--compare_merges` also merges a quantized run in the other ways. PEFT's own merge into 4-bit weights rounds most of
-# the adapter away.
-
-# %%
-if settings.compare_merges:
-    show(compare_merges(adapter_ref, merged))
 
 # %% [markdown]
 # ## Publish
 #
-# `--push_to_hub --hub_repo_id name/model` sends the files above and a model card that is written from the run, also
-# after a merge that was finished before. The repository is private unless you use `--no_private`. Nothing is sent if a
-# file contains a token. `--dry_run` prints the files and the card. The token comes from `HF_TOKEN`, `.env`, or
-# `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the model and a card that is written from the run, also after a merge
+# that was finished before. The repository is private unless you use `--no_private`. Nothing is sent if a file contains
+# a token. `--dry_run` prints the files and the card. The token comes from `HF_TOKEN`, `.env`, or `hf auth login`.
 
 # %%
 if settings.push_to_hub:

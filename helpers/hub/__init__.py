@@ -3,5 +3,5 @@
 from helpers.core import lazy_door
 
 __all__, __getattr__ = lazy_door(
-    __name__, {"push": ["check_push", "merge_and_push", "print_files", "push_before_merge", "push_model"]}
+    __name__, {"push": ["check_push", "merge_and_push", "push_before_merge", "push_model"]}
 )

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers.core import UserError, find_path
-from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, read_run
+from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, list_runs, read_run
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 RELATION_TO_BASE = {"adapter": "adapter", "merged": "merge", "full": "finetune"}  # the Hub's `base_model_relation`
@@ -96,11 +96,7 @@ def _settings_table(run: dict[str, Any]) -> dict[str, str]:
 def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
     names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
-    files = {file for run in runs for file in Path(run["folder"]).parent.glob("[!.]*/run.json")}
-    records = [read_run(file.parent) for file in sorted(files)]
-    judged = [record for record in records if record.get("step") == "judge" and record.get("status") == "finished"]
-    for record in sorted(judged, key=lambda record: str(record.get("finished", "")), reverse=True):
-        for pair in record["metrics"].get("pairs", []):
-            if pair["candidate"] in names:
-                return {**pair, "judge": record["metrics"]["judge"]}
-    return None
+    judged = list_runs(Path(runs[0]["folder"]).parent, "judge") if runs else []
+    metrics = [run.record["metrics"] for run in judged if run.finished]
+    pairs = [{**pair, "judge": each["judge"]} for each in metrics for pair in each.get("pairs", [])]
+    return next((pair for pair in pairs if pair["candidate"] in names), None)

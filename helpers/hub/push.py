@@ -30,7 +30,7 @@ from helpers.core import (
     is_main_process,
 )
 from helpers.hub.model_card import base_on_hub, write_card
-from helpers.runs.run import Run, find_parent, lineage, read_run
+from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
 
 T = TypeVar("T")
 # What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's
@@ -76,29 +76,23 @@ def push_before_merge(settings: Any, folder: Path) -> None:
         check_push(settings, folder if settings.push == "both" else None)
 
 
-def push_model(source: Run | Path, settings: Any) -> None:
-    """Publish a run or a folder as the settings of 03_merge_push.py ask. `--push both` also publishes the adapter that
-    a merge started from, as `<hub_repo_id>-adapter`. Raises UserError."""
-    folder = source if isinstance(source, Path) else source.folder
+def push_model(folder: Path, settings: Any) -> None:
+    """Publish a folder as the settings of 03_merge_push.py ask. `--push both` also publishes the adapter that a merge
+    started from, as `<hub_repo_id>-adapter`. Raises UserError."""
     options = dict(license_id=settings.license, revision=settings.hub_revision, tag=settings.hub_tag)
     push_folder(folder, settings.hub_repo_id, settings.private, **options)
-    if settings.push == "both":
-        record = read_run(folder)
-        adapter = Path(record["parent_folder"])
-        adapter = adapter if adapter.is_dir() else find_parent(folder, record) or adapter
+    if settings.push == "both" and (adapter := find_parent(folder, read_run(folder))):
         push_folder(adapter, f"{settings.hub_repo_id or folder.name}-adapter", settings.private, **options)
 
 
 def preview_push(settings: Any, folder: Path) -> None:
     """Print the files and the card that a push of the run in `folder` would send."""
     folders = [folder] if settings.push != "merged" else []
-    records = {file: read_run(file.parent) for file in settings.output_dir.glob("[!.]*/run.json")}
-    merges = [file for file, record in records.items()
-              if (record.get("step"), record.get("status")) == ("merge", "finished")
-              and Path(record.get("parent_folder") or "") == folder]  # fmt: skip
-    if settings.push != "adapter" and merges:
-        folders.append(max(merges, key=lambda file: file.stat().st_mtime).parent)
-    elif settings.push != "adapter":
+    merges = [run for run in list_runs(settings.output_dir, "merge")
+              if run.finished and Path(run.record["parent_folder"]) == folder]  # fmt: skip
+    if settings.push != "adapter":
+        folders += [run.folder for run in merges[:1]]
+    if settings.push != "adapter" and not merges:
         print(f"{folder.name} is not merged yet. Run the same command without --push_to_hub and --dry_run first.")
     for source in folders:
         suffix = "-adapter" if settings.push == "both" and source == folder else ""
@@ -109,10 +103,8 @@ def preview_push(settings: Any, folder: Path) -> None:
 
 
 def merge_and_push(run: Run, settings: Any) -> None:
-    """Run 03_merge_push.py in a new process for a finished DPO run, if the settings of 02_dpo.py ask for it.
-
-    An adapter is pushed unmerged without `--merge_adaptors`; a fully tuned model is pushed as it is. Raises UserError.
-    """
+    """Run 03_merge_push.py in a new process for a finished DPO run, if the settings of 02_dpo.py ask for it. An adapter
+    is pushed unmerged without `--merge_adaptors`; a fully tuned model is pushed as it is. Raises UserError."""
     is_merged = settings.merge_adaptors and run.is_adapter
     if settings.merge_adaptors and not is_merged and is_main_process():
         print(f"{run.name} was fully tuned: there is no adapter to merge.")
@@ -132,13 +124,6 @@ def files_to_push(folder: Path) -> list[Path]:
     return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
 
 
-def print_files(folder: Path, card: str = "") -> None:
-    """Print the files of `folder` that a push would send, with their sizes."""
-    sizes = {file.name: file.stat().st_size for file in files_to_push(folder)}
-    for name, size in (sizes | ({"README.md": len(card.encode())} if card else {})).items():
-        print(f"{size / 1e3:10,.1f} kB  {name}" if size < 1e5 else f"{size / 1e6:10,.2f} MB  {name}")
-
-
 def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list[Path], str]:
     """Return the files that a push would send and the text of the card; print each file with its size.
 
@@ -156,7 +141,9 @@ def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list
         raise UserError(f"Nothing was pushed: {'; '.join(secrets)}. Remove it, revoke it, and create a new one.")
     if paths := find_paths(files, card):
         raise UserError(f"Nothing was pushed: {', '.join(paths)} contains a local path. Remove it.")
-    print_files(folder, card)
+    sizes = {file.name: file.stat().st_size for file in files} | {"README.md": len(card.encode())}
+    for name, size in sizes.items():
+        print(f"{size / 1e6:10,.3f} MB  {name}")
     return files, card
 
 
@@ -171,12 +158,11 @@ def _base_license(folder: Path) -> str:
 
 def push_folder(
     folder: Path, repo_id: str, private: bool, license_id: str = "", revision: str = "", tag: str = ""
-) -> str:
-    """Upload the files of a model and its card in one commit; return the address of the repository. Raises UserError.
+) -> None:
+    """Upload the files of a model and its card in one commit. Files that the Hub already has are not sent again.
 
-    Files that the Hub already has are not sent again. `repo_id` defaults to the folder's name. An existing repository
-    keeps its visibility; a public one is refused if `private`. `revision` is a branch, created if needed; `tag` names
-    the commit.
+    `repo_id` defaults to the folder's name. An existing repository keeps its visibility; a public one is refused if
+    `private`. `revision` is a branch, created if needed; `tag` names the commit. Raises UserError.
     """
     repo_id = repo_id or folder.name
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))
@@ -195,13 +181,11 @@ def push_folder(
         commit = with_retries(lambda: api.create_commit(repo_id, adds, **options))
         if tag:
             with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
-        is_private = bool(with_retries(lambda: api.model_info(repo_id)).private)
     except HUB_ERRORS as error:
         raise UserError(f"pushing to {repo_id} failed: {describe_error(error)}") from None
     print(f"Pushed: {api.endpoint}/{repo_id} is {'private' if is_private else 'public'}.")
     if is_private and not private:
         print("The repository existed and stays private. Change its visibility on its settings page on the Hub.")
-    return f"{api.endpoint}/{repo_id}"
 
 
 def with_retries(call: Callable[[], T]) -> T:
@@ -229,9 +213,9 @@ def _retry_wait(state: RetryCallState) -> float:
 
 def env_secrets() -> dict[bytes, str]:
     """Values of the secrets in the environment and of the Hub token, with their names."""
-    is_secret = {n: bool(SECRET_NAMES.search(n.upper())) and len(v) >= 16 for n, v in os.environ.items()}
-    secrets = {v: n for n, v in os.environ.items() if is_secret[n] and not os.path.exists(v)}
-    return {value.encode(): name for value, name in (secrets | {get_token() or "": "HF_TOKEN"}).items() if value}
+    secrets = {v: n for n, v in os.environ.items() if SECRET_NAMES.search(n.upper()) and len(v) >= 16}
+    secrets = {v: n for v, n in secrets.items() if not os.path.exists(v)} | {get_token() or "": "HF_TOKEN"}
+    return {value.encode(): name for value, name in secrets.items() if value}
 
 
 def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:

@@ -6,7 +6,7 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "merge": ["find_adapter", "merge_adapter"],
-        "verify": ["compare_merges", "verify_merge"],
+        "verify": ["verify_merge"],
         "weights": ["StreamingMerger", "write_merged"],
     },
 )

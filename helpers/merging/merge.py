@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from helpers.core import UserError, describe_error, find_path, short_path
-from helpers.merging.weights import QuantizedBase, StreamingMerger, UnsupportedAdapter, parse_size, write_merged
+from helpers.core import SettingsError, UserError, describe_error, find_path, short_path
+from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
-from helpers.models.plan import disable_cpu_4bit_repacking, resize_embeddings
+from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
+from helpers.runs.checkpoints import hash_files
 from helpers.runs.run import Run, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
@@ -38,36 +38,19 @@ class LoadPrecision:
         NF4 of QLoRA with double quantization, computed in bfloat16, is assumed."""
         plan = run.record.get("plan", {})
         if not plan and merge_base == "dequantized":
-            plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit NF4, double"}
-        dtype, bits = getattr(torch, plan["weights"]) if plan else "auto", plan.get("quantization", "none")
-        if bits == "none":
-            return cls(dtype)
-        if bits == "8-bit":
-            return cls(dtype, BitsAndBytesConfig(load_in_8bit=True))
-        compute = getattr(torch, plan["computed in"])
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options |= {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": compute}
-        return cls(dtype, BitsAndBytesConfig(load_in_4bit=True, **options))
-
-    def transform(self, merge_base: str) -> Any:
-        """What `StreamingMerger` does to a model's weights first, to merge into `merge_base` weights."""
-        if merge_base == "original":
-            return None
-        stored = torch.float32 if self.dtype == "auto" else self.dtype
-        return lambda model: QuantizedBase(model, self.quantization, stored)  # type: ignore[arg-type]
+            plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit"}
+        if not plan:
+            return cls()
+        bits = plan["quantization"][:1]  # of "4-bit NF4, double", "8-bit" or "none"
+        return cls(getattr(torch, plan["weights"]), quantization_config(bits, getattr(torch, plan["computed in"])))
 
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter to merge. Its base is looked up, and fetched, when it is first used.
+    """An adapter to merge. Its base is looked up, and fetched, when it is first used."""
 
-    Attributes:
-        source: Folder of its run, or its own.
-        run: The run that trained it. For an adapter from elsewhere only its fingerprint is known.
-    """
-
-    source: Path
-    run: Run
+    source: Path  # folder of its run, or its own
+    run: Run  # that trained it; for an adapter from elsewhere only its fingerprint is known
     base_model_id: str = ""
     trust_remote_code: bool = False
 
@@ -97,10 +80,12 @@ class Adapter:
         set_chat_template(tokenizer, "auto")
         return tokenizer
 
-    def merger(self, transform: Any) -> StreamingMerger:
-        """Raises UnsupportedAdapter."""
-        size = len(self.tokenizer)
-        return StreamingMerger(self.base_folder, self.folder, size, transform, self.trust_remote_code)
+    def merger(self, precision: LoadPrecision, merge_base: str) -> StreamingMerger:
+        """Add the adapter to "original" or "dequantized" weights. Raises UnsupportedAdapter."""
+        quantization = precision.quantization if merge_base == "dequantized" else None
+        stored = torch.float32 if precision.dtype == "auto" else precision.dtype
+        code, size = self.trust_remote_code, len(self.tokenizer)
+        return StreamingMerger(self.base_folder, self.folder, size, quantization, stored, code)
 
     def load_policy(self, precision: LoadPrecision, device: str) -> Any:
         """Load the base as in training, with the adapter on it."""
@@ -114,10 +99,12 @@ class Adapter:
 
 def find_adapter(settings: Any) -> Adapter:
     """Find the adapter that the settings of 03_merge_push.py name: of a finished run, or from elsewhere (`--adapter`).
-
-    Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found.
-    """
-    parse_size(settings.max_shard_size)
+    Raises SettingsError for a size that cannot be used, UserError for a run or adapter that is not found."""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=settings.max_shard_size)
+    except ValueError:
+        text = f"--max_shard_size {settings.max_shard_size!r} is not a size. Use a size such as 2GB or 500MB."
+        raise SettingsError(text) from None
     if settings.adapter:
         source = local_folder(settings.adapter)
         run = adapter_as_run(source)
@@ -143,40 +130,27 @@ def local_folder(model: str, revision: str = "") -> Path:
 
 def adapter_as_run(folder: Path) -> Run:
     """An adapter from elsewhere as the parent of a merge. Its fingerprint changes with its files."""
-    content = hashlib.sha256()
-    for file in sorted([*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]):
-        with file.open("rb") as opened:
-            content.update(hashlib.file_digest(opened, "sha256").digest())
-    return Run(folder.resolve(), {"fingerprint": content.hexdigest()[:16]})
+    files = [*folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]
+    return Run(folder.resolve(), {"fingerprint": hash_files(files)})
 
 
 @dataclasses.dataclass
 class MergedModel:
-    """A merged model: in a staging folder until `finalize`, then in the folder of its run.
-
-    Attributes:
-        merge_base: "original" or "dequantized" weights, with the adapter added.
-        precision: How training computed with the base.
-        merger: None if PEFT merged the model, or if it was merged before.
-    """
+    """A merged model: in a staging folder until `finalize`, then in the folder of its run."""
 
     run: Run
     folder: Path
-    merge_base: str
-    precision: LoadPrecision
-    dtype: torch.dtype | None = None
-    merger: StreamingMerger | None = None
+    merge_base: str  # "original" or "dequantized" weights, with the adapter added
+    precision: LoadPrecision  # of training
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
         until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
         if self.run.finished:
             return
-        try:
-            verification.check(max_kl)
-        except UserError:
+        if problem := verification.problem(max_kl):
             shutil.rmtree(self.folder)
-            raise
+            raise UserError(f"{problem}. The merge was deleted.")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
         curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
         if curves.is_file():
@@ -197,18 +171,12 @@ def staging_dir(run: Run) -> Path:
     return run.folder.with_name(f".{run.folder.name}.part")
 
 
-def merge_adapter(
-    adapter: Adapter, output: Run, base: str = "auto", dtype: str = "auto", max_shard_size: str = "2GB"
-) -> MergedModel:
+def merge_adapter(adapter: Adapter, output: Run, base: str = "auto", max_shard_size: str = "2GB") -> MergedModel:
     """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
 
-    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model.
-
-    Args:
-        base: "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
-        dtype: Of the merged weights; "auto" is the base's.
-
-    Raises UserError for an adapter that cannot be merged, and if the disk is full.
+    `base` is "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
+    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model. Raises UserError for
+    an adapter that cannot be merged, and if the disk is full.
     """
     precision = LoadPrecision.from_run(adapter.run, base)
     if base == "dequantized" and not precision.quantization:
@@ -219,25 +187,22 @@ def merge_adapter(
         return MergedModel(output, output.folder, output.record["merge_base"], precision)
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
-    merged.dtype = None if dtype == "auto" else getattr(torch, dtype)
     try:
-        merged.merger = adapter.merger(precision.transform(base))
-        write_merged(merged.folder, merged.merger, {"merge_base": base}, parse_size(max_shard_size), merged.dtype)
-        save_config(merged.folder, merged.merger, adapter.tokenizer, adapter.base_folder, merged.dtype)
+        merger = adapter.merger(precision, base)
+        write_merged(merged.folder, merger, max_shard_size)
+        save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder)
     except UnsupportedAdapter as reason:
         if base == "dequantized":
             text = f"{reason} cannot be merged into dequantized weights"
             raise UserError(f"{text}. Use `--merge_base original`.") from None
         print(f"PEFT merges {reason}. It needs the memory of the full model.")
-        merge_with_peft(merged.folder, adapter, merged.dtype, parse_size(max_shard_size))
+        merge_with_peft(merged.folder, adapter, max_shard_size)
     return merged
 
 
-def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path, dtype: torch.dtype | None) -> None:
+def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path) -> None:
     """Save everything but the weights: configurations, the base's code, and the tokenizer with its template."""
     config, generation_file = merger.config, folder / "generation_config.json"
-    if dtype is not None:
-        config.dtype = config.get_text_config().dtype = dtype
     config.save_pretrained(folder)
     for file in [*base.glob("generation_config.json"), *base.glob("*.py")]:
         shutil.copyfile(file, folder / file.name)
@@ -250,7 +215,7 @@ def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Pat
         generation.save_pretrained(folder)
 
 
-def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, max_shard_size: int) -> None:
+def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str) -> None:
     """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -258,7 +223,7 @@ def merge_with_peft(folder: Path, adapter: Adapter, dtype: torch.dtype | None, m
         model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
         resize_embeddings(model, adapter.tokenizer)
         merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
-        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
         adapter.tokenizer.save_pretrained(folder)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,6 @@ Tensors are planned as meta tensors, which have a shape and a dtype but no data.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -23,23 +22,12 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from helpers.core import SettingsError, UserError
+from helpers.core import UserError, fingerprint
 from helpers.models.resolve import BASE_KEEPING_INITS
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
-Transform = Callable[[str, torch.Tensor], torch.Tensor]  # changes a base weight, given its name, before it is merged
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of "2GB", "500 MB" or "1GiB". Raises SettingsError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", text.upper())
-    size = int(float(match[1]) * UNITS[match[2] or ""]) if match and (match[2] or "") in UNITS else 0
-    if size < 1:
-        raise SettingsError(f"--max_shard_size {text!r} is not a size. Use a size such as 2GB or 500MB.")
-    return size
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 class WeightFiles:
@@ -68,8 +56,7 @@ class WeightFiles:
 
     def spec(self, name: str) -> torch.Tensor:
         """Shape and dtype of a tensor, as a meta tensor."""
-        part = self._file_of[name].get_slice(name)
-        return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+        return self[name].to("meta")
 
     def stamp(self) -> list[list[Any]]:
         """Names, sizes and times of the files, which change when another model is put in their place."""
@@ -79,12 +66,11 @@ class WeightFiles:
 def _header(specs: Specs) -> bytes:
     """The header of a safetensors file (https://github.com/huggingface/safetensors, "Format"). The library writes one
     only for tensors that are all in memory."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
         start, end = end, end + spec.nbytes
-        header[name] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -108,21 +94,16 @@ def _write_shard(
     part.replace(file)
 
 
-def write_merged(
-    folder: Path, merger: StreamingMerger, identity: dict[str, Any], max_shard_size: int, dtype: torch.dtype | None
-) -> None:
-    """Write the merged weights into `folder`, or the files that an interrupted merge left missing.
-
-    `identity` distinguishes one merge from another: the files of another merge are deleted first. Raises UserError if
-    the disk has too little space.
-    """
-    specs = merger.specs(dtype)
+def write_merged(folder: Path, merger: StreamingMerger, max_shard_size: int | str) -> None:
+    """Write the merged weights into `folder`, or the files that an interrupted merge left missing. The files of another
+    merge are deleted first. Raises UserError if the disk has too little space."""
+    specs = merger.specs()
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
-    plan = identity | {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
+    plan: dict[str, Any] = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
+    plan["quantization"] = repr(merger.quantization)
     plan["shards"] = {f: [[n, s.shape, str(s.dtype)] for n, s in shard.items()] for f, shard in shards.items()}
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
-    mark = folder / "merge.digest"
+    digest, mark = fingerprint(plan), folder / "merge.digest"
     if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,8 +136,8 @@ class StreamingMerger:
 
     Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it,
     which covers every LoRA variant. Read in PEFT 0.21 (tuners/tuners_utils.py, _unload_and_optionally_merge;
-    utils/save_and_load.py). Embeddings get the rows of `resize_embeddings` up to `vocabulary`. `make_transform` returns
-    a Transform for a model. Raises UnsupportedAdapter.
+    utils/save_and_load.py). Embeddings get the rows of `resize_embeddings` up to `vocabulary`. With `quantization`, the
+    base weights are those that training computed with: see `QuantizedBase`. Raises UnsupportedAdapter.
     """
 
     def __init__(
@@ -164,7 +145,8 @@ class StreamingMerger:
         base: Path,
         adapter: Path,
         vocabulary: int = 0,
-        make_transform: Any = None,
+        quantization: BitsAndBytesConfig | None = None,
+        stored: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
         peft_config = PeftConfig.from_pretrained(str(adapter))
@@ -179,15 +161,14 @@ class StreamingMerger:
         _check_token_rows(peft_config, self.vocabulary)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
-        self.transform: Transform = make_transform(model) if make_transform else lambda name, weight: weight
+        self.quantization = quantization
+        self.quantized = QuantizedBase(model, quantization, stored) if quantization else None
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
         names = set(model.state_dict())
         if unknown := [name for name in self.base if name not in names]:
             raise UnsupportedAdapter(f"a checkpoint whose names are not the model's ({unknown[0]})")
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-        self._embeddings = {
-            f"{n}.weight" for n, module in model.named_modules() if any(module is e for e in embeddings)
-        }
+        self._embeddings = {f"{n}.weight" for n, module in model.named_modules() if module in embeddings}
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
         with torch.device("meta"):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
@@ -200,7 +181,7 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
-        self._buffers = [torch.empty(0)] * 3
+        self._buffers = [torch.empty(0) for _ in range(3)]
         self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
 
     def _find_wrapped(self) -> dict[str, Any]:
@@ -215,10 +196,8 @@ class StreamingMerger:
         return wrapped
 
     def _find_replaced(self) -> dict[str, str]:
-        """Base weights that the adapter's file contains in full, and their names in that file.
-
-        Raises UnsupportedAdapter if a name of the file is not in the model, or a weight of the adapter not in the file.
-        """
+        """Base weights that the adapter's file contains in full, and their names in that file. Raises
+        UnsupportedAdapter if a name of the file is not in the model, or a weight of the adapter not in the file."""
         replaced, used = {}, set()
         for name, parameter in self.model.get_base_model().named_parameters():
             key = self._names.get(id(parameter))
@@ -233,11 +212,9 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter whose {unused[0]} is not in the model")
         return replaced
 
-    def specs(self, dtype: torch.dtype | None = None) -> Specs:
-        """Meta tensors of the merged checkpoint in the order of the base's; floating-point ones in `dtype`, if given.
-
-        Tied weights that the adapter makes different are both included, and the configuration is untied.
-        """
+    def specs(self) -> Specs:
+        """Meta tensors of the merged checkpoint, in the order and the dtypes of the base's. Tied weights that the
+        adapter makes different are both included, and the configuration is untied."""
         names = dict.fromkeys(self.base)
         for name, target in self.tied.items():
             is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
@@ -248,8 +225,7 @@ class StreamingMerger:
         for name in names:
             stored = self.base.spec(self._stored(name))
             shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
-            kind = dtype if dtype and stored.dtype.is_floating_point else stored.dtype
-            specs[name] = torch.empty(shape, dtype=kind, device="meta")
+            specs[name] = torch.empty(shape, dtype=stored.dtype, device="meta")
         return specs
 
     def _stored(self, name: str) -> str:
@@ -264,14 +240,14 @@ class StreamingMerger:
         return self.vocabulary > self.rows and name in self._embeddings
 
     def from_base(self, name: str) -> torch.Tensor:
-        """A weight before merging: transformed, with rows for added tokens, or the adapter's replacement of it."""
+        """A weight before merging, with rows for added tokens, or the adapter's replacement of it."""
         if name in self._replaced:
             return self.adapter[self._replaced[name]]
         weight = self.base[self._stored(name)]
         if self._needs_rows(name):
             more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
             weight = torch.cat([weight, more])
-        return self.transform(name, weight)
+        return self.quantized.dequantize(name, weight) if self.quantized else weight
 
     def tensor(self, name: str) -> torch.Tensor:
         """A merged weight, in float32 if anything was added to it. It is valid until the call after the next."""
@@ -285,20 +261,20 @@ class StreamingMerger:
             self._merged = owner, self.layer(owner, merged=True).state_dict()
         return self._merged[1][name.removeprefix(f"{owner}.")]
 
-    def linear_layers(self) -> list[str]:
-        """Names of adapted layers that multiply by a matrix."""
-        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
-
     def _merge_plain(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
-        """Merge as PEFT does (lora/layer.py: get_delta_weight, merge), but in buffers that are reused."""
+        """Merge as PEFT does (get_delta_weight, merge), but in buffers: new memory takes longer than the product."""
         (adapter,) = layer.active_adapters
-        a, b = (self.adapter[self._names[id(part[adapter].weight)]].float() for part in (layer.lora_A, layer.lora_B))
+        a, b = (self.adapter[self._names[id(m[adapter].weight)]].float() for m in (layer.lora_A, layer.lora_B))
         self._buffers[:2] = self._buffers[1::-1]  # the other one may still be written to disk
         for i in (0, 2):
             if self._buffers[i].numel() < weight.numel():
                 self._buffers[i] = torch.empty(weight.numel())
         total, exact = (self._buffers[i][: weight.numel()].view(weight.shape) for i in (0, 2))
         return torch.mm(b, a, out=total).mul_(float(layer.scaling[adapter])).add_(exact.copy_(weight))
+
+    def linear_layers(self) -> list[str]:
+        """Names of adapted layers that multiply by a matrix."""
+        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
 
     def layer(self, owner: str, merged: bool = False) -> Any:
         """The adapted layer `owner` with its weights in float32, or the layer that PEFT merges it to."""
@@ -334,10 +310,8 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
             "The base of the adapter is quantized, and merging into it would round the adapter away. Use "
             "`--base_model_id` for the weights that it was quantized from."
         )
-    kind, init = (
-        str(getattr(peft_config.peft_type, "value", peft_config.peft_type)),
-        getattr(peft_config, "init_lora_weights", True),
-    )
+    kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+    init = getattr(peft_config, "init_lora_weights", True)
     problems = {f"an adapter of type {kind}": kind != "LORA"}
     usual = {"bias": "none", "lora_bias": False, "target_parameters": None, "layer_replication": None}
     usual |= {"megatron_config": None, "alora_invocation_tokens": None}
@@ -363,8 +337,8 @@ def _check_token_rows(peft_config: Any, vocabulary: int) -> None:
 
 
 class QuantizedBase:
-    """A Transform to the weights that training with quantization `config` computed with; it loaded them in dtype
-    `stored`. `model` may be on the meta device."""
+    """The weights that training with quantization `config` computed with; it loaded them in dtype `stored`. `model` may
+    be on the meta device."""
 
     def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
         from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -375,24 +349,21 @@ class QuantizedBase:
         in_float32 = getattr(model, "_keep_in_fp32_modules", None)
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, in_float32)
         twin = replace_with_bnb_linear(copy.deepcopy(model), keep, config)
-        self.quantized = {n for n, m in twin.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+        self.names = {n for n, m in twin.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight `name` quantized as `Params4bit` or `Int8Params` does, and dequantized to float32 as their layers
-        do; unchanged if training did not quantize it."""
+    def dequantize(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Quantize `weight` as `Params4bit` or `Int8Params` does, and dequantize it to float32 as their layers do. A
+        weight that training did not quantize is returned unchanged."""
         from bitsandbytes import functional
 
         config: Any = self.config
-        if _owner(name) not in self.quantized or not name.endswith(".weight"):
+        if _owner(name) not in self.names or not name.endswith(".weight"):
             return weight
-        weight = weight.to(self.stored)
+        weight = weight.to(self.stored).contiguous()
         if config.load_in_8bit:
             rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
             dequantized: torch.Tensor = functional.int8_vectorwise_dequant(rows, scales)
             return dequantized.to(weight.dtype).float()
         options = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
-        packed, state = functional.quantize_4bit(
-            weight.contiguous(), quant_storage=config.bnb_4bit_quant_storage, **options
-        )
-        dequantized = functional.dequantize_4bit(packed, state)
-        return dequantized.to(config.bnb_4bit_compute_dtype).float()
+        packed, state = functional.quantize_4bit(weight, quant_storage=config.bnb_4bit_quant_storage, **options)
+        return functional.dequantize_4bit(packed, state).to(config.bnb_4bit_compute_dtype).float()

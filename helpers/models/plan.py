@@ -91,7 +91,6 @@ def plan_model(
     matters. Raises UserError if the model needs a GPU and there is none.
     """
     import torch
-    from transformers import BitsAndBytesConfig
 
     use_cpu = (trl_args or {}).get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -100,22 +99,31 @@ def plan_model(
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-    config = None
-    if quantization == "4bit" or (quantization == "auto" and tuning == "qlora"):
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_quant_storage=compute,  # FSDP needs it; it has no cost elsewhere
-        )
-    elif quantization == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "auto":
+        quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
         attn_implementation = "flash_attention_2" if flash else "sdpa"
     dtype = torch.float32 if tuning == "full" else compute
+    config = quantization_config(quantization[:1], compute)
     return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
+
+
+def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization for 4 `bits`, LLM.int8 for 8, otherwise None. `compute` is the dtype of products."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits != "4":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=compute,  # FSDP needs it; it has no cost elsewhere
+    )
 
 
 def _check_machine(model_id: str, device: str) -> None:

@@ -6,7 +6,7 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "run": ["Run", "find_run", "read_run", "start_run"],
-        "curves": ["Curves", "final_metrics", "log_to_wandb", "plot_runs"],
+        "curves": ["Curves", "final_metrics", "plot_runs"],
         "report": ["show_report"],
     },
 )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, short_path
+from helpers.core import SettingsError, UserError, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
 DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
@@ -26,9 +25,7 @@ BATCH_FLAGS = (
 def write_manifest(checkpoint: Path) -> None:
     """Write the size and SHA-256 of every file of a checkpoint; the last step of saving it."""
     files = {str(f.relative_to(checkpoint)): _file_digest(f) for f in sorted(checkpoint.rglob("*")) if f.is_file()}
-    draft = checkpoint / f".{MANIFEST}"
-    draft.write_text(json.dumps(files, indent=1) + "\n")
-    draft.replace(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, files)
 
 
 def checkpoint_error(checkpoint: Path) -> str:
@@ -49,7 +46,7 @@ def checkpoint_error(checkpoint: Path) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint-N folders of a run, newest first."""
     checkpoints = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.rpartition("-")[2].isdigit()]
-    return sorted(checkpoints, key=_step, reverse=True)
+    return sorted(checkpoints, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -71,26 +68,6 @@ def remove_quarantined(folder: Path) -> None:
     """Delete what `quarantine_incomplete` has renamed."""
     for broken in folder.glob("broken-checkpoint-*"):
         shutil.rmtree(broken, ignore_errors=True)
-
-
-def quarantine_later(folder: Path, named: Path) -> None:
-    """Rename the run's checkpoints after `named`, when a run resumes from an earlier checkpoint."""
-    for later in list_checkpoints(folder) if named.parent == folder.resolve() else ():
-        if _step(later) > _step(named):
-            renamed = later.with_name(f"superseded-{later.name}")
-            shutil.rmtree(renamed, ignore_errors=True)
-            later.rename(renamed)
-            print(f"{short_path(later)} is later than {named.name}. Renamed to {renamed.name}.")
-
-
-def resolve_checkpoint(name: str) -> Path:
-    """The folder that --resume PATH names. Raises UserError if it is not a complete checkpoint."""
-    path = find_path(name)
-    if path is None or not path.is_dir():
-        raise UserError(f"--resume {name!r} is not auto, never, or the folder of a checkpoint.")
-    if error := checkpoint_error(path):
-        raise UserError(f"--resume {name!r} is not a complete checkpoint: {error}.")
-    return path.resolve()
 
 
 def check_writable(folder: Path) -> None:
@@ -125,31 +102,9 @@ def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, 
         )
 
 
-def patch_step_comparison() -> None:
-    """Make transformers compare save_steps, eval_steps and logging_steps as numbers of steps.
-
-    transformers 5.23 (trainer.py, _init_training_state) compares a share of all steps (save_steps 0.2) with the steps
-    that the checkpoint has computed from it, and warns.
-    """
-    from transformers import trainer, trainer_utils
-
-    original: Any = trainer_utils.compare_trainer_and_checkpoint_args
-
-    def compare(args: Any, state: Any) -> None:
-        resolved = copy.copy(args)
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            if 0 < (share := getattr(args, name) or 0) < 1:
-                setattr(resolved, name, math.ceil(state.max_steps * share))
-        original(resolved, state)
-
-    vars(trainer)["compare_trainer_and_checkpoint_args"] = compare
-
-
 def explain_failure(error: BaseException, folder: Path) -> UserError | None:
-    """A one-line error for a full disk, a path that is not writable or too little memory; None for anything else.
-
-    On a full disk, checkpoints that are not complete are deleted, so that their space is free again.
-    """
+    """A one-line error for a full disk, a path that is not writable or too little memory; None for anything else. On a
+    full disk, incomplete checkpoints are deleted."""
     text = f"{type(error).__name__} {error}".lower()
     code = error.errno if isinstance(error, OSError) else None
     path = getattr(error, "filename", None) or folder
@@ -174,11 +129,16 @@ def explain_failure(error: BaseException, folder: Path) -> UserError | None:
     return explained
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def hash_files(files: Iterable[Path]) -> str:
+    """Sixteen hex digits of a hash over the content of files, whose order does not matter."""
+    digests = [_sha256(file).digest() for file in sorted(files)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def _file_digest(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file).hexdigest()}
+
+
+def _sha256(file: Path) -> Any:
     with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-        return {"bytes": os.fstat(content.fileno()).st_size, "sha256": digest}
+        return hashlib.file_digest(content, "sha256")

@@ -6,13 +6,11 @@ python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -25,7 +23,6 @@ from helpers.core import (
     SettingsError,
     UserError,
     find_path,
-    install_error_hook,
     print_help_if_asked,
     short_path,
 )
@@ -81,28 +78,6 @@ def first_and_last(history: History, name: str, of: Callable[..., float]) -> lis
     return [median(training[:WINDOW]), median(training[-WINDOW:])] if len(training) >= 2 * WINDOW else []
 
 
-def with_speed(history: History) -> History:
-    """The history with `tokens_per_second` in each training log: since the log before, without evaluations.
-
-    transformers 5.23 (trainer.py, log) logs tokens and seconds since the start or resume. A resume shows as tokens that
-    grow by less than those of `num_input_tokens_seen`.
-    """
-    logs, before, evaluating = [], (0.0, 0.0, 0.0), 0.0
-    for log in history:
-        evaluating += log.get("eval_runtime", 0.0)
-        if "loss" in log and "train_tokens_per_second" in log:
-            seconds, seen = log["train_runtime"], log["num_input_tokens_seen"]
-            tokens = log["train_tokens_per_second"] * seconds
-            if tokens - before[0] < (seen - before[2]) / 2:  # resumed since the log before
-                before, evaluating = (0.0, 0.0, seen), 0.0
-            elapsed = seconds - before[1] - evaluating
-            if elapsed > 0 and tokens > before[0]:
-                log = log | {"tokens_per_second": (tokens - before[0]) / elapsed}
-            before, evaluating = (tokens, seconds, seen), 0.0
-        logs.append(log)
-    return logs
-
-
 @dataclasses.dataclass(frozen=True)
 class Panel:
     """One plot: the logged names it draws (for evaluation behind "eval_"), their unit, and its y axis."""
@@ -135,7 +110,7 @@ PANELS = (  # the first four that were logged are the key panels of a report
     Panel("rewards", ("rewards/chosen", "rewards/rejected"), "nats scaled by β", (0,)),
     Panel("gradient norm", ("grad_norm",), "L2 norm", (0,)),
     Panel("learning rate", ("learning_rate",), "", (0,), span=0),
-    Panel("speed", ("tokens_per_second",), "tokens/s", (0,)),
+    Panel("mean speed", ("train_tokens_per_second",), "tokens/s", (0,)),
     Panel("completion length", ("samples/mean_length",), "tokens", (0,)),
 )
 
@@ -196,15 +171,30 @@ class Curves:
         words = Text("\n".join(map(str, self.diagnostics)) or "No training problems detected.")
         return Group(words, table) if steps else words
 
+    def log_to_wandb(self, run: Run) -> None:
+        """Add settings, row counts, completions, curves and diagnostics to the open wandb run, if there is one."""
+        wandb = sys.modules.get("wandb")  # imported by the Trainer's callback, or not at all
+        if wandb is None or wandb.run is None:
+            return
+        record, data = run.record, run.record["data"]
+        counts = {name: data[name] for name in ("read", "kept", "changed", "dropped", "train", "eval")}
+        counts |= {f"dropped: {reason}": count for reason, count in data["reasons"].items()}
+        settings = [[name, str(value), record["sources"].get(name, "")] for name, value in record["settings"].items()]
+        tables = {
+            "settings": wandb.Table(["setting", "value", "from"], settings),
+            "rows": wandb.Table(["rows", "count"], [list(each) for each in counts.items()]),
+            "curves": wandb.Image(str(run.folder / "curves.png")),
+        }
+        if self.samples:
+            tables["samples"] = wandb.Table(list(self.samples[0]), [list(row.values()) for row in self.samples])
+        wandb.run.config.update({"settings": record["settings"]}, allow_val_change=True)
+        wandb.run.summary["diagnostics"] = [diagnostic.name for diagnostic in self.diagnostics]
+        wandb.log(tables)
+
 
 def plot_run(history: History, title: str = "", diagnostics: Sequence[Diagnostic] = ()) -> Figure:
     """A panel for each logged value over the same steps: training as lines, evaluation as dots; diagnostics below."""
     return plot_runs({"": history}, title, diagnostics)
-
-
-def figure_to_png(figure: Figure) -> bytes:
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def plot_runs(
@@ -218,18 +208,17 @@ def plot_runs(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    runs = {name: with_speed(history) for name, history in histories.items()}
-    panels = panels or logged_panels(*runs.values())
+    panels = panels or logged_panels(*histories.values())
     columns = min(max(1, len(panels)), 3 if len(panels) <= 9 else 4)
     rows = max(1, math.ceil(len(panels) / columns))
     words = [line for d in diagnostics for line in textwrap.wrap(f"{d.name}: {d.observation}", 45 * columns)]
     figure = Figure(figsize=(3.8 * columns, 2.4 * rows + 0.2 * len(words) + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     few: list[Any] = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-    many = [colormaps["viridis"](0.9 * i / max(1, len(runs) - 1)) for i in range(len(runs))]
-    colours = dict(zip(runs, few if len(runs) <= len(few) else many, strict=False)) if any(runs) else {}
+    many = [colormaps["viridis"](0.9 * i / max(1, len(histories) - 1)) for i in range(len(histories))]
+    colours = dict(zip(histories, few if len(histories) <= len(few) else many, strict=False)) if any(histories) else {}
     for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, panel, runs, colours)
+        _draw_panel(axis, panel, histories, colours)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
@@ -303,54 +292,22 @@ def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Plot the runs whose folders are named, and print their diagnostics."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    install_error_hook()
     print_help_if_asked(argv, __doc__)
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     flags = dict(split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:
         raise SettingsError("usage: python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]")
     out = Path(flags.get("out", ["curves.png"])[0])
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix.lower().removeprefix(".") not in formats:
-        raise SettingsError(f"--out {out} is not a picture. End its name in .png, .svg or .pdf ({', '.join(formats)}).")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SettingsError(f"--out {out}: the folder {out.parent} is missing or not writable. Name another.")
     folders = dict.fromkeys((find_path(name) or Path(name)).resolve() for name in argv[:at])
-    runs = dict(zip(shortest_names(list(folders)), map(Curves.read, folders), strict=True))
+    common = os.path.commonpath([folder.parent for folder in folders])
+    runs = {str(folder.relative_to(common)): Curves.read(folder) for folder in folders}
     histories = {label: run.history for label, run in runs.items()}
     figure = plot_runs(histories) if len(runs) > 1 else next(iter(runs.values())).figure
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120, format=out.suffix[1:] or "png")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--out {out} cannot be written: {error}. Name a .png, .svg or .pdf file.") from None
     for label, run in runs.items():
         for diagnostic in run.diagnostics:
             print(f"{label}: {diagnostic}")
     print(f"Wrote {short_path(out)}.")
-
-
-def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """For each folder the shortest end of its path that no other folder has."""
-    ends = [["/".join(folder.parts[-n:]) for n in range(1, len(folder.parts) + 1)] for folder in folders]
-    counts = Counter(end for own in ends for end in own)
-    return [next((end for end in own if counts[end] == 1), own[-1]) for own in ends]
-
-
-def log_to_wandb(run: Run) -> None:
-    """Add settings, row counts, completions, curves and diagnostics to the open wandb run, if there is one."""
-    wandb = sys.modules.get("wandb")  # imported by the Trainer's callback, or not at all
-    if wandb is None or wandb.run is None:
-        return
-    record, samples = run.record, read_samples(run.folder)
-    counts = {name: record["data"][name] for name in ("read", "kept", "changed", "dropped", "train", "eval")}
-    counts |= {f"dropped: {reason}": count for reason, count in record["data"]["reasons"].items()}
-    settings = [[name, str(value), record["sources"].get(name, "")] for name, value in record["settings"].items()]
-    tables = {
-        "settings": wandb.Table(["setting", "value", "from"], settings),
-        "rows": wandb.Table(["rows", "count"], [[name, count] for name, count in counts.items()]),
-        "curves": wandb.Image(str(run.folder / "curves.png")),
-    }
-    if samples:
-        tables["samples"] = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
-    wandb.run.config.update({"settings": record["settings"]}, allow_val_change=True)
-    wandb.run.summary["diagnostics"] = [diagnostic["name"] for diagnostic in record.get("diagnostics", [])]
-    wandb.log(tables)

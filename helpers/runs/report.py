@@ -29,13 +29,13 @@ from helpers.core import (
     SettingsError,
     UserError,
     atomic_write,
+    figure_to_png,
     find_path,
-    install_error_hook,
     is_main_process,
     print_help_if_asked,
     short_path,
 )
-from helpers.runs.curves import Curves, Panel, figure_to_png, logged_panels, plot_runs, read_history, read_samples
+from helpers.runs.curves import Curves, Panel, logged_panels, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every room
@@ -43,10 +43,9 @@ FILE = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html of a run of 01 or 02 in any state, and return its path.
+    """Write report.html of a run of 01 or 02 in any state, and return its path. Raises UserError for another folder.
 
     The page makes no request and shows every text as text. A section that cannot be rendered says why in its place.
-    Raises UserError if the folder is not such a run.
     """
     record = read_run(folder)
     if record.get("step") not in TRAINING_STEPS:
@@ -78,10 +77,7 @@ def write_report(folder: Path) -> Path:
 
 
 def show_report(*folders: Path) -> None:
-    """Write the report of the training run behind each folder, and print the last one's path.
-
-    Never raises: no run fails because of its report.
-    """
+    """Write the report of the training run behind each folder, and print the last one's path. Never raises."""
     if not is_main_process():
         return
     try:
@@ -115,7 +111,6 @@ def _training_run(folder: Path) -> Path | None:
 
 def main(argv: Sequence[str]) -> None:
     """Write the report of one run."""
-    install_error_hook()
     print_help_if_asked(argv, __doc__)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers report outputs/<run>")
@@ -147,8 +142,7 @@ class RunContext(Run):
     @cached_property
     def data_report(self) -> dict[str, Any]:
         file = self.folder / "data_report.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return content if isinstance(content, dict) else {}
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     @cached_property
     def ancestors(self) -> list[dict[str, Any]]:
@@ -174,14 +168,8 @@ class RunContext(Run):
         return str(other.record.get("finished") or "~") < str(self.record.get("finished") or "")
 
     def draw(self, *panels: Panel) -> Markup:
+        """The curves of some panels, or of all that were logged."""
         return to_data_uri(figure_to_png(plot_runs({"": self.history}, panels=panels)))
-
-    def curves_picture(self) -> Markup | None:
-        """All curves; curves.png of the folder unless there are newer logs."""
-        logs, drawn = self.folder / "metrics.jsonl", self.folder / "curves.png"
-        if drawn.is_file() and (not self.history or drawn.stat().st_mtime >= logs.stat().st_mtime):
-            return to_data_uri(drawn.read_bytes())
-        return self.draw() if self.history else None
 
     def picture(self, file: Path) -> Markup | None:
         return to_data_uri(file.read_bytes()) if file.is_file() else None
@@ -236,10 +224,8 @@ def as_word(value: Any) -> str:
 
 
 def hide_paths(text: str, fill_in: bool = False) -> str:
-    """`text` with paths relative to the repository; of a folder elsewhere only the last part.
-
-    With `fill_in`, for a command, PATH/TO/ in front shows that it has to be filled in.
-    """
+    """`text` with paths relative to the repository; of a folder elsewhere only the last part. With `fill_in`, for a
+    command, PATH/TO/ in front shows that it has to be filled in."""
     text = re.sub(rf"{re.escape(str(REPO))}(?![\w@+-])", ".", text.replace(f"{REPO}{os.sep}", ""))
     if Path(text).is_absolute() and "\n" not in text:
         return f"{'PATH/TO/' if fill_in else ''}{Path(text).name}" if Path(text).name else text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,7 +27,6 @@ from helpers.core import (
     find_path,
     is_main_process,
     is_notebook,
-    prompt_for_token,
     short_path,
     wait_for_everyone,
     write_json,
@@ -50,7 +48,6 @@ class Run:
     folder: Path
     record: dict[str, Any]
     overwrite: bool = False  # delete the older run in the folder with the first `save`
-    resume_from: Path | None = None  # the checkpoint that --resume names
     restart: bool = False  # --resume never: the same command would start over
     when_stopped: Callable[[Path], None] | None = None  # called before an error of `training` is raised
 
@@ -87,23 +84,16 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
-        """Record the status of the training inside; yields the checkpoint to resume from, or None.
-
-        Raises UserError for what the user can fix: see `checkpoints.explain_failure`.
-        """
+        """Record the status of the training inside; yields the checkpoint to resume from, or None. Raises UserError for
+        what the user can fix: see `checkpoints.explain_failure`."""
         main = threading.current_thread() is threading.main_thread()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
-            before = self.record.get("resumed_from")
-            named = self.resume_from if str(self.resume_from) != before else None  # only for its first start
-            self.save(status="running", resumed_from=str(named) if named else before)  # first: it may delete a run
+            self.save(status="running")  # first: it may delete a run
             if is_main_process():
-                if named:
-                    checkpoints.quarantine_later(self.folder, named)
-                else:
-                    checkpoints.quarantine_incomplete(self.folder)
+                checkpoints.quarantine_incomplete(self.folder)
             wait_for_everyone()
-            if checkpoint := named or checkpoints.last_complete_checkpoint(self.folder):
+            if checkpoint := checkpoints.last_complete_checkpoint(self.folder):
                 print(f"Resuming from {short_path(checkpoint)}.")
             yield str(checkpoint) if checkpoint else None
         except BaseException as error:
@@ -128,14 +118,12 @@ class Run:
 
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished, with a fingerprint of the weights in its folder."""
-        weights = hashlib.sha256()
-        for file in sorted(self.folder.glob("*.safetensors")) if is_main_process() else ():
-            with file.open("rb") as content:
-                weights.update(hashlib.file_digest(content, "sha256").digest())
         self.record.pop("error", None)
+        weights: list[Path] = []
         if is_main_process():
             checkpoints.remove_quarantined(self.folder)
-        self.save(status="finished", finished=_now(), fingerprint=weights.hexdigest()[:16], **fields)
+            weights = list(self.folder.glob("*.safetensors"))
+        self.save(status="finished", finished=_now(), fingerprint=checkpoints.hash_files(weights), **fields)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
         """The command of the next step; `place` is how it names this run's folder."""
@@ -149,10 +137,9 @@ class Run:
 
     def metrics_table(self) -> Any:
         """The run's metrics as a table for `show`."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("metric", "value", box=None, pad_edge=False)
-        table.columns[1].justify = "right"
+        table = Table("metric", Column("value", justify="right"), box=None, pad_edge=False)
         for name, value in self.record.get("metrics", {}).items():
             table.add_row(name, f"{value:.6g}")
         return table
@@ -167,12 +154,8 @@ def start_run(
 ) -> Run:
     """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
 
-    Args:
-        base_model: the model at the root of the lineage, a Hub id or a folder.
-        parent: the run that this one starts from.
-        origin: without a parent, what else tells apart runs of the same settings.
-        when_finished: called for a finished run of 01 or 02 if the settings ask for a merge or a push.
-
+    `base_model` is the root of the lineage, a Hub id or a folder. Without a `parent`, `origin` tells apart runs of the
+    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push.
     A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
     by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
@@ -181,8 +164,6 @@ def start_run(
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
     run = Run(folder, read_run(folder), restart=settings.resume == "never")
-    if settings.resume not in ("auto", "never"):
-        run.resume_from = checkpoints.resolve_checkpoint(settings.resume)
     start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
         begin = f" would start from {start}" if settings.step in NEXT else ""
@@ -219,10 +200,8 @@ def start_run(
 
 
 def prepare_tracker(settings: RunSettings) -> None:
-    """Check --report_to before a model is loaded, and keep wandb from asking for a key while it trains.
-
-    Without a key, wandb runs offline. Raises SettingsError for a tracker that is unknown or not installed.
-    """
+    """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one. Raises
+    SettingsError for a tracker that is unknown or not installed."""
     name = settings.report_to
     if name == "none":
         return
@@ -239,11 +218,7 @@ def prepare_tracker(settings: RunSettings) -> None:
 
     if settings.wandb_project:
         os.environ["WANDB_PROJECT"] = settings.wandb_project
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key:  # a variable, or netrc
-        return
-    if key := prompt_for_token("WANDB_API_KEY"):
-        os.environ["WANDB_API_KEY"] = key
-    else:
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:  # a variable, or netrc
         os.environ["WANDB_MODE"] = "offline"
         print("wandb: WANDB_API_KEY is not set, so this run is kept offline. Use `wandb sync` to upload it.")
 
@@ -340,13 +315,7 @@ def _now() -> str:
 
 def _package_versions() -> dict[str, str]:
     """The versions of Python and of the packages that determine a run's numbers."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _git_commit() -> str:

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -35,7 +33,7 @@ from helpers.core import (
     SettingsError,
     UserError,
     find_path,
-    install_error_hook,
+    fingerprint,
     print_help_if_asked,
     short_path,
     show,
@@ -52,12 +50,7 @@ SHOWN_LINE = re.compile(r"step +\d+[:/]|Run: |Resuming|error: ")
 # TRL 1.16 (dpo_trainer.py, _precompute_ref_logps) caches by the dataset's fingerprint and the policy's weights. These
 # settings choose for themselves, or change what would be cached.
 OWN_REFERENCE = {"precompute_ref_log_probs", "sync_ref_model", "ld_alpha"}
-METRICS = {
-    "eval_loss": "loss",
-    "eval_rewards/margins": "margin",
-    "eval_rewards/accuracies": "accuracy",
-    "eval_logps/chosen": "chosen logp",
-}
+METRICS = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
 
 
 @dataclasses.dataclass
@@ -82,14 +75,12 @@ class Point:
 
 def main(argv: Sequence[str]) -> None:
     """Run the grid. Raises SettingsError before the first run, and UserError after the last one if a run failed."""
-    install_error_hook()
     print_help_if_asked(argv, __doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":
         raise SettingsError("usage: python -m helpers sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")
     points, output_dir = plan(notebook, argv[1:])
-    digest = hashlib.sha256(json.dumps([notebook.stem, *sorted(p.digest for p in points)]).encode()).hexdigest()[:6]
-    folder = output_dir / f"sweep-{digest}"
+    folder = output_dir / f"sweep-{fingerprint(notebook.stem, *sorted(p.digest for p in points))[:6]}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock:
         for i, point in enumerate(points):
@@ -202,8 +193,9 @@ def summarize(folder: Path, points: Sequence[Point]) -> None:
 
     histories = {point.label: read_history(Path(point.run) / "metrics.jsonl") for point in points if point.run}
     results = [point.result() for point in points]
-    metrics = {name: head for name, head in METRICS.items() if any(name in (r["metrics"] or {}) for r in results)}
-    table = Table(*points[0].values, *metrics.values(), "diagnostics", Column("run", overflow="fold"))
+    metrics = [name for name in METRICS if any(name in (r["metrics"] or {}) for r in results)]
+    heads = [name.removeprefix("eval_") for name in metrics]
+    table = Table(*points[0].values, *heads, "diagnostics", Column("run", overflow="fold"))
     table.title = "Held-out metrics at the end"
     for point, result in zip(points, results, strict=True):
         values = [f"{(result['metrics'] or {}).get(name, math.nan):.4g}" for name in metrics]

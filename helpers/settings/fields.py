@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from helpers.core import SettingsError, is_notebook, shorten
+from helpers.core import SettingsError, fingerprint, is_notebook, shorten
 from helpers.settings import trl_fields
 
 SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
@@ -31,7 +29,7 @@ class RunSettings:
     output_dir: Path = Path("outputs")  # folder of all runs
     run_name: str = ""  # folder of this run; by default its name follows from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
-    resume: str = "auto"  # auto: resume the run of the same command; never: replace it; or a checkpoint folder
+    resume: Literal["auto", "never"] = "auto"  # auto: resume the run of the same command; never: replace it
     dry_run: bool = False  # print what would be done, then stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on
@@ -53,8 +51,7 @@ class RunSettings:
 
     def digest(self, *more: str) -> str:
         """Six hex digits of a hash over `hashed_settings()` and `more` (what the run starts from)."""
-        text = json.dumps([self.hashed_settings(), *more], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:6]
+        return fingerprint(self.hashed_settings(), *more)[:6]
 
     def is_set(self, name: str) -> bool:
         """Whether any layer sets `name`; False if it has the default of the cell."""
@@ -143,10 +140,8 @@ class TrainSettings(RunSettings):
         return best | ({} if steps is None else {"eval_steps": steps, "save_steps": steps})
 
     def accumulation_steps(self) -> int:
-        """Batches per step: as set, or as --global_batch_size needs for this number of processes.
-
-        Raises SettingsError if one layer sets both, or if the batch size does not divide.
-        """
+        """Batches per step: as set, or as --global_batch_size needs for this number of processes. Raises SettingsError
+        if one layer sets both, or if the batch size does not divide."""
         own: Any = self  # the fields of the notebooks' cells
         rank, other = self.layer("global_batch_size"), self.layer("gradient_accumulation_steps")
         if not self.global_batch_size or other > rank:

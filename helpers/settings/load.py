@@ -29,7 +29,6 @@ from helpers.core import (
     SettingsError,
     add_user_paths,
     find_path,
-    ignore_broken_pipe,
     install_error_hook,
     is_main_process,
     is_notebook,
@@ -69,12 +68,12 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         argv = [] if is_notebook() else sys.argv[1:]
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
-        with ignore_broken_pipe():
-            print(
-                format_help(cls)
-                if {"-h", "--help"} & set(argv)
-                else trl_fields.trl_help(cls.step, own, _notebook_source())
-            )
+        is_ours = {"-h", "--help"} & set(argv)
+        try:
+            text = format_help(cls) if is_ours else trl_fields.trl_help(cls.step, own, _notebook_source())
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader of the output, such as `head`, has closed its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise SystemExit(0)
 
     types = trl_fields.field_types(cls.step) | own
@@ -158,6 +157,7 @@ def silence_warnings() -> None:
     # bitsandbytes 0.50 looks for an optional CPU kernel; trl 1.16 sets gradient_checkpointing, transformers 5.23 warns
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_relevant)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_relevant)
     logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # ours names the line
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: without ipywidgets its bars are text
     names = "(is_)?gradient_checkpointing(_(en|dis)able)?"
@@ -165,9 +165,11 @@ def silence_warnings() -> None:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """False for deepspeed 0.19's message that there is no GPU, unless DeepSpeed is used."""
-    is_used = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return is_used or not record.getMessage().startswith("Setting accelerator to CPU")
+    """False for deepspeed 0.19's message that there is no GPU, unless DeepSpeed is used, and for transformers 5.23's
+    that a resumed run has other steps: it compares shares (0.2) with numbers, and `check_same_settings` has compared.
+    """
+    text, is_used = record.getMessage(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return "arguments do not match" not in text and (is_used or not text.startswith("Setting accelerator to CPU"))
 
 
 def configure_kernel() -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from helpers.core import Interrupted, UserError, figure_to_image, is_main_process, is_notebook, wait_for_everyone
 from helpers.models.chat import eos_token_ids
 from helpers.models.plan import upcast_adapter
-from helpers.runs.checkpoints import last_complete_checkpoint, patch_step_comparison, write_manifest
+from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
@@ -44,7 +44,6 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     """
     if settings.values()["tuning"] != "full" and settings.adapter_dtype == "fp32":
         upcast_adapter(trainer.model)
-    patch_step_comparison()
     run.when_stopped = save_partial_report
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
     if is_main_process():

@@ -56,7 +56,7 @@ def trained(tmp_path: Path, online: local.Hub, tokenizer: Any) -> dict[str, Path
     policy.peft_config["default"].base_model_name_or_path = "org/base"
     policy.save_pretrained(str(tmp_path / "adapter"))
     merge = StreamingMerger(tmp_path / "base", tmp_path / "adapter")
-    write_merged(tmp_path / "merged", merge, {}, 150_000, None)
+    write_merged(tmp_path / "merged", merge, 150_000)
     merge.config.save_pretrained(tmp_path / "merged")
     for name in ("adapter", "merged"):
         tokenizer.save_pretrained(tmp_path / name)

@@ -189,7 +189,7 @@ def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
     push_before_merge(settings, project.root / "outputs" / "from_hub")
     listed = capsys.readouterr().out
     assert "MB  model.safetensors" in listed
-    assert "kB  config.json" in listed
+    assert "MB  config.json" in listed
     assert "Would push from_hub to me/merged-adapter:" in listed
     assert "MB  adapter_model.safetensors" in listed
     assert "base_model: org/tiny" in listed

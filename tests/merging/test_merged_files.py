@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from helpers.core import SettingsError, UserError
 from helpers.merging.merge import (
     adapter_as_run,
+    find_adapter,
 )
 from helpers.merging.weights import (
     StreamingMerger,
-    parse_size,
 )
 from tests.merging.models import LORA, build, our_merge, save, tensors
 
@@ -59,9 +61,11 @@ def test_an_interrupted_merge_continues_with_the_missing_files(
 
 def test_the_files_of_another_merge_are_not_used(tmp_path: Path) -> None:
     base, adapter = save(tmp_path, build(), LORA)
-    our_merge(base, adapter)
-    half = our_merge(base, adapter, dtype=torch.float16)
-    assert {weight.dtype for weight in tensors(half).values()} == {torch.float16}
+    before = tensors(our_merge(base, adapter))
+    weights = {n: w + 1 for n, w in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    after = tensors(our_merge(base, adapter))
+    assert [name for name in before if "proj" in name and torch.equal(before[name], after[name])] == []
 
 
 def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +76,12 @@ def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monk
     assert not list((tmp_path / "merged").glob("*.safetensors"))
 
 
-def test_sizes_and_shards() -> None:
-    assert [parse_size(text) for text in ("2GB", "500 mb", "1GiB", "7")] == [2 * 10**9, 5 * 10**8, 2**30, 7]
-    with pytest.raises(
-        SettingsError, match=r"--max_shard_size 'big' is not a size\. Use a size such as 2GB or 500MB\."
-    ):
-        parse_size("big")
+def test_a_size_of_files_that_cannot_be_read_is_refused() -> None:
+    for text in ("big", "7", "2 potatoes"):
+        settings = SimpleNamespace(max_shard_size=text)
+        message = f"--max_shard_size '{text}' is not a size. Use a size such as 2GB or 500MB."
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            find_adapter(settings)
 
 
 def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import signal
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +19,7 @@ from helpers.runs.checkpoints import (
     checkpoint_error,
     explain_failure,
     last_complete_checkpoint,
-    patch_step_comparison,
     quarantine_incomplete,
-    quarantine_later,
-    resolve_checkpoint,
     write_manifest,
 )
 from helpers.runs.run import Run
@@ -40,25 +35,6 @@ def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
     if marked:
         write_manifest(path)
     return path
-
-
-def test_a_share_of_all_steps_is_compared_as_the_steps_it_came_to(caplog: pytest.LogCaptureFixture) -> None:
-    from transformers import TrainerState, trainer
-
-    patch_step_comparison()
-    logger = logging.getLogger("transformers.trainer_utils")
-    state = TrainerState(max_steps=96, logging_steps=10, eval_steps=20, save_steps=20, train_batch_size=4)
-    args = SimpleNamespace(logging_steps=10, eval_steps=0.2, save_steps=0.2, per_device_train_batch_size=4, n_gpu=1)
-    logger.addHandler(caplog.handler)
-    trainer.compare_trainer_and_checkpoint_args(args, state)
-    assert caplog.messages == []
-    args.save_steps = 0.1
-    trainer.compare_trainer_and_checkpoint_args(args, state)
-    logger.removeHandler(caplog.handler)
-    (said,) = set(caplog.messages)
-    assert "save_steps: 10 (from args) != 20" in said
-    assert "eval_steps" not in said
-    assert args.save_steps == 0.1
 
 
 def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
@@ -89,15 +65,10 @@ def test_a_broken_checkpoint_is_named_and_set_aside(
     broken = checkpoint(tmp_path, 10)
     harm(broken)
     assert checkpoint_error(broken) == fault
-    with pytest.raises(UserError, match="is not a complete checkpoint: "):
-        resolve_checkpoint(str(broken))
     quarantine_incomplete(tmp_path)
     assert fault in capsys.readouterr().out
     assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-9", "broken-checkpoint-10"}
     assert last_complete_checkpoint(tmp_path) == whole
-    assert resolve_checkpoint(str(whole)) == whole
-    with pytest.raises(UserError, match="is not auto, never, or the folder"):
-        resolve_checkpoint("sometimes")
 
 
 @pytest.mark.parametrize(
@@ -192,25 +163,6 @@ def test_a_loss_that_is_not_a_number_ends_the_run(project: Project, sft_run: str
         from safetensors.torch import load_file
 
         assert all(bool(t.isfinite().all()) for t in load_file(saved / "adapter_model.safetensors").values())
-
-
-def test_a_named_checkpoint_is_taken_once_and_later_ones_are_renamed(tmp_path: Path) -> None:
-    first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
-    quarantine_later(tmp_path, first.resolve())
-    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-4", "superseded-checkpoint-8"}
-    assert not second.exists()
-    run = Run(tmp_path, {"status": "interrupted"}, resume_from=first.resolve())
-    with run.training() as begun:
-        assert begun == str(first.resolve())
-    later = checkpoint(tmp_path, 6)
-    with Run(tmp_path, run.record, resume_from=first.resolve()).training() as begun:
-        assert begun == str(later)  # a second start of the same command resumes
-    with Run(tmp_path, run.record).training() as begun:
-        assert begun == str(later)
-    other = checkpoint(tmp_path / "another", 2)
-    with Run(tmp_path, run.record, resume_from=other.resolve()).training() as begun:
-        assert begun == str(other.resolve())
-    assert later.is_dir()
 
 
 def test_a_restarted_run_says_which_flag_to_omit(tmp_path: Path) -> None:

@@ -571,7 +571,7 @@ def test_every_section_is_reached_from_the_top_and_every_picture_is_drawn(open_p
         page.locator(f"nav a[href='#{name}']").click()
         assert page.locator(f"#{name}").is_visible()  # what is folded is opened by its link
     widths = page.locator("img").evaluate_all("all => all.map(e => e.naturalWidth)")
-    assert [widths[0], *widths[3:]] == [1100] * 3
+    assert [widths[0], widths[3]] == [1100, 1100]  # files of other steps; the curves are drawn from the logs
     assert min(widths) > 400
     defaults = page.locator("#settings summary")
     assert defaults.inner_text() == "7 settings with their defaults"
