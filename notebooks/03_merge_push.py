@@ -155,4 +155,4 @@ evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --
 
 # %%
 show_report(merge_run.folder)  # of the run that was merged, with the verification
-print("Next:", "python notebooks/04_vibes.py" if settings.adapter else merge_run.next_command(settings.recipe))
+print("Next:", merge_run.next_command(settings.recipe))

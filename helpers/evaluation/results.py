@@ -183,7 +183,8 @@ class PairResult:
             low, high = self.length_controlled_interval
             parts.append(f"at equal lengths {self.length_controlled:.1%} ({low:.1%} to {high:.1%})")
         if self.longer_won is not None:
-            parts.append(f"the longer answer won {self.longer_won:.1%} of {self.decided_unequal} decided")
+            decided = f"{self.decided_unequal} decided comparisons between answers of different length"
+            parts.append(f"the longer answer won {self.longer_won:.1%} of {decided}")
         if self.consistency is not None:
             parts.append(f"same verdict in both orders {self.consistency:.1%}")
         return "; ".join(parts)
