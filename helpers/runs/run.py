@@ -144,9 +144,9 @@ class Run:
             step = "merge"  # a fully tuned model needs no merge
         models = place or short_path(folder)
         if self.record["step"] == "merge":  # 04 compares a run of 02 with what it started from, and else two models
-            parent = find_parent(folder, self.record)
-            is_of_dpo = parent is not None and read_run(parent).get("step") == "dpo"
-            models = short_path(parent) if parent and is_of_dpo else f"{short_path(self.base_model)} {models}"
+            parent = find_parent(folder, self.record) or folder
+            is_of_dpo = read_run(parent).get("step") == "dpo"
+            models = short_path(parent) if is_of_dpo else f"{short_path(self.base_model)} {models}"
         command = f"python notebooks/{NEXT[step]} {models}"
         return command + (f" --recipe {recipe}" if recipe else "")
 
