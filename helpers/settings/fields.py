@@ -118,7 +118,7 @@ class TrainSettings(RunSettings):
     completion_tokens: int = 512  # maximum tokens of an answer to an evaluation prompt
     overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over a limit
     strict: bool = False  # stop if any row would be dropped
-    chat_template: str = "auto"  # auto: the tokenizer's, or mistral; mistral, chatml, tulu, alpaca, vicuna, hh, or a file
+    chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh; a file
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
     attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
