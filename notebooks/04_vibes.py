@@ -33,8 +33,8 @@
 # ## Settings
 #
 # Each field is a flag (`--batch_size 4`), an environment variable (`VIBES_BATCH_SIZE`), a line of `.env` and a recipe
-# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field: `batch_size =
-# 4`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
+# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field:
+# `batch_size = 4`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass

@@ -34,8 +34,8 @@
 # ## Settings
 #
 # Each field is a flag (`--max_calls 100`), an environment variable (`JUDGE_MAX_CALLS`), a line of `.env` and a recipe
-# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field: `max_calls =
-# 100`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
+# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field:
+# `max_calls = 100`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
