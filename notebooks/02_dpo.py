@@ -58,7 +58,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     data_format: str = "auto"  # auto: by the columns; or messages, pairs, orca, ranked, hh, alpaca_farm, scored
     pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"  # for ranked or scored answers
     recommended: bool = False  # keep only rows that the dataset's card recommends (distilabel-intel-orca)
-    min_margin: float = 0.0  # drop pairs whose ratings differ by less than this; ties are always dropped
+    min_margin: float = 0.0  # drop pairs whose ratings differ by less than this; equal ratings are always dropped
     max_prompt_length: int = 1024  # maximum tokens of a prompt; 0: no limit
     max_length: int = 1512  # maximum tokens of prompt and answer together; 0: no limit
     dpo_beta: float = 0.1  # β: strength of the constraint towards the reference model

@@ -78,7 +78,8 @@ settings = load_settings(Settings, globals())
 #
 # Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
 # files and the model card. With `--push_to_hub --push adapter` it publishes the adapter and ends the notebook, without
-# a merge. `start_run` ends the notebook for `--dry_run`, and for a run that is already merged.
+# a merge. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already merged and nothing is to be
+# published.
 
 # %%
 from helpers.core import short_path, show

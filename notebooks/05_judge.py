@@ -62,7 +62,7 @@ class Settings(RunSettings):
     votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
     judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
     judgments: str = ""  # instead of a model: a FastChat model_judgment file, whose verdicts are only counted
-    judge_prompts: str = ""  # file in the layout of FastChat's judge_prompts.jsonl; by default built-in prompts
+    judge_prompts: str = ""  # file in the layout of FastChat's judge_prompts.jsonl; by default bench_dir's, or built-in
 
     temperature: float = 0.0  # temperature of the judge
     max_new_tokens: int = 2048  # maximum tokens per judgment
