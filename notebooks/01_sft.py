@@ -14,22 +14,27 @@
 # %% [markdown]
 # # 1. Instruction-tune a base model
 #
-# **In:** a base model and conversations. **Out:** `outputs/sft-<model>-<hex>/`, a model (or its adapter) that answers.
+# **In:** a base model and conversations. **Out:** a run folder, `outputs/sft-<model>-<hash>/`. It has an adapter, or
+# with `--tuning full` a complete model.
 #
 # ```
 # python notebooks/01_sft.py                                  # Mistral-7B with QLoRA, one 24 GB GPU
-# python notebooks/01_sft.py --recipe recipes/demo.yaml       # a tiny model on a laptop, a minute
-# python notebooks/01_sft.py --help                           # every setting
+# python notebooks/01_sft.py --recipe recipes/demo.yaml       # a tiny model on a laptop, about a minute
+# python notebooks/01_sft.py --help                           # every setting of this notebook
 # ```
 #
-# A base model continues text. Here it learns to answer. It reads complete conversations, and only the assistant's
-# turns count in the loss.
+# A base model continues text. Here it learns to answer (supervised fine-tuning, SFT). It reads complete conversations,
+# but only the assistant's turns count in the loss.
 
 # %% [markdown]
 # ## Settings
 #
-# Each field is a flag (`--learning_rate 1e-4`), a variable (`SFT_LEARNING_RATE`), a line of `.env` and a recipe key.
-# So is every field of TRL's `SFTConfig`.
+# Set a field with a flag (`--learning_rate 1e-4`), an environment variable (`SFT_LEARNING_RATE`), a line of `.env` or a
+# key of a recipe. A recipe is a YAML file of settings. In a Jupyter kernel, insert a cell before the one that calls
+# `load_settings` and assign the field: `learning_rate = 1e-4`.
+#
+# The same works for every field of TRL's `SFTConfig`. `TrainSettings` adds the settings that 01 and 02 share, such as
+# `chat_template` and `global_batch_size`. `--help` lists the settings, `--help_trl` TRL's fields.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -42,26 +47,26 @@ from helpers.settings import TrainSettings, load_settings
 class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: see --help
     """Instruction-tune a model."""
 
-    step: ClassVar[str] = "sft"
+    step: ClassVar[str] = "sft"  # start of the run's name, prefix of variables, section of a recipe
 
     model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: Hub id or folder
 
-    dataset_id: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)  # conversations: Hub ids, files, folders
-    dataset_split: str = "train_sft"  # split to read; evaluation rows are taken from it
-    train_rows: int = 20_000  # training conversations; 0: all
-    eval_rows: int = 500  # evaluation conversations; 0: eval_fraction of all
-    eval_fraction: float = 0.05  # share of rows for evaluation if eval_rows is 0
-    data_format: str = "auto"  # auto, messages, completion, alpaca, or a format of 02_dpo.py
+    dataset_id: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)  # conversations: Hub ids, files or folders
+    dataset_split: str = "train_sft"  # split for training; evaluation rows come from it too
+    train_rows: int = 20_000  # maximum number of training conversations; 0: all
+    eval_rows: int = 500  # evaluation conversations, held out, at most a quarter of all; 0: the share eval_fraction
+    eval_fraction: float = 0.05  # share of rows for evaluation; see docs/data.md
+    data_format: str = "auto"  # auto: by the columns; or messages, completion, alpaca, or a format of 02_dpo.py
     max_length: int = 2048  # maximum tokens of a conversation; 0: no limit
 
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 64  # rank of the adapter
-    lora_alpha: int = 128  # scale of the adapter: alpha / r
+    lora_alpha: int = 128  # the adapter's output is scaled by lora_alpha / lora_r
 
     num_train_epochs: float = 1.0  # passes over the training rows
-    learning_rate: float = 1e-4  # peak learning rate; for full tuning 1e-5 to 2e-5
+    learning_rate: float = 1e-4  # peak learning rate; for full tuning use 1e-5 to 2e-5
     per_device_train_batch_size: int = 1  # conversations per device and batch
-    per_device_eval_batch_size: int = 1  # the same for evaluation
+    per_device_eval_batch_size: int = 1  # conversations per device and batch in evaluation
     gradient_accumulation_steps: int = 16  # batches per optimizer step
 
 
@@ -72,8 +77,11 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Starting point and run folder
 #
-# The run's name follows from the settings, so the same command finds its own run: an interrupted run resumes, a
-# finished run is not trained again. `--dry_run` stops here, with an estimate of memory, steps and tokens.
+# `resolve_start` finds the model to train. `start_run` names the run folder after the settings, so the same command
+# finds its own run. It resumes an interrupted run, and does not train a finished run again.
+#
+# `--dry_run` prints an estimate of memory, steps, tokens and time, and `start_run` then ends the notebook. Steps and
+# tokens need the dataset on disk. Time needs an earlier finished run with the same model and tuning.
 
 # %%
 from helpers.core import show
@@ -87,7 +95,8 @@ if settings.dry_run:
 run = start_run(settings, base_model=start.base_model)
 
 # %% [markdown]
-# One decision on device, dtype, quantization and attention, from what this machine has.
+# The plan says how the model is loaded on this machine: device, number format (dtype), quantization and attention
+# implementation. `run.set` adds it to `run.json`, the record of the run.
 
 # %%
 plan = plan_model(
@@ -113,8 +122,11 @@ from helpers.training import prepare_trainer
 # %% [markdown]
 # ## Data
 #
-# Every row is kept or dropped with a reason, and the counts add up. Rows with the same first prompt are on one side of
-# the split. A recipe can mix several datasets, with a `fraction` of each.
+# Each row is kept or dropped, and the row report counts the reasons. Evaluation rows are held out: the model is not
+# trained on them. Rows with the same first prompt are either all for training or all for evaluation.
+#
+# `new_tokens` are the tokens that the chat template needs and the model lacks. A recipe can combine several datasets
+# and take a `fraction` of each.
 
 # %%
 tokenizer, new_tokens = load_tokenizer(start, settings)
@@ -123,8 +135,9 @@ run.set(data=row_report.as_dict())
 show(row_report)
 
 # %% [markdown]
-# The data report shows lengths, duplicates and what they will teach. Below it is one row as the model sees it: the
-# tokens it learns are highlighted, the others are only read.
+# The data report shows lengths, duplicates and other properties that the model will learn from the rows. Lines that
+# start with `!` need attention. Below the report is one row as the model sees it. The highlighted tokens count in the
+# loss; the model only reads the others.
 
 # %%
 data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
@@ -134,7 +147,9 @@ show_example(tokenizer, train_set[0])
 # %% [markdown]
 # ## Training arguments
 #
-# `SFTConfig` in full view. Any of its fields that you set as a flag, a variable or a recipe key comes last and wins.
+# These are all arguments of `SFTConfig` that the notebook sets. Fields of `SFTConfig` that you set yourself are in
+# `settings.trl`. They come last in `config`, so they override the others. `plan.device_args` has what a CPU needs;
+# `settings.early_stopping()` has what `--early_stopping_patience` needs.
 
 # %%
 optimization = dict(
@@ -145,7 +160,7 @@ optimization = dict(
     per_device_train_batch_size=settings.per_device_train_batch_size,
     per_device_eval_batch_size=settings.per_device_eval_batch_size,
     gradient_accumulation_steps=settings.accumulation_steps(),
-    max_length=settings.max_length or None,  # the length of packed rows
+    max_length=settings.max_length or None,  # with --packing, the length of a sequence
     optim=plan.optimizer,
     bf16=plan.bf16,
     fp16=plan.fp16,
@@ -155,11 +170,11 @@ optimization = dict(
 # %%
 evaluation = dict(
     eval_strategy="steps",
-    eval_steps=0.2,
+    eval_steps=0.2,  # below 1: a share of all steps
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
-    logging_nan_inf_filter=False,  # a NaN loss is shown and ends the run
+    logging_nan_inf_filter=False,  # show a NaN loss, which ends the run
     include_num_input_tokens_seen="non_padding",
     report_to=settings.report_to,
 )
@@ -171,7 +186,11 @@ training_args = SFTConfig(output_dir=str(run.folder), run_name=run.name, **confi
 # %% [markdown]
 # ## Model
 #
-# With `qlora` the base is loaded in 4 bits (NF4 with double quantization) and frozen; only the adapter learns.
+# With `qlora` the base model is loaded in 4 bits (NF4 with double quantization) and is frozen. Only the adapter is
+# trained: small matrices next to the linear layers ([LoRA](https://arxiv.org/abs/2106.09685)).
+#
+# `lora_modules_to_save` names modules that are trained in full. PEFT ignores a name that the model lacks; here it is an
+# error. `trainable_token_indices` trains the embedding rows of `new_tokens`.
 
 # %%
 set_seed(settings.seed)
@@ -203,9 +222,9 @@ if settings.tuning != "full":
 # %% [markdown]
 # ## Trainer
 #
-# The trainer is TRL's own. `--packing` fills rows of `max_length` tokens with several conversations, which do not see
-# each other. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It also
-# undoes TRL's cast of QLoRA adapters to bfloat16, which rounds small updates away.
+# The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens; they do not
+# attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to evaluation prompts, and checkpoints
+# that are safe to resume from.
 
 # %%
 trainer = SFTTrainer(
@@ -221,7 +240,8 @@ prepare_trainer(trainer, run, settings=settings, eval_set=eval_set)
 # %% [markdown]
 # ## Train
 #
-# The loss falls quickly at first, while the model learns the form of an answer, then slowly.
+# The loss falls quickly at first, while the model learns the form of an answer. Then it falls slowly. `run.training()`
+# gives the checkpoint to resume from, if there is one, and records in `run.json` how the training ends.
 
 # %%
 if not run.finished:
@@ -235,9 +255,10 @@ if not run.finished:
 # %% [markdown]
 # ## Curves
 #
-# While training and held-out loss both fall, the model learns something that generalizes. A held-out loss that rises
-# again means that it starts to memorize its rows. Detected problems and suggested fixes are listed below the figure,
-# then answers to held-out prompts.
+# If the training loss and the evaluation loss both fall, the model learns something that generalizes. If the evaluation
+# loss rises again, the model starts to memorize its training rows. Below the figure are detected problems with
+# suggested fixes, then answers to evaluation prompts. `log_to_wandb` sends all of this to Weights & Biases, if you use
+# `--report_to wandb`.
 
 # %%
 curves = Curves.read(run.folder)
@@ -248,7 +269,8 @@ show(run.metrics_table())
 # %% [markdown]
 # ## Next
 #
-# The model now answers, in the style of its data. The next notebook teaches it which answers are preferred.
+# The model now answers in the style of its data. The next notebook teaches it which answers are preferred. The last
+# cell writes `report.html`, a page about this run, and prints the next command.
 
 # %%
 show_report(run.folder)

@@ -14,25 +14,25 @@
 # %% [markdown]
 # # 2. Align the model on preferences
 #
-# **In:** a model that answers, and pairs of a better and a worse answer. **Out:** an adapter, in `outputs/dpo-.../`.
+# **In:** a model that answers, and preference pairs. **Out:** `outputs/dpo-<model>-<hash>/` with an adapter or a model.
 #
 # ```
-# python notebooks/02_dpo.py                                  # Mistral-7B-Instruct, QLoRA, a 24 GB GPU
+# python notebooks/02_dpo.py                                  # Mistral-7B-Instruct-v0.2, QLoRA, one 24 GB GPU
 # python notebooks/02_dpo.py --sft_run latest                 # start from the newest run of 01_sft.py
-# python notebooks/02_dpo.py --recipe recipes/demo.yaml       # a tiny model on a laptop, half a minute
-# python notebooks/02_dpo.py --help                           # every setting
+# python notebooks/02_dpo.py --recipe recipes/demo.yaml       # after 01 with this recipe: a tiny model on a laptop
 # ```
 #
-# DPO (Rafailov et al., 2023, arXiv:2305.18290) needs neither a reward model nor sampling. It raises the likelihood of
-# the chosen answer relative to the rejected one, with a frozen copy of the model as the reference:
+# DPO (Rafailov et al., 2023, arXiv:2305.18290) trains the policy $\pi$ on prompts $x$ with a chosen answer $y_c$ and a
+# rejected answer $y_r$. The reference $\pi_{ref}$ is a frozen copy of the initial policy; $\sigma$ is the sigmoid:
 #
 # $$-\log\sigma\Big(\beta\log\frac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}-\beta\log\frac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\Big)$$
 
 # %% [markdown]
 # ## Settings
 #
-# Each field is a flag (`--dpo_beta 0.3`), a variable (`DPO_BETA`), a line of `.env` and a recipe key. So is every
-# field of TRL's `DPOConfig`.
+# Each field is a flag (`--lora_r 16`), an environment variable (`DPO_LORA_R`), a line of `.env` and a recipe key. So is
+# every field of TRL's `DPOConfig`. In a Jupyter kernel, insert a cell before `load_settings` and assign the field:
+# `lora_r = 16`. `TrainSettings` adds settings such as `chat_template`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -45,35 +45,35 @@ from helpers.settings import TrainSettings, load_settings
 class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: see --help
     """Align a model on preference pairs."""
 
-    step: ClassVar[str] = "dpo"
-    exclusive: ClassVar = (("model_id", "sft_run"),)
+    step: ClassVar[str] = "dpo"  # start of the run's name, prefix of variables, section of a recipe
+    exclusive: ClassVar = (("model_id", "sft_run"),)  # give only one of these
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
-    sft_run: str = ""  # or a finished run of 01_sft.py: its folder, or latest
+    sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
     dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
-    dataset_split: str = "train"  # split to read; evaluation pairs are taken from it
-    train_rows: int = 11_000  # training pairs; 0: all
-    eval_rows: int = 2_750  # evaluation pairs; 0: eval_fraction of all
-    eval_fraction: float = 0.2  # share of pairs for evaluation if eval_rows is 0
-    data_format: str = "auto"  # auto, messages, pairs, orca, ranked, hh, alpaca_farm or scored
+    dataset_split: str = "train"  # split for training; evaluation pairs come from it too
+    train_rows: int = 11_000  # maximum number of training pairs; 0: all
+    eval_rows: int = 2_750  # evaluation pairs, held out, at most a quarter of all; 0: the share eval_fraction
+    eval_fraction: float = 0.2  # share of pairs for evaluation; see docs/data.md
+    data_format: str = "auto"  # auto: by the columns; or messages, pairs, orca, ranked, hh, alpaca_farm, scored
     pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"  # for ranked or scored answers
     recommended: bool = False  # keep only rows that the dataset's card recommends (distilabel-intel-orca)
-    min_margin: float = 0.0  # drop pairs whose ratings differ by less; ties are always dropped
+    min_margin: float = 0.0  # drop pairs whose ratings differ by less than this; equal ratings are always dropped
     max_prompt_length: int = 1024  # maximum tokens of a prompt; 0: no limit
-    max_length: int = 1512  # maximum tokens of a prompt and its answer; 0: no limit
+    max_length: int = 1512  # maximum tokens of prompt and answer together; 0: no limit
     dpo_beta: float = 0.1  # β: strength of the constraint towards the reference model
-    loss_type: tuple[str, ...] = ("sigmoid",)  # TRL losses, summed; "sigmoid sft" keeps chosen answers likely
+    loss_type: tuple[str, ...] = ("sigmoid",)  # losses of TRL, added up; "sigmoid sft" keeps chosen answers likely
     num_train_epochs: float = 1.0  # passes over the training pairs
-    learning_rate: float = 5e-5  # peak learning rate; for full tuning 5e-7 to 1e-6
+    learning_rate: float = 5e-5  # peak learning rate; for full tuning use 5e-7 to 1e-6
     per_device_train_batch_size: int = 1  # pairs per device and batch
     gradient_accumulation_steps: int = 16  # batches per optimizer step
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 256  # rank of the adapter
-    lora_alpha: int = 128  # scale of the adapter: alpha / r
-    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a shared prompt once per pair
-    merge_adaptors: bool = False  # merge the adapter after training, as 03_merge_push.py does
-    push_to_hub: bool = False  # publish after training, privately, as 03_merge_push.py does
-    hub_repo_id: str = ""  # repository: name/model
+    lora_alpha: int = 128  # the adapter's output is scaled by lora_alpha / lora_r
+    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a pair's prompt once; auto: if this equals TRL
+    merge_adaptors: bool = False  # merge the adapter after training, with 03_merge_push.py
+    push_to_hub: bool = False  # publish after training, privately, with 03_merge_push.py
+    hub_repo_id: str = ""  # repository on the Hub: name/model
 
 
 # %%
@@ -83,10 +83,10 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Starting point and run folder
 #
-# The policy starts from a published model or from a run of `01_sft.py`. The run's name follows from the settings, so
-# the same command finds its own run: an interrupted run resumes, a finished run is not trained again. `--dry_run`
-# stops here, with an estimate of memory, steps and tokens.
-# The plan below it is one decision on device, dtype, quantization and attention, from what this machine has.
+# The policy starts from a published model or from a run of `01_sft.py`. `start_run` names the run folder after the
+# settings, so the same command finds its own run. It resumes an interrupted run. It does not train a finished run
+# again, but `when_finished` then merges or publishes it if you ask for that. `--dry_run` prints an estimate of memory,
+# steps, tokens and time, and `start_run` ends the notebook. The plan for loading the model is saved in `run.json`.
 
 # %%
 from helpers.core import show
@@ -126,9 +126,9 @@ from helpers.training import SharedPrefixDPOTrainer, prepare_trainer
 # %% [markdown]
 # ## Data
 #
-# Every row becomes a pair or is dropped with a reason, and the counts add up. Pairs with identical answers teach
-# nothing and are dropped. So are pairs above `max_length`; `--overlong truncate_prompt` shortens their prompts
-# instead. All pairs of a prompt are on one side of the split.
+# Each row becomes a pair or is dropped, and the row report counts the reasons. Pairs with identical answers teach
+# nothing and are dropped. So are pairs above `max_length`; `--overlong truncate_prompt` shortens their prompts instead.
+# Evaluation pairs are held out: the model is not trained on their prompts. `new_tokens` come from the chat template.
 
 # %%
 tokenizer, new_tokens = load_tokenizer(start, settings)
@@ -137,8 +137,8 @@ run.set(data=row_report.as_dict())
 show(row_report)
 
 # %% [markdown]
-# The data report shows what the pairs teach besides preference: length, repeated prompts, answers that share an
-# opening. Lines that start with `!` deserve a look. Below it is one pair as the model sees it.
+# The data report shows what else the pairs teach: lengths, repeated prompts, answers with the same first words. Lines
+# that start with `!` need attention. Below the report is one pair as the model sees it.
 
 # %%
 data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
@@ -148,7 +148,7 @@ show_example(tokenizer, train_set[0])
 # %% [markdown]
 # ## Training arguments
 #
-# `DPOConfig` in full view. Any of its fields that you set as a flag, a variable or a recipe key comes last and wins.
+# All arguments of `DPOConfig` that the notebook sets are here. Those that you set (`settings.trl`) come last and win.
 
 # %%
 optimization = dict(
@@ -170,11 +170,11 @@ optimization = dict(
 evaluation = dict(
     eval_strategy="steps",
     eval_on_start=True,  # the curves start where policy and reference are equal
-    eval_steps=0.2,
+    eval_steps=0.2,  # below 1: a share of all steps
     save_steps=0.2,
     save_total_limit=2,
     logging_steps=10,
-    logging_nan_inf_filter=False,  # a NaN loss is shown and ends the run
+    logging_nan_inf_filter=False,  # show a NaN loss, which ends the run
     include_num_input_tokens_seen="non_padding",
     report_to=settings.report_to,
 )
@@ -187,8 +187,10 @@ training_args = DPOConfig(output_dir=str(run.folder), run_name=run.name, **confi
 # %% [markdown]
 # ## Model
 #
-# With `qlora` the base is loaded in 4 bits and frozen; only the adapter learns. The reference is the base with the
-# adapter switched off, a frozen copy of the SFT adapter, or (full tuning) a second model.
+# With `qlora` the base is loaded in 4 bits and is frozen; only the adapter is trained. There are three references:
+# - With a new adapter, the reference is the model with the adapter disabled.
+# - With the adapter of an SFT run, training continues at that adapter's rank. A frozen copy of it is the reference.
+# - With `--tuning full`, the reference is a second model, unless you use `--precompute_ref_log_probs True`.
 
 # %%
 set_seed(settings.seed)
@@ -225,10 +227,8 @@ elif not training_args.precompute_ref_log_probs:
 # %% [markdown]
 # ## Trainer
 #
-# The trainer is TRL's `DPOTrainer` on tokenized rows. It computes the prompt shared by a pair once instead of twice,
-# and compares its first batch with TRL's own computation (`--shared_prefix off` is TRL's own way).
-# `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It also
-# undoes TRL's cast of QLoRA adapters to bfloat16, which rounds small updates away.
+# The trainer is TRL's `DPOTrainer` on tokenized pairs. It computes a prompt once per pair, and compares its first batch
+# with TRL's own computation. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints.
 
 # %%
 trainer = SharedPrefixDPOTrainer(
@@ -246,8 +246,8 @@ prepare_trainer(trainer, run, settings=settings, eval_set=eval_set)
 # %% [markdown]
 # ## Train
 #
-# The sigmoid loss starts at log 2 = 0.693, where policy and reference are equal. It falls as the margin between chosen
-# and rejected rewards grows.
+# A reward is β times the log-ratio of policy and reference. The margin is the reward of the chosen answer minus that of
+# the rejected one. As it grows, the loss falls: from log 2 = 0.693 for `sigmoid`, but not for the demo's `sigmoid sft`.
 
 # %%
 if not run.finished:
@@ -261,29 +261,29 @@ if not run.finished:
 # %% [markdown]
 # ## Curves
 #
-# The margin should rise on the held-out pairs as on the training pairs, and the chosen answers should stay as likely
-# as they were. Detected problems and suggested fixes are listed below the figure, then answers to held-out prompts.
+# The margin should rise on evaluation pairs too, and chosen answers should stay as likely as they were. Below the
+# figure are detected problems with suggested fixes, then answers to evaluation prompts.
 
 # %%
 curves = Curves.read(run.folder)
 show(curves.figure, curves, save_as=run.folder / "curves.png")
-curves.log_to_wandb(run)
+curves.log_to_wandb(run)  # with --report_to wandb
 show(run.metrics_table())
 
 # %% [markdown]
 # ## Merge and publish (optional)
 #
-# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` run the next notebook from here.
+# `--merge_adaptors` and `--push_to_hub --hub_repo_id name/model` run `03_merge_push.py` as a new process.
 
 # %%
 if settings.merge_adaptors or settings.push_to_hub:
-    trainer = model = reference = None  # frees memory for the merge, which runs as its own process
+    trainer = model = reference = None  # free their memory for the merge
     merge_and_push(run, settings)
 
 # %% [markdown]
 # ## Next
 #
-# The adapter needs its base model. The next notebook merges the two and verifies the result.
+# An adapter works only with its base model. The next notebook merges the two. A fully tuned model skips that notebook.
 
 # %%
 show_report(run.folder)

@@ -14,21 +14,26 @@
 # %% [markdown]
 # # 3. Merge the adapter, and publish
 #
-# **In:** a finished run of `02_dpo.py`. **Out:** `outputs/merge-<model>-<hex>/`, a model that needs no adapter, and a
-# repository on the Hub if you ask for it.
+# **In:** a finished run of `02_dpo.py`. **Out:** `outputs/merge-<model>-<hash>/`, a model that needs no adapter. If you
+# ask for it, also a repository on the Hub.
 #
 # ```
-# python notebooks/03_merge_push.py                                       # the newest finished run
+# python notebooks/03_merge_push.py                                       # the newest finished run of 02_dpo.py
 # python notebooks/03_merge_push.py --run outputs/dpo-... --push_to_hub --hub_repo_id me/model
 # python notebooks/03_merge_push.py --adapter FOLDER                      # an adapter from elsewhere
+# python notebooks/03_merge_push.py --help                                # every setting of this notebook
 # ```
 #
-# Merging adds the product of an adapter's two matrices to the weight it belongs to, $W + \frac{\alpha}{r}BA$. It is
-# computed in float32, one tensor at a time, so one tensor has to fit into memory and no GPU is needed. The merged model
-# is then compared with the trained policy on held-out prompts, and deleted if the two differ.
+# An adapter has two small matrices $A$ and $B$ for a weight $W$. Merging computes $W + \frac{\alpha}{r}BA$ in float32,
+# one tensor at a time. It needs no GPU, and memory only for the largest tensor. The merged model is then compared with
+# the trained policy on evaluation prompts. If the two differ, the merge is deleted.
 
 # %% [markdown]
 # ## Settings
+#
+# Each field is a flag (`--max_kl 0.1`), an environment variable (`MERGE_MAX_KL`), a line of `.env` and a recipe key. In
+# a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field: `max_kl = 0.1`.
+# `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -41,24 +46,25 @@ from helpers.settings import RunSettings, load_settings
 class Settings(RunSettings):
     """Merge an adapter into its base, verify the result, and publish it."""
 
-    step: ClassVar[str] = "merge"
-    exclusive: ClassVar = (("run", "adapter"),)
+    step: ClassVar[str] = "merge"  # start of the run's name, prefix of variables, section of a recipe
+    exclusive: ClassVar = (("run", "adapter"),)  # give only one of these
 
     run: str = "latest"  # finished run of 02_dpo.py: its folder, or latest
     adapter: str = ""  # folder or Hub id of an adapter, instead of a run
-    base_model_id: str = ""  # base of the adapter, if not the one it names
-    merge_base: Literal["auto", "original", "dequantized"] = "auto"  # auto: dequantized after training in 4 or 8 bits
+    base_model_id: str = ""  # base model of the adapter; by default the one in its configuration
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"  # weights to merge into; auto: those of training
+    merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the result; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
-    max_shard_size: str = "2GB"  # size limit of a file of weights
-    max_kl: float = 0.01  # largest KL to the trained policy, in nats; a merge above it is deleted
+    max_shard_size: str = "2GB"  # maximum size of a file of weights
+    max_kl: float = 0.01  # maximum KL divergence from the trained policy, in nats; above it, the merge is deleted
 
-    push_to_hub: bool = False  # publish
-    hub_repo_id: str = ""  # repository: name/model
-    hub_revision: str = ""  # branch to push to; main by default
+    push_to_hub: bool = False  # publish to the Hub
+    hub_repo_id: str = ""  # repository on the Hub: name/model
+    hub_revision: str = ""  # branch to push to; by default main
     hub_tag: str = ""  # tag for the pushed commit
     push: Literal["merged", "adapter", "both"] = "merged"  # what to publish; both: the adapter as name/model-adapter
-    private: bool = True  # only visible to you; --no_private for a public repository
-    license: str = ""  # of the published model, for example apache-2.0; the base's by default
+    private: bool = True  # make a new repository private; --no_private: public
+    license: str = ""  # license of the published model, for example apache-2.0; by default that of the base
 
 
 # %%
@@ -67,7 +73,12 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## The adapter
 #
-# A run knows its base and how it was trained. An adapter from elsewhere names its base in its configuration.
+# A run records its base model and how it was trained. An adapter from elsewhere names its base in its configuration.
+#
+# Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
+# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter and ends the notebook, without
+# a merge. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already merged and nothing is to be
+# published.
 
 # %%
 from helpers.core import short_path, show
@@ -76,7 +87,7 @@ from helpers.merging import find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
 adapter_ref = find_adapter(settings)
-push_before_merge(settings, adapter_ref.source)  # --dry_run prints what would be sent; --push adapter ends here
+push_before_merge(settings, adapter_ref.source)  # does nothing without --push_to_hub
 
 # %%
 merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapter_ref.run)
@@ -84,11 +95,13 @@ merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapte
 # %% [markdown]
 # ## Merge
 #
-# A QLoRA adapter was trained on weights that were rounded to 4 bits, and has learned to correct for that.
-# **dequantized** adds it to exactly these weights: the merged model is the trained policy, at full size.
-# **original** adds it to the published weights. The result differs a little in every layer. Choose it if one copy of
-# the published weights has to serve several adapters. PEFT's own merge into 4-bit weights rounds most of the adapter
-# away.
+# A QLoRA adapter was trained on weights that were rounded to 4 bits, and it has learned to correct for that rounding.
+#
+# - `--merge_base dequantized` merges it into these rounded weights, stored at full size. The result equals the trained
+#   policy, and this is the default for a quantized run.
+# - `--merge_base original` merges it into the published weights. The result differs in every layer. After QLoRA, its KL
+#   is usually above `--max_kl`: it was 0.05 in the demo. To keep such a merge, raise `--max_kl`. It is useful if one
+#   copy of the published weights serves several adapters.
 
 # %%
 merged = merge_adapter(
@@ -101,10 +114,12 @@ merged = merge_adapter(
 # %% [markdown]
 # ## Verify
 #
-# Held-out prompts go through the trained policy, 4 bits included, and through the merged model. Expect a KL of about
-# 1e-8 for a base in float32, and up to about 1e-3 in bfloat16, where each weight is rounded once more. The KL of the
-# base alone should be much larger: the adapter has an effect, and the merge kept it. A model that does not fit into
-# memory is compared layer by layer.
+# The same evaluation prompts go through two models: the trained policy, quantized as in training, and the merged model.
+# The KL divergence between their next-token distributions should be about 1e-8 in float32. In bfloat16 it may be up to
+# about 1e-3, because each merged weight is rounded again. The KL of the base alone should be much larger. That shows
+# that the adapter has an effect. A model that does not fit into memory is compared layer by layer.
+#
+# `merged.finalize` keeps the merge, or deletes it if its KL is above `max_kl`.
 
 # %%
 verification = verify_merge(merged, adapter_ref)
@@ -114,9 +129,9 @@ merged.finalize(verification, max_kl=settings.max_kl)
 # %% [markdown]
 # ## Publish
 #
-# `--push_to_hub --hub_repo_id name/model` sends the model and a card that is written from the run, also after a merge
-# that was finished before. The repository is private unless you use `--no_private`. Nothing is sent if a file contains
-# a token. `--dry_run` prints the files and the card. The token comes from `HF_TOKEN`, `.env`, or `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the files above and a model card that is written from the run. It also
+# works for a run that was merged before. A new repository is private unless you use `--no_private`. Nothing is sent if
+# a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`.
 
 # %%
 if settings.push_to_hub:
@@ -125,7 +140,7 @@ if settings.push_to_hub:
 # %% [markdown]
 # ## Use it
 #
-# The folder is a model like any other, and needs nothing of this repository.
+# The folder is an ordinary transformers model. It does not need this project.
 
 # %%
 folder = short_path(merged.folder)
@@ -139,8 +154,9 @@ evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --
 # %% [markdown]
 # ## Next
 #
-# The next notebook shows how the model's answers changed.
+# The next notebook shows how the model's answers changed. For an adapter from elsewhere, it compares the base model
+# with the merged model.
 
 # %%
-show_report(merge_run.folder)  # of the run that was merged, with the verification
-print("Next:", "python notebooks/04_vibes.py" if settings.adapter else merge_run.next_command(settings.recipe))
+show_report(merge_run.folder)  # updates report.html of the training run, with the verification
+print("Next:", merge_run.next_command(settings.recipe))

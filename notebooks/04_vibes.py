@@ -14,21 +14,27 @@
 # %% [markdown]
 # # 4. Compare answers side by side
 #
-# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hex>/` with `answers.html`, a
-# page to read and vote on, and each model's answers in FastChat's layout (`question.jsonl`, `model_answer/*.jsonl`).
+# **In:** a finished run of `02_dpo.py`, or any models. **Out:** `outputs/vibes-<model>-<hash>/` with `answers.html`, a
+# page to read and vote on. The answers are also saved as [FastChat](https://github.com/lm-sys/FastChat) saves them
+# (`question.jsonl`, `model_answer/*.jsonl`).
 #
 # ```
-# python notebooks/04_vibes.py                                            # the newest finished run, before and after
+# python notebooks/04_vibes.py                                            # the newest run of 02, before and after
 # python notebooks/04_vibes.py --prompts "Why is the sky blue?" "Write a haiku."
 # python notebooks/04_vibes.py --models outputs/dpo-... outputs/dpo-... --prompts_file questions.jsonl
 # python notebooks/04_vibes.py --models my-model --base_url http://127.0.0.1:8000/v1     # vLLM, transformers serve ...
 # python notebooks/04_vibes.py --chat                                     # chat with the last model, in a terminal
 # ```
 #
-# After an interruption, run the same command again: it generates only the missing answers.
+# The name comes from "vibe check": reading some answers gives a first impression, before anything is measured. After an
+# interruption, run the same command again. It generates only the missing answers.
 
 # %% [markdown]
 # ## Settings
+#
+# Each field is a flag (`--batch_size 4`), an environment variable (`VIBES_BATCH_SIZE`), a line of `.env` and a recipe
+# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field:
+# `batch_size = 4`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -41,32 +47,32 @@ from helpers.settings import RunSettings, load_settings
 class Settings(RunSettings):
     """Answer the same prompts with several models and show the answers side by side."""
 
-    step: ClassVar[str] = "vibes"
-    exclusive: ClassVar = (("prompts", "prompts_file", "dataset_id"),)
+    step: ClassVar[str] = "vibes"  # start of the run's name, prefix of variables, section of a recipe
+    exclusive: ClassVar = (("prompts", "prompts_file", "dataset_id"),)  # give only one of these
 
-    models: tuple[str, ...] = ("latest",)  # runs, adapters, models, NAME@URL; latest: the newest finished 02_dpo.py
+    models: tuple[str, ...] = ("latest",)  # runs, adapters, models or NAME@URL; latest: the newest finished run of 02
     base_url: str = ""  # OpenAI-compatible endpoint of all models
     trust_remote_code: bool = False  # run code that comes with a model
-    quantization: Literal["none", "4bit", "8bit"] = "none"  # of the weights, to save memory
+    quantization: Literal["none", "4bit", "8bit"] = "none"  # of the models; 4bit: as in QLoRA training
     chat: bool = False  # chat with the last model instead
 
-    prompts: tuple[str, ...] = ()  # prompts; without prompts, file or dataset, 24 built-in ones
-    prompts_file: str = ""  # a text file with a prompt per line, or JSONL with prompt, turns (FastChat) or messages
-    dataset_id: str = ""  # a dataset with such a column, on the Hub or in files
-    dataset_split: str = ""  # its split; train by default, or the only one
-    rows: int = 0  # use only the first so many prompts; 0: all
-    show_rows: int = 8  # prompts in the table below
+    prompts: tuple[str, ...] = ()  # prompts to answer; without prompts, file and dataset, 24 built-in ones
+    prompts_file: str = ""  # text with one prompt per line, or JSONL with prompt, turns (FastChat) or messages
+    dataset_id: str = ""  # dataset with a column prompt, turns or messages: Hub id, file or folder
+    dataset_split: str = ""  # split of that dataset; by default train, or its only split
+    rows: int = 0  # number of prompts to use, from the first; 0: all
+    show_rows: int = 8  # number of prompts in the printed table
 
     max_new_tokens: int = 256  # maximum tokens per answer
     batch_size: int = 8  # prompts per batch
-    do_sample: bool = False  # sample instead of taking the most likely token
-    temperature: float = 1.0  # below 1 favours likely tokens; with do_sample
-    top_p: float = 1.0  # sample from the most likely tokens with this total probability; with do_sample
-    top_k: int = 50  # sample from this many most likely tokens; with do_sample
-    num_beams: int = 1  # beams of a beam search
-    repetition_penalty: float = 1.0  # above 1 makes tokens that were used less likely
+    do_sample: bool = False  # draw tokens at random instead of taking the most likely one
+    temperature: float = 1.0  # with do_sample: values below 1 favour likely tokens
+    top_p: float = 1.0  # with do_sample: draw from the most likely tokens with this total probability
+    top_k: int = 50  # with do_sample: draw from this many most likely tokens
+    num_beams: int = 1  # beams of a beam search; 1: no beam search
+    repetition_penalty: float = 1.0  # values above 1 make tokens less likely that already occur in the text
     generation_kwargs: tuple[str, ...] = ()  # other arguments of model.generate, for example min_p=0.1
-    temperature_by_category: bool = False  # sample at FastChat's temperatures for MT-Bench, by category
+    temperature_by_category: bool = False  # use FastChat's temperature for each category of MT-Bench
 
 
 # %%
@@ -76,8 +82,10 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Models and prompts
 #
-# A run comes with the model that it started from, so that "before" and "after" answer the same prompts. A chat is not
-# saved, and ends the notebook here.
+# Each run is preceded by the model that it started from, so you see the answers before and after training. Models are
+# not quantized by default, also after QLoRA. With `--quantization 4bit`, a QLoRA run answers as it was trained.
+#
+# `--chat` starts a conversation instead. It is not saved, and ends the notebook here.
 
 # %%
 from helpers.core import short_path, show
@@ -97,7 +105,8 @@ if settings.chat and not settings.dry_run:
 # %% [markdown]
 # ## The run
 #
-# Its name is derived from the settings, the questions and the models' weights: the same command finds the same run.
+# The run is named after the settings, the questions and the models' weights, so the same command finds the same run.
+# With `--dry_run`, `start_run` ends the notebook here.
 
 # %%
 show(f"{len(questions)} prompts for {', '.join(names)}")
@@ -107,9 +116,10 @@ vibes_run.set(models=names, prompts=len(questions))
 # %% [markdown]
 # ## Answers
 #
-# One base model is in memory at a time; adapters on the same base are switched on and off. Answers are greedy unless
-# sampling is asked for, so a difference between two columns is a difference between two models. Prompts of similar
-# length share a batch; a conversation is answered turn by turn.
+# One base model is in memory at a time; adapters on it are enabled and disabled. By default decoding is greedy (the
+# most likely token each time), so answers differ only if the models do. Prompts of similar length share a batch. A
+# question with several turns is answered turn by turn. `resumable` records in `run.json` whether the work was
+# interrupted.
 
 # %%
 answers = AnswerStore(
@@ -126,8 +136,8 @@ with resumable(vibes_run):
 # %% [markdown]
 # ## Side by side
 #
-# Here are some of the answers. `answers.html` has all of them: read and vote there without knowing whose answer is
-# whose. `05_judge.py --votes` counts the votes.
+# The table has the first answers. `answers.html` has all of them, without the models' names. Read and vote there, and
+# export the votes. `05_judge.py --votes` counts them.
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
@@ -137,7 +147,7 @@ vibes_run.finish(page=page_id)
 # %% [markdown]
 # ## Next
 #
-# Judge the answers: by a model, by rules, or by the votes of people.
+# Judge the answers: by a model, by rules, or by people's votes. The last cell prints the commands.
 
 # %%
 judge = f"python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)}"

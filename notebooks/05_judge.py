@@ -14,22 +14,28 @@
 # %% [markdown]
 # # 5. Judge the answers
 #
-# **In:** answers of two or more models, from `04_vibes.py` or in FastChat's layout. **Out:** `outputs/judge-.../` with
-# the win table (`results.json`, `results.png`) and every judgment, in FastChat's `model_judgment` layout.
+# **In:** answers of two or more models, from `04_vibes.py` or from [FastChat](https://github.com/lm-sys/FastChat).
+# **Out:** `outputs/judge-<judge>-<hash>/` with the win table (`results.json`, `results.png`) and every judgment. The
+# judgments are saved as FastChat saves them (`model_judgment`).
 #
 # ```
 # python notebooks/05_judge.py --judge_model gpt-4.1                         # a model at OpenAI ...
 # python notebooks/05_judge.py --judge_model NAME --base_url http://127.0.0.1:8000/v1     # ... or compatible with it
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one complete prompt, and how many calls
-# python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people, on the page of 04_vibes.py
-# python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, from FastChat's own files
+# python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people's votes on the page of 04_vibes.py
+# python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, with the answers in mt_bench/
 # ```
 #
-# A model judges every pair of answers in both orders. If the order changes its verdict, the pair is a tie. After an
-# interruption, run the same command again: no call is made twice, not even if another run made it.
+# Without `--answers_dir` and `--bench_dir`, 05 judges the newest finished run of 04. A judge model sees every pair of
+# answers in both orders. If the order changes its verdict, the pair is a tie. After an interruption, run the same
+# command again: no call is repeated.
 
 # %% [markdown]
 # ## Settings
+#
+# Each field is a flag (`--max_calls 100`), an environment variable (`JUDGE_MAX_CALLS`), a line of `.env` and a recipe
+# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field:
+# `max_calls = 100`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -42,30 +48,31 @@ from helpers.settings import RunSettings, load_settings
 class Settings(RunSettings):
     """Judge models' answers: who wins, by how much, and how sure that is."""
 
-    step: ClassVar[str] = "judge"
-    exclusive: ClassVar = (("judge_model", "votes", "judge_module"),)
+    step: ClassVar[str] = "judge"  # start of the run's name, prefix of variables, section of a recipe
+    exclusive: ClassVar = (("judge_model", "votes", "judge_module", "judgments"),)  # give only one of these
 
-    mode: Literal["pairwise", "single"] = "pairwise"  # compare two answers, or rate each from 1 to 10
-    answers_dir: str = "latest"  # a run of 04_vibes.py (latest: the newest finished), or a folder of model_answer files
-    bench_dir: str = ""  # a FastChat folder: question.jsonl, reference_answer, judge_prompts.jsonl, model_answer
-    models: tuple[str, ...] = ()  # models to judge, the one that others are compared with first; all by default
-    baseline: str = ""  # compare each model with this one only, instead of all pairs
+    mode: Literal["pairwise", "single"] = "pairwise"  # pairwise: compare two answers; single: rate each from 1 to 10
+    answers_dir: str = "latest"  # a finished run of 04_vibes.py (latest: the newest), or a folder of model_answer files
+    bench_dir: str = ""  # FastChat folder with questions and judge prompts; its answers, if answers_dir is not set
+    models: tuple[str, ...] = ()  # models to judge, by default all; in each pair, the earlier one is the baseline
+    baseline: str = ""  # compare each model only with this one; by default all pairs are compared
 
-    judge_model: str = ""  # the model that judges
-    base_url: str = ""  # its OpenAI-compatible endpoint; by default OPENAI_BASE_URL, or OpenAI's own
-    votes: tuple[str, ...] = ()  # or people: votes exported from the page of 04_vibes.py
-    judge_module: str = ""  # or rules: a module such as recipes.demo.questions
-    judge_prompts: str = ""  # prompts in the layout of FastChat's judge_prompts.jsonl; built-in ones by default
+    judge_model: str = ""  # model that judges
+    base_url: str = ""  # OpenAI-compatible endpoint of the judge; by default OPENAI_BASE_URL, or OpenAI itself
+    votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
+    judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
+    judgments: str = ""  # instead of a model: a FastChat model_judgment file, whose verdicts are only counted
+    judge_prompts: str = ""  # file in the layout of FastChat's judge_prompts.jsonl; by default bench_dir's, or built-in
 
-    temperature: float = 0.0  # of the judge
+    temperature: float = 0.0  # temperature of the judge
     max_new_tokens: int = 2048  # maximum tokens per judgment
-    max_concurrency: int = 8  # calls at a time
-    timeout: float = 120.0  # seconds of silence after which a call fails; a failed call is tried six times in total
-    max_calls: int = 0  # stop after so many calls, retries not counted; 0: no limit
-    max_tokens: int = 0  # start no call after so many tokens, read and written; 0: no limit
-    input_price: float = 0.0  # per million tokens that the judge reads, for the cost line
-    output_price: float = 0.0  # per million tokens that it writes
-    retry_errors: bool = False  # ask again where a reply had no verdict
+    max_concurrency: int = 8  # calls at the same time
+    timeout: float = 120.0  # seconds without data after which a call fails; each call is tried up to six times
+    max_calls: int = 0  # maximum number of calls, without retries; 0: no limit
+    max_tokens: int = 0  # start no more calls after this many tokens, read and written; 0: no limit
+    input_price: float = 0.0  # price per million tokens that the judge reads; 0: print no cost
+    output_price: float = 0.0  # price per million tokens that the judge writes; 0: print no cost
+    retry_errors: bool = False  # repeat calls whose reply had no verdict
 
 
 # %%
@@ -75,7 +82,8 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Answers and judge
 #
-# Only questions that both models of a pair have answered are compared. The judge is a model, people (votes) or rules.
+# A pair of models is compared only on questions that both have answered. The judge is a model, people (votes), rules,
+# or a file of judgments. `--dry_run` prints a preview of the judge's work, and `start_run` then ends the notebook.
 
 # %%
 from helpers.core import short_path, show
@@ -93,8 +101,8 @@ judge_run = start_run(settings, base_model=judge.name, origin=judge.fingerprint)
 # %% [markdown]
 # ## Judge
 #
-# A model's replies are stored word for word as they arrive. The last verdict in a reply counts; a reply without one is
-# an error, not a tie.
+# Replies of a judge model are saved word for word as they arrive. The last verdict in a reply counts. A reply without a
+# verdict is an error, not a tie.
 
 # %%
 verdicts = judge.run(judge_run)
@@ -102,8 +110,9 @@ verdicts = judge.run(judge_run)
 # %% [markdown]
 # ## Results
 #
-# First the win table, with FastChat's columns. Then, for each pair, the win rate with its interval and a significance
-# test, and notes on what speaks against the numbers: a judge that prefers the first answer, or the longer one.
+# The first table is the win table, with FastChat's columns. Below it, each pair of models has its win rate with an
+# interval and a significance test. Notes tell you what speaks against a result. For example, the judge may prefer the
+# first answer, or the longer one.
 
 # %%
 results = summarize_judgments(verdicts, answers, mode=settings.mode, seed=settings.seed)
@@ -114,8 +123,9 @@ verdicts.save(judge_run, results)
 # %% [markdown]
 # ## Next
 #
-# The results are in `run.json` too, in the report of each run that was judged, and on the model's card when
-# `03_merge_push.py` publishes it.
+# The results are also in `run.json` and in `report.html` of each run that was judged. `03_merge_push.py` puts them on
+# the model card if you publish the model. `raise_if_incomplete` ends with an error if calls are missing, or if no reply
+# had a verdict.
 
 # %%
 if (answers.folder / "answers.html").is_file():

@@ -130,9 +130,12 @@ class Run:
         step, folder = self.record["step"], self.folder
         if step == "dpo" and not self.is_adapter:
             step = "merge"  # a fully tuned model needs no merge
-        elif step == "merge" and self.record.get("parent_folder"):
-            folder = self.record["parent_folder"]  # answers are compared with those of the adapter's run
-        command = f"python notebooks/{NEXT[step]} {place or short_path(folder)}"
+        models = place or short_path(folder)
+        if self.record["step"] == "merge":  # 04 compares a run of 02 with what it started from, and else two models
+            parent = find_parent(folder, self.record) or folder
+            is_of_dpo = read_run(parent).get("step") == "dpo"
+            models = short_path(parent) if is_of_dpo else f"{short_path(self.base_model)} {models}"
+        command = f"python notebooks/{NEXT[step]} {models}"
         return command + (f" --recipe {recipe}" if recipe else "")
 
     def metrics_table(self) -> Any:

@@ -27,13 +27,13 @@ class RunSettings:
 
     recipe: str = ""  # YAML file of settings; recipes/demo.yaml runs without a GPU
     output_dir: Path = Path("outputs")  # folder of all runs
-    run_name: str = ""  # folder of this run; by default its name follows from the settings
+    run_name: str = ""  # name of this run's folder; by default derived from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
     resume: Literal["auto", "never"] = "auto"  # auto: resume the run of the same command; never: replace it
     dry_run: bool = False  # print what would be done, then stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on
-    setup_module: str = ""  # module to run first (python -m), to create what a recipe needs
+    setup_module: str = ""  # Python module to run first, to create what a recipe needs
 
     sources: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
     trl: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -111,24 +111,24 @@ class TrainSettings(RunSettings):
     revision: str = ""  # branch, tag or commit of the model on the Hub
     dataset_config: str = ""  # configuration of the dataset, if it has several
     dataset_revision: str = ""  # branch, tag or commit of the dataset on the Hub
-    eval_split: str = ""  # split for the evaluation rows, if the dataset has it; else they come from dataset_split
-    dataset_num_proc: int = 0  # processes that prepare the data; 0: as many as help
+    eval_split: str = ""  # split with the evaluation rows; by default they are taken from dataset_split
+    dataset_num_proc: int = 0  # processes that prepare the data; 0: chosen automatically
     system_prompt: str = ""  # added to conversations that have no system message
     global_batch_size: int = 0  # rows per step over all processes; sets gradient_accumulation_steps
-    early_stopping_patience: int = 0  # stop after so many evaluations without a lower eval_loss; 0: never
-    stop_on_diagnostic: tuple[str, ...] = ()  # problems that stop a run, with a checkpoint: displacement, entropy ...
-    completion_steps: float = 0.2  # steps between completions of held-out prompts; below 1: a share of all; 0: never
-    completion_tokens: int = 512  # maximum tokens per completion
-    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over max_length
+    early_stopping_patience: int = 0  # stop after this many evaluations without a lower eval_loss; 0: never
+    stop_on_diagnostic: tuple[str, ...] = ()  # problems that end a run, with a checkpoint: displacement, entropy ...
+    completion_steps: float = 0.2  # steps between answers to evaluation prompts; below 1: a share of all; 0: none
+    completion_tokens: int = 512  # maximum tokens of an answer to an evaluation prompt
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over a limit
     strict: bool = False  # stop if any row would be dropped
-    chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh, a file
+    chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh; a file
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
     attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the adapter's weights
     use_rslora: bool = False  # scale the adapter by alpha / sqrt(r) instead of alpha / r, for high ranks
     lora_modules_to_save: tuple[str, ...] = ()  # modules to train in full with the adapter, such as embed_tokens
-    memory_gb: float = 24.0  # memory of the GPU that --dry_run plans for
+    memory_gb: float = 24.0  # GPU memory in GB with which --dry_run compares its estimate
 
     def early_stopping(self) -> dict[str, Any]:
         """The fields of the trainer's config that --early_stopping_patience needs."""

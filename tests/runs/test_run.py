@@ -131,3 +131,13 @@ def test_metrics_are_a_table_in_their_order(tmp_path: Path, capsys: pytest.Captu
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["metric", "value"], ["train_loss", "0.123457"], ["eval_loss", "2"],
     ]  # fmt: skip
+
+
+def test_after_a_merge_the_next_command_names_what_there_is_to_compare(tmp_path: Path) -> None:
+    record = {"step": "merge", "base_model": "org/base", "parent": "trained", "parent_folder": str(tmp_path / "gone")}
+    merge, trained = runs.Run(tmp_path / "merged", record), tmp_path / "trained"
+    trained.mkdir()
+    for step in ("dpo", "sft", ""):  # a run of 02, one of 01, and an adapter that no run here has trained
+        (trained / "run.json").write_text(json.dumps({"step": step} if step else {}))
+        models = f"{trained}" if step == "dpo" else f"org/base {merge.folder}"
+        assert merge.next_command() == f"python notebooks/04_vibes.py --models {models}"
