@@ -223,7 +223,7 @@ def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, 
     `label` is that of datasets for KTO."""
     if row.get("label") in (False, "False", "false", "0"):
         raise DropRow("labelled as undesired")
-    answer = next(name for name in answers if name in row)
+    answer = next((name for name in answers if name in row), answers[0])
     messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
         raise DropRow("no turn is learned")

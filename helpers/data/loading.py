@@ -234,6 +234,8 @@ def _holds_lists_as_text(column: str, values: list[Any]) -> bool:
     for text in lists:
         with contextlib.suppress(DropRow):
             parsed += isinstance(parse_text(text), list | dict)
+    if 2 * parsed <= len(lists) and column in LIST_COLUMNS:
+        return False
     if 2 * parsed <= len(lists):
         raise UserError(f"column {column} holds lists as text that cannot be parsed: {lists[0][:60]!r}. Write JSON.")
     return True

@@ -25,7 +25,8 @@ from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANS
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
 from helpers.settings.fields import TrainSettings
-from helpers.settings.load import from_recipe, load_settings, own_types, parse_value, split_flags
+from helpers.settings.load import load_settings, own_types, parse_value
+from helpers.settings.sources import from_recipe, split_flags
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -152,7 +152,7 @@ def _exact_spans(
             before = render(tokenizer, messages[:i], prompt=True, tools=tools)
             after = render(tokenizer, messages[: i + 1], tools=tools)
             if not (text.startswith(after) and after.startswith(before)):
-                raise UserError("the chat template renders a turn differently in a longer conversation")
+                raise UserError(f"the chat template renders turn {i} differently in a longer conversation")
             spans[i] = len(before), len(after)
     return spans
 

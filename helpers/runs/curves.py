@@ -27,7 +27,7 @@ from helpers.core import (
     short_path,
 )
 from helpers.runs.run import Run, read_run
-from helpers.settings.load import split_flags
+from helpers.settings.sources import split_flags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -43,7 +43,8 @@ from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.run import read_run
 from helpers.settings import trl_fields
 from helpers.settings.fields import RunSettings
-from helpers.settings.load import load_settings, own_types, split_flags, takes_several
+from helpers.settings.load import load_settings, own_types
+from helpers.settings.sources import split_flags, takes_several
 
 RUN_LINE = re.compile(r"Run: (.+)|(.+) (?:is already finished\.|was already finished)")  # printed by start_run
 SHOWN_LINE = re.compile(r"step +\d+[:/]|Run: |Resuming|error: ")

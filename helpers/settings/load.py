@@ -9,18 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import functools
 import inspect
 import io
-import json
 import logging
 import os
 import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -28,7 +25,6 @@ from helpers.core import (
     REPO,
     SettingsError,
     add_user_paths,
-    find_path,
     install_error_hook,
     is_main_process,
     is_notebook,
@@ -40,10 +36,19 @@ from helpers.core import (
 )
 from helpers.settings import trl_fields
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
+from helpers.settings.sources import (
+    Words,
+    env_name,
+    from_namespace,
+    from_recipe,
+    from_variables,
+    read_dotenv,
+    split_flags,
+    suggest,
+    takes_several,
+    to_cli_tokens,
+)
 
-SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")  # of a recipe
-EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
-PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 RUN_CODE = ("setup_module", "trust_remote_code", "judge_module")  # settings that run code of others
 TEXTS = ("prompts", "dataset_id", "models", "votes", "generation_kwargs")  # lists whose entries may hold commas
 BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
@@ -51,7 +56,6 @@ BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "
 COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)
 
 S = TypeVar("S", bound=RunSettings)
-Words = dict[str, list[str]]  # what is typed after the flag of each setting
 
 
 def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None) -> S:
@@ -204,11 +208,6 @@ def own_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def takes_several(kind: Any) -> bool:
-    """Whether a setting of this type takes several words."""
-    return any(get_origin(each) in (tuple, list) for each in (kind, *get_args(kind)))
-
-
 def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, layer: str, notes: list[str]) -> Words:
     """Give the settings of one layer their current names. Raises SettingsError for an unknown name."""
     result: Words = {}
@@ -224,16 +223,11 @@ def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, lay
             variable = f" {env_name(cls.step, name)}" if layer in ("environment", ".env") else ""
             place = f"--{name}" if layer == "flag" else f"{name} ({layer}{variable})"
             more = " and --help_trl" if cls.step in trl_fields.CONFIGS else ""
-            raise SettingsError(f"unknown setting {place}: {_suggest(new, types, '--') or f'see --help{more}'}")
+            raise SettingsError(f"unknown setting {place}: {suggest(new, types, '--') or f'see --help{more}'}")
         if note and new in result and takes_several(types[new]):  # two older names of one list
             words = [*result[new], *words]
         result[new] = words
     return result
-
-
-def _suggest(name: str, names: Mapping[str, Any], prefix: str = "", cutoff: float = 0.6) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"did you mean {prefix}{close[0]}?" if close else ""
 
 
 def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
@@ -279,116 +273,6 @@ def describe_type(kind: Any) -> str:
     parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
     names = map(str, parts) if get_origin(kind) is Literal else map(describe_type, parts)
     return " or ".join(dict.fromkeys(names)) or str(kind.__name__)
-
-
-def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """`--name value ...`, `--name=value` and `--name`, in order, with underscores for hyphens."""
-    name, words = "", list[str]()
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            if name:
-                yield name, words
-            name, equals, value = word[2:].partition("=")
-            name, words = name.replace("-", "_"), [value] if equals else []
-        elif not name or (word.startswith("-") and not re.match(r"-[\d.]", word)):
-            raise SettingsError(f"{word!r} is not a setting. Give each setting as --name value; see --help.")
-        else:
-            words.append(word)
-    if name:
-        yield name, words
-
-
-def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Words:
-    """Values that a line of a cell, or papermill, binds to the name of a setting."""
-    plain = {n: v for n, v in namespace.items() if isinstance(v, PLAIN) and not n.startswith("_")}
-    names = {**types, **dict.fromkeys(trl_fields.LEGACY_NAMES)}
-    for name in plain.keys() - names.keys():
-        if hint := _suggest(name, names, cutoff=0.88):
-            raise SettingsError(f"the variable {name} is not a setting; {hint} If not, give it another name.")
-    return {name: to_cli_tokens(value) for name, value in plain.items() if name in names}
-
-
-def read_dotenv() -> dict[str, str]:
-    """Read .env of the current folder, or else of the repository, and export what libraries read of it."""
-    from dotenv import dotenv_values
-
-    file = next((f for f in (Path.cwd() / ".env", REPO / ".env") if f.is_file()), None)
-    try:
-        values = {k: v for k, v in dotenv_values(file, encoding="utf-8-sig").items() if v} if file else {}
-    except UnicodeDecodeError as error:
-        raise SettingsError(f".env is not UTF-8: {error.reason}. Save it as UTF-8.") from None
-    for name, value in values.items():
-        if name.startswith(EXPORTED):
-            os.environ.setdefault(name, value)
-    return values
-
-
-def env_name(step: str, name: str) -> str:
-    """The environment variable of a setting: its name in capitals after the prefix of the step, written once."""
-    return name.upper() if name.startswith(f"{step}_") else f"{step}_{name}".upper()
-
-
-def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[Words, list[str]]:
-    """Variables with the prefix of the step, by the name of their setting, and a message on each unknown one."""
-    names = {env_name(step, name): name for name in (*sorted(trl_fields.LEGACY_NAMES - types.keys()), *types)}
-    result, unknown = Words(), []
-    for key in sorted(key for key in variables if key.startswith(f"{step.upper()}_")):
-        if key not in names:
-            unknown.append(f"{key} is not a variable of this notebook; {_suggest(key, names) or 'see --help'}")
-            continue
-        name, text = names[key], variables[key]
-        try:
-            items = json.loads(text) if text.startswith("[") else None
-        except json.JSONDecodeError:
-            items = None
-        # prompts and paths of datasets may hold spaces
-        is_list = takes_several(types.get(name)) and name not in ("prompts", "dataset_id") and not text.startswith("{")
-        result[name] = to_cli_tokens(items) if items else text.split() if is_list else [text]
-    return result, unknown
-
-
-def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -> Words:
-    """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
-    section also replaces the others of its group at the top."""
-    import yaml
-
-    file = find_path(name)
-    if file is None or not file.is_file():
-        names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
-        raise SettingsError(f"recipe {name!r} is not a file. Use one of {', '.join(names)}.")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), _recipe_loader()) or {}
-        json.dumps(content, default=str)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"recipe {name!r} is not UTF-8: {error.reason}. Save it as UTF-8.") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: an alias of itself
-        raise SettingsError(f"recipe {name!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(s) or {}, dict) for s in SECTIONS):
-        raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
-    section = content.get(step) or {}
-    replaced = {key for group in exclusive if set(group) & set(section) for key in group}
-    values = {k: v for k, v in content.items() if k not in SECTIONS and k not in replaced} | section
-    return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
-
-
-@functools.cache
-def _recipe_loader() -> Any:
-    """PyYAML's safe loader, which also reads 1e-6 as a number, as YAML 1.2 does and PyYAML 6 does not."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return Loader
-
-
-def to_cli_tokens(value: Any) -> list[str]:
-    """A value of a recipe or a notebook, as it would be typed after its flag."""
-    if isinstance(value, list | tuple):
-        return [word for item in value for word in to_cli_tokens(item)]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def format_help(cls: type[RunSettings]) -> str:

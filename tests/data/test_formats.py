@@ -124,7 +124,7 @@ def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
         ("pairs", {"chosen": None}, "no chosen"),
         ("pairs", {"prompt": " ", "rejected": None}, "no prompt"),
         ("pairs", {"rejected": 7}, "a number or a date, not text"),
-        ("pairs", {"rejected": {"text": "x"}}, "not text"),
+        ("pairs", {"rejected": {"x": "y"}}, "no content"),
         ("trl-lib/ultrafeedback_binarized", {"rejected": None}, "no rejected"),
         ("HuggingFaceH4/ultrafeedback_binarized", {"prompt": None, "chosen": [bot("x")]}, "no prompt"),
         ("berkeley-nest/Nectar", {"answers": None}, "no answers"),

@@ -63,7 +63,7 @@ def test_a_glob_reads_its_files_in_order_and_of_one_kind(tmp_path: Path, monkeyp
     assert load_rows(DatasetSpec(str(tmp_path / "part-*.jsonl"))).to_list() == ROWS
     monkeypatch.chdir(tmp_path)
     assert load_rows(DatasetSpec("part-*.jsonl")).to_list() == ROWS
-    (tmp_path / "part-2.csv").write_text("prompt,chosen,rejected\n")
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "part-2.parquet")
     for pattern, said in (("part-*", "must be files of one type"), ("none-*.jsonl", "there is no such file")):
         with pytest.raises(UserError, match=said):
             load_rows(DatasetSpec(pattern))
@@ -83,8 +83,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]")
     Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "none")
     said = {
-        "empty.jsonl": "empty.jsonl', split 'train', has no rows", "latin.jsonl": "latin.jsonl, line 1, is not UTF-8",
-        "list.jsonl": "list.jsonl, line 1, is not a JSON object", "none": "none', split 'train', has no rows",
+        "empty.jsonl": "empty.jsonl is empty", "latin.jsonl": "latin.jsonl, line 1, is not UTF-8",
+        "list.jsonl": "list.jsonl is a JSON array", "none": "none', split 'train', has no rows",
     }  # fmt: skip
     for name, reason in said.items():
         with pytest.raises(UserError, match=reason):
@@ -134,7 +134,7 @@ def test_a_row_of_another_type_is_one_row_of_the_report(tmp_path: Path, tokenize
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs, report = prepare_rows(load_rows(DatasetSpec(str(tmp_path / "rows.jsonl"))), tokenizer, LengthLimits())
     assert (report.format, report.examples, len(pairs)) == (
-        "messages", {"a number or a date, not text": [1], "not text": [2]}, 2,
+        "messages", {"a number or a date, not text": [2, 3]}, 2,
     )  # fmt: skip
 
 
@@ -209,8 +209,8 @@ def test_sets_mix_and_the_report_of_all_adds_up(tmp_path: Path, tokenizer: PreTr
     assert report.format == "pairs, messages"
     assert (report.read, report.kept, report.dropped.total()) == (30, 27, 3)
     assert report.examples == {
-        "the same pair with both labels": ["one.jsonl train 3", "two.parquet train 7"],
-        "chosen equals rejected": ["two.parquet train 4"],
+        "the same pair with both labels": ["one.jsonl train 4", "two.parquet train 8"],
+        "chosen equals rejected": ["two.parquet train 5"],
     }
     assert len(train) + len(held_out) == 27
     assert report.as_dict()["sets"] == {
@@ -224,7 +224,7 @@ def test_sets_mix_and_the_report_of_all_adds_up(tmp_path: Path, tokenizer: PreTr
     half = json.dumps({"id": one, "fraction": 0.5})
     _, _, report = load_preferences(settings(half, two, eval_rows=5), tokenizer)
     assert report.read == 20
-    with pytest.raises(SettingsError, match=r"cannot be used. chosen equals rejected: 1 \(row two.parquet train 4\)"):
+    with pytest.raises(SettingsError, match=r"cannot be used. chosen equals rejected: 1 \(row two.parquet train 5\)"):
         load_preferences(settings(half, two, eval_rows=5, strict=True), tokenizer)
 
 
@@ -238,7 +238,7 @@ def test_a_split_for_evaluation_is_not_trained_on(tmp_path: Path, tokenizer: Pre
         settings(str(tmp_path / "set"), train_rows=7, eval_rows=3, **splits), tokenizer
     )
     assert (len(train), len(held_out)) == (7, 3)
-    assert report.examples == {"prompt is in the evaluation split": ["set train_prefs 2", "set train_prefs 5"]}
+    assert report.examples == {"prompt is in the evaluation split": ["set train_prefs 3", "set train_prefs 6"]}
     assert (report.read, report.kept) == (16, 14)
     assert {p[0]["content"] for p in held_out["prompt"]} < set(sets["test_prefs"])
     conversations, held, report = load_instructions(given, tokenizer)

@@ -53,7 +53,7 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
     assert len(rows) == 40
     pairs, report = prepare_rows(rows, tokenizer, LengthLimits(64, 128), pairing=PairingConfig(min_margin=0.5))
     assert dict(report.dropped) == dict.fromkeys(bad, 1)
-    assert {reason: report.examples[reason] for reason in bad} == {r: [30 + i] for i, r in enumerate(bad)}
+    assert {reason: report.examples[reason] for reason in bad} == {r: [31 + i] for i, r in enumerate(bad)}
     assert (report.read, report.kept, len(pairs), report.format) == (40, 30, 30, "messages")
     with pytest.raises(UserError, match=r"10 of 40 rows cannot be used"):
         report.check(strict=True)
@@ -63,7 +63,7 @@ def test_every_fault_of_a_bad_set_is_named_once_by_reason_and_row(tokenizer: Pre
 def test_the_same_pair_with_both_labels_is_dropped_both_times(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = pair_rows(("a?", "x", "y"), ("b?", "x", "y"), ("a?", "y", "x"), ("b?", "x", "z"))
     pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS)
-    assert report.examples == {"the same pair with both labels": [0, 2], "duplicate prompt": [3]}
+    assert report.examples == {"the same pair with both labels": [1, 3], "duplicate prompt": [4]}
     assert [p[0]["content"] for p in pairs["prompt"]] == ["b?", "b?"]
     assert (report.dropped.total(), report.flagged.total(), report.kept) == (2, 1, 2)
 
@@ -145,21 +145,21 @@ def test_a_pair_whose_answer_alone_is_too_long_is_dropped_not_cut(
 ) -> None:
     rows = pair_rows(("a?", "x " * 100, "y"), ("b?", "x", "y"))
     pairs, report = prepare_rows(rows, tokenizer, LengthLimits(32, 64, overlong))
-    assert report.examples == {"longer than max_length": [0]}
+    assert report.examples == {"longer than max_length": [1]}
     assert len(pairs) == 1
 
 
 def test_answers_are_cut_only_when_that_is_asked_for_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = pair_rows(("a?", "x " * 100, "y"), ("b? " * 100, "x", "y"))
     pairs, report = prepare_rows(rows, tokenizer, LengthLimits(0, 64, "truncate_completion"))
-    assert report.examples == {"answer truncated": [0], "longer than max_length": [1]}
+    assert report.examples == {"answer truncated": [1], "longer than max_length": [2]}
     assert len(pairs[0]["prompt_ids"]) + len(pairs[0]["chosen_ids"]) == 64
     assert pairs[0]["chosen_ids"][-1] != tokenizer.eos_token_id
     assert pairs[0]["rejected_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_an_over_long_pair_stops_everything_when_told(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match=r"row 0 has \d+ tokens \(\d+ in the prompt\)"):
+    with pytest.raises(UserError, match=r"row 1 has \d+ tokens \(\d+ in the prompt\)"):
         prepare_rows(pair_rows(("a? " * 100, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
 
 
@@ -240,7 +240,7 @@ def test_a_pair_whose_answer_runs_into_its_prompt_is_dropped(demo_folder: Path) 
     rows = pair_rows(("What is 2 plus 3?", "It is 5.", "It is 6."), ("Hm?", "(It is 5.", "(It"))
     assert len(tokenizer.tokenize(": It")) < len(tokenizer.tokenize(": ") + tokenizer.tokenize("It"))
     pairs, report = prepare_rows(rows, tokenizer, NO_LIMITS)
-    assert report.examples["first token of the answer merges with the prompt"][0] == 0
+    assert report.examples["first token of the answer merges with the prompt"][0] == 1
     for pair in pairs:
         assert tokenizer.decode(pair["prompt_ids"]) == render(tokenizer, pair["prompt"], prompt=True)
 
@@ -248,7 +248,7 @@ def test_a_pair_whose_answer_runs_into_its_prompt_is_dropped(demo_folder: Path) 
 def test_text_that_would_be_read_as_a_control_token_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = pair_rows(("a?", "It is 5.</s>", "y"), ("b?", "x", "<unk> y"), ("c? <s>", "x", "y"), ("d?", "x < s >", "y"))
     _, report = prepare_rows(rows, tokenizer, NO_LIMITS)
-    assert (report.examples, report.kept) == ({"control token in the text": [0, 1, 2]}, 1)
+    assert (report.examples, report.kept) == ({"control token in the text": [1, 2, 3]}, 1)
 
 
 def test_a_trimmed_prompt_is_still_the_prompt_that_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -298,7 +298,7 @@ def test_a_prompt_beyond_its_own_limit_is_not_the_answer_s_fault(tokenizer: PreT
     rows = pair_rows(("a? " * 40, "x", "y"), ("b?", "x", "y"), ("c? " * 90, "x", "y"))
     for overlong in ("drop", "truncate_completion"):
         _, report = prepare_rows(rows, tokenizer, LengthLimits(40, 150, overlong))
-        assert report.examples == {"prompt longer than max_prompt_length": [0], "longer than max_length": [2]}
+        assert report.examples == {"prompt longer than max_prompt_length": [1], "longer than max_length": [3]}
         (prompt,), (row,) = (
             report.lengths["prompt longer than max_prompt_length"],
             report.lengths["longer than max_length"],
@@ -311,7 +311,7 @@ def test_what_a_setting_means_is_checked_by_name_first(tokenizer: PreTrainedToke
         prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, data_format="triplets")
     with pytest.raises(UserError, match="--recommended needs a dataset with a status column"):
         prepare_rows(pair_rows(("a?", "x", "y")), tokenizer, NO_LIMITS, pairing=PairingConfig(recommended=True))
-    with pytest.raises(UserError, match="row 1 has "):
+    with pytest.raises(UserError, match="row 2 has "):
         prepare_rows(pair_rows(("a?", "x", "y"), ("a? " * 90, "x", "y")), tokenizer, LengthLimits(32, 64, "error"))
 
 
@@ -319,7 +319,7 @@ def test_prompts_in_turns_and_sets_for_kto(tokenizer: PreTrainedTokenizerBase) -
     pairs, _ = prepare_rows(pair_rows(("\n\nHuman: Why?\n\nAssistant:", "x", "y")), tokenizer, NO_LIMITS)
     assert pairs[0]["prompt"] == [user("Why?")]
     rows = Dataset.from_list([{"prompt": f"{i}?", "completion": "x", "label": i > 0} for i in range(3)])
-    assert prepare_rows(rows, tokenizer, NO_LIMITS, use_pairs=False)[1].examples == {"labelled as undesired": [0]}
+    assert prepare_rows(rows, tokenizer, NO_LIMITS, use_pairs=False)[1].examples == {"labelled as undesired": [1]}
 
 
 def test_the_trainer_takes_tokens_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:

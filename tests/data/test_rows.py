@@ -57,7 +57,7 @@ def test_a_row_that_the_template_refuses_is_dropped_and_named(
     rows[2]["chosen"] = [bot("7.")]
     pairs, report = prepare_rows(Dataset.from_list(rows), strict, LengthLimits())
     assert len(pairs) == 2
-    assert report.examples["the chat template refuses a conversation: no odd talk"] == [1]
+    assert report.examples["the chat template refuses a conversation: no odd talk"] == [2]
     rows = [{"messages": [*p, bot("5.")]} for p in (ASK, odd)]
     assert prepare_instructions(Dataset.from_list(rows), strict, LengthLimits())[1].dropped == report.dropped
 
@@ -142,22 +142,22 @@ def test_a_conversation_that_is_too_long_is_dropped_trimmed_or_cut_as_told(token
         return prepare_instructions(rows, tokenizer, LengthLimits(max_length=total, overlong=overlong))
 
     kept, report = made("drop", 60)
-    assert (len(kept), report.examples) == (1, {"longer than max_length": [0]})
+    assert (len(kept), report.examples) == (1, {"longer than max_length": [1]})
     assert report.lengths["longer than max_length"][0] > 60
     kept, report = made("truncate_prompt", 60)
-    assert (kept[0]["messages"], report.examples) == (talk[2:], {"prompt truncated from the left": [0]})
+    assert (kept[0]["messages"], report.examples) == (talk[2:], {"prompt truncated from the left": [1]})
     assert tokenizer.decode([i for i in kept[0]["labels"] if i != -100]) == " It is 5.</s>"
     kept, report = made("truncate_completion", len(tokenizer(render(tokenizer, talk))["input_ids"]) - 3)
-    assert report.examples == {"answer truncated": [0]}
+    assert report.examples == {"answer truncated": [1]}
     assert kept[0]["labels"][-1] not in (-100, tokenizer.eos_token_id)
-    with pytest.raises(UserError, match=r"row 0 has \d+ tokens .* more than --max_length 60"):
+    with pytest.raises(UserError, match=r"row 1 has \d+ tokens .* more than --max_length 60"):
         made("error", 60)
 
 
 def test_a_conversation_that_stands_there_twice_is_kept_once(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = Dataset.from_list([{"messages": [*ASK, bot(answer)]} for answer in ("5.", "5.", "Five.")])
     kept, report = prepare_instructions(rows, tokenizer, LengthLimits())
-    assert report.examples == {"duplicate conversation": [1], "duplicate prompt": [2]}
+    assert report.examples == {"duplicate conversation": [2], "duplicate prompt": [3]}
     assert (len(kept), report.dropped.total()) == (2, 1)
 
 

@@ -23,7 +23,7 @@ from urllib.request import urlopen
 import pytest
 
 from helpers.runs.run import find_run
-from helpers.settings.load import env_name
+from helpers.settings.sources import env_name
 from tests.browser import give_up
 from tests.conftest import DPO, REPO, Project, code_cells
 from tests.notebooks.test_three_ways import results

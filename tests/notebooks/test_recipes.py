@@ -16,7 +16,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from helpers.core import SettingsError
-from helpers.settings.load import SECTIONS, load_settings
+from helpers.settings.load import load_settings
+from helpers.settings.sources import SECTIONS
 from tests.conftest import REPO, Project, code_cells
 from tests.data.test_formats import ROWS
 from tests.notebooks.test_data import SFT_ROWS, drive, run_all, several

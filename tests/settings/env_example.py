@@ -8,7 +8,8 @@ from pathlib import Path
 
 from helpers.core import REPO
 from helpers.runs.sweep import settings_of
-from helpers.settings.load import COMMENT, env_name, own_types, to_cli_tokens
+from helpers.settings.load import COMMENT, own_types
+from helpers.settings.sources import env_name, to_cli_tokens
 
 
 def env_example() -> str:

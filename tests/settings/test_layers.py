@@ -107,9 +107,10 @@ def test_several_words_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load().trl == {"loss_weights": [1.0, 0.5]}
 
 
-def test_a_name_close_to_a_setting_in_a_notebook_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load(dpo_bet=0.3, model="org/model", rows=[1]).dpo_beta == 0.1
-    assert capsys.readouterr().err == "warning: dpo_bet is not a setting; did you mean dpo_beta?\n"
+def test_a_mistyped_name_in_a_notebook_is_refused_as_a_mistyped_flag_is() -> None:
+    assert load(model="org/model", rows=[1]).dpo_beta == 0.1  # names of a notebook's own
+    with pytest.raises(SettingsError, match="the variable dpo_bet is not a setting; did you mean dpo_beta"):
+        load(dpo_bet=0.3)
 
 
 def test_paths_by_hand_are_seen_from_here_and_others_from_the_repository(tmp_path: Path) -> None:
