@@ -11,6 +11,9 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 # JupyterLab of this environment opens a .py file as a notebook
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
+# Two processes run the tests, a file at a time; `make test WORKERS=0` runs them in one
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml
 .DEFAULT_GOAL := help
@@ -42,14 +45,14 @@ lab: $(VENV)/.dev  ## start JupyterLab; a double click opens a notebook
 	$(BIN)/jupyter lab
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.dev  ## run the tests, then the long ones: faults, several processes, the full demo
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m long
+	$(PYTEST)
+	$(PYTEST) -m long
 
 coverage: $(VENV)/.dev  ## run the tests and list the lines of helpers/ that pytest's own process does not reach
-	$(BIN)/python -m pytest --cov
+	$(PYTEST) --cov
 
 check: $(VENV)/.dev  ## run ruff, ruff format and mypy
 	$(BIN)/ruff check .
