@@ -43,6 +43,12 @@ NEAR_TIE = 0.1  # of the widest margin
 SAME_WORDS = 0.9  # share of common words from which on two answers are nearly the same
 ONE_SIDED = 0.9  # share of an opening's answers on one side from which on it is a shortcut
 OFTEN = 0.1  # share of rows that is worth a warning
+SHORT_PROMPT = 8  # characters below which an answer may begin with its prompt by chance
+RENDERED = re.compile(
+    r"\[/?INST\]|<\|im_(?:start|end)\|>|<\|(?:user|assistant|system|start_header_id|eot_id)\|>|<(?:start|end)_of_turn>|"
+    r"^\s*#{2,3} ?(?:Instruction|Response|Input|Human|Assistant)\b|^\s*(?:Human|Assistant|USER|ASSISTANT): ",
+    re.MULTILINE,
+)
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
 BARS = 8  # openings that are plotted
 
@@ -143,7 +149,8 @@ class DataReport:
 def read_texts(rows: Dataset) -> DataFrame:
     """What is analysed of rows of `load_preferences` or `load_instructions`.
 
-    Columns: prompt (words only, in lower case), chosen, rejected, margin, and "... tokens" of each side.
+    Columns: prompt (words only, in lower case), chosen, rejected, margin, "... tokens" of each side, marker (the first
+    one of a chat template in the prompt, or ""), repeats (whether the chosen answer begins with the last prompt).
     """
     from pandas import DataFrame
 
@@ -153,12 +160,17 @@ def read_texts(rows: Dataset) -> DataFrame:
         frame = DataFrame({"conversation tokens": tokens, "learned tokens": learned})
         frame["chosen"] = [talk[-1]["content"] for talk in talks]
         prompts = [next(m["content"] for m in talk if m["role"] == "user") for talk in talks]
+        questions = [talk[-2]["content"].strip() for talk in talks]
     else:
         frame = DataFrame({f"{side} tokens": list(map(len, rows[f"{side}_ids"][:])) for side in SIDES})
         for side in SIDES[1:]:
             frame[side] = [talk[-1]["content"] for talk in rows[side][:]]
         frame["margin"] = np.array(rows["margin"][:], dtype=float)
         prompts = ["\n".join(m["content"] for m in talk) for talk in rows["prompt"][:]]
+        questions = [talk[-1]["content"].strip() for talk in rows["prompt"][:]]
+    frame["marker"] = [found[0].strip() if (found := RENDERED.search(text)) else "" for text in prompts]
+    answers = zip(frame["chosen"], questions, strict=True)
+    frame["repeats"] = [len(text) >= SHORT_PROMPT and answer.strip().startswith(text) for answer, text in answers]
     return frame.assign(prompt=[" ".join(re.findall(r"\w+", text.casefold())) or text for text in prompts])
 
 
@@ -166,7 +178,7 @@ def find_data_issues(
     train: DataFrame, held_out: DataFrame, row_report: RowReport, max_length: int
 ) -> list[DataFinding]:
     """All findings, warnings first."""
-    findings = _dropped_rows(row_report, max_length)
+    findings = _dropped_rows(row_report, max_length) + structure_in_text(train)
     if "rejected" in train:
         import pandas
 
@@ -177,6 +189,18 @@ def find_data_issues(
         findings.append(DataFinding.of("repeated prompts", share, share >= OFTEN, most=most))
     findings += train_eval_overlap(train, held_out)
     return sorted(findings, key=lambda finding: not finding.is_warning)
+
+
+def structure_in_text(rows: DataFrame) -> list[DataFinding]:
+    """Prompts that are rendered already, and answers that repeat their prompt."""
+    findings, total = [], len(rows)
+    marked = rows["marker"][rows["marker"] != ""]
+    if len(marked):
+        facts = {"count": len(marked), "total": total, "marker": repr(marked.iloc[0])}
+        findings.append(DataFinding.of("rendered prompts", len(marked) / total, True, **facts))
+    if count := int(rows["repeats"].sum()):
+        findings.append(DataFinding.of("prompts in answers", count / total, True, count=count, total=total))
+    return findings
 
 
 def length_bias(rows: DataFrame) -> DataFinding:
@@ -232,8 +256,9 @@ def train_eval_overlap(train: DataFrame, held_out: DataFrame) -> list[DataFindin
 def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
     findings = []
     if rows.dropped:
-        share, (reason, count) = rows.dropped.total() / rows.read, rows.dropped.most_common(1)[0]
-        findings.append(DataFinding.of("dropped", share, share >= OFTEN, reason=reason, count=count))
+        count, (reason, most) = rows.dropped.total(), rows.dropped.most_common(1)[0]
+        facts = {"count": count, "read": rows.read, "reasons": len(rows.dropped), "reason": reason, "most": most}
+        findings.append(DataFinding.of("dropped", count / rows.read, count >= OFTEN * rows.read, **facts))
     for name, reason, limit in (
         ("too long", TOO_LONG, f"--max_length {max_length}"),
         ("prompt too long", PROMPT_TOO_LONG, "--max_prompt_length"),

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from matplotlib.image import imread
 from pandas import DataFrame
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError
+from helpers.data.prepare import LengthLimits
 from helpers.data.report import (
     DataReport,
     find_data_issues,
@@ -26,7 +28,7 @@ from helpers.data.report import (
     prefix_shortcuts,
     train_eval_overlap,
 )
-from helpers.data.row_report import RowReport, load_preferences
+from helpers.data.row_report import RowReport, load_preferences, prepare_rows
 from tests.conftest import REPO
 from tests.data.test_loading import settings
 
@@ -36,7 +38,45 @@ def answers(chosen: list[str], rejected: list[str], prompts: list[str] | None = 
     for side in ("chosen", "rejected"):
         frame[f"{side} tokens"] = frame[side].str.split().str.len()
     frame["margin"] = np.array(margins, float) if margins else np.nan
-    return frame.assign(prompt=prompts or [f"p{i}" for i in range(len(chosen))])
+    return frame.assign(prompt=prompts or [f"p{i}" for i in range(len(chosen))], marker="", repeats=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "marker"),
+    [
+        ("[INST] What is {i} and 2? [/INST]", "'[INST]'"),
+        ("Below is a task.\n\n### Instruction:\nAdd {i}.", "'### Instruction'"),
+        ("Human: What is {i}?\n\nAssistant: ", "'Human:'"),
+        ("<|im_start|>user\nWhat is {i}?<|im_end|>", "'<|im_start|>'"),
+        ("<start_of_turn>user\nWhat is {i}?", "'<start_of_turn>'"),
+    ],
+)
+def test_prompts_that_are_rendered_already_are_counted(prompt: str, marker: str, tmp_path: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    plain.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    rows = [{"prompt": prompt.format(i=i), "chosen": f"It is {i}.", "rejected": "No."} for i in range(12)]
+    good, report = prepare_rows(Dataset.from_list(rows), plain, LengthLimits())
+    (found,) = [f for f in DataReport.of(good, good, report).findings if f.name == "rendered prompts"]
+    assert found.is_warning
+    assert found.text.startswith(f"12 of 12 prompts hold markers of a chat template, such as {marker}.")
+
+
+def test_answers_that_repeat_their_prompt_are_counted(tokenizer: Any) -> None:
+    ask = [f"What is {i} and 2?" for i in range(12)]
+    rows = [{"prompt": p, "chosen": f"{p} It is {i}.", "rejected": f"{p} No."} for i, p in enumerate(ask)]
+    good, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits())
+    (found,) = [f for f in DataReport.of(good, good, report).findings if f.name == "prompts in answers"]
+    assert found.text.startswith("12 of 12 chosen answers begin with their prompt.")
+    rows = [{"prompt": p, "chosen": f"It is {i}.", "rejected": "No."} for i, p in enumerate(ask)]
+    good, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits())
+    assert {"prompts in answers", "rendered prompts"}.isdisjoint(
+        f.name for f in DataReport.of(good, good, report).findings
+    )
 
 
 def words(count: int, draw: random.Random) -> str:
