@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import Row, UserError, find_path, read_jsonl
+from helpers.data.files import decode, file_type, read_bytes
+from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
-from helpers.data.messages import is_conversation
+from helpers.data.messages import DropRow, is_list_as_text, parse_text, to_messages, unusable
 
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 # Columns that hold the question; the first one present is used. `prompt` may be a list of turns (MT-Bench on the Hub).
-COLUMNS = ("turns", "messages", "prompt", "instruction", "question")
+COLUMNS = ("turns", "messages", "conversations", "prompt", "instruction", "question")
 IDS = ("question_id", "prompt_id", "id")
-USED = (*COLUMNS, *IDS, "category", "reference", "system")  # columns that are read; others are kept as they are
+USED = (
+    *COLUMNS,
+    *IDS,
+    "category",
+    "reference",
+    "system",
+    "system_prompt",
+)  # columns that are read; others are kept as they are
 
 
 def read_questions(settings: Any) -> list[Question]:
@@ -46,39 +55,49 @@ def find_input(flag: str, name: str, kind: str = "file") -> Path:
 
 def _read_file(name: str) -> list[Row]:
     path = find_input("--prompts_file", name)
-    if path.suffix == ".jsonl":
+    kind = file_type(path)
+    if kind == "jsonl" and path.suffix == ".jsonl":
         return read_jsonl(path)
-    if path.suffix in (".json", ".csv", ".parquet", ".arrow"):
+    if kind:
         return list(load_rows(DatasetSpec(str(path))))
-    try:
-        return [{"turns": [line]} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts_file {name!r} is not UTF-8: {error.reason}") from None
+    lines = decode(read_bytes(path), path).split("\n")  # not splitlines: a text may hold other line separators
+    return [{"turns": [line.rstrip("\r")]} for line in lines if line.strip()]
 
 
 def _parse_rows(rows: list[Row], source: str) -> list[Question]:
-    questions = [_parse_row(row, number, source) for number, row in enumerate(rows, 1)]
+    questions, dropped = [], dict[str, list[int]]()
+    for number, row in enumerate(rows, 1):
+        try:
+            questions.append(_parse_row(row, number))
+        except DropRow as reason:
+            dropped.setdefault(str(reason), []).append(number)
+    reasons = "; ".join(f"{reason}: {len(numbers)} (row {numbers[0]})" for reason, numbers in dropped.items())
     if not questions:
-        raise UserError(f"{source} has no questions")
+        raise UserError(f"{source} has no questions. {reasons}".rstrip(" ."))
+    if dropped:
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} rows were dropped. {reasons}")
     [(name, count)] = Counter(str(q["question_id"]) for q in questions).most_common(1)
     if count > 1:
         raise UserError(f"{source} has the question id {name} twice")
     return questions
 
 
-def _parse_row(row: Row, number: int, source: str) -> Question:
+def _parse_row(row: Row, number: int) -> Question:
+    """Raises DropRow for a row without a question, for the reasons of `helpers.data`."""
     column = next((c for c in COLUMNS if row.get(c)), "")
     turns: Any = row.get(column)
-    system, reference = row.get("system") or "", row.get("reference") or []
+    system, reference = row.get("system") or row.get("system_prompt") or "", row.get("reference") or []
     rest = {name: value for name, value in row.items() if name not in USED}
-    if column == "instruction" and (given := rest.pop("input", "")):
-        turns = f"{turns}\n\n{given}"
-    if is_conversation(turns):  # only the user's turns are asked
-        system = next((m["content"] for m in turns if m["role"] == "system"), system)
-        turns = [m["content"] for m in turns if m["role"] == "user"]
+    more = [given for name in MORE_COLUMNS if column == "instruction" and (given := rest.pop(name, ""))]
+    turns = "\n\n".join([turns, *more]) if more else turns
+    turns = parse_text(turns) if is_list_as_text(turns) else turns
+    if isinstance(turns, dict) or (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)):
+        messages = to_messages(turns, "user")  # only the user's turns are asked
+        system = next((m["content"] for m in messages if m["role"] == "system"), system)
+        turns = [m["content"] for m in messages if m["role"] == "user"]
     turns = [turns] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise UserError(f"{source}, row {number}, has no text, or list of texts, under any of {', '.join(COLUMNS)}")
+        raise unusable("prompt", next((t for t in turns if t), None) if isinstance(turns, list) else turns)
     question: Question = {
         "question_id": next((row[name] for name in IDS if isinstance(row.get(name), int | str)), number),
         "category": str(row.get("category") or "general"),
