@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 TOKENIZERS: dict[str, Tokenizer] = {}  # forked workers inherit them; sending one takes half a second
 SIDES = ("prompt", "chosen", "rejected")
+MANY_CHARACTERS = 100_000  # of a row, above which its length is bounded before it is tokenized
 TOO_LONG = "longer than max_length"
 PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
 NOT_RENDERED = "{}, which the chat template does not render"
@@ -154,6 +156,12 @@ def _prepare_batch(
                 row["drop_reason"] = example
                 continue
             example = dataclasses.replace(example, prompt=add_system_prompt(example.prompt, system_prompt))
+            example, least = bound_texts(example, limits, tokenizer_key)
+            if least:
+                if limits.overlong == "error":
+                    raise UserError(f"row {index + 1} has at least {least} tokens, more than the limits. Raise them.")
+                row |= {"drop_reason": TOO_LONG, "tokens": least}
+                continue
             row |= _hashes(example)
             if any(special.search(m["content"]) for side in SIDES for m in getattr(example, side)):
                 row["drop_reason"] = "control token in the text"
@@ -183,6 +191,36 @@ def _prepare_batch(
     else:
         columns |= {"messages": messages, "input_ids": token_ids, "labels": token_ids}
     return pa.Table.from_pylist(prepared, schema=pa.schema(columns))
+
+
+def bound_texts(example: Example, limits: LengthLimits, tokenizer_key: str) -> tuple[Example, int]:
+    """The example without text that is beyond the limits for certain, and the least number of its tokens if that drops
+    it. No token has more characters than the longest one of the vocabulary, so a huge text needs no tokens to be seen
+    as too long."""
+    characters, (_, max_total) = sum(len(m["content"]) for s in SIDES for m in getattr(example, s)), limits.bounds
+    if characters < MANY_CHARACTERS or max_total == sys.maxsize:
+        return example, 0
+    most = max_total * _longest_token(tokenizer_key)
+    prompt, chosen, rejected = (sum(len(m["content"]) for m in getattr(example, side)) for side in SIDES)
+    if prompt + max(chosen, rejected) <= most:
+        return example, 0
+    if limits.overlong == "truncate_prompt" and max(chosen, rejected) <= most and example.prompt[-1]["role"] == "user":
+        head = example.prompt[:1] if example.prompt[0]["role"] == "system" else []
+        turns = example.prompt[len(head) :]
+        while len(turns) > 1 and sum(len(m["content"]) for m in turns[1:]) > most:
+            turns = turns[1:]
+        last = turns[-1] | {"content": turns[-1]["content"][-2 * most :]}
+        return dataclasses.replace(example, prompt=[*head, *turns[:-1], last]), 0
+    if limits.overlong == "truncate_completion" and prompt <= most:
+        cut = [[m | {"content": m["content"][: 2 * most]} for m in getattr(example, side)] for side in SIDES[1:]]
+        return dataclasses.replace(example, chosen=cut[0], rejected=cut[1]), 0
+    return example, (prompt + max(chosen, rejected)) // _longest_token(tokenizer_key)
+
+
+@functools.cache
+def _longest_token(tokenizer_key: str) -> int:
+    """Characters of the longest token of a tokenizer."""
+    return max(map(len, TOKENIZERS[tokenizer_key].get_vocab()))
 
 
 def _hashes(example: Example) -> dict[str, str]:

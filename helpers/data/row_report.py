@@ -36,7 +36,7 @@ class RowReport:
     `examples` has up to three row numbers for each reason, counted from 1 and behind the dataset's name if there are
     several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has
     the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset. `unused` are the
-    columns, and keys of messages, that are not read.
+    columns, and keys of messages, that are not read; `hash` is one over the tokens of the rows.
     """
 
     read: int = 0
@@ -44,6 +44,7 @@ class RowReport:
     train: int = 0
     eval: int = 0
     format: str = ""
+    hash: str = ""
     unused: list[str] = dataclasses.field(default_factory=list)
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -77,7 +78,9 @@ class RowReport:
 
     def as_dict(self) -> dict[str, Any]:
         """All counts, ready for JSON."""
-        counts = {name: getattr(self, name) for name in ("format", "unused", "read", "kept", "train", "eval", "sets")}
+        counts = {
+            name: getattr(self, name) for name in ("format", "hash", "unused", "read", "kept", "train", "eval", "sets")
+        }
         counts["examples"] = self.examples
         return counts | {
             "changed": self.changed_rows,
@@ -168,11 +171,25 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
     else:
         train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
         held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
-    report.train, report.eval = len(train), len(held_out)
+    report.train, report.eval, report.hash = len(train), len(held_out), hash_tokens(train, held_out)
     first = train.select(range(min(VALIDATED_ROWS, len(train))))
     pairs = [row["prompt"] + row[side] for row in first for side in SIDES[1:]] if use_pairs else []
     validate_chat_template(tokenizer, pairs or list(first["messages"]))
     return train, held_out, report
+
+
+def hash_tokens(*sets: Dataset) -> str:
+    """A hash over the token ids of prepared rows, in their order."""
+    import pyarrow.compute as pc
+
+    digest = hashlib.sha256()
+    for rows in sets:
+        names = [name for name in rows.column_names if name.endswith("_ids") or name == "labels"]
+        for table in rows.select_columns(names).with_format("arrow").iter(1000):
+            for column in table.columns:
+                digest.update(pc.list_value_length(column).to_numpy().tobytes())
+                digest.update(pc.list_flatten(column).to_numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def config_from(settings: Any, cls: type[Config]) -> Config:

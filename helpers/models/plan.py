@@ -215,12 +215,22 @@ def lora_module_args(
 def upcast_adapter(model: torch.nn.Module) -> None:
     """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
 
-    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values.
+    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values. In a new
+    adapter, modules and token rows that are trained in full begin as those of the base: policy and reference are equal.
     """
     weights = dict(model.named_parameters())
+    rows = {  # PEFT 0.21 keeps the rows of the base in a buffer
+        f"{name}.trainable_tokens_delta.{adapter}": value
+        for name, module in model.named_modules()
+        for adapter, value in getattr(module, "trainable_tokens_original", {}).items()
+    }
     for name, weight in weights.items():
         if weight.requires_grad:
-            exact = weights.get(re.sub(r"\.default(?=\.|$)", ".ref", name), weight)
+            reference = re.sub(r"\.default(?=\.|$)", ".ref", name)
+            base = name.replace(".modules_to_save.default.", ".original_module.")
+            exact = next(
+                (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
+            )
             weight.data = exact.data.float().clone()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import glob
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -38,6 +40,7 @@ STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged
 TRAINING_STEPS = ("sft", "dpo")
 NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
+COUNTS = ("read", "kept", "train", "eval")  # of rows, in a run's `data`
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -69,7 +72,16 @@ class Run:
         return (self.folder / "adapter_config.json").is_file()
 
     def set(self, **fields: Any) -> None:
-        """Add `fields` to the record; the next `save` writes them."""
+        """Add `fields` to the record; the next `save` writes them. Raises SettingsError for `data` of other rows than
+        those that the run has trained on; for a finished run, only prints a line."""
+        before, data = self.record.get("data") or {}, fields.get("data") or {}
+        if before.get("hash", data.get("hash")) != data.get("hash", before.get("hash")):
+            changes = [f"{n} {before[n]} → {data[n]}" for n in COUNTS if before.get(n) != data.get(n)]
+            message = f"{short_path(self.folder)} trained on other rows: {', '.join(changes) or 'their texts differ'}."
+            if not self.finished:
+                raise SettingsError(f"{message} Use another --run_name, or `--resume never` to replace it.")
+            print(f"note: {message}")
+            return
         self.record |= fields
 
     def save(self, **fields: Any) -> None:
@@ -177,7 +189,12 @@ def start_run(
         checkpoints.check_same_settings(folder, run.record, settings.hashed_settings(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run. Use another --run_name.")
+    files = hash_data_files(settings)
     if run.finished:
+        before = run.record.get("data_files", files)
+        changed = [Path(name).name for name in files if files[name] != before.get(name, files[name])]
+        if changed:
+            print(f"note: {', '.join(changed)} has changed since {short_path(folder)} was trained on it.")
         return _open_finished(run, settings, when_finished)
     run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
     processes, rows = int(os.environ.get("WORLD_SIZE", "1")), settings.rows_per_step()
@@ -195,11 +212,26 @@ def start_run(
         origin=origin,
         processes=processes,
         rows_per_step=rows,
+        data_files=files,
         versions=_package_versions(),
         commit=_git_commit(),
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
+
+
+def hash_data_files(settings: RunSettings) -> dict[str, str]:
+    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
+    hashes = {}
+    for name in settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            name = json.loads(name).get("id", "") if name.startswith("{") else name
+        path = find_path(name)
+        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
+        for file in [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]:
+            with file.open("rb") as content:
+                hashes[short_path(file)] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def prepare_tracker(settings: RunSettings) -> None:

@@ -268,7 +268,7 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.jsonl", '{"text": "one"}\n', "row 1, has no text, or list of texts, under any of turns, messages, prompt"),
+        ("p.jsonl", '{"text": "one"}\n', "has no questions. no prompt: 1 (row 1)"),
         ("p.jsonl", '{"turns": []}\n', "row 1"),
         ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "has the question id 1 twice"),
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2, is not a JSON object"),
