@@ -289,6 +289,20 @@ def show(*things: Any, save_as: Path | None = None) -> None:
             Console(markup=False, emoji=False).print(_Printable(thing), crop=False)
 
 
+def new_figure(**options: Any) -> Any:
+    """A matplotlib Figure that shows its texts as they are: `$` and backslashes in names are no formula."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    class PlainFigure(Figure):
+        def draw(self, renderer: Any) -> None:
+            for text in self.findobj(Text):
+                text.set_parse_math(False)
+            super().draw(renderer)
+
+    return PlainFigure(**options)
+
+
 def figure_to_image(figure: Any) -> Any:
     """A matplotlib figure as a PNG that a notebook can display."""
     from IPython.display import Image

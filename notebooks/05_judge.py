@@ -116,9 +116,9 @@ verdicts = judge.run(judge_run)
 
 # %%
 results = summarize_judgments(verdicts, answers, mode=settings.mode, seed=settings.seed)
+verdicts.save(judge_run, results)
 show(results)
 show(results.figure(), save_as=judge_run.folder / "results.png")
-verdicts.save(judge_run, results)
 
 # %% [markdown]
 # ## Next

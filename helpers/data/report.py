@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from jinja2 import Environment
 
-from helpers.core import BLUE, GREY, ORANGE, is_main_process, short_path, show, write_json
+from helpers.core import BLUE, GREY, ORANGE, is_main_process, new_figure, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
@@ -122,12 +122,11 @@ class DataReport:
     @functools.cached_property
     def figure(self) -> Figure:
         """Lengths; of pairs also the differences of their lengths, and the most frequent openings."""
-        from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         is_pairs = "rejected" in self.train
         plots = [_plot_lengths, _plot_differences, _plot_openings] if is_pairs else [_plot_lengths]
-        figure = Figure(figsize=(15 if is_pairs else 7, 3.6), layout="constrained")
+        figure: Figure = new_figure(figsize=(15 if is_pairs else 7, 3.6), layout="constrained")
         for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             axis.set_title(plot(axis, self), loc="left", fontsize=10)
             counts = axis.xaxis if plot is _plot_openings else axis.yaxis
@@ -310,7 +309,7 @@ def _plot_openings(axis: Any, report: DataReport) -> str:
     for offset, (side, counts) in zip((0.2, -0.2), sides.items(), strict=True):
         at = np.arange(len(names)) + offset
         axis.barh(at, [counts[name] for name in names], 0.4, color=COLOURS[side], label=side)
-    axis.set_yticks(range(len(names)), [f"{name:.46}" for name in names], parse_math=False)
+    axis.set_yticks(range(len(names)), [f"{name:.46}" for name in names])
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     return "most frequent openings, training rows"
 

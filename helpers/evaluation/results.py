@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row
+from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row, new_figure
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table, render_template
 from helpers.evaluation.judgments import AnswerSet, Judgments
@@ -293,14 +293,13 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
 
 def _bar_figure(names: list[str], title: str, intervals: list[tuple[float, float]]) -> tuple[Figure, Any]:
     """A figure for horizontal bars, the first name at the top, with the intervals of the first bars."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
+    figure: Figure = new_figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.invert_yaxis()
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize=9)
     for y, ends in enumerate(intervals):
         axis.plot(ends, (y, y), color="black", marker="|")
     return figure, axis

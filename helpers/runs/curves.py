@@ -23,6 +23,7 @@ from helpers.core import (
     SettingsError,
     UserError,
     find_path,
+    new_figure,
     print_help_if_asked,
     short_path,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 History = list[dict[str, float]]  # what the Trainer logged, one dictionary per log
 SAMPLES_FILE = "samples.jsonl"
+MIN_STEPS = 20  # of a run, below which its curves are not judged
 WINDOW = 5  # training logs that are summarized together
 
 
@@ -135,6 +137,13 @@ class Diagnostic:
         return f"{self.name}: {self.observation}. {self.reason} Try {self.suggestion}."
 
 
+def no_problem_text(history: History) -> str:
+    """What to say of a run without diagnostics."""
+    steps = max((log.get("step", 0) for log in history), default=0)
+    too_few = f"Too few steps to judge: {steps:.0f}. Diagnostics need {MIN_STEPS} or more."
+    return "No training problems detected." if steps >= MIN_STEPS else too_few
+
+
 @dataclasses.dataclass
 class Curves:
     """A run's logs, its diagnostics, and the completions sampled during training."""
@@ -168,7 +177,7 @@ class Curves:
         for prompt in dict.fromkeys(row["prompt"] for row in self.samples):
             answers = [row["answer"] for row in self.samples if row["prompt"] == prompt]
             table.add_row(*map(Text, [prompt, *answers[:1], *answers[1:][-1:]]))
-        words = Text("\n".join(map(str, self.diagnostics)) or "No training problems detected.")
+        words = Text("\n".join(map(str, self.diagnostics)) or no_problem_text(self.history))
         return Group(words, table) if steps else words
 
     def log_to_wandb(self, run: Run) -> None:
@@ -178,7 +187,7 @@ class Curves:
             return
         record, data = run.record, run.record["data"]
         counts = {name: data[name] for name in ("read", "kept", "changed", "dropped", "train", "eval")}
-        counts |= {f"dropped: {reason}": count for reason, count in data["reasons"].items()}
+        counts |= {f"{kind}: {why}": n for kind, reasons in data["by"].items() for why, n in reasons.items()}
         settings = [[name, str(value), record["sources"].get(name, "")] for name, value in record["settings"].items()]
         tables = {
             "settings": wandb.Table(["setting", "value", "from"], settings),
@@ -205,14 +214,13 @@ def plot_runs(
 ) -> Figure:
     """Runs over one another in one colour each, by their names; without a name in blue and orange."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     panels = panels or logged_panels(*histories.values())
     columns = min(max(1, len(panels)), 3 if len(panels) <= 9 else 4)
     rows = max(1, math.ceil(len(panels) / columns))
     words = [line for d in diagnostics for line in textwrap.wrap(f"{d.name}: {d.observation}", 45 * columns)]
-    figure = Figure(figsize=(3.8 * columns, 2.4 * rows + 0.2 * len(words) + 0.4), layout="constrained")
+    figure: Figure = new_figure(figsize=(3.8 * columns, 2.4 * rows + 0.2 * len(words) + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     few: list[Any] = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
     many = [colormaps["viridis"](0.9 * i / max(1, len(histories) - 1)) for i in range(len(histories))]
@@ -228,14 +236,10 @@ def plot_runs(
     lines = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
     lines += [Line2D([], [], color=train, label="train")]
     lines += [Line2D([], [], color=held_out, marker="o", markersize=5, linestyle="", label="eval")]
-    legend = figure.legend(
-        handles=lines, loc="outside upper right", ncols=min(5, len(lines)), frameon=False, fontsize=9
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may contain $
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
+    figure.legend(handles=lines, loc="outside upper right", ncols=min(5, len(lines)), frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if words:
-        figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=9, color="#8a3c00", parse_math=False)
+        figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=9, color="#8a3c00")
     return figure
 
 

@@ -35,7 +35,7 @@ from helpers.core import (
     print_help_if_asked,
     short_path,
 )
-from helpers.runs.curves import Curves, Panel, logged_panels, plot_runs, read_history, read_samples
+from helpers.runs.curves import Curves, Panel, logged_panels, no_problem_text, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every room
@@ -130,6 +130,10 @@ class RunContext(Run):
     @cached_property
     def history(self) -> list[dict[str, float]]:
         return read_history(self.folder / "metrics.jsonl")
+
+    @property
+    def no_problem(self) -> str:
+        return no_problem_text(self.history)
 
     @cached_property
     def panels(self) -> list[Panel]:

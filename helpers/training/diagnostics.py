@@ -17,19 +17,20 @@ from typing import Any
 
 import yaml
 
-from helpers.runs.curves import WINDOW, Diagnostic, History, first_and_last, is_dpo_history, series
+from helpers.runs.curves import MIN_STEPS, WINDOW, Diagnostic, History, first_and_last, is_dpo_history, series
 
 ADVICE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str] = ()) -> list[Diagnostic]:
     """Return every diagnostic of a history. `max_steps` is the planned length; 0 means that the history is complete.
+    A run of fewer than MIN_STEPS has none.
 
     The IPO loss asks for a margin of 1 / 2β nats a token, so `runaway_margin` does not apply to it.
     """
     end = max_steps or max((log["step"] for log in history), default=0)
     diagnostics = []
-    for name, check in DIAGNOSTICS.items():
+    for name, check in DIAGNOSTICS.items() if end >= MIN_STEPS else ():
         does_not_apply = name == "runaway_margin" and "ipo" in loss_types
         if not does_not_apply and (observation := check(history, end)):
             options = [each for each in ADVICE[name]["try"] if "--dpo_beta" not in each or is_dpo_history(history)]

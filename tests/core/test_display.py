@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.text import Text
 
-from helpers.core import find_path, printable, shorten, show
+from helpers.core import find_path, new_figure, printable, shorten, show
 
 
 def test_text_of_others_cannot_command_a_terminal_and_is_no_markup(capsys: Any) -> None:
@@ -33,3 +34,19 @@ def test_a_name_that_no_file_can_have_is_not_found_and_is_shortened() -> None:
     assert find_path("~nobody-of-that-name/x") is None
     assert find_path(str(Path(__file__))) == Path(__file__)
     assert shorten("x" * 5000) == "x" * 199 + "…"
+
+
+@pytest.mark.parametrize("name", [r"a$\foo$b", "$x_$", "100 $ and 5 $", "a_b^c", "[red]x[/]"])
+def test_a_figure_shows_any_name_as_it_is(name: str, tmp_path: Path) -> None:
+    figure = new_figure(figsize=(3, 2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], label=name)
+    axis.set_yticks([0, 1], [name, name])
+    axis.set_title(name)
+    axis.set(xlabel=name)
+    axis.legend(title=name)
+    axis.text(0, 0, name)
+    figure.suptitle(name)
+    figure.supxlabel(name)
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.runs.curves import Diagnostic, History, read_history
+from helpers.runs.curves import Diagnostic, History, no_problem_text, read_history
 from helpers.settings.fields import DIAGNOSTIC_NAMES
 from helpers.training.diagnostics import ADVICE, DIAGNOSTICS, diagnose
 
@@ -254,3 +254,11 @@ def test_a_diagnostic_prints_its_observation_reason_and_suggestion() -> None:
         "margin: it is 12. It runs away. Try a higher --dpo_beta."
     )
     assert (*DIAGNOSTICS, "nan") == (*ADVICE, "nan") == DIAGNOSTIC_NAMES
+
+
+def test_a_run_of_few_steps_is_not_judged() -> None:
+    flat = [{"step": step, "loss": 0.69, "rewards/accuracies": 0.5, "rewards/margins": 0.0} for step in range(1, 41)]
+    assert names(flat) == {"no_learning"}
+    assert names(flat[:19]) == set()
+    assert no_problem_text(flat[:19]) == "Too few steps to judge: 19. Diagnostics need 20 or more."
+    assert no_problem_text(flat[:20]) == "No training problems detected."
