@@ -117,7 +117,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers.data import DataReport, load_instructions, show_example
 from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
 from helpers.runs import Curves, final_metrics, show_report
-from helpers.training import prepare_trainer
+from helpers.training import prepare_trainer, supports_packing
 
 # %% [markdown]
 # ## Data
@@ -222,11 +222,13 @@ if settings.tuning != "full":
 # %% [markdown]
 # ## Trainer
 #
-# The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens; they do not
-# attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to evaluation prompts, and checkpoints
-# that are safe to resume from.
+# The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens. Packing is
+# off for a model in which they would attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to
+# evaluation prompts, and checkpoints that are safe to resume from.
 
 # %%
+if training_args.packing:
+    training_args.packing = supports_packing(model, train_set)
 trainer = SFTTrainer(
     model=model,
     args=training_args,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
 from helpers.models.plan import sharding_engine
-from helpers.models.resolve import Start, fetch_file, missing_weights
+from helpers.models.resolve import Start, check_positions, fetch_file, missing_weights
 from helpers.settings.fields import TrainSettings
 
 GB = 10**9
@@ -326,6 +326,7 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     config, folder = fetch_file(start.model, start.revision, "config.json"), find_path(start.model)
     if folder and (missing := missing_weights(folder)):
         lines = [f"The weights are not here yet: {folder.name} {missing}."]
+    check_positions(json.loads(config.read_text()), values["max_length"])
     try:
         decoder = read_decoder(json.loads(config.read_text()))
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -87,12 +87,13 @@ def plan_model(
 
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
     bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
-    package, its kernel comes from the Hub if `kernels` is installed. Of TRL's fields, `trl_args`, only `use_cpu`
-    matters. Raises UserError if the model needs a GPU and there is none.
+    package, its kernel comes from the Hub if `kernels` is installed. A model without SDPA gets eager attention. Of
+    TRL's fields, `trl_args`, use_cpu, bf16 and fp16 matter. Raises UserError if the model needs a GPU and there is none.
     """
     import torch
 
-    use_cpu = (trl_args or {}).get("use_cpu", False)
+    given = trl_args or {}
+    use_cpu = given.get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
     _check_machine(model_id, device)
@@ -103,10 +104,23 @@ def plan_model(
         quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
-        attn_implementation = "flash_attention_2" if flash else "sdpa"
+        attn_implementation = "flash_attention_2" if flash else "sdpa" if _has_sdpa(model_id) else "eager"
+    if given.get("bf16") or given.get("fp16"):  # autocast to what the user says
+        bf16, fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
     dtype = torch.float32 if tuning == "full" else compute
     config = quantization_config(quantization[:1], compute)
     return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
+
+
+def _has_sdpa(model_id: str) -> bool:
+    """Whether transformers' class of a model has scaled dot-product attention; True if its class is not known."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(find_path(model_id) or model_id))]
+    except (OSError, ValueError, KeyError):  # not cached, or with code of its own
+        return True
+    return bool(getattr(kind, "_supports_sdpa", True))
 
 
 def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from helpers.settings.fields import SOURCE_ORDER, RunSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Families whose positions are rows of a table; others compute them.
+LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "xglm", "biogpt", "imagegpt", "ctrl")
 BASE_KEEPING_INITS = ("gaussian", "orthogonal", "eva")  # ways to initialize an adapter that do not change its base
 # The weights that a folder needs besides its configuration.
 WEIGHT_PATTERNS = {
@@ -94,6 +97,18 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
     return config
 
 
+def check_positions(config: Mapping[str, Any], max_length: int) -> None:
+    """Check `max_length` against the config.json of a model. Raise SettingsError if it is beyond a table of learned
+    positions, which has no row for more; warn if it is beyond the length that another model was trained for."""
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or text.get("n_positions") or 0
+    if limit and config.get("model_type") in LEARNED_POSITIONS and not 0 < max_length <= limit:
+        given = f"--max_length {max_length}" + " (no limit)" * (not max_length)
+        raise SettingsError(f"{given} is beyond the {limit} learned positions of this model. Use at most {limit}.")
+    if 0 < limit < max_length:
+        print(f"warning: --max_length {max_length} is beyond the {limit} positions that this model was trained for.")
+
+
 def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template.
 
@@ -102,9 +117,17 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
     from transformers import AutoTokenizer
 
     values = settings.values()
-    tokenizer = AutoTokenizer.from_pretrained(
-        start.tokenizer, revision=start.revision or "main", trust_remote_code=values["trust_remote_code"]
+    loading = {"revision": start.revision or "main", "trust_remote_code": values["trust_remote_code"]}
+    check_positions(
+        json.loads(fetch_file(start.model, start.revision, "config.json").read_text()), values["max_length"]
     )
+    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **loading)
+    for field in ("eos_token", "pad_token"):
+        token = settings.trl.get(field)
+        if token and token not in tokenizer.get_vocab():
+            raise SettingsError(f"--{field} {token!r} is not in the tokenizer's vocabulary. Use one of its tokens.")
+        if token:
+            setattr(tokenizer, field, token)
     name, new_tokens = set_chat_template(tokenizer, values["chat_template"])
     if new_tokens and start.adapter:
         raise SettingsError(

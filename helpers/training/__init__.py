@@ -5,7 +5,7 @@ from helpers.core import lazy_door
 __all__, __getattr__ = lazy_door(
     __name__,
     {
-        "trainer": ["SharedPrefixDPOTrainer"],
+        "trainer": ["SharedPrefixDPOTrainer", "supports_packing"],
         "callbacks": ["prepare_trainer"],
         "prefix_sharing": ["pack_pairs"],
     },

@@ -15,7 +15,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from helpers.core import SettingsError, UserError
+from helpers.core import SettingsError, UserError, shorten
 from helpers.training.prefix_sharing import pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
@@ -95,6 +95,32 @@ class PrefixSharing:
             return out
 
         model.forward = types.MethodType(forward, model)
+
+
+def supports_packing(model: Any, train_set: Any) -> bool:
+    """Whether two conversations in one row are computed as they are apart, on the first rows of `train_set`.
+
+    It prints the reason if they are not: the model's attention does not end where `position_ids` begin anew.
+    """
+    rows = [train_set[i]["input_ids"][:256] for i in range(min(2, len(train_set)))]
+    device, was_training = next(model.parameters()).device, model.training
+    both = {"input_ids": [i for row in rows for i in row], "position_ids": [i for row in rows for i in range(len(row))]}
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = torch.cat([model(input_ids=torch.tensor([row], device=device)).logits[0] for row in rows]).float()
+            inputs = {name: torch.tensor([values], device=device) for name, values in both.items()}
+            packed = model(**inputs, use_cache=False).logits[0].float()
+        error = float((packed - apart).norm() / apart.norm())
+        limit = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+        reason = "" if error <= limit else f"the second conversation would see the first (error {error:.1g})"
+    except (TypeError, ValueError, NotImplementedError) as refused:
+        reason = f"the model does not take position_ids ({shorten(str(refused), 80)})"
+    finally:
+        model.train(was_training)
+    if reason:
+        print(f"--packing is off: {reason}.")
+    return not reason
 
 
 class SharedPrefixDPOTrainer(TokenizedDPOTrainer):

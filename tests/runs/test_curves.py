@@ -126,7 +126,7 @@ def test_the_curves_of_a_run_come_with_diagnostics_and_completions(tmp_path: Pat
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     read = curves.Curves.read(tmp_path)  # without run.json
     assert read.diagnostics == []
-    assert "Too few steps to judge: 10. Diagnostics need 20 or more." in printed(read)
+    assert "Too few steps to judge: 2. Diagnostics need 20 or more." in printed(read)
     (tmp_path / "run.json").write_text(json.dumps({"diagnostics": [dataclasses.asdict(COLD)]}))
     read = curves.Curves.read(tmp_path)
     assert read.diagnostics == [COLD]

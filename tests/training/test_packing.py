@@ -16,6 +16,7 @@ from helpers.core import SettingsError
 from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import prepare_rows
 from helpers.settings.load import load_settings
+from helpers.training.trainer import supports_packing
 from tests.conftest import REPO, code_cells
 from tests.notebooks.test_three_ways import _settings_class
 
@@ -76,6 +77,38 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations(
     assert together == pytest.approx(float(total / count), abs=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("mistral", ""),
+        ("llama", ""),
+        ("qwen2", ""),
+        ("gpt_neox", ""),
+        ("opt", "--packing is off: "),
+        ("falcon", "--packing is off: "),
+        ("bloom", "--packing is off: "),
+        ("mpt", "--packing is off: "),
+    ],
+)
+def test_packing_is_used_only_where_a_packed_row_equals_its_conversations(
+    kind: str, reason: str, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind in ("bloom", "mpt"):
+        sizes = {"n_layer": 2, "n_head": 4, "hidden_size": 64, "d_model": 64, "n_heads": 4, "n_layers": 2}
+    if kind in ("mistral", "llama", "qwen2"):
+        sizes |= {"num_key_value_heads": 2}
+    if kind == "opt":
+        sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes))
+    rows = [tokenizer(f"What is {i} plus {i}? It is {2 * i}.")["input_ids"] for i in (3, 8)]
+    train_set = Dataset.from_list([{"input_ids": row} for row in rows])
+    assert supports_packing(model, train_set) == (not reason)
+    assert capsys.readouterr().out.startswith(reason)
+    assert model.training
 
 
 def test_conversations_that_could_see_each_other_are_refused() -> None:
