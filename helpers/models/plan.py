@@ -88,7 +88,7 @@ def plan_model(
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
     bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
     package, its kernel comes from the Hub if `kernels` is installed. A model without SDPA gets eager attention. Of
-    TRL's fields, `trl_args`, use_cpu, bf16 and fp16 matter. Raises UserError if the model needs a GPU and there is none.
+    TRL's fields, `trl_args`, use_cpu, bf16 and fp16 matter. Raises UserError if the model needs a GPU that is missing.
     """
     import torch
 
