@@ -117,7 +117,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     (bench / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
 
     def found(**given: Any) -> Any:
-        values: dict[str, Any] = {"answers_dir": "latest", "models": (), "judge_prompts": ""}
+        values: dict[str, Any] = {"answers_dir": "latest", "judgments": "", "models": (), "judge_prompts": ""}
         values |= {"bench_dir": "", "baseline": ""} | given
         return find_answers(SimpleNamespace(**values, output_dir=tmp_path, is_set=lambda name: name in given))
 
@@ -126,6 +126,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     assert result.questions[0]["reference"] == ["r1", "r2"]
     assert found(bench_dir=str(bench), models=("m2", "m1")).answers.keys() == {"m2", "m1"}
     assert list(found(bench_dir=str(bench), baseline="m2").answers) == ["m2", "m1"]  # first, as the baseline
+    assert found(judgments="x").answers == {}
     assert found(answers_dir=str(bench)).answers == result.answers
     assert found(answers_dir=str(bench / "model_answer")).answers == result.answers
     for given, said in (
