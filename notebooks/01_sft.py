@@ -81,7 +81,8 @@ settings = load_settings(Settings, globals())
 # finds its own run. It resumes an interrupted run, and does not train a finished run again.
 #
 # `--dry_run` prints an estimate of memory, steps, tokens and time, and `start_run` then ends the notebook. Steps and
-# tokens need the dataset on disk. Time needs an earlier finished run with the same model and tuning.
+# tokens need the dataset on disk. Time needs an earlier finished run of at least 20 steps with the same model
+# and tuning.
 
 # %%
 from helpers.core import show

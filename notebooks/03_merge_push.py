@@ -107,6 +107,7 @@ merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapte
 merged = merge_adapter(
     adapter_ref,
     base=settings.merge_base,
+    dtype=settings.merge_dtype,
     max_shard_size=settings.max_shard_size,
     output=merge_run,
 )

@@ -1,4 +1,4 @@
-"""Estimate rows, steps and tokens of a training run without downloading anything."""
+"""Estimate rows, steps, tokens and time of a training run without downloading anything."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from helpers.data.messages import Message, add_system_prompt
 from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import Split, config_from
 from helpers.models.resolve import Start
+from helpers.runs.curves import read_history
+from helpers.runs.run import list_runs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLED_ROWS = 200  # of each dataset
 CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not cached
+MIN_STEPS = 20  # in fewer steps, much of the time is that of the start
 Count = Callable[[list[Message]], int]
 
 
@@ -57,7 +60,24 @@ def estimate_workload(settings: Any, start: Start) -> str:
     steps = max_steps if max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)
     note = f" ({note})" if note else ""
     tokens = steps / epoch * trained * mean
-    return f"About {round(trained):,} rows to train on, {steps:,} steps, {tokens:,.0f} tokens{note}."
+    work = f"About {round(trained):,} rows to train on, {steps:,} steps, {tokens:,.0f} tokens{note}."
+    return work + _describe_time(settings, tokens)
+
+
+def _describe_time(settings: Any, tokens: float) -> str:
+    """A line with the time at the speed of the newest finished run of this step, model and tuning; "" without one."""
+    same = {name: getattr(settings, name) for name in ("model_id", "tuning", "quantization")}
+    for run in list_runs(settings.output_dir, settings.step):
+        speed = run.record.get("metrics", {}).get("tokens_per_second")
+        if not speed or not run.finished or not same.items() <= run.record.get("settings", {}).items():
+            continue
+        if max((log["step"] for log in read_history(run.folder / "metrics.jsonl")), default=0) >= MIN_STEPS:
+            seconds = tokens / speed
+            minutes = round(seconds / 60)
+            time = f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+            time = time if minutes > 1 else f"{seconds:.0f} s"
+            return f"\nAbout {time}, at {speed:,.0f} tokens per second as in {run.name}."
+    return ""
 
 
 def _sample_lengths(rows: Dataset, settings: Any, spec: DatasetSpec, count: Count) -> tuple[list[float], float]:

@@ -28,32 +28,43 @@ TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 class JsonlStore:
     """A JSONL file of rows, each under a key: `rows[key]`. A later row replaces an earlier one with the same key.
 
-    An incomplete last line, from a kill or a full disk, is removed. Raises UserError for a line that is not an object
-    or has no key.
+    An incomplete last line, from a kill or a full disk, is removed by the next write. Raises UserError for a line that
+    is not an object or has no key.
     """
 
     def __init__(self, file: Path, key: Callable[[Row], Hashable]) -> None:
         self.file, self.key = file, key
-        complete, newline, last = file.read_bytes().rpartition(b"\n") if file.is_file() else (b"", b"", b"")
-        if last:
-            with contextlib.suppress(ValueError):
-                json.loads(last)  # only its newline is missing
-                newline += last + b"\n"
-            atomic_write(file, complete + newline)
+        content = file.read_bytes() if file.is_file() else b""
+        self._end = content.rfind(b"\n") + 1  # of the last complete line
+        with contextlib.suppress(ValueError):
+            json.loads(content[self._end :])  # only its newline is missing
+            self._end = len(content)
         try:
-            self.rows = {key(row): row for row in (read_jsonl(file) if file.is_file() else ())}
+            self.rows = {key(row): row for row in (read_jsonl(file, end=self._end) if content else ())}
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} has a row of another kind: {error!r}") from None
 
     def add(self, *rows: Row) -> None:
-        """Append rows in one write that reaches the disk before this returns."""
+        """Append rows in one write that reaches the disk before this returns. Several processes may share the file."""
         if not rows:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as out:
-            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with self.file.open("a+b") as out:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(out, fcntl.LOCK_EX)
+            out.seek(self._end)
+            end = self._end + out.read().rfind(b"\n") + 1  # after the complete lines of other processes
+            out.truncate(end)
+            out.seek(max(0, end - 1))
+            if out.read() not in (b"", b"\n"):
+                text = b"\n" + text
+            out.write(text)
             out.flush()
             os.fsync(out.fileno())
+            self._end = out.tell()
         self.rows |= {self.key(row): row for row in rows}
 
 

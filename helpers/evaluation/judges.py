@@ -1,4 +1,4 @@
-"""Judges: a model, people (votes) or rules. Prompts and rows are in FastChat's layouts."""
+"""Judges: a model, people (votes), rules, or a file of judgments. Prompts and rows are in FastChat's layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, 
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
-from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, pair_row, rating_row, read_votes
+from helpers.evaluation.judgments import (
+    AnswerSet,
+    Judgments,
+    apply_rules,
+    pair_row,
+    rating_row,
+    read_judgments,
+    read_votes,
+)
 from helpers.evaluation.questions import Question, find_input, question_turns
 from helpers.runs.run import Run
 
@@ -21,6 +29,7 @@ OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
+JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
 
 
 class JudgePrompts:
@@ -130,7 +139,7 @@ def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, pr
 
 
 class Judge:
-    """A judge that makes no call: people's votes, or rules. `fingerprint` names what is judged."""
+    """A judge that makes no call: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
     def __init__(self, judgments: Judgments, answers: AnswerSet, prompts: JudgePrompts) -> None:
         self.name, self.judgments, self.answers, self.prompts = judgments.judge, judgments, answers, prompts
@@ -150,15 +159,18 @@ class Judge:
 
 def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
-    flag = next((name for name in ("judge_model", "votes", "judge_module") if getattr(settings, name)), None)
+    flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
     if flag is None:
         raise SettingsError(
             "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
             "--judge_module MODULE."
         )
-    if settings.mode == "single" and flag != "judge_model":
+    if settings.mode == "single" and flag in ("votes", "judge_module"):
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
-    pairs, prompts = model_pairs(answers.answers, settings.mode, settings.baseline), JudgePrompts.of(settings)
+    prompts = JudgePrompts.of(settings)
+    if flag == "judgments":
+        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers, prompts)
+    pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
     if flag == "judge_model":
         return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
     if flag == "votes":

@@ -1,4 +1,4 @@
-"""What is judged, and judgments in FastChat's rows, from votes and rules; saved with a run."""
+"""What is judged, and judgments in FastChat's rows, from votes, rules and files; saved with a run."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from helpers.evaluation.questions import Question, answer_turns, find_input, rea
 from helpers.runs.run import Run, find_run, read_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
+WINNERS = ("model_1", "model_2", "tie", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ def find_answers(settings: Any) -> AnswerSet:
     --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
     """
     bench = find_input("--bench_dir", settings.bench_dir, "folder").resolve() if settings.bench_dir else None
+    if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
+        return AnswerSet([], {}, settings.output_dir)
     if bench and not settings.is_set("answers_dir"):
         folder = bench
     elif settings.answers_dir == "latest":
@@ -196,6 +199,35 @@ def _read_export(name: str) -> dict[str, Any]:
         if content["format"] == VOTES_FORMAT and content["page"] and all(isinstance(v, dict) for v in content["votes"]):
             return dict(content)
     raise UserError(f"--votes {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
+
+
+def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> Judgments:
+    """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named.
+
+    Raises UserError for rows of another kind, or of several judges.
+    """
+    rows = read_jsonl(find_input("--judgments", name))
+    for number, row in enumerate(rows, 1):
+        if not _is_judgment(row, mode):
+            raise UserError(f"--judgments {name!r}, line {number}, is not a row of model_judgment for --mode {mode}")
+        row["judge"] = row["judge"] if isinstance(row["judge"], list) else [row["judge"]]
+    judges = list(dict.fromkeys(str(row["judge"][0]) for row in rows))
+    if len(judges) > 1:
+        raise UserError(f"--judgments {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
+    if models:
+        rows = [row for row in rows if {row[key] for key in ("model", "model_1", "model_2") if key in row} <= {*models}]
+    if not rows:
+        raise UserError(f"--judgments {name!r} has no judgments of {' and '.join(models) or 'any model'}")
+    return Judgments(judges[0], rows)
+
+
+def _is_judgment(row: Row, mode: str) -> bool:
+    kinds: dict[str, Any] = {"question_id": int | str, "turn": int, "judge": list | str}
+    kinds |= {"model": str, "score": int | float} if mode == "single" else {"model_1": str, "model_2": str}
+    if not all(isinstance(row.get(key), kind) for key, kind in kinds.items()) or not row["judge"]:
+        return False
+    is_pair = row.get("model_1") != row.get("model_2") and row.get("g1_winner") in WINNERS
+    return mode == "single" or (is_pair and row.get("g2_winner") in WINNERS)
 
 
 def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> Judgments:

@@ -171,12 +171,15 @@ def staging_dir(run: Run) -> Path:
     return run.folder.with_name(f".{run.folder.name}.part")
 
 
-def merge_adapter(adapter: Adapter, output: Run, base: str = "auto", max_shard_size: str = "2GB") -> MergedModel:
+def merge_adapter(
+    adapter: Adapter, output: Run, base: str = "auto", dtype: str = "auto", max_shard_size: str = "2GB"
+) -> MergedModel:
     """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
 
     `base` is "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
-    PEFT merges adapters that `StreamingMerger` does not support, in the memory of the full model. Raises UserError for
-    an adapter that cannot be merged, and if the disk is full.
+    `dtype` is that of the merged weights; "auto" is the base's. PEFT merges adapters that `StreamingMerger` does not
+    support, in the memory of the full model. Raises UserError for an adapter that cannot be merged, and if the disk is
+    full.
     """
     precision = LoadPrecision.from_run(adapter.run, base)
     if base == "dequantized" and not precision.quantization:
@@ -187,16 +190,17 @@ def merge_adapter(adapter: Adapter, output: Run, base: str = "auto", max_shard_s
         return MergedModel(output, output.folder, output.record["merge_base"], precision)
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
+    kind = None if dtype == "auto" else getattr(torch, dtype)
     try:
         merger = adapter.merger(precision, base)
-        write_merged(merged.folder, merger, max_shard_size)
+        write_merged(merged.folder, merger, max_shard_size, kind)
         save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder)
     except UnsupportedAdapter as reason:
         if base == "dequantized":
             text = f"{reason} cannot be merged into dequantized weights"
             raise UserError(f"{text}. Use `--merge_base original`.") from None
         print(f"PEFT merges {reason}. It needs the memory of the full model.")
-        merge_with_peft(merged.folder, adapter, max_shard_size)
+        merge_with_peft(merged.folder, adapter, max_shard_size, kind)
     return merged
 
 
@@ -215,7 +219,7 @@ def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Pat
         generation.save_pretrained(folder)
 
 
-def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str) -> None:
+def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str, dtype: torch.dtype | None = None) -> None:
     """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -223,7 +227,7 @@ def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str) -> None
         model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
         resize_embeddings(model, adapter.tokenizer)
         merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
         adapter.tokenizer.save_pretrained(folder)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -94,10 +94,12 @@ def _write_shard(
     part.replace(file)
 
 
-def write_merged(folder: Path, merger: StreamingMerger, max_shard_size: int | str) -> None:
+def write_merged(
+    folder: Path, merger: StreamingMerger, max_shard_size: int | str, dtype: torch.dtype | None = None
+) -> None:
     """Write the merged weights into `folder`, or the files that an interrupted merge left missing. The files of another
     merge are deleted first. Raises UserError if the disk has too little space."""
-    specs = merger.specs()
+    specs = merger.specs(dtype)
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
     plan: dict[str, Any] = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
@@ -212,9 +214,12 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter whose {unused[0]} is not in the model")
         return replaced
 
-    def specs(self) -> Specs:
-        """Meta tensors of the merged checkpoint, in the order and the dtypes of the base's. Tied weights that the
-        adapter makes different are both included, and the configuration is untied."""
+    def specs(self, dtype: torch.dtype | None = None) -> Specs:
+        """Meta tensors of the merged checkpoint in the order of the base's, and in its dtypes or in `dtype`, which the
+        configuration gets too. Tied weights that the adapter makes different are both included, and the configuration
+        is untied."""
+        if dtype:
+            self.config.dtype = self.config.get_text_config().dtype = dtype
         names = dict.fromkeys(self.base)
         for name, target in self.tied.items():
             is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
@@ -225,7 +230,8 @@ class StreamingMerger:
         for name in names:
             stored = self.base.spec(self._stored(name))
             shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
-            specs[name] = torch.empty(shape, dtype=stored.dtype, device="meta")
+            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+            specs[name] = torch.empty(shape, dtype=kind, device="meta")
         return specs
 
     def _stored(self, name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +58,29 @@ def test_two_processes_that_add_to_one_store_lose_nothing_of_each_other(tmp_path
     assert len(read_jsonl(file)) == 10
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX's")
+@pytest.mark.parametrize(("rest", "ids"), [(b' rest"}\n', [1, "half rest", 2]), (b"", [1, 2])])
+def test_a_store_waits_for_a_process_that_is_writing_and_removes_what_it_left_half_written(
+    rest: bytes, ids: list[Any], tmp_path: Path
+) -> None:
+    import fcntl
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"id": 1}\n')
+    store = JsonlStore(file, lambda row: row["id"])
+    adding = threading.Thread(target=store.add, args=({"id": 2},))
+    with file.open("ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"id": "half')
+        assert list(JsonlStore(file, lambda row: row["id"]).rows) == [1]
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive()
+        other.write(rest)
+    adding.join(10)
+    assert [row["id"] for row in read_jsonl(file)] == ids
+
+
 def test_unanswered_and_identical_answers_are_noted() -> None:
     from rich.console import Console
 
@@ -92,7 +117,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     (bench / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
 
     def found(**given: Any) -> Any:
-        values: dict[str, Any] = {"answers_dir": "latest", "models": (), "judge_prompts": ""}
+        values: dict[str, Any] = {"answers_dir": "latest", "judgments": "", "models": (), "judge_prompts": ""}
         values |= {"bench_dir": "", "baseline": ""} | given
         return find_answers(SimpleNamespace(**values, output_dir=tmp_path, is_set=lambda name: name in given))
 
@@ -101,6 +126,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     assert result.questions[0]["reference"] == ["r1", "r2"]
     assert found(bench_dir=str(bench), models=("m2", "m1")).answers.keys() == {"m2", "m1"}
     assert list(found(bench_dir=str(bench), baseline="m2").answers) == ["m2", "m1"]  # first, as the baseline
+    assert found(judgments="x").answers == {}
     assert found(answers_dir=str(bench)).answers == result.answers
     assert found(answers_dir=str(bench / "model_answer")).answers == result.answers
     for given, said in (

@@ -1,16 +1,17 @@
-"""Judgments without a call: votes of people, and rules."""
+"""Judgments without a call: votes of people, rules, FastChat's files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.evaluation.judges import make_judge
-from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_votes
-from helpers.evaluation.results import Counts, PairResult, PairwiseResults
-from tests.evaluation.judging import answers_worth, export, questions_of, settings_for, vote
+from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes
+from helpers.evaluation.results import Counts, PairResult, PairwiseResults, RatingResults
+from tests.evaluation.judging import answers_worth, export, questions_of, rows_of, settings_for, vote
 
 
 def pairs_of(rows: list[dict[str, object]], answers: AnswerSet) -> list[PairResult]:
@@ -119,3 +120,30 @@ def test_a_judge_is_required_and_some_cannot_rate(tmp_path: Path) -> None:
     judge = make_judge(settings_for(tmp_path / "run", judge_model="", judge_module="recipes.demo.questions"), rules)
     assert judge.name == "rules recipes.demo.questions"
     assert judge.preview() == "1 judgments by rules recipes.demo.questions, without a call."
+
+
+def test_rows_of_another_kind_or_of_several_judges_are_refused(tmp_path: Path) -> None:
+    file, rows = tmp_path / "gpt-4_pair.jsonl", rows_of("aabb")
+    file.write_text('{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "B"}\n')
+    for mode in ("pairwise", "single"):
+        with pytest.raises(UserError, match=f"line 1, is not a row of model_judgment for --mode {mode}"):
+            read_judgments(str(file), mode)
+    file.write_text("".join(json.dumps(row | {"judge": [name, "p"]}) + "\n" for name, row in zip("xyxy", rows)))  # noqa: B905
+    with pytest.raises(UserError, match=r"has several judges \(x, y\)"):
+        read_judgments(str(file), "pairwise")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_judgments(str(file), "pairwise", ("a", "b")).rows) == 4
+    with pytest.raises(UserError, match="has no judgments of a and c"):
+        read_judgments(str(file), "pairwise", ("a", "c"))
+
+
+@pytest.mark.parametrize("judge", ["gpt-4", ["gpt-4", "single-v1"]])
+def test_a_file_of_judgments_is_counted_under_the_name_of_its_judge(judge: str | list[str], tmp_path: Path) -> None:
+    file = tmp_path / "ratings.jsonl"
+    row = {"question_id": 81, "model": "m", "judge": judge, "score": 7, "turn": 1, "tstamp": 1.0}
+    file.write_text(json.dumps(row) + "\n")
+    given = settings_for(tmp_path / "run", judge_model="", judgments=str(file), mode="single")
+    found = make_judge(given, AnswerSet([], {}))
+    assert found.preview() == "1 judgments by gpt-4, without a call."
+    results = RatingResults.from_judgments(found.judgments, found.answers)
+    assert (results.judge, results.models["m"]["average"]) == ("gpt-4", 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from helpers.core import UserError
 from helpers.evaluation import statistics
 from helpers.evaluation.judges import model_pairs
-from helpers.evaluation.judgments import AnswerSet, Judgments
+from helpers.evaluation.judgments import AnswerSet, Judgments, read_judgments
 from helpers.evaluation.results import Counts, PairwiseResults, RatingResults
 from helpers.evaluation.statistics import length_controlled, mean_interval, sign_test
 from tests.evaluation.judging import answers_worth, better, judged, questions_of, results_of, rows_of
@@ -195,7 +196,7 @@ def test_ratings_that_are_all_the_same_leave_room_on_both_sides() -> None:
         assert high - low == pytest.approx(9 * (1 - 0.025**0.1))
 
 
-def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them() -> None:
+def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them(tmp_path: Path) -> None:
     calls = [("model_1", "model_1"), ("model_1", "model_2"), ("tie", "tie"), ("model_2", "model_2"), ("error", "tie"),
              ("model_1", "tie"), ("model_1", "model_1")]  # fmt: skip
     rows = []
@@ -204,7 +205,10 @@ def test_fastchats_own_rows_are_counted_as_its_show_result_counts_them() -> None
         flip = {"model_1": "model_2", "model_2": "model_1"} if i % 2 else {}
         rows.append({"question_id": 81 + i, "model_1": models[0], "model_2": models[1], "turn": 1, "judge": ["g", "p"],
                      "g1_winner": flip.get(g1, g1), "g2_winner": flip.get(g2, g2)})  # fmt: skip
-    result = PairwiseResults.from_judgments(Judgments("gpt-4", rows), NOTHING)
+    file = tmp_path / "gpt-4_pair.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = PairwiseResults.from_judgments(read_judgments(str(file), "pairwise"), NOTHING)
+    assert result.judge == "g"
     assert result.models["old"].as_dict() == {
         "win": 2, "loss": 1, "tie": 3, "win_rate": 2 / 6, "loss_rate": 1 / 6, "win_rate_adjusted": 3.5 / 6,
     }  # fmt: skip

@@ -53,10 +53,10 @@ def peft_merge(base: Path, adapter: Path) -> tuple[dict[str, torch.Tensor], Any]
     return load_file(base.parent / "by-peft" / "model.safetensors"), merged
 
 
-def our_merge(base: Path, adapter: Path, largest: int = 20_000) -> Path:
+def our_merge(base: Path, adapter: Path, largest: int = 20_000, dtype: torch.dtype | None = None) -> Path:
     folder = base.parent / "merged"
     merge = StreamingMerger(base, adapter)
-    write_merged(folder, merge, largest)
+    write_merged(folder, merge, largest, dtype)
     merge.config.save_pretrained(folder)
     return folder
 

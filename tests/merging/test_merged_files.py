@@ -66,6 +66,9 @@ def test_the_files_of_another_merge_are_not_used(tmp_path: Path) -> None:
     save_file(weights, adapter / "adapter_model.safetensors")
     after = tensors(our_merge(base, adapter))
     assert [name for name in before if "proj" in name and torch.equal(before[name], after[name])] == []
+    half = our_merge(base, adapter, dtype=torch.float16)
+    assert {weight.dtype for weight in tensors(half).values()} == {torch.float16}
+    assert json.loads((half / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

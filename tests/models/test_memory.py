@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import SettingsError, show
+from helpers.core import SettingsError, read_jsonl, show
 from helpers.models import memory
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
 from tests import fake_hub as local
@@ -203,6 +203,14 @@ def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Pa
     assert metrics["step"] == 32
     tokens = int(line.split("32 steps, ")[1].split()[0].replace(",", ""))
     assert tokens == pytest.approx(metrics["tokens_seen"], rel=0.15)  # without the chat format's own
+    again, _, _ = dry_run(project, "02_dpo.py", *words, "--learning_rate", "1e-4")
+    speed = metrics["tokens_per_second"]
+    assert f"at {speed:,.0f} tokens per second as in counted." in again
+    logs = project.root / "outputs" / "counted" / "metrics.jsonl"
+    rows = read_jsonl(logs)
+    logs.write_text("".join(json.dumps(row | {"step": min(row["step"], 19)}) + "\n" for row in rows))
+    ignored, _, _ = dry_run(project, "02_dpo.py", *words, "--learning_rate", "1e-4")
+    assert "tokens per second" not in ignored
     sft = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--model_id", str(demo_folder / "tiny-mistral")]
     out, _, _ = dry_run(project, "01_sft.py", *sft, "--dataset_id", str(demo_folder / "instructions"))
     assert " rows to train on, " in out

@@ -100,10 +100,12 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt"]),
             ("05_judge.py", [*flags, "--run_name", "mt-single", "--mode", "single"]),
+            ("05_judge.py", ["--judgments", "outputs/mt/model_judgment/gpt-4_pair.jsonl", "--run_name", "counted",
+                             "--answers_dir", f"outputs/{answered}"]),
         ]  # fmt: skip
         key = "sk-" + "x1Y" * 14
         ended, told = run_all(project, commands, OPENAI_API_KEY=key)
-        assert ended == ["well"] * 3, told
+        assert ended == ["well"] * 4, told
         tried = project.run("05_judge.py", *flags, "--run_name", "other", "--dry_run", OPENAI_API_KEY=key)
         assert "\n0 calls like this one, about 0 tokens to read.\n32 more have been judged before.\n" in tried.stdout
         pairwise = [r for r in server.requests if r["messages"][0]["content"] == "Please compare."]
@@ -129,6 +131,7 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
     losses = sum(row["g1_winner"] == row["g2_winner"] == "model_1" for row in rows)
     assert (metrics["win"], metrics["loss"], metrics["tie"]) == (wins, losses, 16 - wins - losses)
     assert metrics["win_rate_adjusted"] == (wins + 0.5 * (16 - wins - losses)) / 16
+    assert project.record("counted")["metrics"] == metrics
     single = read_jsonl(outputs / "mt-single" / "model_judgment" / "gpt-4_single.jsonl")
     ratings = project.record("mt-single")["metrics"]["models"]
     for name in ("sft", dpo_run):

@@ -105,6 +105,17 @@ def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
         assert trl_fields.field_types(step).keys() == ours
 
 
+@pytest.mark.parametrize("flag", ["--dtype", "--torch_dtype"])
+def test_a_dtype_is_that_of_a_merge_and_has_no_effect_on_training(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = settings_of(REPO / "notebooks" / "03_merge_push.py")
+    assert load_settings(merge, {}, [flag, "float16"]).values()["merge_dtype"] == "float16"
+    assert f"note: {flag} is now --merge_dtype" in capsys.readouterr().err
+    load(flag, "float16")
+    assert f"{flag} has no effect" in capsys.readouterr().err
+
+
 def test_every_renamed_setting_leads_to_one_that_exists() -> None:
     known = trl_fields.field_types("dpo").keys() | trl_fields.field_types("sft").keys()
     for notebook in (REPO / "notebooks").glob("*.py"):
