@@ -15,7 +15,7 @@ from helpers.data.messages import Message, add_system_prompt
 from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import Split, config_from
 from helpers.models.resolve import Start
-from helpers.runs.curves import read_history
+from helpers.runs.curves import MIN_STEPS, read_history
 from helpers.runs.run import list_runs
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SAMPLED_ROWS = 200  # of each dataset
 CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not cached
-MIN_STEPS = 20  # in fewer steps, much of the time is that of the start
 Count = Callable[[list[Message]], int]
 
 
