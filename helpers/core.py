@@ -66,11 +66,11 @@ def install_error_hook() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = " ".join(str(error).split())
-        if library := _refusing_library(error, trace):
+        starts = REFUSED_BY_LIBRARIES if isinstance(error, ValueError) else {}
+        if setting := next((setting for start, setting in starts.items() if message.startswith(start)), ""):
+            error = SettingsError(f"{setting}: {message}")
+        elif library := _refusing_library(error, trace):
             error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
-        for start, setting in REFUSED_BY_LIBRARIES.items():
-            if isinstance(error, ValueError) and message.startswith(start):
-                error = SettingsError(f"{setting}: {message}")
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()

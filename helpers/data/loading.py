@@ -115,7 +115,8 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
         if rows := _load_file_of_script(spec, split):
             return rows
         local = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"{what} cannot be loaded: {local if spec.files else describe_error(error)}") from None
+        reason = local if spec.files else describe_error(error)
+        raise UserError(f"dataset {spec.id!r}, split {split!r}, cannot be loaded: {reason}") from None
     if not len(rows):
         raise UserError(f"{what} has no rows")
     return rows
@@ -213,14 +214,17 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
         fitting = fitting if 2 * transcripts >= len(first["chosen"]) else None
     if fitting:
         return dataclasses.replace(fitting, as_text=as_text)
-    needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
-    problem = "which match no known format"
-    fix = f"Rename them to {needs}, or set `--data_format` to one of {names}."
+    have = f"the dataset has columns {', '.join(columns)}"
     if data_format != "auto":
         lacking = ", no ".join(candidates[-1].missing(columns))
-        problem = f"and no {lacking}, which the format {data_format} needs"
-        fix = "Rename them, or use another `--data_format`."
-    raise UserError(f"the dataset has columns {', '.join(columns)}, {problem}. {fix}")
+        raise UserError(
+            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
+            "`--data_format`."
+        )
+    needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
+    raise UserError(
+        f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
+    )
 
 
 def _holds_lists_as_text(column: str, values: list[Any]) -> bool:

@@ -260,11 +260,11 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str
     for i in range(count):
         prompt_ids, chosen, rejected = ids[i::count]
         start = len(prompt_ids)
-        (prompt, _), *answers = texts[i::count]
+        (opening, _), *answers = texts[i::count]
         reason = next((error for _, error in texts[i::count] if error), "")
         if lacking[i]:
             reason = NOT_RENDERED.format(lacking[i])
-        elif not reason and not all(answer.startswith(prompt) for answer, _ in answers):
+        elif not reason and not all(answer.startswith(opening) for answer, _ in answers):
             reason = "the chat template renders the prompt differently before an answer"
         elif not reason and not chosen[:start] == rejected[:start] == prompt_ids:
             reason = "first token of the answer merges with the prompt"

@@ -49,8 +49,8 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLING_ARGUMENTS):
         settings.override("sampling was asked for", do_sample=values["temperature"] > 0)
         values = settings.values()
-    if values["do_sample"] and not (values["temperature"] > 0 and 0 < values["top_p"] <= 1):
-        raise SettingsError("--do_sample needs a --temperature above 0, and a --top_p above 0 and at most 1")
+    if values["do_sample"] and not values["temperature"]:
+        raise SettingsError("--do_sample needs a --temperature above 0")
     names = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", *SAMPLING_ARGUMENTS)
     kwargs = {name: values[name] for name in (names if values["do_sample"] else names[:4])}
     known = set(GenerationConfig().to_dict()) - UNSUPPORTED_ARGUMENTS

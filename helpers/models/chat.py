@@ -66,7 +66,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
 
 
 Messages = list[dict[str, Any]]
-Tools = list[dict[str, Any]] | None  # what an assistant may call, as in transformers
+Tools = list[Any] | None  # what an assistant may call, as in transformers
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: bool = False, tools: Tools = None) -> str:

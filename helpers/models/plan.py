@@ -118,7 +118,7 @@ def _has_sdpa(model_id: str) -> bool:
 
     try:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(find_path(model_id) or model_id))]
-    except (OSError, ValueError, KeyError):  # not cached, or with code of its own
+    except (OSError, ValueError, KeyError):  # not cached, or needs remote code
         return True
     return bool(getattr(kind, "_supports_sdpa", True))
 

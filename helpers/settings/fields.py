@@ -275,8 +275,8 @@ def check_range(name: str, value: Any, interval: str) -> None:
         refuse_if(is_low or is_high, f"--{name} {number} is out of range. Use {limit}.")
         is_whole = number < 1 or number == int(number)
         refuse_if(
-            name in trl_fields.NAMES["shares"].split() and not is_whole,
-            f"--{name} {number} is neither a share below 1 nor a whole number of steps.",
+            name in trl_fields.SHARES and not is_whole,
+            f"--{name} {number} is neither a share below 1 nor an integer.",
         )
 
 

@@ -262,7 +262,7 @@ def describe_value(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
     if get_origin(kind) in (list, tuple):
         return " or ".join(dict.fromkeys(f"{words[p].removeprefix('a ')}s" for p in parts))
     return " or ".join(map(describe_value, parts)) or words.get(kind, kind.__name__)

@@ -21,6 +21,7 @@ ENUM_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py"
 NAMES: dict[str, dict[str, Any]] = yaml.load((Path(__file__).parent / "names.yaml").read_text(), yaml.BaseLoader)
 LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 
+SHARES = str(NAMES["shares"]).split()  # fields that are numbers of steps, or below 1 shares of a run
 LEGACY_NAMES = frozenset(name for part in ("aliases", "renamed", "values", "removed") for name in NAMES[part])
 
 

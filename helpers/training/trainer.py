@@ -100,7 +100,7 @@ class PrefixSharing:
 def supports_packing(model: Any, train_set: Any) -> bool:
     """Whether two conversations in one row are computed as they are apart, on the first rows of `train_set`.
 
-    It prints the reason if they are not: the model's attention does not end where `position_ids` begin anew.
+    It prints the reason if they are not: the model's attention does not end where `position_ids` start again.
     """
     rows = [train_set[i]["input_ids"][:256] for i in range(min(2, len(train_set)))]
     device, was_training = next(model.parameters()).device, model.training

@@ -194,7 +194,7 @@ def test_the_command_reads_a_recipe_and_refuses_what_it_does_not_know(
     assert (saved["rows"]["held_out"], list(saved["lengths"])) == (7, ["conversation", "learned"])
     for given, said in {
         ("--dataset_idd", "x"): "unknown setting --dataset_idd: did you mean --dataset_id?",
-        ("--max_length", "long"): "--max_length takes a whole number, not 'long'",
+        ("--max_length", "long"): "--max_length takes an integer, not 'long'",
     }.items():
         with pytest.raises(SettingsError, match=said):
             main(list(given))

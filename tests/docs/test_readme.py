@@ -67,6 +67,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, st
     return project, printed
 
 
+@pytest.mark.long
 def test_the_notebook_commands_of_the_readme_run(ran: tuple[Project, dict[str, str]]) -> None:
     project, printed = ran
     notebooks = {command.split()[0] for command in printed if not command.startswith("-m")}

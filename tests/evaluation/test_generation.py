@@ -89,7 +89,7 @@ def test_a_temperature_means_that_it_samples_and_one_of_0_that_it_does_not() -> 
     ("words", "said"),
     [
         (["--do_sample", "--temperature", "0"], "--do_sample needs a --temperature above 0"),
-        (["--top_p", "1.5"], "a --top_p above 0 and at most 1"),
+        (["--top_p", "1.5"], "--top_p 1.5 is out of range. Use at most 1."),
         (["--generation_kwargs", "num_return_sequences=2"], "--generation_kwargs num_return_sequences=2"),
         (["--generation_kwargs", "min_q=1"], "did you mean min_p=...?"),
         (["--generation_kwargs", "repetition_penalty=abc"], "--generation_kwargs repetition_penalty=abc: a number"),
@@ -268,7 +268,7 @@ def test_questions_come_from_flags_files_datasets_or_are_ours(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.jsonl", '{"text": "one"}\n', "has no questions. no prompt: 1 (row 1)"),
+        ("p.jsonl", '{"text": "one"}\n', "has no questions. no prompt: 1"),
         ("p.jsonl", '{"turns": []}\n', "row 1"),
         ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "has the question id 1 twice"),
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2, is not a JSON object"),

@@ -111,6 +111,7 @@ def test_without_a_token_a_push_explains_how_to_give_one(
         push_folder(model, "me/name", private=True)
 
 
+@pytest.mark.long
 def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
     hub: local.Hub, hub_env: dict[str, str], project: Project, sft_run: str
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_run_is_merged_and_pushed_after_training_and_again_once_finished(
     assert os.environ.get("HF_TOKEN") is None
 
 
+@pytest.mark.long
 def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
     hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -71,6 +71,7 @@ for flags in json.load(sys.stdin):
 """
 
 
+@pytest.mark.long
 def test_weights_adapter_and_optimizer_are_what_a_real_run_allocates(project: Project, demo_folder: Path) -> None:
     model = demo_folder / "tiny-mistral"
     few = {"recipe": "recipes/demo.yaml", "setup_module": "", "sft_run": "", "model_id": model, "use_cpu": True}

@@ -243,12 +243,12 @@ def test_forty_bad_rows_are_each_named_and_strict_refuses_them(
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: 12 of 40 rows cannot be used. ")
     for i, reason in enumerate(bad):
-        assert f"{reason}: 1 (row {28 + i})" in line
-    assert "the same pair with both labels: 2 (row 38)" in line
+        assert f"{reason}: 1 (row {29 + i})" in line
+    assert "the same pair with both labels: 2 (row 39)" in line
     assert not (project.root / "outputs" / "bad").exists()
     project.run("02_dpo.py", *words)
     data = project.record("bad")["data"]
-    assert {reason: data["examples"][reason] for reason in bad} == {r: [28 + i] for i, r in enumerate(bad)}
+    assert {reason: data["examples"][reason] for reason in bad} == {r: [29 + i] for i, r in enumerate(bad)}
     assert data["examples"]["the same pair with both labels"] == [38, 39]
     assert (data["read"], data["kept"], data["dropped"]) == (40, 28, 12)
     report = json.loads((project.root / "outputs" / "bad" / "data_report.json").read_text())

@@ -155,6 +155,7 @@ def milled(project: Project) -> Milled:
     return Milled(tokens, out, len(updates), printed.getvalue())
 
 
+@pytest.mark.long
 def test_papermill_parameters_equal_flags(project: Project, dpo_run: str, milled: Milled) -> None:
     record, command = project.record("mill"), project.record(dpo_run)
     assert (record["sources"]["dpo_beta"], command["sources"]["dpo_beta"]) == ("notebook", "flag")
@@ -202,6 +203,7 @@ def test_weights_and_biases_gets_rows_settings_samples_and_curves_and_no_token(
     assert not [name for name, token in milled.tokens.items() if token in milled.printed]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))] + ["--run_name", "killed"]
     folder = project.root / "outputs" / "killed"

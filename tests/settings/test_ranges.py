@@ -73,7 +73,7 @@ def test_odd_numbers_are_refused_in_one_line_or_are_in_range(notebook: str) -> N
         ("num_train_epochs", 1e30, "--num_train_epochs 1e+30 is out of range. Use at most 10000."),
         ("seed", -1, "--seed -1 is out of range. Use at least 0."),
         ("loss_weights", [1.0, -1.0], "--loss_weights -1.0 is out of range. Use at least 0."),
-        ("eval_steps", 1.5, "--eval_steps 1.5 is neither a share below 1 nor a whole number of steps."),
+        ("eval_steps", 1.5, "--eval_steps 1.5 is neither a share below 1 nor an integer."),
     ],
 )
 def test_the_message_names_the_setting_the_value_and_the_limit(name: str, value: Any, message: str) -> None:

@@ -18,12 +18,12 @@ DPO: Any = _settings_class(code_cells(REPO / "notebooks" / "02_dpo.py"))
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_r", "maybe"], "--lora_r takes a whole number, not 'maybe' (from flag)."),
+        (["--lora_r", "maybe"], "--lora_r takes an integer, not 'maybe' (from flag)."),
         (["--dpo_beta", "maybe"], "--dpo_beta takes a number, not 'maybe' (from flag)."),
         (["--dry_run", "maybe"], "--dry_run takes True or False, not 'maybe' (from flag)."),
         (["--loss_weights", "a"], "--loss_weights takes numbers, not 'a' (from flag)."),
         (["--tuning", "half"], "--tuning takes full or lora or qlora or dora, not 'half' (from flag)."),
-        (["--max_length", "None"], "--max_length takes a whole number, not 'None' (from flag). Use 0 for no limit."),
+        (["--max_length", "None"], "--max_length takes an integer, not 'None' (from flag). Use 0 for no limit."),
         (["--loss_type"], "--loss_type needs at least one value (from flag)."),
         (["--run_name", "../x"], "cannot name a folder"),
         (["--run_name", "x" * 5000], "cannot name a folder"),
