@@ -119,7 +119,7 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
     values = settings.values()
     loading = {"revision": start.revision or "main", "trust_remote_code": values["trust_remote_code"]}
     check_positions(
-        json.loads(fetch_file(start.model, start.revision, "config.json").read_text()), values["max_length"]
+        json.loads(fetch_file(start.model, start.revision, "config.json").read_text()), values.get("max_length", 0)
     )
     tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **loading)
     for field in ("eos_token", "pad_token"):

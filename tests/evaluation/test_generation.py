@@ -341,3 +341,22 @@ def test_a_model_with_other_weights_has_another_fingerprint(tmp_path: Path) -> N
         (tmp_path / name / "run.json").write_text('{"fingerprint": "abc"}')
     run, moved = (ModelRef("a", str(tmp_path / name)).fingerprint for name in ("run", "moved"))
     assert run == moved != before
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x0c"])
+def test_only_newlines_end_a_prompt(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(f"one{mark}two\r\nthree\n", encoding="utf-8", newline="")
+    questions = read_questions(settings_of("--prompts_file", str(tmp_path / "p.txt")))
+    assert [q["turns"] for q in questions] == [[f"one{mark}two"], ["three"]]
+
+
+def test_rows_without_a_question_are_dropped_by_the_reasons_of_the_data(tmp_path: Path, capsys: Any) -> None:
+    rows = [
+        {"prompt": "Why?"}, {"prompt": ""}, {"prompt": 3}, {"instruction": "Name it.", "context": "A lemon."},
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_questions(settings_of("--prompts_file", str(tmp_path / "p.jsonl")))
+    assert [q["turns"] for q in questions] == [["Why?"], ["Name it.\n\nA lemon."], ["Who?"]]
+    said = capsys.readouterr().out
+    assert "2 of 5 rows were dropped. no prompt: 1 (row 2); a number or a date, not text: 1 (row 3)" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from helpers.merging.merge import (
     merge_adapter,
     staging_dir,
 )
-from helpers.merging.verify import Verification, compare_layers, compare_logits, last_logits, verify_merge
+from helpers.merging.verify import (
+    Verification,
+    compare_layers,
+    compare_logits,
+    held_out_prompts,
+    last_logits,
+    verify_merge,
+)
 from helpers.merging.weights import (
     StreamingMerger,
 )
@@ -124,3 +132,11 @@ def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -
     p, q = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]]))
     expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
     assert compare_logits([p], [q])["kl"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x0c"])
+def test_line_separators_in_a_held_out_prompt_do_not_break_the_verification(mark: str, tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": f"one{mark}two"}]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n"] * 2
+    (tmp_path / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert held_out_prompts(Run(tmp_path, {})) == [prompt, prompt]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.core import UserError
 from helpers.models import plan as models
@@ -136,3 +137,33 @@ def test_4bit_layers_keep_their_gradient_after_an_evaluation() -> None:
 def test_the_demo_model_loads_like_any_other(demo_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_folder / "tiny-mistral")
     assert sum(p.numel() for p in model.parameters()) < 3_000_000
+
+
+def test_attention_is_eager_where_the_class_has_no_sdpa(tmp_path: Path) -> None:
+    for kind, attention in (("mistral", "sdpa"), ("bloom", "eager"), ("mpt", "eager")):
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+        assert models.plan_model(str(tmp_path / kind)).attn_implementation == attention
+    assert models.plan_model(str(tmp_path / "bloom"), attn_implementation="sdpa").attn_implementation == "sdpa"
+
+
+def test_the_plan_says_what_is_computed_in_when_it_is_set_by_hand(demo_folder: Path) -> None:
+    plan = models.plan_model(str(demo_folder / "tiny-mistral"), trl_args={"bf16": True})
+    assert (plan.bf16, plan.fp16, plan.as_dict()["computed in"]) == (True, False, "bfloat16")
+
+
+def test_modules_trained_in_full_and_added_rows_begin_exactly_as_the_base() -> None:
+    ids = torch.tensor([[1, 2, 60, 61, 5]])
+    for more in (
+        {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "norm"]},
+        {"trainable_token_indices": {"embed_tokens": [60, 61], "lm_head": [60, 61]}},
+    ):  # fmt: skip
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+        model = get_peft_model(tiny_mistral(64), config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does
+        models.upcast_adapter(model)
+        with torch.no_grad(), model.disable_adapter():
+            base = model(ids).logits
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, base), more

@@ -158,3 +158,35 @@ def test_a_moved_run_is_compared_with_the_run_beside_it(tmp_path: Path) -> None:
         (tmp_path / "moved" / name / "run.json").write_text(json.dumps(record))
     models = resolve.resolve_models(("dpo",), tmp_path / "moved")
     assert [model.base for model in models] == [str(tmp_path / "moved" / name) for name in ("sft", "dpo")]
+
+
+@pytest.mark.parametrize(
+    ("config", "max_length", "message"),
+    [
+        ({"model_type": "gpt2", "n_positions": 1024}, 1512, "--max_length 1512 is beyond the 1024 learned positions"),
+        ({"model_type": "opt", "max_position_embeddings": 2048}, 0, "--max_length 0 (no limit) is beyond the 2048"),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024, ""),
+        ({"model_type": "mistral", "max_position_embeddings": 512}, 1512, ""),
+        ({"model_type": "bloom"}, 0, ""),
+    ],
+)
+def test_rows_beyond_learned_positions_are_refused(
+    config: dict[str, object], max_length: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if message:
+        with pytest.raises(SettingsError) as caught:
+            resolve.check_positions(config, max_length)
+        assert message in str(caught.value)
+        return
+    resolve.check_positions(config, max_length)
+    is_far = config["model_type"] == "mistral"
+    assert ("beyond the 512 positions that this model was trained for" in capsys.readouterr().out) == is_far
+
+
+def test_eos_and_pad_tokens_are_set_before_the_template_is_checked(demo_folder: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, "--model_id", str(demo_folder / "tiny-mistral"), "--pad_token", "<s>")
+    tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
+    assert tokenizer.pad_token == "<s>"
+    settings = settings_of(tmp_path, "--model_id", str(demo_folder / "tiny-mistral"), "--pad_token", "<nothing>")
+    with pytest.raises(SettingsError, match="--pad_token '<nothing>' is not in the tokenizer's vocabulary"):
+        load_tokenizer(resolve_start(settings), settings)

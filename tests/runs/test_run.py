@@ -141,3 +141,51 @@ def test_after_a_merge_the_next_command_names_what_there_is_to_compare(tmp_path:
         (trained / "run.json").write_text(json.dumps({"step": step} if step else {}))
         models = f"{trained}" if step == "dpo" else f"org/base {merge.folder}"
         assert merge.next_command() == f"python notebooks/04_vibes.py --models {models}"
+
+
+def test_a_run_is_not_resumed_on_other_rows_and_a_finished_one_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"hash": "a", "read": 40, "kept": 38, "train": 30, "eval": 8}
+    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run.save(data=rows)
+    again = runs.start_run(settings_of(tmp_path), "org/m")
+    again.set(data=rows)
+    with pytest.raises(SettingsError, match=r"trained on other rows: read 40 → 41, kept 38 → 39, train 30 → 31\. Use"):
+        again.set(data=rows | {"hash": "b", "read": 41, "kept": 39, "train": 31})
+    with pytest.raises(SettingsError, match="trained on other rows: their texts differ"):
+        again.set(data=rows | {"hash": "b"})
+    run.finish()
+    run.set(data=rows | {"hash": "b"})  # as a cell of a notebook does
+    assert "trained on other rows" in capsys.readouterr().out
+    assert run.record["data"]["hash"] == "a"
+
+
+def test_a_finished_run_names_files_of_data_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = settings_of(tmp_path / "outputs", "--run_name", "mine")
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+
+    class Training(type(settings)):  # type: ignore[misc]
+        def values(self) -> dict[str, object]:
+            return super().values() | {"dataset_id": (str(data), json.dumps({"id": str(data)}), "org/set")}
+
+    settings.__class__ = Training
+    runs.start_run(settings, "org/m").finish()
+    with pytest.raises(CleanExit):
+        runs.start_run(settings, "org/m")
+    assert "has changed" not in capsys.readouterr().out
+    data.write_text("two")
+    with pytest.raises(CleanExit):
+        runs.start_run(settings, "org/m")
+    assert "note: data.jsonl has changed since" in capsys.readouterr().out
+
+
+def test_after_a_merge_from_02_the_next_command_compares(tmp_path: Path) -> None:
+    run = runs.Run(tmp_path / "dpo-x", {"step": "dpo", "status": "finished"})
+    run.save()
+    (run.folder / "adapter_config.json").write_text("{}")
+    assert run.next_command() == f"python notebooks/03_merge_push.py --run {run.folder}"
+    merge = runs.Run(tmp_path / "merge-x", {"step": "merge", "parent": "dpo-x"})
+    merge.finish()
+    assert run.next_command() == f"python notebooks/04_vibes.py --models {run.folder}"

@@ -112,3 +112,14 @@ def test_help_takes_less_than_0_6_seconds(project: Project) -> None:
 def test_the_example_of_env_has_every_variable_with_its_comment_and_default() -> None:
     """Run `python -m tests.settings.env_example` after a change of a Settings cell."""
     assert (REPO / ".env.example").read_text() == env_example(), "run `python -m tests.settings.env_example`"
+
+
+def test_the_help_of_trl_s_fields_has_the_defaults_of_the_notebook() -> None:
+    source = (REPO / "notebooks" / "02_dpo.py").read_text()
+    defaults = trl_fields.notebook_defaults(source, "dpo")
+    assert defaults["max_grad_norm"] == 0.3
+    assert defaults["lr_scheduler_type"] == "cosine"
+    assert defaults["warmup_steps"] == 0.1
+    assert defaults["eval_strategy"] == "steps"
+    text = " ".join(trl_fields.trl_help("dpo", (), source).split())
+    assert "Set to 0 to disable. (default: 0.3)" in text
