@@ -282,14 +282,20 @@ def _draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, History], colours: 
 
 
 def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
-    """The training loss, tokens, tokens per second, and held-out metrics of the weights that are saved."""
+    """The training loss, tokens, tokens per second, and held-out metrics of the weights that are saved.
+
+    If the best checkpoint was restored, its evaluation is logged at its own step, `best_step` of the metrics.
+    """
     history, state = trainer.state.log_history, trainer.state
     speed = [log["train_tokens_per_second"] for log in history if "train_tokens_per_second" in log]
     # the end-of-training summary follows the last evaluation
     last = [log for log in history[-2:] if "eval_loss" in log and log["step"] == state.global_step]
-    is_evaluated = last and not trainer.args.load_best_model_at_end  # which loads the weights of an earlier step
-    held_out = last[-1] if is_evaluated else trainer.evaluate()
-    metrics = {"train_loss": result.training_loss, "tokens_seen": float(state.num_input_tokens_seen)}
+    best = (state.best_model_checkpoint or "").rpartition("-")[2] if trainer.args.load_best_model_at_end else ""
+    end, state.global_step = state.global_step, int(best or state.global_step)
+    held_out = last[-1] if last and not best else trainer.evaluate()
+    state.global_step = end
+    metrics = {"best_step": float(best)} if best else {}
+    metrics |= {"train_loss": result.training_loss, "tokens_seen": float(state.num_input_tokens_seen)}
     metrics |= {"tokens_per_second": speed[-1]} if speed else {}
     return metrics | {name: value for name, value in held_out.items() if name != "num_input_tokens_seen"}
 

@@ -231,6 +231,9 @@ def test_the_same_number_of_checkpoints_is_kept_and_the_best_one_s_metrics_are_t
     assert max(log["step"] for log in history) < 12  # it stopped early
     # the last is of the weights that are kept, which are not those of the last step
     assert losses[-2] > losses[-1] == project.record("patient")["metrics"]["eval_loss"] == min(losses[1:])
+    evaluated = [log for log in history if "eval_loss" in log]
+    best = project.record("patient")["metrics"]["best_step"]
+    assert evaluated[-1]["step"] == best < evaluated[-2]["step"]  # the restored one is logged at its own step
     kept = list(folder.glob("checkpoint-*"))
     assert 1 <= len(kept) <= 2  # the newest, and the best
     assert all(checkpoint_error(c) == "" for c in kept)
