@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import importlib
@@ -323,9 +324,31 @@ HUB_STATUS = {
 }
 
 
+@functools.cache
+def check_hub() -> None:
+    """Ask the Hub once whether it can be reached; if not, use its cache only, and say so.
+
+    Its clients would retry for every file, 24 seconds each in huggingface_hub 2.4.
+    """
+    import httpx2 as httpx  # the HTTP client of huggingface_hub
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError):
+        constants.HF_HUB_OFFLINE = True
+        if datasets := sys.modules.get("datasets"):
+            datasets.config.HF_HUB_OFFLINE = True
+        print("The Hub cannot be reached: only its cache is used. HF_HUB_OFFLINE=1 skips this check.", file=sys.stderr)
+    except httpx.HTTPError:  # slow or busy: the retries of huggingface_hub handle it
+        pass
+
+
 def describe_error(error: BaseException) -> str:
     """One line on an error of the Hub's client and its fix. For other errors, their own message."""
-    from huggingface_hub import errors, is_offline_mode
+    from huggingface_hub import errors
 
     chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
@@ -346,7 +369,7 @@ def describe_error(error: BaseException) -> str:
     if status in HUB_STATUS:
         return HUB_STATUS[status]
     if kinds & {errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled}:
-        if is_offline_mode():
+        if os.environ.get("HF_HUB_OFFLINE"):
             return "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it once, or use a local folder"
         return "it is not in the cache, and the Hub cannot be reached. Connect, or use a local folder"
     return message

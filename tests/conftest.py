@@ -62,6 +62,21 @@ def warm_processes(request: pytest.FixtureRequest, own_caches: None) -> Iterator
     warm.stop_all()
 
 
+@pytest.fixture(autouse=True)
+def forget_the_hub() -> Iterator[None]:
+    """A test that has no Hub does not send those after it to the cache."""
+    yield
+    from helpers.core import check_hub
+
+    if check_hub.cache_info().currsize:
+        from huggingface_hub import constants
+
+        check_hub.cache_clear()
+        constants.HF_HUB_OFFLINE = False
+        if datasets := sys.modules.get("datasets"):
+            datasets.config.HF_HUB_OFFLINE = False
+
+
 @pytest.fixture(scope="session")
 def hub_server() -> Iterator[fake_hub.Hub]:
     with fake_hub.serve() as server:

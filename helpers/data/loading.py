@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import REPO, SettingsError, UserError, describe_error, find_path, read_jsonl
+from helpers.core import REPO, SettingsError, UserError, check_hub, describe_error, find_path, read_jsonl
 from helpers.data.files import FILE_TYPES, as_json_lines, file_type
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, Format, PairingConfig, TrackedRow
 from helpers.data.messages import MESSAGE_KEYS, ROLE_KEYS, DropRow, is_list_as_text, parse_hh, parse_text
@@ -147,6 +147,8 @@ def _load(spec: DatasetSpec, split: str) -> Dataset:
             raise LookupError(f"it has {', '.join(map(str, saved))}")
         return DatasetDict(saved)[split]
     revision = None if path else spec.revision or None
+    if path is None:
+        check_hub()
     return load_dataset(str(path or spec.id), spec.config or None, split=split, revision=revision)
 
 

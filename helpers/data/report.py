@@ -86,7 +86,9 @@ class DataReport:
     def of(cls, train_set: Dataset, eval_set: Dataset, row_report: RowReport, max_length: int = 0) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` returned, for the same `max_length`."""
         train, held_out = read_texts(train_set), read_texts(eval_set)
-        prompts = eval_set[:SAVED_PROMPTS]["prompt"] if "prompt" in eval_set.column_names else []
+        is_pairs = "prompt" in eval_set.column_names
+        first = eval_set[:SAVED_PROMPTS]["prompt" if is_pairs else "messages"]
+        prompts = first if is_pairs else [talk[:-1] for talk in first]
         findings = find_data_issues(train, held_out, row_report, max_length)
         return cls(row_report, train, held_out, max_length, findings, list(prompts))
 

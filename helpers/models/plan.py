@@ -117,7 +117,8 @@ def _has_sdpa(model_id: str) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(find_path(model_id) or model_id))]
+        config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError):  # not cached, or needs remote code
         return True
     return bool(getattr(kind, "_supports_sdpa", True))
@@ -256,7 +257,13 @@ def save_model(trainer: Any, folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "peft_config"):
         trainer.save_model(str(folder))  # and the tokenizer
-        return
+    else:
+        _save_adapter(trainer, model, folder)
+    if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_main_process():
         # the adapter has the rows of added tokens: PEFT need not save all embeddings for them

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, describe_error, find_path, fingerprint, hf_token
+from helpers.core import SettingsError, UserError, check_hub, describe_error, find_path, fingerprint, hf_token
 from helpers.models.chat import set_chat_template
 from helpers.runs.run import Run, find_parent, find_run, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
@@ -55,6 +55,18 @@ def resolve_start(settings: RunSettings) -> Start:
     """
     values = settings.values()
     revision = values["revision"] or None
+    folder = find_path(values["model_id"]) if not values.get("sft_run") else None
+    step = read_run(folder).get("step") if folder else ""
+    if folder and step == "sft" and "sft_run" in values:
+        print(f"{values['model_id']} is a run of 01_sft.py, taken as --sft_run.")
+        settings.override(settings.sources["model_id"], sft_run=str(folder), model_id="")
+        values = settings.values()
+    elif folder and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        what = "the adapter of a run of 02_dpo.py" if step == "dpo" else "an adapter"
+        raise SettingsError(
+            f"--model_id {values['model_id']} is {what}, not a model. Merge it with `python notebooks/03_merge_push.py "
+            f"{'--run' if step == 'dpo' else '--adapter'} {values['model_id']}`, and start from the merged folder."
+        )
     if not values.get("sft_run"):
         return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
@@ -149,7 +161,7 @@ def resolve_model(model_id: str, revision: str | None = None, file: str = "confi
 
 def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
     """Find a folder's file, or download it from the Hub. Asks for a token if the model is gated. Raises UserError."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
@@ -158,8 +170,7 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
             if (folder / file).is_file():
                 return folder / file
             raise FileNotFoundError(f"the folder has no {file}")
-        if not try_to_load_from_cache(model_id, file, revision=revision or None):
-            _check_connection()
+        check_hub()
         try:
             return Path(fetch())
         except GatedRepoError:
@@ -171,20 +182,6 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
         raise UserError(f"{model_id} is gated and your token may not read it. Accept its terms on its page.") from None
     except (OSError, HfHubHTTPError) as error:
         raise UserError(f"{model_id!r} cannot be loaded: {describe_error(error)}") from None
-
-
-def _check_connection() -> None:
-    """Raise LocalEntryNotFoundError if the Hub cannot be reached: huggingface_hub 2.4 retries for 24 seconds first."""
-    import httpx2 as httpx  # the HTTP client of huggingface_hub
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise LocalEntryNotFoundError("the Hub cannot be reached") from error
-    except httpx.HTTPError:  # slow or busy: huggingface_hub's retries handle it
-        pass
 
 
 def missing_weights(folder: Path, file: str = "config.json") -> str:

@@ -235,8 +235,9 @@ class CompletionsCallback(TrainerCallback):
         self.trainer, self.file = trainer, folder / SAMPLES_FILE
         self.every, self.max_new_tokens = settings.completion_steps, settings.completion_tokens
         first_rows = rows.select(range(min(10 * COMPLETION_PROMPTS, len(rows))))  # pairs of a prompt are neighbours
-        prompts = dict.fromkeys(tuple(prompt_ids_of(row)) for row in first_rows)
+        prompts = {tuple(prompt_ids_of(row)): prompt_text_of(row) for row in first_rows}
         self.prompts = [prompt for prompt in prompts if prompt][:COMPLETION_PROMPTS]
+        self.texts = [prompts[ids] for ids in self.prompts]
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -260,8 +261,8 @@ class CompletionsCallback(TrainerCallback):
         with accelerator.autocast():  # as in the Trainer's own forward
             answers = generate_greedily(model, tokenizer, self.prompts, self.max_new_tokens)
         with self.file.open("a", encoding="utf-8") as file:
-            for ids, answer in zip(self.prompts, answers, strict=True):
-                prompt, text = (tokenizer.decode(x, skip_special_tokens=True).strip() for x in (ids, answer))
+            for prompt, answer in zip(self.texts, answers, strict=True):
+                text = tokenizer.decode(answer, skip_special_tokens=True).strip()
                 row = {"step": state.global_step, "prompt": prompt, "answer": text, "tokens": len(answer)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         mean, ends = sum(map(len, answers)) / len(answers), eos_token_ids(tokenizer, model.generation_config)
@@ -272,6 +273,12 @@ class CompletionsCallback(TrainerCallback):
         log = {"samples/mean_length": mean, "samples/cut": cut, "epoch": state.epoch or 0.0}
         state.log_history.append(log | {"step": state.global_step})
         self.trainer.callback_handler.call_event("on_log", args, state, control, logs=log)
+
+
+def prompt_text_of(row: dict[str, Any]) -> str:
+    """Return the user's last message before the answer that `prompt_ids_of` asks for."""
+    messages = row.get("prompt") or itertools.takewhile(lambda m: m["role"] != "assistant", row["messages"])
+    return str([m["content"] for m in messages if m["role"] == "user"][-1]).strip()
 
 
 def prompt_ids_of(row: dict[str, Any]) -> list[int]:

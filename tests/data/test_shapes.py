@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
-from helpers.data.formats import PairingConfig
+from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PairingConfig, TrackedRow
 from helpers.data.prepare import LengthLimits
 from helpers.data.row_report import RowReport, prepare_rows
 from tests.data.test_formats import bot, user
@@ -227,3 +229,45 @@ def test_the_message_of_a_template_is_whole(chatml: Any) -> None:
 def test_rows_are_counted_from_1(chatml: Any) -> None:
     rows = [{"prompt": "Why?", **PAIR}, {"prompt": "", **PAIR}]
     assert prepare(chatml, rows)[1].examples == {"no prompt": [2]}
+
+
+COLUMNS = [
+    "prompt", "instruction", "question", "input", "messages", "conversations", "chosen", "rejected", "completion",
+    "output", "response", "answer", "system", "system_prompt", "history", "tools", "images", "label", "score_chosen",
+    "score_rejected", "chosen_rating", "rejected_rating", "rating", "source", "id", "context", "status", "weight",
+]  # fmt: skip
+VALUES: Any = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 9), st.sampled_from(["", "Why?", "Because.", "[{'role': 'user'}]"]),
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system", "human", "narrator"]), "content": st.just("x")},
+            optional={"weight": st.just(0), "lang": st.just("en"), "reasoning_content": st.just("Hm.")},
+        ),
+        max_size=3,
+    ),
+    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text"]), st.just("user"), max_size=2),
+    st.lists(st.lists(st.just("x"), min_size=2, max_size=2), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, min_size=2, max_size=8), min_size=1, max_size=4))
+def test_any_columns_are_read_or_named_and_the_account_adds_up(rows: list[dict[str, Any]], chatml: Any) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    filled = [dict.fromkeys(columns) | row for row in rows]
+    for formats in (PAIR_FORMATS, INSTRUCTION_FORMATS):
+        for row_format in formats:
+            if row_format.missing(dict.fromkeys(columns, True)):
+                continue
+            read: set[str] = set()
+            kept = dropped = 0
+            for row in filled:
+                tracked = TrackedRow(row)
+                results = row_format.read(tracked, PairingConfig())
+                read |= tracked.read
+                kept += any(not isinstance(result, str) for result in results)
+                dropped += all(isinstance(result, str) and result for result in results)
+            assert kept + dropped == len(rows)
+            assert read | (set(columns) - read) >= set(columns)
+            if kept:  # the columns that the examples are made of were read
+                assert read & set(columns)

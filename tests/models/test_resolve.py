@@ -190,3 +190,23 @@ def test_eos_and_pad_tokens_are_set_before_the_template_is_checked(demo_folder: 
     settings = settings_of(tmp_path, "--model_id", str(demo_folder / "tiny-mistral"), "--pad_token", "<nothing>")
     with pytest.raises(SettingsError, match="--pad_token '<nothing>' is not in the tokenizer's vocabulary"):
         load_tokenizer(resolve_start(settings), settings)
+
+
+def test_a_run_or_an_adapter_as_model_is_taken_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = tmp_path / "sft-out"
+    sft.mkdir()
+    (sft / "config.json").write_text("{}")
+    run = {"step": "sft", "status": "finished", "base_model": "org/base", "fingerprint": "f"}
+    (sft / "run.json").write_text(json.dumps(run))
+    start = resolve_start(settings_of(tmp_path, "--model_id", str(sft)))
+    assert (start.base_model, start.parent and start.parent.folder) == ("org/base", sft.resolve())
+    assert "is a run of 01_sft.py, taken as --sft_run." in capsys.readouterr().out
+    for name, step, words in (("dpo", "dpo", "the adapter of a run of 02_dpo.py"), ("other", "", "an adapter")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        if step:
+            (folder / "run.json").write_text(json.dumps({"step": step, "status": "finished"}))
+        flag = "--run" if step else "--adapter"
+        with pytest.raises(SettingsError, match=f"is {words}, not a model. Merge it with .*03_merge_push.py {flag} "):
+            resolve_start(settings_of(tmp_path, "--model_id", str(folder)))

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.core import describe_error
-from helpers.models import resolve
+from helpers.core import check_hub, describe_error
 from tests import fake_hub as local
 from tests.conftest import Project
 
@@ -52,28 +51,40 @@ def test_what_the_hub_answers_says_what_to_do() -> None:
     assert describe_error(ValueError("two\nlines")) == "two lines"
 
 
-def test_a_hub_that_is_not_there_is_asked_once_and_one_that_hangs_up_is_left_to_its_client(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import datasets
     from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        asked: list[bytes] = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for hangs_up in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        check_hub.cache_clear()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+            asked: list[bytes] = []
 
-        def hang_up() -> None:
-            connection, _ = server.accept()
-            asked.append(connection.recv(4))
-            connection.close()
+            def answer(server: socket.socket, asked: list[bytes], hangs_up: bool) -> None:
+                connection, _ = server.accept()
+                asked.append(connection.recv(4))
+                if not hangs_up:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                connection.close()
 
-        answering = threading.Thread(target=hang_up)
-        answering.start()
-        resolve._check_connection()
-        answering.join()
-        assert asked == [b"HEAD"]
-    with pytest.raises(LocalEntryNotFoundError, match="the Hub cannot be reached"):
-        resolve._check_connection()
+            answering = threading.Thread(target=answer, args=(server, asked, hangs_up))
+            answering.start()
+            check_hub()
+            answering.join()
+            assert asked == [b"HEAD"]
+        assert constants.HF_HUB_OFFLINE == datasets.config.HF_HUB_OFFLINE == hangs_up
+        assert ("The Hub cannot be reached: only its cache is used." in capsys.readouterr().err) == hangs_up
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    check_hub.cache_clear()
+    check_hub()  # the server is gone
+    check_hub()
+    assert capsys.readouterr().err.count("The Hub cannot be reached") == 1
+    check_hub.cache_clear()
 
 
 def test_each_mistake_is_one_line_and_nothing_is_written(

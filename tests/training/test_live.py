@@ -225,3 +225,10 @@ def test_sft_is_sampled_too(project: Project, sft_run: str) -> None:
     assert {row["step"] for row in rows} == {0, 1, 2, 3}
     assert all(row["prompt"] and "[/INST]" not in row["answer"] for row in rows)
     assert SFT[:2] == ["--max_steps", "3"]
+
+
+def test_the_text_of_a_prompt_is_the_user_s_last_message() -> None:
+    ask = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Why? "}]
+    assert callbacks.prompt_text_of({"prompt": ask}) == "Why?"
+    talk = [*ask, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    assert callbacks.prompt_text_of({"messages": [*talk, {"role": "assistant", "content": "No."}]}) == "Why?"
