@@ -58,11 +58,18 @@ def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_no
 
 
 def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(project: Project, sft_run: str) -> None:
-    gone_wrong = {"run_name": "wrong", "learning_rate": 0.5, "eval_steps": 2, "warmup_steps": 0, "max_grad_norm": 10}
+    gone_wrong = {
+        "run_name": "wrong",
+        "max_steps": 24,
+        "learning_rate": 0.5,
+        "eval_steps": 2,
+        "warmup_steps": 0,
+        "max_grad_norm": 10,
+    }
     done = project.run("02_dpo.py", *flags(**gone_wrong, stop_on_diagnostic="displacement,nan"), status=3)
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(
-        "error: Stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen"
+        "error: Stopped at step 3 of 24 by --stop_on_diagnostic displacement: the log-probability of chosen"
     )
     assert "Try --loss_type sigmoid sft" in line
     assert line.endswith("Without it, the same command resumes from checkpoint-3.")
@@ -83,12 +90,19 @@ def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(pr
     assert "displacement: the log-probability of chosen answers fell" in done.stdout
     record = project.record("wrong")
     assert record["status"] == "finished"
-    assert "displacement" in [diagnostic["name"] for diagnostic in record["diagnostics"]]
+    assert "diverged" in [diagnostic["name"] for diagnostic in record["diagnostics"]]
 
 
 @pytest.mark.long
 def test_two_processes_stop_on_a_diagnostic_at_the_same_step(project: Project, sft_run: str) -> None:
-    gone_wrong = {"run_name": "two", "learning_rate": 0.5, "eval_steps": 2, "warmup_steps": 0, "max_grad_norm": 10}
+    gone_wrong = {
+        "run_name": "two",
+        "max_steps": 24,
+        "learning_rate": 0.5,
+        "eval_steps": 2,
+        "warmup_steps": 0,
+        "max_grad_norm": 10,
+    }
     words = flags(**gone_wrong, stop_on_diagnostic="displacement", per_device_train_batch_size=2, tuning="lora")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     ddp = REPO / "recipes" / "accelerate" / "ddp.yaml"
@@ -100,7 +114,7 @@ def test_two_processes_stop_on_a_diagnostic_at_the_same_step(project: Project, s
     )  # fmt: skip
     assert done.returncode != 0
     assert (
-        done.stderr.count("Stopped at step 3 of 6 by --stop_on_diagnostic displacement: the log-probability of chosen")
+        done.stderr.count("Stopped at step 3 of 24 by --stop_on_diagnostic displacement: the log-probability of chosen")
         == 1
     )
     assert 'callbacks.py"' not in done.stderr  # a traceback is the launcher's own
@@ -180,7 +194,7 @@ def test_a_diagnostic_stops_at_the_next_step_and_not_during_an_evaluation(tmp_pa
     watch = callbacks.CheckpointCallback(FakeTrainer(torch.nn.Linear(2, 2)), tmp_path, ("lr_never_warm", "nan"))
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
     history = [{"step": i, "loss": 1.0, "learning_rate": 0.0} for i in range(1, 7)]
-    state = TrainerState(global_step=6, max_steps=12, log_history=history[:4])
+    state = TrainerState(global_step=6, max_steps=24, log_history=history[:4])
     watch.on_log(args, state, control, logs=history[3])
     watch.on_step_end(args, state, control)
     assert not control.should_training_stop
@@ -193,7 +207,7 @@ def test_a_diagnostic_stops_at_the_next_step_and_not_during_an_evaluation(tmp_pa
     assert control.should_save
     with pytest.raises(
         Interrupted,
-        match=r"Stopped at step 6 of 12 by --stop_on_diagnostic lr_never_warm: at step 6 of 12 the learning",
+        match=r"Stopped at step 6 of 24 by --stop_on_diagnostic lr_never_warm: at step 6 of 24 the learning",
     ) as e:
         watch.on_train_end(args, state, control)
     assert e.value.status == 3
@@ -205,14 +219,14 @@ def test_a_diagnostic_is_printed_once_and_the_current_ones_are_saved(
     run = Run(tmp_path, {})
     watch = callbacks.RecordCallback(run)
     args, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerControl()
-    state = TrainerState(global_step=6, max_steps=12)
+    state = TrainerState(global_step=6, max_steps=24)
     watch.on_train_begin(args, state, control)
-    assert (run.record["diagnostics"], run.record["max_steps"]) == ([], 12)
+    assert (run.record["diagnostics"], run.record["max_steps"]) == ([], 24)
     state.log_history = [{"step": i, "loss": 1.0 / i, "learning_rate": 0.0} for i in range(1, 7)]
     watch.on_log(args, state, control)
     watch.on_log(args, state, control)
     said = capsys.readouterr().out
-    assert said.count("lr_never_warm: at step 6 of 12 the learning rate is 0.") == 1
+    assert said.count("lr_never_warm: at step 6 of 24 the learning rate is 0.") == 1
     assert [diagnostic["name"] for diagnostic in run.record["diagnostics"]] == ["lr_never_warm"]
     assert read_run(tmp_path) == run.record  # kept at once, for a run that is killed later
     state.log_history.append({"step": 7, "loss": 0.1, "learning_rate": 1e-4})
