@@ -21,6 +21,7 @@ from helpers.core import (
     read_jsonl,
     show,
 )
+from tests.conftest import Project
 
 
 def test_this_is_no_kernel_and_a_user_error_shows_one_line_in_one() -> None:
@@ -100,3 +101,32 @@ def test_someone_at_a_terminal_is_asked() -> None:
     os.close(parent)
     assert b"GOT hf_typed" in said
     assert said.count(b"hf_typed") == 1  # not shown while typed
+
+
+REFUSED = """
+from helpers.core import install_error_hook
+install_error_hook()
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.tiny import tiny_mistral
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "start"),
+    [
+        (
+            "config = LoraConfig(modules_to_save=['embed_tokens'], trainable_token_indices={'embed_tokens': [1]},"
+            " target_modules=['q_proj'])\nget_peft_model(tiny_mistral(), config)", 2, "error: PEFT refuses these",
+        ),
+        ("tiny_mistral().set_attn_implementation('nothing')", 2, "error: "),
+        ("raise ValueError('a fault of our own')", 1, "Traceback"),
+    ],
+)  # fmt: skip
+def test_what_a_library_refuses_is_one_line_and_our_own_faults_keep_their_traceback(
+    code: str, status: int, start: str, project: Project
+) -> None:
+    done = project.python("-c", REFUSED + code, PYTHONPATH=f"{project.root}:{REPO}")
+    assert done.returncode == status
+    assert done.stderr.startswith(start), done.stderr
+    assert (len(done.stderr.strip().splitlines()) == 1) == (status == 2)

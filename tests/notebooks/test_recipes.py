@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from helpers.core import SettingsError
+from helpers.models.chat import render, set_chat_template
 from helpers.settings.load import load_settings
 from helpers.settings.sources import SECTIONS
 from tests.conftest import REPO, Project, code_cells
@@ -242,3 +243,20 @@ def test_the_command_of_002_runs_under_its_own_launcher(
     (file,) = (tmp_path / "out").glob("*/run.json")
     assert json.loads(file.read_text())["status"] == "finished"
     assert list(file.parent.glob("checkpoint-2/global_step2/*optim_states.pt"))  # DeepSpeed's own
+
+
+def test_recipes_follow_their_sources() -> None:
+    recipes = {file.stem: yaml.safe_load(file.read_text()) for file in RECIPES}
+    farm, tulu, zephyr = (recipes[n] for n in ("llama2-7b-alpacafarm", "tulu2-13b-ultrafeedback", "zephyr-chatml"))
+    assert (farm["lr_scheduler_type"], farm["max_grad_norm"]) == ("linear", 1.0)
+    assert farm["sft"]["per_device_eval_batch_size"] == 2
+    assert (tulu["dpo"]["lr_scheduler_type"], tulu["dpo"]["max_grad_norm"]) == ("linear", 1.0)
+    assert (zephyr["dpo"]["tuning"], zephyr["dpo"]["learning_rate"]) == ("full", 1e-6)
+
+
+def test_baichuan_s_template_opens_each_turn_with_its_token(demo_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
+    set_chat_template(tokenizer, "recipes/baichuan2.jinja")
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    assert render(tokenizer, talk) == "<reserved_106>Hi<reserved_107>Yo</s>"
+    assert render(tokenizer, talk[:1], prompt=True) == "<reserved_106>Hi<reserved_107>"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.core import SettingsError
-from helpers.runs.run import prepare_tracker
+from helpers.data.row_report import RowReport
+from helpers.runs.curves import Curves
+from helpers.runs.run import Run, prepare_tracker
 from helpers.settings import RunSettings
 
 
@@ -51,3 +55,20 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(SettingsError, match="--report_to mlflow: MLflowCallback requires mlflow to be installed"):
         prepare("mlflow")
+
+
+def test_the_table_of_rows_calls_each_count_by_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logged: dict[str, Any] = {}
+    wandb = types.SimpleNamespace(
+        run=types.SimpleNamespace(config=types.SimpleNamespace(update=lambda *a, **k: None), summary={}),
+        Table=lambda columns, rows: rows, Image=str, log=logged.update,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    report = RowReport(read=4, kept=3)
+    report.count(report.dropped, ["tie"], [2])
+    report.count(report.flagged, ["duplicate prompt"], [3])
+    run = Run(tmp_path, {"data": report.as_dict(), "settings": {}, "sources": {}})
+    Curves("mine", [{"step": 1, "loss": 1.0}], [], []).log_to_wandb(run)
+    rows = dict(logged["rows"])
+    assert (rows["dropped: tie"], rows["flagged: duplicate prompt"]) == (1, 1)
+    assert "dropped: duplicate prompt" not in rows

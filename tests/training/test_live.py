@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.core import Interrupted, SettingsError
+from helpers.core import Interrupted, SettingsError, read_jsonl
 from helpers.runs.checkpoints import checkpoint_error
 from helpers.runs.run import Run, read_run
 from helpers.settings.fields import TrainSettings
@@ -246,3 +246,14 @@ def test_the_text_of_a_prompt_is_the_user_s_last_message() -> None:
     assert callbacks.prompt_text_of({"prompt": ask}) == "Why?"
     talk = [*ask, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
     assert callbacks.prompt_text_of({"messages": [*talk, {"role": "assistant", "content": "No."}]}) == "Why?"
+
+
+def test_a_run_s_folder_has_no_card_of_a_library_and_its_held_out_prompts(
+    project: Project, sft_run: str, dpo_run: str
+) -> None:
+    for name in (sft_run, dpo_run):
+        folder = project.root / "outputs" / name
+        assert not (folder / "README.md").exists()
+        rows = read_jsonl(folder / "held_out.jsonl")
+        assert rows
+        assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"] for row in rows)
