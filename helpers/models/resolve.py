@@ -163,6 +163,7 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
     """Find a folder's file, or download it from the Hub. Asks for a token if the model is gated. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
     try:
@@ -170,6 +171,7 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
             if (folder / file).is_file():
                 return folder / file
             raise FileNotFoundError(f"the folder has no {file}")
+        validate_repo_id(model_id)
         check_hub()
         try:
             return Path(fetch())

@@ -140,7 +140,9 @@ class Run:
     def next_command(self, recipe: str = "", place: str = "") -> str:
         """The command of the next step; `place` is how it names this run's folder."""
         step, folder = self.record["step"], self.folder
-        if step == "dpo" and (not self.is_adapter or any(run.finished for run in list_merges(folder))):
+        weights = self.record.get("fingerprint")
+        is_merged = any(run.finished and run.record.get("origin") == weights for run in list_merges(folder))
+        if step == "dpo" and (not self.is_adapter or is_merged):
             step = "merge"  # a fully tuned model needs no merge, and another one is merged already
         models = place or short_path(folder)
         if self.record["step"] == "merge":  # 04 compares a run of 02 with what it started from, and else two models

@@ -177,6 +177,7 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     assert all(tick == int(tick) for tick in ticks)
 
 
+@pytest.mark.long
 def test_the_command_reads_a_recipe_and_refuses_what_it_does_not_know(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_folder: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_notebook_commands_of_the_readme_run(ran: tuple[Project, dict[str, s
     assert {f: f.read_bytes() for f in merges} == merges  # a new merge replaces the old one
 
 
+@pytest.mark.long
 def test_the_module_commands_of_the_readme_run(ran: tuple[Project, dict[str, str]]) -> None:
     project, printed = ran
     commands = [command.split() for command in printed if command.startswith("-m helpers")]

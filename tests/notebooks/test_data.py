@@ -123,6 +123,7 @@ def test_every_format_trains_from_a_file_and_from_a_hub(
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_set_behind_a_loader_script_is_read_from_the_file_beside_it(
     hub: local.Hub, hub_env: dict[str, str], project: Project, demo_folder: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +250,7 @@ def test_forty_bad_rows_are_each_named_and_strict_refuses_them(
     project.run("02_dpo.py", *words)
     data = project.record("bad")["data"]
     assert {reason: data["examples"][reason] for reason in bad} == {r: [29 + i] for i, r in enumerate(bad)}
-    assert data["examples"]["the same pair with both labels"] == [38, 39]
+    assert data["examples"]["the same pair with both labels"] == [39, 40]
     assert (data["read"], data["kept"], data["dropped"]) == (40, 28, 12)
     report = json.loads((project.root / "outputs" / "bad" / "data_report.json").read_text())
     assert report["share_of_rows"]["the same pair with both labels"] == 2 / 40

@@ -251,7 +251,7 @@ def test_recipes_follow_their_sources() -> None:
     assert (farm["lr_scheduler_type"], farm["max_grad_norm"]) == ("linear", 1.0)
     assert farm["sft"]["per_device_eval_batch_size"] == 2
     assert (tulu["dpo"]["lr_scheduler_type"], tulu["dpo"]["max_grad_norm"]) == ("linear", 1.0)
-    assert (zephyr["dpo"]["tuning"], zephyr["dpo"]["learning_rate"]) == ("full", 1e-6)
+    assert (zephyr["tuning"], zephyr["dpo"]["learning_rate"]) == ("full", 1e-6)
 
 
 def test_baichuan_s_template_opens_each_turn_with_its_token(demo_folder: Path) -> None:

@@ -204,7 +204,10 @@ def test_final_metrics_begin_with_the_training_loss_and_are_of_the_saved_weights
     assert list(metrics.items()) == [
         ("train_loss", 0.6), ("tokens_seen", 7.0), ("tokens_per_second", 9.0), ("step", 4), ("eval_loss", 0.5),
     ]  # fmt: skip
-    args.load_best_model_at_end = True
-    assert curves.final_metrics(trainer, result)["eval_loss"] == 0.1
+    args.load_best_model_at_end, state.best_model_checkpoint = True, "outputs/x/checkpoint-2"
+    steps: list[int] = []
+    trainer.evaluate = lambda: steps.append(state.global_step) or {"eval_loss": 0.1}
+    metrics = curves.final_metrics(trainer, result)
+    assert (metrics["eval_loss"], metrics["best_step"], steps, state.global_step) == (0.1, 2, [2], 4)
     args.load_best_model_at_end, state.global_step = False, 5  # no evaluation at the last step
     assert curves.final_metrics(trainer, result)["eval_loss"] == 0.1
