@@ -44,9 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Hugging Face's, IPython's and Jupyter's folders, and no token of whoever runs the tests."""
+    """Hugging Face's, IPython's, Jupyter's and torch's folders, and no token of whoever runs the tests.
+
+    DeepSpeed builds an extension with torch, and waits for ever for a lock that a killed build has left.
+    """
     home = tmp_path_factory.mktemp("home")
-    for name in ("HF_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+    for name in ("HF_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
+                 "TORCH_EXTENSIONS_DIR"):  # fmt: skip
         (home / name).mkdir()
         os.environ[name] = str(home / name)
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
