@@ -61,7 +61,7 @@ def test_the_full_demo_keeps_the_readme_s_promise_twice(full_demo: tuple[Project
         verdicts = record["metrics"]
         assert "480 comparisons by rules recipes.demo.questions" in shown
         (page,) = project.root.glob("outputs/vibes-*/answers.html")
-        assert f"Page of the answers: {page.relative_to(project.root)}" in shown
+        assert f"Page: {page.relative_to(project.root)}" in shown
         report = project.root / "outputs" / verdicts["candidate"] / "report.html"
         assert shown.splitlines()[-1] == f"Report: {report.relative_to(project.root)}"
         assert re.findall(r'data-section="([\w-]+)"', text := report.read_text()) == SECTIONS
