@@ -170,7 +170,7 @@ def test_three_betas_on_the_demo_are_three_runs_one_figure_one_table(project: Pr
         "sft_run": f"outputs/{sft_run}"
     }
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    (documented,) = [command for command in COMMANDS if command[1:3] == ["-m", "helpers", "sweep"]]
+    (documented,) = [command for command in COMMANDS if command[1:4] == ["-m", "helpers", "sweep"]]
     assert documented[-4:] == ["--dpo_beta", "0.05", "0.1", "0.3"]
     words = [sys.executable, *documented[1:], *flags]
     cached = Path(os.environ["HF_HOME"]) / "datasets"
