@@ -56,7 +56,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     train_rows: int = 20_000  # maximum number of training conversations; 0: all
     eval_rows: int = 500  # evaluation conversations, held out, at most a quarter of all; 0: the share eval_fraction
     eval_fraction: float = 0.05  # share of rows for evaluation; see docs/data.md
-    data_format: str = "auto"  # auto: by the columns; or messages, completion, alpaca, or a format of 02_dpo.py
+    data_format: str = "auto"  # auto: by the columns; or messages, sharegpt, completion, alpaca, or one of 02_dpo.py
     max_length: int = 2048  # maximum tokens of a conversation; 0: no limit
 
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
@@ -225,7 +225,8 @@ if settings.tuning != "full":
 #
 # The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens. Packing is
 # off for a model in which they would attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to
-# evaluation prompts, and checkpoints that are safe to resume from.
+# evaluation prompts, and checkpoints that are safe to resume from. It also keeps the adapter in float32: TRL casts
+# QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 if training_args.packing:

@@ -228,7 +228,8 @@ elif not training_args.precompute_ref_log_probs:
 # ## Trainer
 #
 # The trainer is TRL's `DPOTrainer` on tokenized pairs. It computes a prompt once per pair, and compares its first batch
-# with TRL's own computation. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints.
+# with TRL's own computation. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It
+# also keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 trainer = SharedPrefixDPOTrainer(

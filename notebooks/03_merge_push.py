@@ -130,9 +130,9 @@ merged.finalize(verification, max_kl=settings.max_kl)
 # %% [markdown]
 # ## Publish
 #
-# `--push_to_hub --hub_repo_id name/model` sends the files above and a model card that is written from the run. It also
-# works for a run that was merged before. A new repository is private unless you use `--no_private`. Nothing is sent if
-# a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`.
+# `--push_to_hub --hub_repo_id name/model` sends the merged folder and a model card that is written from the run. It
+# also works for a run that was merged before. A new repository is private unless you use `--no_private`. Nothing is
+# sent if a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`.
 
 # %%
 if settings.push_to_hub:

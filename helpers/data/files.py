@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,20 @@ def as_json_lines(file: Path, split: str, cache: Path) -> Path:
     A plain JSONL file is returned as it is; others are converted once, into `cache`. `split` chooses the rows of a JSON
     object that has several lists of rows. Raises UserError with the line for content that cannot be read.
     """
+    kind, is_plain = file_type(file), Path(file.name.lower()).suffix not in COMPRESSIONS
+    if kind == "jsonl" and is_plain:
+        with file.open("rb") as lines:
+            _check_lines(lines, file)
+        return file
     content = read_bytes(file)
-    if not content.strip():
-        raise UserError(f"{file.name} is empty")
-    kind = file_type(file)
     if kind == "json" and not _is_one_document(content, file):
         kind = "jsonl"
     if kind == "jsonl":
-        _check_lines(content, file)
-        if Path(file.name.lower()).suffix not in COMPRESSIONS:
+        _check_lines(content.split(b"\n"), file)
+        if is_plain:
             return file
+    elif not content.strip():
+        raise UserError(f"{file.name} is empty")
     target = cache / f"rows-{hashlib.sha256(content + f'{kind} {split}'.encode()).hexdigest()[:32]}.jsonl"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -90,13 +94,18 @@ def _is_one_document(content: bytes, file: Path) -> bool:
     return not rest.strip()
 
 
-def _check_lines(content: bytes, file: Path) -> None:
-    for number, line in enumerate(content.split(b"\n"), 1):
+def _check_lines(lines: Iterable[bytes], file: Path) -> None:
+    """Raise UserError for lines that are not UTF-8 or no object. The lines are read one by one: a file may be large."""
+    is_empty = True
+    for number, line in enumerate(lines, 1):
         text = decode(line, file, number).strip()
+        is_empty = is_empty and not text
         if number == 1 and text.startswith("["):
             raise UserError(f"{file.name} is a JSON array, not one object per line. Rename it to end in .json.")
         if text and not text.startswith("{"):
             raise UserError(f"{file.name}, line {number}, is not a JSON object: {text[:40]!r}")
+    if is_empty:
+        raise UserError(f"{file.name} is empty")
 
 
 def read_json(content: bytes, file: Path, split: str) -> list[Row]:

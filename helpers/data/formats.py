@@ -82,19 +82,23 @@ def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Messa
     if messages[0]["role"] == "assistant":
         messages = [*_prompt(prompt), *messages]
     system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), "")
+    if not isinstance(system, str):
+        raise unusable("system", system)
     if history := to_history(row.get("history")):
         first = int(messages[0]["role"] == "system")
         messages = [*messages[:first], *history, *messages[first:]]
-    messages = add_system_prompt(messages, system if isinstance(system, str) and system.strip() else "")
+    messages = add_system_prompt(messages, system if system.strip() else "")
     if error := validation_error(messages):
         raise DropRow(error)
     return messages
 
 
 def _tools(row: Row) -> list[Any] | None:
-    """The tools of a row: a list, which may be written as text."""
+    """The tools of a row: a list, or one tool, which may be written as text."""
     tools = without_nulls(parse_text(row.get("tools")))
-    return tools if isinstance(tools, list) and tools else None
+    if tools and not isinstance(tools, list | dict):
+        raise unusable("tools", tools)
+    return ([tools] if isinstance(tools, dict) else tools) or None
 
 
 def _number(value: Any) -> float | None:
@@ -161,14 +165,14 @@ def read_alpaca_farm(row: Row, config: PairingConfig) -> list[Example]:
     return [_pair(_question(row), chosen, rejected, row)]
 
 
-def read_ranked(row: Row, config: PairingConfig) -> list[Example]:
+def read_ranked(row: Row, config: PairingConfig) -> list[Example | str]:
     """berkeley-nest/Nectar: seven answers to one transcript, with ranks; rank 1 is the best."""
     rated = [(text, -rank) for text, rank in _rate("answers", row.get("answers"), ["rank"])]
     pairs = _pairs_of_rated(_prompt(row.get("prompt")), rated, row, config)
-    return [dataclasses.replace(pair, margin=None) for pair in pairs]  # ranks are not ratings
+    return [p if isinstance(p, str) else dataclasses.replace(p, margin=None) for p in pairs]  # ranks are not ratings
 
 
-def read_scored(row: Row, config: PairingConfig) -> list[Example]:
+def read_scored(row: Row, config: PairingConfig) -> list[Example | str]:
     """A prompt, several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
     answers = row.get("completions", row.get("responses"))
     rated = _rate("completions", answers, SCORE_KEYS, row.get("scores"))
@@ -193,7 +197,7 @@ def _rate(column: str, answers: Any, score_keys: Sequence[str], scores: Any = No
 
 def _pairs_of_rated(
     prompt: list[Message], rated: list[tuple[str, float]], row: Row, config: PairingConfig
-) -> list[Example]:
+) -> list[Example | str]:
     """Pairs of rated answers; the higher rating is chosen."""
     if len(rated) < 2:
         raise DropRow("fewer than two answers")
@@ -207,14 +211,12 @@ def _pairs_of_rated(
     elif config.pairing == "best_vs_random":
         seed = f"{config.seed} {conversation_key(prompt)}"
         candidates = [(order[0], random.Random(seed).choice(lower))]
-    pairs, reasons = [], []
+    pairs: list[Example | str] = []  # a text is the reason why two answers make no pair
     for (better, high), (worse, low) in candidates:
         try:
             pairs.append(_pair(prompt, better, worse, row, high - low))
         except DropRow as reason:
-            reasons.append(reason)
-    if not pairs:
-        raise reasons[0]
+            pairs.append(str(reason))
     return pairs
 
 
@@ -248,7 +250,9 @@ class Format:
     """
 
     name: str
-    reader: Callable[[Row, PairingConfig], list[Example]] = dataclasses.field(repr=False)  # repr is in a fingerprint
+    reader: Callable[[Row, PairingConfig], Sequence[Example | str]] = dataclasses.field(
+        repr=False
+    )  # repr is in a fingerprint
     columns: tuple[str, ...]
     lists: str = ""
     use: Literal["pairs", "conversations", "chosen"] = "pairs"
@@ -274,8 +278,8 @@ class Format:
         except DropRow as reason:
             return [str(reason)]
         if self.use == "chosen":
-            return [Example(examples[0].prompt, examples[0].chosen, tools=examples[0].tools)]
-        return [_margin_error(example.margin, config.min_margin) or example for example in examples]
+            return [e if isinstance(e, str) else Example(e.prompt, e.chosen, tools=e.tools) for e in examples[:1]]
+        return [e if isinstance(e, str) else _margin_error(e.margin, config.min_margin) or e for e in examples]
 
 
 class TrackedRow(dict[str, Any]):

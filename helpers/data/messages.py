@@ -112,21 +112,17 @@ def parse_hh(text: Any) -> list[Message]:
 
 def to_history(value: Any) -> list[Message]:
     """Earlier turns: [user, assistant] pairs of texts, as in Alpaca's and LLaMA-Factory's files, or messages."""
-    if not isinstance(value, list) or not value:
+    value = parse_text(value)
+    if not value:
         return []
+    if not isinstance(value, list):
+        raise unusable("history", value)
     if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
         roles = ("user", "assistant")
         return [
             {"role": role, "content": to_text(text)} for turn in value for role, text in zip(roles, turn, strict=True)
         ]
     return to_messages(value, "user")
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether `value` is a non-empty list of messages, each with text under role and content."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in value)
 
 
 def validation_error(messages: list[Message]) -> str:

@@ -198,7 +198,8 @@ def bound_texts(example: Example, limits: LengthLimits, tokenizer_key: str) -> t
     it. No token has more characters than the longest one of the vocabulary, so a huge text needs no tokens to be seen
     as too long."""
     characters, (_, max_total) = sum(len(m["content"]) for s in SIDES for m in getattr(example, s)), limits.bounds
-    if characters < MANY_CHARACTERS or max_total == sys.maxsize:
+    is_cut = limits.overlong == "truncate_completion" and not example.rejected  # a conversation, after its tokens
+    if characters < MANY_CHARACTERS or max_total == sys.maxsize or is_cut:
         return example, 0
     most = max_total * _longest_token(tokenizer_key)
     prompt, chosen, rejected = (sum(len(m["content"]) for m in getattr(example, side)) for side in SIDES)

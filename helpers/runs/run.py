@@ -230,9 +230,10 @@ def hash_data_files(settings: RunSettings) -> dict[str, str]:
             name = json.loads(name).get("id", "") if name.startswith("{") else name
         path = find_path(name)
         paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
-        for file in [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]:
+        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        for folder, file in files:
             with file.open("rb") as content:
-                hashes[short_path(file)] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+                hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
     return hashes
 
 

@@ -197,6 +197,9 @@ class TrainSettings(RunSettings):
             "--sync_ref_model cannot update the reference of an adapter, which is the base model. Use --tuning full.",
         )
         refuse_if(
+            has_adapter and not targets, "--lora_target_modules is empty. Name at least one module, or use all-linear."
+        )
+        refuse_if(
             has_adapter and _matches(targets, "lm_head", "embed_out"),
             f"--lora_target_modules {targets!r} includes the LM head, whose weight TRL's loss reads without its "
             "adapter. Exclude it; --lora_modules_to_save lm_head trains it in full.",
@@ -218,6 +221,7 @@ class TrainSettings(RunSettings):
         """Raise SettingsError for losses that TRL does not have, and for settings that they ignore (TRL 1.16)."""
         losses, known = list(getattr(self, "loss_type", ())), sorted(trl_fields.compared_values("loss_type"))
         bad = [name for name in losses if name not in known]
+        refuse_if(not losses, "--loss_type needs at least one loss.")
         refuse_if(bad, f"--loss_type {' '.join(bad)} is none of TRL's losses: {', '.join(known)}.")
         for name in ("label_smoothing", "discopop_tau"):
             readers = sorted(trl_fields.losses_that_read(name))

@@ -236,8 +236,6 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
 
     if words == ["None"] and (kind is str or type(None) in (kind, *get_args(kind))):
         return "" if kind is str else None
-    if takes_several(kind) and name not in TEXTS and not words:
-        raise SettingsError(f"--{name} needs at least one value (from {source}).")
     if takes_several(kind) and name not in TEXTS and all(re.fullmatch(r"[\w.,+-]+", word) for word in words):
         words = [part for word in words for part in word.split(",") if part]
     if kind is type(None):

@@ -94,3 +94,11 @@ def test_a_prompt_of_many_turns_is_cut_to_its_newest_ones(tokenizer: Any, monkey
     assert good[0]["prompt"] == talk(1999)[-len(good[0]["prompt"]) :]
     assert len(good[0]["prompt"]) >= 3
     assert len(rendered) < 60
+
+
+def test_a_huge_conversation_is_cut_after_its_last_answer_that_fits(tokenizer: Any) -> None:
+    messages = [*talk(4), user("What is 3 plus 4? " * 20_000), bot("7.")]
+    limits = LengthLimits(0, 128, "truncate_completion")
+    good, report = prepare_rows(Dataset.from_list([{"messages": messages}]), tokenizer, limits, use_pairs=False)
+    assert report.as_dict()["reasons"] == {"turns after the last complete answer removed": 1}
+    assert len(good[0]["input_ids"]) == 128

@@ -132,6 +132,10 @@ def test_columns_that_are_not_read_are_named(chatml: Any) -> None:
         ({"prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}], **PAIR}, "images"),
         ({"prompt": [{"role": "narrator", "content": "x"}], **PAIR}, "unknown role 'narrator'"),
         ({"prompt": [{"role": None, "content": "x"}], **PAIR}, "a message without a role"),
+        ({"prompt": "Why?", **PAIR, "history": "Who? Me."}, "a list as text that cannot be parsed"),
+        ({"prompt": "Why?", **PAIR, "history": "3"}, "a number or a date, not text"),
+        ({"prompt": "Why?", **PAIR, "system": ["Be kind."]}, "not text"),
+        ({"prompt": "Why?", **PAIR, "tools": "colour_of"}, "a list as text that cannot be parsed"),
     ],
 )
 def test_what_cannot_be_trained_on_is_dropped_by_its_reason(row: dict[str, Any], reason: str, chatml: Any) -> None:
@@ -198,6 +202,20 @@ def test_tools_and_calls_are_rendered_where_the_template_has_them(chatml: Any) -
     assert good[0]["prompt_ids"] + good[0]["chosen_ids"] == chatml(full, add_special_tokens=False)["input_ids"]
     assert '<colour_of {"number": 0}>' in chatml.decode(good[0]["chosen_ids"])
     assert "colour_of" in chatml.decode(good[0]["prompt_ids"])
+
+
+def test_one_tool_is_a_list_of_one(chatml: Any) -> None:
+    chatml.chat_template = TOOL_TEMPLATE
+    good, _ = prepare(chatml, [TOOL_ROW | {"tools": json.dumps(TOOLS[0])}])
+    assert good[0]["prompt_ids"] == prepare(chatml, [TOOL_ROW])[0][0]["prompt_ids"]
+
+
+def test_a_pair_of_equal_answers_in_a_row_of_several_is_counted(chatml: Any) -> None:
+    row = {"prompt": "Why?", "responses": ["Because.", "No.", "No. "], "scores": [3.0, 2.0, 1.0]}
+    good, report = prepare(chatml, [row], pairing=PairingConfig("all_pairs"))
+    assert (len(good), report.kept, report.dropped.total()) == (1, 1, 0)
+    others = "(other pairs of the row are kept)"
+    assert dict(report.dropped_pairs) == {f"chosen equals rejected {others}": 1, f"duplicate pair {others}": 1}
 
 
 def test_thoughts_are_rendered_where_the_template_has_them(chatml: Any) -> None:
