@@ -122,6 +122,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
     code = (
         "import os, signal, threading, time\n"
         "from helpers.evaluation.generators import run_parallel\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "list(run_parallel(range(4), lambda job: time.sleep(60), 2))\n"
     )
