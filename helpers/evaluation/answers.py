@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Interrupted, Row, UserError, atomic_write, read_jsonl, safe_file_name, short_path
+from helpers.core import Interrupted, Row, UserError, atomic_write, printable, read_jsonl, safe_file_name, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.questions import Question, answer_turns, question_turns
 from helpers.runs.run import Run
@@ -99,7 +99,7 @@ class Generator:
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
         """Print one answer, word by word where that is possible, and return it."""
         [answer] = self.generate([conversation], seed, **kwargs)
-        print(answer or "")
+        print(printable(answer or ""))
         return answer or ""
 
 

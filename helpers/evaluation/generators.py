@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import CleanExit, SettingsError, UserError, fingerprint
+from helpers.core import CleanExit, SettingsError, UserError, fingerprint, printable
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.questions import Question
@@ -100,7 +100,12 @@ class HFGenerator(Generator):
 
         if kwargs.get("num_beams", 1) > 1:  # a beam search has no words until it ends
             return super().stream(conversation, seed, **kwargs)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        class PrintableStreamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                super().on_finalized_text(printable(text), stream_end)
+
+        streamer = PrintableStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return self.generate([conversation], seed, streamer=streamer, **kwargs)[0]
 
 
@@ -185,7 +190,7 @@ class Generators:
                     talk.append({"role": "assistant", "content": answer})
                 except (KeyboardInterrupt, UserError) as error:
                     talk.pop()
-                    print(f"\n({error or 'stopped'}; the question is removed)")
+                    print(printable(f"\n({error or 'stopped'}; the question is removed)"))
         raise CleanExit("The conversation is not saved.")
 
 
@@ -234,7 +239,7 @@ class Endpoint(Generator):
             try:
                 answers[i] = self.ask(conversations[i], **arguments).text.strip()
             except RequestRefused as error:
-                print(f"note: {error}")
+                print(printable(f"note: {error}"))
 
         list(run_parallel(range(len(conversations)), answer, len(conversations)))
         return answers
@@ -271,7 +276,8 @@ class Endpoint(Generator):
                 refused = [name for name in ARGUMENT_ALIASES if name in sent and _is_unknown(error, name)]
                 if error.status_code == 400 and refused:
                     self.renamed |= {name: ARGUMENT_ALIASES[name] for name in refused}
-                    print(f"note: {self.model} does not accept {', '.join(refused)}: {_first_line(error)}")
+                    note = f"note: {self.model} does not accept {', '.join(refused)}: {_first_line(error)}"
+                    print(printable(note))
                 elif error.status_code in (400, 422, 500) and has_system and not fold and not self.supports_system:
                     fold = True  # the templates of Mistral, Gemma and others have no system role
                 else:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, find_path, read_jsonl
+from helpers.core import Row, UserError, find_path, printable, read_jsonl
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
@@ -75,7 +75,7 @@ def _parse_rows(rows: list[Row], source: str) -> list[Question]:
     if not questions:
         raise UserError(f"{source} has no questions. {reasons}".rstrip(" ."))
     if dropped:
-        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} rows were dropped. {reasons}")
+        print(f"{source}: {len(rows) - len(questions)} of {len(rows)} rows were dropped. {printable(reasons)}")
     [(name, count)] = Counter(str(q["question_id"]) for q in questions).most_common(1)
     if count > 1:
         raise UserError(f"{source} has the question id {name} twice")

@@ -28,6 +28,7 @@ from helpers.core import (
     find_path,
     hf_token,
     is_main_process,
+    printable,
 )
 from helpers.hub.model_card import base_on_hub, write_card
 from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
@@ -99,7 +100,7 @@ def preview_push(settings: Any, folder: Path) -> None:
         repo_id = (settings.hub_repo_id or source.name) + suffix
         print(f"Would push {source.name} to {repo_id}:")
         _, card = prepare_push(source, repo_id, settings.license)
-        print(f"\n{card}")
+        print(printable(f"\n{card}"))
 
 
 def merge_and_push(run: Run, settings: Any) -> None:

@@ -163,7 +163,7 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
     """Find a folder's file, or download it from the Hub. Asks for a token if the model is gated. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
     try:

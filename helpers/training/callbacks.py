@@ -19,7 +19,15 @@ from transformers import EarlyStoppingCallback, GenerationConfig, ProgressCallba
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from helpers.core import Interrupted, UserError, figure_to_image, is_main_process, is_notebook, wait_for_everyone
+from helpers.core import (
+    Interrupted,
+    UserError,
+    figure_to_image,
+    is_main_process,
+    is_notebook,
+    printable,
+    wait_for_everyone,
+)
 from helpers.models.chat import eos_token_ids
 from helpers.models.plan import upcast_adapter
 from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
@@ -268,7 +276,8 @@ class CompletionsCallback(TrainerCallback):
         mean, ends = sum(map(len, answers)) / len(answers), eos_token_ids(tokenizer, model.generation_config)
         cut = sum(len(ids) == self.max_new_tokens and ids[-1] not in ends for ids in answers) / len(answers)
         prompt, text = " ".join(prompt.split())[-60:], " ".join(text.split())[:60]
-        tqdm.write(f"step {state.global_step}: sampled answers have {mean:.3g} tokens on average; {prompt} → {text}")
+        sample = printable(f"{prompt} → {text}")
+        tqdm.write(f"step {state.global_step}: sampled answers have {mean:.3g} tokens on average; {sample}")
         # not Trainer.log: TRL's (dpo_trainer.py, log) would add and reset the metrics since the last log
         log = {"samples/mean_length": mean, "samples/cut": cut, "epoch": state.epoch or 0.0}
         state.log_history.append(log | {"step": state.global_step})

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
 from helpers.data.messages import Message
-from helpers.evaluation.answers import AnswerStore
+from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.generators import Generators, HFGenerator, generation_kwargs
 from helpers.evaluation.questions import OUR_QUESTIONS, read_bench, read_questions
 from helpers.models.chat import render
@@ -360,3 +360,12 @@ def test_rows_without_a_question_are_dropped_by_the_reasons_of_the_data(tmp_path
     assert [q["turns"] for q in questions] == [["Why?"], ["Name it.\n\nA lemon."], ["Who?"]]
     said = capsys.readouterr().out
     assert "2 of 5 rows were dropped. no prompt: 1 (row 2); a number or a date, not text: 1 (row 3)" in said
+
+
+def test_an_answer_in_a_chat_cannot_command_the_terminal(capsys: Any) -> None:
+    class Hostile(Generator):
+        def generate(self, conversations: Any, seed: int = 0, **kwargs: Any) -> list[str]:
+            return ["a\x1b]52;c;aGk=\x07"] * len(conversations)
+
+    assert Hostile().stream([], 0) == "a\x1b]52;c;aGk=\x07"  # the answer is what it was
+    assert capsys.readouterr().out == "a\\x1b]52;c;aGk=\\x07\n"
