@@ -36,6 +36,7 @@ from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
 from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
 from helpers.training.diagnostics import diagnose
+from helpers.training.resume import ResumeCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DIAGNOSTIC_CODE = 128  # above the number of every signal
@@ -65,6 +66,7 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     trainer.add_callback(CheckpointCallback(trainer, run.folder, settings.stop_on_diagnostic))
+    ResumeCallback(trainer, run.folder).add()
 
 
 class CheckpointCallback(TrainerCallback):
@@ -80,7 +82,6 @@ class CheckpointCallback(TrainerCallback):
         self.save_total_limit: int | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        args.eval_on_start = args.eval_on_start and state.global_step == 0  # a resumed run has this evaluation
         # the Trainer would delete old checkpoints before the new one has its manifest: on_save rotates them after it
         self.save_total_limit, args.save_total_limit = args.save_total_limit or self.save_total_limit, None
         if threading.current_thread() is threading.main_thread():
@@ -114,7 +115,7 @@ class CheckpointCallback(TrainerCallback):
             self._check_weights(state)
             if state.global_step and not (self.folder / f"checkpoint-{state.global_step}").exists():
                 self.trainer._save_checkpoint(self.trainer.model, trial=None)
-                self.on_save(args, state, control)
+                self.trainer.callback_handler.on_save(args, state, control)
             self._stop(args, state)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -1,0 +1,112 @@
+"""What a resumed run has to know of the steps before: sums, times, and whether it is at its end (transformers 5.23)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from helpers.core import write_json
+
+PROGRESS = "progress.json"  # in a checkpoint
+
+
+class ResumeCallback(TrainerCallback):
+    """Gives a resumed run the numbers of an undisturbed one, and takes no step after the last.
+
+    The Trainer counts its mean loss, its times and its speed from each start. TRL drops the values that it has
+    collected since the last log, and counts `num_tokens` from 0. An early stop is forgotten. A checkpoint of the last
+    step is trained one step further unless the steps fill whole epochs (trainer.py, _inner_training_loop).
+    """
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.eval_on_start = trainer.args.eval_on_start
+        self.evaluation_due = False  # an evaluation of this step has not come to its end
+        self.seconds, self.started = 0.0, 0.0  # of training before the resume; when this start began
+        self.run_epoch, trainer._run_epoch = trainer._run_epoch, self._run_epoch
+
+    def add(self) -> None:
+        """Add this callback before those that save and report, and after the one that decides when."""
+        handler: CallbackHandler = self.trainer.callback_handler
+        handler.callbacks.insert(1, self)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        args.eval_on_start = self.eval_on_start and step == 0  # a resumed run has this evaluation
+        try:
+            saved = json.loads((self.folder / f"checkpoint-{step}" / PROGRESS).read_text()) if step else {}
+        except OSError:  # a checkpoint of an older version
+            saved = {}
+        trainer._tr_loss = torch.tensor(saved.get("loss_since_log", 0.0), device=args.device)
+        trainer._total_loss_scalar = saved.get("loss_before_log", 0.0)
+        trainer._globalstep_last_logged = saved.get("last_logged", step)
+        trainer._total_train_tokens = saved.get("train_tokens", 0)
+        trainer._metrics["train"].clear()  # of a start in the same kernel
+        trainer._metrics["train"].update(saved.get("metrics", {}))
+        trainer.model.train(saved.get("is_training", True))  # TRL chooses by it which values a log gets
+        if saved:
+            trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
+        self.seconds, self.started = saved.get("seconds", 0.0), time.monotonic()
+        self.evaluation_due = saved.get("evaluation_due", False)
+        for callback in self._early_stopping():
+            states = state.stateful_callbacks or {}
+            attributes = states.get(type(callback).__name__, {}).get("attributes", {}) if step else {}
+            callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
+
+    def _early_stopping(self) -> list[Any]:
+        return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train the rest of an epoch, unless the last step or an early stop has been reached already."""
+        trainer = self.trainer
+        if self.evaluation_due and kwargs["resume_from_checkpoint"]:  # as in trainer.py, _maybe_log_save_evaluate
+            metrics = trainer._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+            trainer._determine_best_metric(metrics=metrics, trial=kwargs["trial"])
+        out_of_patience = [
+            e.early_stopping_patience_counter >= e.early_stopping_patience for e in self._early_stopping()
+        ]
+        if trainer.state.global_step >= trainer.state.max_steps or any(out_of_patience):
+            trainer.control.should_training_stop = True
+        else:
+            self.run_epoch(**kwargs)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.evaluation_due = control.should_evaluate
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.evaluation_due = False
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Turn times and speeds since the resume into those of all steps."""
+        if not self.seconds or not state.log_history:
+            return
+        for log in (logs, state.log_history[-1]):
+            if here := log.get("train_runtime"):
+                log["train_runtime"] = here + self.seconds
+                for name in log:
+                    if name.startswith("train_") and name.endswith("_per_second"):
+                        log[name] *= here / (here + self.seconds)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        since_log = trainer.accelerator.gather(trainer._tr_loss).mean()
+        if args.should_save:
+            progress = {
+                "loss_since_log": float(since_log),
+                "loss_before_log": trainer._total_loss_scalar,
+                "last_logged": trainer._globalstep_last_logged,
+                "train_tokens": int(trainer._total_train_tokens),
+                "metrics": trainer._metrics["train"],
+                "seconds": self.seconds + time.monotonic() - self.started,
+                "evaluation_due": self.evaluation_due,
+                "is_training": trainer.model.training,
+            }
+            write_json(self.folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
