@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,14 @@ from typing import Any
 from helpers.core import SettingsError, UserError, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
+# What a resume reads, and the names of its files; DeepSpeed has the optimizer's and the scheduler's in global_stepN/.
+RESUMED_FROM = {
+    "trainer state": r"trainer_state\.json$",
+    "weights": r".*\.(safetensors|bin|distcp)$|.*model_states\.pt$",
+    "optimizer": r"optimizer|global_step",
+    "scheduler": r"scheduler\.pt$|global_step",
+    "random state": r"rng_state.*\.pth$",
+}
 DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
 OUT_OF_MEMORY_ERRORS = ("memoryerror", "outofmemory", "out of memory", "can't allocate memory")
 BATCH_FLAGS = (
@@ -29,18 +38,20 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def checkpoint_error(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; "" if every file matches its manifest."""
+    """What is wrong with a checkpoint; "" if all that a resume reads is there and matches its manifest."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        files = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+        names = list(files)
+        for name, expected in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"] or _file_digest(file) != expected:
+                return f"{name} differs from what was saved"
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError):
         return f"no complete {MANIFEST}"
-    for name, expected in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"] or _file_digest(file) != expected:
-            return f"{name} differs from what was saved"
-    return ""
+    absent = [part for part, pattern in RESUMED_FROM.items() if not any(re.match(pattern, name) for name in names)]
+    return f"no {' and no '.join(absent)}" if absent else ""
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

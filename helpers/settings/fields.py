@@ -213,6 +213,14 @@ class TrainSettings(RunSettings):
             "--packing fills rows of --max_length tokens. Set --max_length above 0.",
         )
         refuse_if(
+            self.trl.get("save_only_model"),
+            "--save_only_model leaves out the optimizer, so that no run can be resumed. Use --save_total_limit 1.",
+        )
+        refuse_if(
+            self.trl.get("ignore_data_skip"),
+            "--ignore_data_skip would train on the first rows again after a resume. Remove it.",
+        )
+        refuse_if(
             spawns and self.trl.get("dataloader_num_workers", 0) > 0,
             "--dataloader_num_workers above 0 starts the notebook again in each worker on this system. Use 0.",
         )

@@ -20,8 +20,8 @@ class ResumeCallback(TrainerCallback):
     """Gives a resumed run the numbers of an undisturbed one, and takes no step after the last.
 
     The Trainer counts its mean loss, its times and its speed from each start. TRL drops the values that it has
-    collected since the last log, and counts `num_tokens` from 0. An early stop is forgotten. A checkpoint of the last
-    step is trained one step further unless the steps fill whole epochs (trainer.py, _inner_training_loop).
+    collected since the last log, and counts `num_tokens` from 0. A checkpoint of the last step, or of an early stop, is
+    trained further (trainer.py, _inner_training_loop).
     """
 
     def __init__(self, trainer: Any, folder: Path) -> None:
@@ -54,10 +54,6 @@ class ResumeCallback(TrainerCallback):
             trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
         self.seconds, self.started = saved.get("seconds", 0.0), time.monotonic()
         self.evaluation_due = saved.get("evaluation_due", False)
-        for callback in self._early_stopping():
-            states = state.stateful_callbacks or {}
-            attributes = states.get(type(callback).__name__, {}).get("attributes", {}) if step else {}
-            callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
 
     def _early_stopping(self) -> list[Any]:
         return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]

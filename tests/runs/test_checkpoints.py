@@ -32,9 +32,19 @@ def checkpoint(folder: Path, step: int, marked: bool = True) -> Path:
     (path / "global_step").mkdir(parents=True)
     (path / "model.safetensors").write_bytes(bytes(range(200)))
     (path / "global_step" / "rank_0.pt").write_bytes(b"optimizer")
+    (path / "rng_state.pth").write_bytes(b"random")
+    (path / "trainer_state.json").write_text("{}")
     if marked:
         write_manifest(path)
     return path
+
+
+def forget(path: Path, name: str) -> None:
+    """As if the file had not been saved at all."""
+    (path / name).unlink()
+    files = json.loads((path / MANIFEST).read_text())
+    del files[name]
+    (path / MANIFEST).write_text(json.dumps(files))
 
 
 def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
@@ -43,6 +53,8 @@ def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
     assert {name: seal["bytes"] for name, seal in files.items()} == {
         "model.safetensors": 200,
         "global_step/rank_0.pt": 9,
+        "rng_state.pth": 6,
+        "trainer_state.json": 2,
     }
     assert checkpoint_error(path) == ""
 
@@ -55,6 +67,16 @@ def test_a_marker_names_every_file_by_size_and_hash(tmp_path: Path) -> None:
         (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "global_step/rank_0.pt is missing"),
         (lambda f: (f / MANIFEST).unlink(), "no complete checkpoint_manifest.json"),
         (lambda f: (f / MANIFEST).write_text("{"), "no complete checkpoint_manifest.json"),
+        (lambda f: (f / MANIFEST).write_text("[" * 100_000), "no complete checkpoint_manifest.json"),
+        (lambda f: (f / MANIFEST).write_text("[1]"), "no complete checkpoint_manifest.json"),
+        (lambda f: (f / MANIFEST).write_text('{"model.safetensors": {}}'), "no complete checkpoint_manifest.json"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe{"), "no complete checkpoint_manifest.json"),
+        (
+            lambda f: (f / MANIFEST).write_text("{}"),
+            "no trainer state and no weights and no optimizer and no scheduler and no random state",
+        ),
+        (lambda f: forget(f, "rng_state.pth"), "no random state"),
+        (lambda f: forget(f, "global_step/rank_0.pt"), "no optimizer and no scheduler"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_set_aside(

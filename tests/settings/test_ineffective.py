@@ -31,6 +31,8 @@ def test_losses_read_label_smoothing_as_they_did_in_trl_1_16() -> None:
         ("--loss_type exo_pair", "needs --label_smoothing above 0"),
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor has no effect"),
         ("--padding_free", "--padding_free has no effect"),
+        ("--save_only_model", "so that no run can be resumed. Use --save_total_limit 1."),
+        ("--ignore_data_skip True", "would train on the first rows again after a resume. Remove it."),
         ("--neftune_noise_alpha 5", "would also add noise to the reference"),
         ("--f_divergence_type bogus", "--f_divergence_type bogus is unknown"),
         ("--f_alpha_divergence_coef 0.5", "has no effect without --f_divergence_type alpha_divergence"),
