@@ -11,7 +11,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +54,38 @@ class Interrupted(UserError):
         self.status = status
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: handled as Ctrl-C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def handle_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Let `handler` receive the signals that end a program, but those that are ignored (as with nohup), and in this
+    process only: forked workers end at once. Returns the handlers before; {} outside of the main thread."""
+    process = os.getpid()
+
+    def receive(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            return handler(number, frame)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, receive) for number in numbers}
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+
 # Whose ValueErrors, NotImplementedErrors and ImportErrors are about the settings.
 LIBRARIES = {"trl": "TRL", "transformers": "transformers", "peft": "PEFT", "accelerate": "accelerate",
              "bitsandbytes": "bitsandbytes"}  # fmt: skip
@@ -63,7 +97,8 @@ REFUSED_BY_LIBRARIES = {
 
 
 def install_error_hook() -> None:
-    """Make a command print a UserError as one line and exit with its status. Other errors keep their traceback."""
+    """Make a command print a UserError, or the signal that ends it, as one line, and exit with its status. Other errors
+    keep their traceback."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = " ".join(str(error).split())
@@ -72,6 +107,11 @@ def install_error_hook() -> None:
             error = SettingsError(f"{setting}: {message}")
         elif library := _refusing_library(error, trace):
             error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
+        if isinstance(error, KeyboardInterrupt):
+            number = getattr(error, "number", signal.SIGINT)
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the interpreter's exit
+            name = signal.Signals(number).name
+            error = Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
@@ -84,6 +124,7 @@ def install_error_hook() -> None:
 
     if not is_notebook():
         sys.excepthook = hook
+        handle_signals(_interrupt)
 
 
 def _refusing_library(error: BaseException, trace: TracebackType | None) -> str:

@@ -83,7 +83,8 @@ def resumable(run: Run) -> Iterator[None]:
                 run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")
         hint = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"stopped by SIGINT. {hint}", signal.SIGINT) from None
+            number = getattr(error, "number", signal.SIGINT)
+            raise Interrupted(f"Stopped by {signal.Signals(number).name}. {hint}", 128 + number) from None
         if type(error) is UserError:
             error.args = (f"{error} ({hint})",)
         raise

@@ -188,6 +188,7 @@ def merge_adapter(
         base = "dequantized" if precision.quantization else "original"
     if output.finished:
         return MergedModel(output, output.folder, output.record["merge_base"], precision)
+    output.lock()
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
     kind = None if dtype == "auto" else getattr(torch, dtype)

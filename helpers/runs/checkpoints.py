@@ -1,4 +1,4 @@
-"""Checkpoints with a manifest of sizes and hashes, and one-line errors for what ends long runs."""
+"""The lock of a run folder, checkpoints with a manifest, and one-line errors for what ends long runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,46 @@ BATCH_FLAGS = (
     "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to match) or --max_length, or use "
     "--gradient_checkpointing True or --tuning qlora"
 )
+
+
+_locks: dict[Path, Any] = {}  # of the folders that this process writes to
+
+
+def lock_folder(folder: Path) -> bool:
+    """Keep other processes from locking a run folder until `unlock_folder`, or the end of this process. Returns whether
+    this call has locked it. Raises UserError if another process has."""
+    import filelock
+
+    folder = folder.resolve()
+    if folder in _locks:
+        return False
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)  # beside it: a merge is renamed to it
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{short_path(folder)} is in use by {_owner(folder)}. Wait for its end, or stop it.") from None
+    except OSError as error:
+        raise explain_failure(error, folder) or error from None
+    _locks[folder] = lock
+    for draft in folder.glob(".*"):  # that a killed process has left: see core.atomic_write
+        if re.fullmatch(r"\..+\.\d+", draft.name):
+            draft.unlink(missing_ok=True)
+    return True
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let other processes write to a run folder."""
+    if lock := _locks.pop(folder.resolve(), None):
+        lock.release(force=True)
+
+
+def _owner(folder: Path) -> str:
+    """The process that its run.json names."""
+    try:
+        process = json.loads((folder / "run.json").read_text("utf-8"))["process"]
+        return f"process {process['pid']} on {process['host']} since {process['since']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process"
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -81,11 +123,30 @@ def remove_quarantined(folder: Path) -> None:
         shutil.rmtree(broken, ignore_errors=True)
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError before a model is downloaded for a folder that cannot be written."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def check_writable(folder: Path, is_dry: bool = False) -> None:
+    """Raise UserError before a model is downloaded for a folder that cannot be written; try it, unless `is_dry`."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise _not_writable(existing)
+    try:  # root may write anywhere, says os.access, but not in /proc
+        if not is_dry:
+            tempfile.TemporaryDirectory(dir=existing, prefix=".").cleanup()
+    except OSError as error:
+        raise explain_failure(error, existing) or _not_writable(existing) from None
+
+
+def check_can_resume(folder: Path, is_asked: bool) -> None:
+    """Raise SettingsError for a folder without a readable run.json, unless its checkpoints are asked for."""
+    has_record = os.path.lexists(folder / "run.json")
+    last = next((each for each in list_checkpoints(folder) if not checkpoint_error(each)), None)
+    if last and not is_asked:
+        raise SettingsError(
+            f"{short_path(folder)} has checkpoints, but its run.json is {'broken' if has_record else 'missing'}. Add "
+            f"`--resume always` to resume from {last.name} with these settings, or use another --run_name."
+        )
+    if not last:
+        fault = "its run.json is broken" if has_record else "it is not a run"
+        raise SettingsError(f"{short_path(folder)} is not empty, and {fault}. Use another --run_name, or delete it.")
 
 
 def _not_writable(path: Any) -> UserError:
@@ -101,10 +162,20 @@ def check_process_count(folder: Path, before: int | None, now: int, is_same_batc
         )
 
 
-def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, Any], origin: str) -> None:
-    """Raise SettingsError if the run in `folder` has other settings, or started from another model."""
-    before = record["hashed_settings"] | {"starting point": record.get("origin", origin)}
+def check_same_settings(
+    folder: Path, record: dict[str, Any], hashed: dict[str, Any], origin: str, parent: str = ""
+) -> None:
+    """Raise SettingsError if the run in `folder` has other settings, or started from another model or run."""
+    before = record.get("hashed_settings", {}) | {"starting point": record.get("origin", origin)}
     now = json.loads(json.dumps(hashed | {"starting point": origin}, default=str))
+    older = record.get("parent")
+    if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
+        flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
+        keep = f" Use `{flag} {shlex.quote(short_path(folder.parent / older))}` to keep the older one," if flag else ""
+        what = f"started from {older}, and this command starts from {parent}" + " (trained again)" * (older == parent)
+        raise SettingsError(
+            f"{short_path(folder)} {what}.{keep or ' Use'} another --run_name, or `--resume never` to replace it."
+        )
     differences = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
     if differences:
         raise SettingsError(

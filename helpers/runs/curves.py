@@ -48,13 +48,20 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The logs of a run, oldest first, without a last line that a crash has cut off."""
-    rows = []
-    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
+    """The logs of a run, oldest first, without a last line that a crash has cut off; other bad lines are counted."""
+    rows, bad = [], list[int]()
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = 0
+        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+            rows.append(row)
+        elif row is not None and number < len(lines):
+            bad.append(number)
+    if bad:
+        print(f"{short_path(file)}: {len(bad)} lines are not logs and were skipped (first: line {bad[0]}).")
     return rows
 
 

@@ -26,6 +26,7 @@ from markupsafe import Markup, escape
 
 from helpers.core import (
     REPO,
+    SIGNALS,
     SettingsError,
     UserError,
     atomic_write,
@@ -93,13 +94,14 @@ def save_partial_report(folder: Path) -> None:
     """Write curves.png and report.html of a run that ends early, if it has logged anything.
 
     The caller is about to raise what ended the run, so nothing is raised here, not even for a second Ctrl-C. SIGTERM,
-    which a launcher sends to all processes when one fails, is ignored until `Run.training` restores it.
+    which a launcher sends to all processes when one fails, and SIGHUP are ignored until `Run.training` restores them.
     """
     if not is_main_process():
         return
     with contextlib.suppress(Exception, KeyboardInterrupt):
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in SIGNALS[1:]:
+                signal.signal(number, signal.SIG_IGN)
         atomic_write(folder / "curves.png", figure_to_png(Curves.read(folder).figure))
         print(f"Report: {short_path(write_report(folder))}", flush=True)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from helpers.core import (
     REPO,
+    SIGNALS,
     CleanExit,
     Interrupted,
     SettingsError,
@@ -40,6 +41,11 @@ STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged
 TRAINING_STEPS = ("sft", "dpo")
 NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
+# Keys of run.json that are read of other runs; a value of another type means that the file is broken.
+RECORD: dict[str, Any] = {
+    "step": "", "status": "", "finished": "", "order": 0, "base_model": "", "settings": {}, "hashed_settings": {},
+    "metrics": {}, "data": {}, "fingerprint": "",
+}  # fmt: skip
 COUNTS = ("read", "kept", "train", "eval")  # of rows, in a run's `data`
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -52,6 +58,7 @@ class Run:
     record: dict[str, Any]
     overwrite: bool = False  # delete the older run in the folder with the first `save`
     restart: bool = False  # --resume never: the same command would start over
+    read: dict[str, Any] | None = None  # the record in the folder when the run was started, until it is locked
     when_stopped: Callable[[Path], None] | None = None  # called before an error of `training` is raised
 
     @property
@@ -88,18 +95,32 @@ class Run:
         """Add `fields` to the record and write run.json atomically."""
         self.set(**fields)
         if is_main_process():
+            self.lock()
             if self.overwrite:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
         self.overwrite = False
 
+    def lock(self) -> None:
+        """Keep other processes from writing to the folder. Raises UserError if one does, or did since `start_run`."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        is_new = checkpoints.lock_folder(self.folder)
+        if is_new and self.read is not None and self.read != read_run(self.folder):
+            checkpoints.unlock_folder(self.folder)
+            raise UserError(
+                f"{short_path(self.folder)} was written by another process meanwhile. Run the same command again."
+            )
+        self.read = None
+
     @contextlib.contextmanager
     def training(self) -> Iterator[str | None]:
         """Record the status of the training inside; yields the checkpoint to resume from, or None. Raises UserError for
         what the user can fix: see `checkpoints.explain_failure`."""
         main = threading.current_thread() is threading.main_thread()
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+        if is_main_process():
+            self.lock()
         try:
             self.save(status="running")  # first: it may delete a run
             if is_main_process():
@@ -121,6 +142,7 @@ class Run:
                     self.save(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
             if self.when_stopped:
                 self.when_stopped(self.folder)
+            checkpoints.unlock_folder(self.folder)
             if explained:
                 raise explained from None
             raise
@@ -131,11 +153,16 @@ class Run:
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished, with a fingerprint of the weights in its folder."""
         self.record.pop("error", None)
+        self.record.pop("process", None)
         weights: list[Path] = []
         if is_main_process():
             checkpoints.remove_quarantined(self.folder)
             weights = list(self.folder.glob("*.safetensors"))
-        self.save(status="finished", finished=_now(), fingerprint=checkpoints.hash_files(weights), **fields)
+        others = [read_run(file.parent) for file in self.folder.parent.glob("[!.]*/run.json")]
+        order = 1 + max((other.get("order", 0) for other in others), default=0)
+        hashed = checkpoints.hash_files(weights)
+        self.save(status="finished", finished=_now(), order=order, fingerprint=hashed, **fields)
+        checkpoints.unlock_folder(self.folder)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
         """The command of the next step; `place` is how it names this run's folder."""
@@ -176,11 +203,31 @@ def start_run(
     A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
     by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
-    checkpoints.check_writable(settings.output_dir)
+    checkpoints.check_writable(settings.output_dir, is_dry=settings.dry_run)
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
-    run = Run(folder, read_run(folder), restart=settings.resume == "never")
+    if is_locked := folder.is_dir() and is_main_process() and not settings.dry_run:
+        checkpoints.lock_folder(folder)
+    record = read_run(folder)
+    run = Run(folder, record, restart=settings.resume == "never", read=None if is_locked else dict(record))
+    try:
+        return _enter(run, settings, base_model, parent, origin, when_finished)
+    except BaseException:
+        checkpoints.unlock_folder(folder)
+        raise
+
+
+def _enter(
+    run: Run,
+    settings: RunSettings,
+    base_model: str,
+    parent: Run | None,
+    origin: str,
+    when_finished: Callable[[Run, Any], None] | None,
+) -> Run:
+    """What `start_run` does once the folder is locked."""
+    folder = run.folder
     start = short_path(parent.folder if parent else base_model)
     if settings.dry_run:
         begin = f" would start from {start}" if settings.step in NEXT else ""
@@ -188,15 +235,17 @@ def start_run(
     if run.record and run.restart:
         run.record, run.overwrite = {}, True
     elif run.record:
-        checkpoints.check_same_settings(folder, run.record, settings.hashed_settings(), origin)
+        hashed, name = settings.hashed_settings(), parent.name if parent else ""
+        checkpoints.check_same_settings(folder, run.record, hashed, origin, name)
     elif folder.is_dir() and any(folder.iterdir()):
-        raise SettingsError(f"{short_path(folder)} is not empty and not a run. Use another --run_name.")
+        checkpoints.check_can_resume(folder, settings.resume == "always")
     files = hash_data_files(settings)
     if run.finished:
         before = run.record.get("data_files", files)
         changed = [Path(name).name for name in files if files[name] != before.get(name, files[name])]
         if changed:
             print(f"note: {', '.join(changed)} has changed since {short_path(folder)} was trained on it.")
+        checkpoints.unlock_folder(folder)
         return _open_finished(run, settings, when_finished)
     run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
     processes, rows = int(os.environ.get("WORLD_SIZE", "1")), settings.rows_per_step()
@@ -215,6 +264,7 @@ def start_run(
         processes=processes,
         rows_per_step=rows,
         data_files=files,
+        process={"pid": os.getpid(), "host": platform.node(), "since": _now()[:19].replace("T", " ") + " UTC"},
         versions=_package_versions(),
         commit=_git_commit(),
     )
@@ -288,8 +338,8 @@ def find_run(output_dir: Path, which: str, step: str) -> Run:
     if folder is None or not record:
         raise UserError(f"{which!r} is not the folder of a run: it has no run.json.")
     status = record.get("status")
-    if status != "finished" or record["step"] != step:
-        raise UserError(f"{which!r} is a {record['step']} run with status {status}, not a finished {step} run.")
+    if status != "finished" or record.get("step") != step:
+        raise UserError(f"{which!r} is a {record.get('step')} run with status {status}, not a finished {step} run.")
     return Run(folder.resolve(), record)
 
 
@@ -297,16 +347,20 @@ def list_runs(output_dir: Path, step: str) -> list[Run]:
     """The runs of `step` in a folder: the one that finished last first, unfinished ones at the end."""
     runs = [Run(file.parent, read_run(file.parent)) for file in output_dir.glob("[!.]*/run.json")]
     matching = [run for run in runs if run.record.get("step") == step]
-    return sorted(matching, key=lambda run: str(run.record.get("finished") or ""), reverse=True)
+    # by `order`, because a clock may be set back
+    return sorted(
+        matching, key=lambda r: (r.record.get("order", 0), r.record.get("finished", ""), r.name), reverse=True
+    )
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of run.json; {} if it is missing or not readable."""
+    """The content of run.json; {} if it is missing or broken."""
     try:
-        record = json.loads((folder / "run.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        record = json.loads((folder / "run.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    is_whole = isinstance(record, dict) and all(isinstance(record.get(k, v), type(v)) for k, v in RECORD.items())
+    return record if is_whole else {}
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:

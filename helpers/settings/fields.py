@@ -29,7 +29,7 @@ class RunSettings:
     output_dir: Path = Path("outputs")  # folder of all runs
     run_name: str = ""  # name of this run's folder; by default derived from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
-    resume: Literal["auto", "never"] = "auto"  # auto: resume the run of the same command; never: replace it
+    resume: Literal["auto", "never", "always"] = "auto"  # never: replace the run; always: even without its run.json
     dry_run: bool = False  # print what would be done, then stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from helpers.core import (
     Interrupted,
     UserError,
     figure_to_image,
+    handle_signals,
     is_main_process,
     is_notebook,
     printable,
@@ -38,7 +38,6 @@ from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
 from helpers.training.diagnostics import diagnose
 from helpers.training.resume import ResumeCallback
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DIAGNOSTIC_CODE = 128  # above the number of every signal
 NO_CHECKPOINT = "No checkpoint was saved."
 CONSOLE_VALUES = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy",
@@ -84,8 +83,7 @@ class CheckpointCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # the Trainer would delete old checkpoints before the new one has its manifest: on_save rotates them after it
         self.save_total_limit, args.save_total_limit = args.save_total_limit or self.save_total_limit, None
-        if threading.current_thread() is threading.main_thread():
-            self.previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.previous_handlers = handle_signals(self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         if 0 < self.stop_code < DIAGNOSTIC_CODE:  # the second signal stops at once

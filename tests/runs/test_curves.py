@@ -188,9 +188,21 @@ def test_a_history_ends_where_its_last_line_was_cut_short(tmp_path: Path) -> Non
     assert curves.read_history(file) == []
     file.write_text(json.dumps(HISTORY[0]) + "\n" + '{"step": 2, "lo')
     assert curves.read_history(file) == HISTORY[:1]
-    (tmp_path / "samples.jsonl").write_text('{"answer": "one\u2028two\u0085three"}\n{"answer": "four"}\n', "utf-8")
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 1, "answer": "one\u2028two\u0085three"}\n{"step": 2, "answer": "four"}\n', "utf-8"
+    )
     assert [row["answer"] for row in curves.read_samples(tmp_path)] == ["one\u2028two\u0085three", "four"]
     assert curves.series(HISTORY, "loss") == ([1, 2], [0.7, 0.5])
+
+
+def test_a_bad_line_in_the_middle_is_said_and_the_rest_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(log).encode() for log in HISTORY]
+    bad = [b"{", b"\xff", b"3", b'{"loss": 1}', b'{"step": "x"}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([lines[0], *bad, *lines[1:], b""]))
+    assert curves.read_history(tmp_path / "metrics.jsonl") == HISTORY
+    assert "metrics.jsonl: 6 lines are not logs and were skipped (first: line 2)." in capsys.readouterr().out
 
 
 def test_final_metrics_begin_with_the_training_loss_and_are_of_the_saved_weights() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.core import CleanExit, SettingsError, UserError, show
+from helpers.runs import checkpoints
 from helpers.runs import run as runs
 from tests.tiny import settings_of
 
@@ -48,7 +49,7 @@ def test_a_name_by_hand_with_other_settings_is_refused_with_the_differences(tmp_
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
     for more in ([], ["--resume", "never"]):
-        with pytest.raises(SettingsError, match="is not empty and not a run"):
+        with pytest.raises(SettingsError, match="is not empty, and it is not a run"):
             runs.start_run(settings_of(tmp_path, "--run_name", "thesis", *more), "org/m")
 
 
@@ -189,3 +190,72 @@ def test_after_a_merge_from_02_the_next_command_compares(tmp_path: Path) -> None
     merge = runs.Run(tmp_path / "merge-x", {"step": "merge", "parent": "dpo-x"})
     merge.finish()
     assert run.next_command() == f"python notebooks/04_vibes.py --models {run.folder}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"\xff\xfe{\x00", b"[" * 100_000, b'{"step": 3}', b'{"step": "dpo", "status": null}',
+     b"nul\x00l", b'{"step": "dpo", "status": "finished", "hashed_settings": []}'],
+)  # fmt: skip
+def test_a_broken_run_does_not_stop_others_and_is_named_itself(tmp_path: Path, content: bytes) -> None:
+    good = runs.start_run(settings_of(tmp_path, "--run_name", "good"), "org/m")
+    good.save()
+    good.finish()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_bytes(content)
+    assert runs.find_run(tmp_path, "latest", "dpo").name == "good"
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        runs.find_run(tmp_path, "bad", "dpo")
+    with pytest.raises(SettingsError, match=r"bad is not empty, and its run\.json is broken\. Use another --run_name"):
+        runs.start_run(settings_of(tmp_path, "--run_name", "bad"), "org/m")
+    assert (tmp_path / "bad" / "run.json").read_bytes() == content
+
+
+def test_checkpoints_without_their_record_are_resumed_when_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "orphan"
+    for step in (2, 4):
+        (folder / f"checkpoint-{step}" / "global_step").mkdir(parents=True)
+        for name in ("trainer_state.json", "model.safetensors", "rng_state.pth", "optimizer.pt", "scheduler.pt"):
+            (folder / f"checkpoint-{step}" / name).write_text(name)
+        checkpoints.write_manifest(folder / f"checkpoint-{step}")
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    message = (
+        r"orphan has checkpoints, but its run\.json is missing\. Add `--resume always` to resume from checkpoint-2 "
+    )
+    with pytest.raises(SettingsError, match=message):
+        runs.start_run(settings_of(tmp_path, "--run_name", "orphan"), "org/m")
+    run = runs.start_run(settings_of(tmp_path, "--run_name", "orphan", "--resume", "always"), "org/m")
+    with run.training() as checkpoint:
+        assert checkpoint == str(folder / "checkpoint-2")
+    assert runs.read_run(folder)["hashed_settings"]["lora_r"] == 8
+
+
+def test_latest_goes_by_the_order_of_finishing_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, time in (("a", "2026-05-01"), ("b", "2026-01-01"), ("c", "2025-01-01")):
+        monkeypatch.setattr(runs, "_now", lambda time=time: time)
+        run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
+        run.save()
+        run.finish()
+    assert [run.name for run in runs.list_runs(tmp_path, "dpo")] == ["c", "b", "a"]
+
+
+def test_a_run_from_another_start_is_refused_with_both_names(tmp_path: Path) -> None:
+    old, new = (runs.Run(tmp_path / f"sft {name}", {"fingerprint": name}) for name in "ab")
+    runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", old).save()
+    with pytest.raises(SettingsError) as refused:
+        runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", new)
+    assert str(refused.value) == (
+        f"{tmp_path}/mine started from sft a, and this command starts from sft b. "
+        f"Use `--sft_run '{tmp_path}/sft a'` to keep the older one, another --run_name, or `--resume never` to replace it."
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_an_output_folder_that_only_seems_writable_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/proc is not writable\. Use another --output_dir"):
+        runs.start_run(settings_of(Path("/proc/no-such-folder")), "org/m")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"dangling is not writable\. Use another --output_dir"):
+        runs.start_run(settings_of(tmp_path / "dangling"), "org/m")
