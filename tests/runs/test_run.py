@@ -248,7 +248,8 @@ def test_a_run_from_another_start_is_refused_with_both_names(tmp_path: Path) -> 
         runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", new)
     assert str(refused.value) == (
         f"{tmp_path}/mine started from sft a, and this command starts from sft b. "
-        f"Use `--sft_run '{tmp_path}/sft a'` to keep the older one, another --run_name, or `--resume never` to replace it."
+        f"Use `--sft_run '{tmp_path}/sft a'` to keep the older one, another --run_name, or `--resume never` to "
+        "replace it."
     )
 
 
