@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import getpass
 import hashlib
@@ -86,6 +87,39 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
+DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing",
+                    "unexpected pos")  # fmt: skip
+OS_ERRORS = {
+    errno.EACCES: "Fix its permissions, or use another path",
+    errno.EPERM: "Fix its permissions, or use another path",
+    errno.EROFS: "Use a path on a file system that can be written",
+    errno.ENAMETOOLONG: "Use a shorter name",
+}
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether Python, safetensors or torch raised `error` because a file could not be written to its end."""
+    code = error.errno if isinstance(error, OSError) else None
+    text = f"{type(error).__name__} {error}".lower()
+    return code in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in DISK_FULL_ERRORS)
+
+
+def _explain(error: BaseException) -> BaseException:
+    """An error of the operating system, or a signal, as a UserError of one line; any other error as it is."""
+    if isinstance(error, KeyboardInterrupt):
+        number = getattr(error, "number", signal.SIGINT)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the interpreter's exit
+        name = signal.Signals(number).name
+        return Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
+    path = getattr(error, "filename", None)
+    if is_disk_full(error):
+        where = f" ({path})" if path else ""
+        return UserError(f"The disk is full{where}. Free some space, then run the same command again.")
+    if isinstance(error, OSError) and error.errno in OS_ERRORS and path:
+        return UserError(f"{path}: {error.strerror}. {OS_ERRORS[error.errno]}.")
+    return error
+
+
 # Whose ValueErrors, NotImplementedErrors and ImportErrors are about the settings.
 LIBRARIES = {"trl": "TRL", "transformers": "transformers", "peft": "PEFT", "accelerate": "accelerate",
              "bitsandbytes": "bitsandbytes"}  # fmt: skip
@@ -107,11 +141,7 @@ def install_error_hook() -> None:
             error = SettingsError(f"{setting}: {message}")
         elif library := _refusing_library(error, trace):
             error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
-        if isinstance(error, KeyboardInterrupt):
-            number = getattr(error, "number", signal.SIGINT)
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the interpreter's exit
-            name = signal.Signals(number).name
-            error = Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
+        error = _explain(error)
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()

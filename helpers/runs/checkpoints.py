@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, short_path, write_json
+from helpers.core import SettingsError, UserError, is_disk_full, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
 # What a resume reads, and the names of its files; DeepSpeed has the optimizer's and the scheduler's in global_stepN/.
@@ -25,7 +25,6 @@ RESUMED_FROM = {
     "scheduler": r"scheduler\.pt$|global_step",
     "random state": r"rng_state.*\.pth$",
 }
-DISK_FULL_ERRORS = ("no space left", "disk quota exceeded", "file write failed", "pytorchstreamwriter failed writing")
 OUT_OF_MEMORY_ERRORS = ("memoryerror", "outofmemory", "out of memory", "can't allocate memory")
 BATCH_FLAGS = (
     "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to match) or --max_length, or use "
@@ -191,7 +190,7 @@ def explain_failure(error: BaseException, folder: Path) -> UserError | None:
     code = error.errno if isinstance(error, OSError) else None
     path = getattr(error, "filename", None) or folder
     last = last_complete_checkpoint(folder)
-    if code in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in DISK_FULL_ERRORS):
+    if is_disk_full(error):
         for checkpoint in list_checkpoints(folder):
             if not (checkpoint / MANIFEST).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)

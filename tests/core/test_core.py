@@ -130,3 +130,23 @@ def test_what_a_library_refuses_is_one_line_and_our_own_faults_keep_their_traceb
     assert done.returncode == status
     assert done.stderr.startswith(start), done.stderr
     assert (len(done.stderr.strip().splitlines()) == 1) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("OSError(28, 'No space left on device', '/data/a.bin')", "The disk is full (/data/a.bin). Free some space"),
+        (
+            "RuntimeError('[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0')",
+            "The disk is full. Free",
+        ),
+        ("Exception('Error while serializing: I/O error: No space left on device (os error 28)')", "The disk is full."),
+        ("PermissionError(13, 'Permission denied', '/root/x')", "/root/x: Permission denied. Fix its permissions"),
+        ("OSError(36, 'File name too long', 'aaa')", "aaa: File name too long. Use a shorter name."),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(raised: str, line: str) -> None:
+    code = f"from helpers.core import install_error_hook\ninstall_error_hook()\nraise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"error: {line}")
