@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -16,6 +17,14 @@ SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What helpers.training.diagnose reports, in its order; "nan" ends every run.
 DIAGNOSTIC_NAMES = ("displacement", "runaway_margin", "saturated", "overfitting", "diverged", "entropy",
                     "grad_norm_spikes", "lr_never_warm", "length_drift", "no_learning", "nan")  # fmt: skip
+
+# The package that a setting or a part of an optimizer's name needs, as it is imported (transformers 5.23).
+PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}
+OPTIMIZER_PACKAGES = {
+    "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree", "stable_adamw": "optimi", "torch_4bit": "torchao", "torch_8bit": "torchao",
+    "apex": "apex", "anyprecision": "torchdistx",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -182,6 +191,14 @@ class TrainSettings(RunSettings):
             bad_names,
             f"--stop_on_diagnostic {' '.join(bad_names)} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}.",
         )
+        needed = {f"--{name}": package for name, package in PACKAGES.items() if self.trl.get(name)}
+        optimizer = str(self.trl.get("optim", ""))
+        needed |= {f"--optim {optimizer}": package for part, package in OPTIMIZER_PACKAGES.items() if part in optimizer}
+        for flag, package in needed.items():
+            refuse_if(
+                importlib.util.find_spec(package) is None,
+                f"{flag} needs the package {package}, which is not installed. Install it, or remove the setting.",
+            )
         if hasattr(self, "loss_type"):
             self._check_loss(has_adapter)
         refuse_if(

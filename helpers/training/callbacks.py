@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -48,8 +49,15 @@ COMPLETION_PROMPTS = 8
 def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: Any) -> None:
     """Add all callbacks that `settings` ask for, and keep an adapter in float32 unless `--adapter_dtype` is bf16.
 
-    Completions are sampled for the first rows of `eval_set`.
+    Completions are sampled for the first rows of `eval_set`. Raises UserError if the processes of a launch would each
+    train a model of their own.
     """
+    launched, together = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
+    if launched != together:
+        raise UserError(
+            f"{launched} processes were launched, and each would train a model of its own: accelerate counts "
+            f"{together}. Launch one process, or use a configuration of recipes/accelerate/ that fits this machine."
+        )
     if settings.values()["tuning"] != "full" and settings.adapter_dtype == "fp32":
         upcast_adapter(trainer.model)
     run.when_stopped = save_partial_report

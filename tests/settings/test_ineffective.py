@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from helpers.core import SettingsError
@@ -64,3 +66,22 @@ def test_answers_alone_are_learned_as_always() -> None:
         assert load_settings(SFT, {}, [f"--{name}", "True"]).trl == {}
         with pytest.raises(SettingsError, match="Answers alone are learned"):
             load_settings(SFT, {}, [f"--{name}", "False"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag", "package"),
+    [
+        ("--optim galore_adamw", "--optim galore_adamw", "galore_torch"),
+        ("--optim adamw_torch_4bit", "--optim adamw_torch_4bit", "torchao"),
+        ("--optim schedule_free_adamw", "--optim schedule_free_adamw", "schedulefree"),
+        ("--use_liger_kernel", "--use_liger_kernel", "liger_kernel"),
+        ("--deepspeed zero2.json", "--deepspeed", "deepspeed"),
+    ],
+)
+def test_a_setting_whose_package_is_missing_is_refused_before_data_is_read(
+    flags: str, flag: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = f"{flag} needs the package {package}, which is not installed. Install it, or remove the setting."
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        load_settings(DPO, {}, flags.split())

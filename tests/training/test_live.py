@@ -6,18 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.core import Interrupted, SettingsError, read_jsonl
+from helpers.core import Interrupted, SettingsError, UserError, read_jsonl
 from helpers.runs.checkpoints import checkpoint_error
 from helpers.runs.run import Run, read_run
 from helpers.settings.fields import TrainSettings
 from helpers.training import callbacks
 from tests.conftest import DPO, REPO, SFT, Project
+from tests.tiny import settings_of
 
 
 def flags(**given: Any) -> list[str]:
@@ -257,3 +260,11 @@ def test_a_run_s_folder_has_no_card_of_a_library_and_its_held_out_prompts(
         rows = read_jsonl(folder / "held_out.jsonl")
         assert rows
         assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"] for row in rows)
+
+
+def test_processes_that_would_not_train_together_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As under a launcher of FSDP on a machine without a GPU: accelerate then starts no process group."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    with pytest.raises(UserError, match=r"2 processes were launched, and each would train a model of its own"):
+        callbacks.prepare_trainer(trainer, Run(tmp_path, {}), settings=settings_of(tmp_path), eval_set=None)
