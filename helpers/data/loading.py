@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import REPO, SettingsError, UserError, check_hub, describe_error, find_path, read_jsonl
+from helpers.core import REPO, SettingsError, UserError, find_path, read_jsonl
 from helpers.data.files import FILE_TYPES, as_json_lines, file_type
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, Format, PairingConfig, TrackedRow
 from helpers.data.messages import MESSAGE_KEYS, ROLE_KEYS, DropRow, is_list_as_text, parse_hh, parse_text
+from helpers.models.hub_client import check_hub, describe_error
 
 if TYPE_CHECKING:
     from datasets import Dataset

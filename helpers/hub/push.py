@@ -19,18 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
-from helpers.core import (
-    REPO,
-    CleanExit,
-    SettingsError,
-    UserError,
-    describe_error,
-    find_path,
-    hf_token,
-    is_main_process,
-    printable,
-)
+from helpers.core import REPO, CleanExit, SettingsError, UserError, find_path, is_main_process, printable
 from helpers.hub.model_card import base_on_hub, write_card
+from helpers.models.hub_client import describe_error, hf_token
 from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
 
 T = TypeVar("T")

@@ -14,9 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from helpers.core import SettingsError, UserError, describe_error, find_path, short_path
+from helpers.core import SettingsError, UserError, find_path, short_path
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
+from helpers.models.hub_client import describe_error
 from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, check_hub, describe_error, find_path, fingerprint, hf_token
+from helpers.core import SettingsError, UserError, find_path, fingerprint
 from helpers.models.chat import set_chat_template
+from helpers.models.hub_client import check_hub, describe_error, hf_token
 from helpers.runs.run import Run, find_parent, find_run, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 

@@ -15,12 +15,12 @@ from helpers.core import (
     SettingsError,
     UserError,
     add_user_paths,
-    hf_token,
     import_user_module,
     is_notebook,
     read_jsonl,
     show,
 )
+from helpers.models.hub_client import hf_token
 from tests.conftest import Project
 
 
