@@ -19,7 +19,7 @@ DIAGNOSTIC_NAMES = ("displacement", "runaway_margin", "saturated", "overfitting"
                     "grad_norm_spikes", "lr_never_warm", "length_drift", "no_learning", "nan")  # fmt: skip
 
 # The package that a setting or a part of an optimizer's name needs, as it is imported (transformers 5.23).
-PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}
+SETTING_PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}
 OPTIMIZER_PACKAGES = {
     "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
     "schedule_free": "schedulefree", "stable_adamw": "optimi", "torch_4bit": "torchao", "torch_8bit": "torchao",
@@ -191,7 +191,7 @@ class TrainSettings(RunSettings):
             bad_names,
             f"--stop_on_diagnostic {' '.join(bad_names)} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}.",
         )
-        needed = {f"--{name}": package for name, package in PACKAGES.items() if self.trl.get(name)}
+        needed = {f"--{name}": package for name, package in SETTING_PACKAGES.items() if self.trl.get(name)}
         optimizer = str(self.trl.get("optim", ""))
         needed |= {f"--optim {optimizer}": package for part, package in OPTIMIZER_PACKAGES.items() if part in optimizer}
         for flag, package in needed.items():
