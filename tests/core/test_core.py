@@ -34,9 +34,9 @@ def test_a_user_s_module_is_found_where_the_command_was_typed_and_in_the_reposit
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(REPO))])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     (tmp_path / "my_rules.py").write_text("def compare(a, b, question):\n    return 'tie'\n")
     assert import_user_module("my_rules", "judge_module").compare("a", "b", {}) == "tie"
+    del sys.modules["my_rules"]
     assert import_user_module("recipes.demo.questions", "judge_module").__name__ == "recipes.demo.questions"
     assert sys.path[-2:] == [str(tmp_path), str(REPO)]
     add_user_paths()
