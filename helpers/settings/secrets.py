@@ -79,7 +79,7 @@ SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|(?:API|ACCESS|PRIVATE)?KEY|SECRET|PASS(?:WORD|WD|PHRASE)?|PWD|PAT|CREDENTIAL|AUTH)S?\d*(?:_|$)"
 )
 ESCAPE = re.compile(r"\\(?:u\{?([0-9a-fA-F]{4})\}?|x([0-9a-fA-F]{2})|([\"'/nrt\\]))")
-BASE64 = re.compile(r"[A-Za-z0-9+/_-]{24,}={0,2}")
+BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}")
 WEIGHTS_SCAN_BYTES = 2**24  # of a file of weights only its header is scanned
 
 
@@ -147,9 +147,8 @@ def _unescape(found: re.Match[str]) -> str:
 def _decode_base64(word: str) -> str:
     """The text that is in a word as base64; "" if it is anything else."""
     with contextlib.suppress(binascii.Error, UnicodeDecodeError):
-        word = word.rstrip("=")
         text = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_" if set("-_") & set(word) else None)
-        return text.decode("ascii")
+        return _as_bytes(text.decode())
     return ""
 
 
