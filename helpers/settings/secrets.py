@@ -66,8 +66,9 @@ NAMED = re.compile(
 )
 # Where a secret may be: a long word, or near one of these. The rest of a tokenizer of 30 MB is not looked at.
 LONG_WORD = re.compile(r"[\w.+/=~-]{14,}", re.ASCII)
-SIGNS = (b"://", b"-----begin", b"putty-user-key", b"secret", b"passw", b"passphrase", b"pwd", b"key", b"token",
-         b"credential", b"bearer ", b"basic ")  # fmt: skip
+SIGNS = (b"://", b"-----begin ", b"putty-user-key-file-", b"bearer ", b"basic ",
+         b"secret", b"password", b"passwd", b"passphrase", b"pwd", b"key", b"token", b"credential")  # fmt: skip
+HAS_VALUE = re.compile(rb"s?[\"'\]]{0,2}\s{0,4}[:=>]")  # after a sign that is the end of a name
 # In the address of a server or a dataset: a user, or a parameter that is a key.
 ADDRESS = re.compile(
     r"://[^\s/?#\"'@]+@|://[^\s\"']*[?&;](?:[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential)|[\w.-]*key|sig"
@@ -100,21 +101,22 @@ def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:
 
 def find_kinds(text: str, named: bool = True) -> list[str]:
     """The kinds of secrets in a text; with `named` also passwords and keys that only their name tells."""
-    places = "\n".join(_places(text))
+    signed = "\n".join(_near_signs(text))
+    places = "\n".join(text[max(0, w.start() - 40) : w.end() + 8] for w in LONG_WORD.finditer(text)) + f"\n{signed}"
     kinds = [kind for kind, start, pattern in PATTERNS if start in places and pattern.search(places)]
-    return kinds + ["a password or key"] * bool(named and NAMED.search(places))
+    return kinds + ["a password or key"] * bool(named and NAMED.search(signed))
 
 
-def _places(text: str) -> Iterator[str]:
-    """The parts of a text in which a secret may be."""
-    for word in LONG_WORD.finditer(text):
-        yield text[max(0, word.start() - 40) : word.end() + 8]
+def _near_signs(text: str) -> Iterator[str]:
+    """The parts of a text that follow a sign of a secret."""
     lower = text.encode("latin-1", "replace").lower()  # as many bytes as characters
     for sign in SIGNS:
         start = lower.find(sign)
         while start >= 0:
-            yield text[max(0, start - 16) : start + 256]
-            start = lower.find(sign, start + len(sign))
+            end = start + len(sign)
+            if not sign.isalpha() or HAS_VALUE.match(lower, end):
+                yield text[max(0, start - 16) : end + 250]
+            start = lower.find(sign, end)
 
 
 def _readings(content: bytes) -> Iterator[str]:
