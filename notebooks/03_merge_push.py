@@ -78,9 +78,9 @@ settings = load_settings(Settings, globals())
 # A run records its base model and how it was trained. An adapter from elsewhere names its base in its configuration.
 #
 # Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
-# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter, and the cells below do nothing:
-# there is nothing to merge. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already merged and
-# nothing is to be published.
+# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter. Nothing is left to merge then,
+# so the cells below do nothing. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already
+# merged and nothing is to be published.
 
 # %%
 from helpers.core import short_path, show
@@ -137,8 +137,8 @@ if not is_done:
 #
 # `--push_to_hub --hub_repo_id name/model` sends the merged folder and a model card that is written from the run. It
 # also works for a run that was merged before. A new repository is private unless you use `--no_private`. Nothing is
-# sent if a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`. In an
-# existing repository, the files of the model that was there are replaced; your other files stay.
+# sent if a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`.
+# In an existing repository, the files of the model that was there are replaced. Your other files stay.
 
 # %%
 if settings.push_to_hub and not is_done:

@@ -116,7 +116,7 @@ def base_on_hub(folder: Path, runs: list[dict[str, Any]]) -> str:
 
 
 def _metadata(
-    base: str, runs: list[dict[str, Any]], dpo: dict[str, Any], kind: str, repo_id: str, license_fields: dict[str, str]
+    base: str, runs: list[dict[str, Any]], dpo: dict[str, Any], kind: str, repo_id: str, license_fields: dict[str, Any]
 ) -> ModelCardData:
     name = ", ".join(dataset_names(dpo)) or "held-out pairs"
     metrics = {n: float(dpo.get("metrics", {}).get(n, math.nan)) for n in CARD_METRICS}

@@ -94,7 +94,7 @@ def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:
     for name, content in contents.items():
         for reading in _readings(content):
             findings += [f"{variable} in {name}" for value, variable in secrets.items() if value in reading]
-            # models write code with passwords: in their texts only kinds with a form of their own count
+            # models write code with passwords: in their texts, a name such as `password` alone does not count
             findings += [f"{kind} in {name}" for kind in find_kinds(reading, named=not name.endswith(".jsonl"))]
     return list(dict.fromkeys(findings))
 
@@ -166,12 +166,12 @@ def env_secrets() -> dict[str, str]:
     for file in (Path.cwd() / ".env", REPO / ".env"):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             variables += [(name, value or "") for name, value in dotenv_values(file, encoding="utf-8-sig").items()]
-    secrets = {}
+    secrets: dict[str, str] = {}
     for name, value in variables:
         password = re.search(r"://[^\s/:@]*:([^\s/@]{6,})@", value)
-        is_named = SECRET_VARIABLE.search(name.upper()) and len(value) >= 8
+        is_named = bool(SECRET_VARIABLE.search(name.upper())) and len(value) >= 8
         if len(value) < 16:  # a word such as "disabled" is none
-            is_named = is_named and re.search(r"\d|PASS|SECRET", value + name.upper())
+            is_named = is_named and bool(re.search(r"\d|PASS|SECRET", value + name.upper()))
         if (is_named or find_kinds(value)) and not os.path.exists(value):
             secrets |= {value: name} | ({password[1]: name} if password else {})
     secrets[get_token() or ""] = "HF_TOKEN"

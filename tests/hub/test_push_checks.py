@@ -131,7 +131,7 @@ def test_another_license_needs_its_name_and_link(online: local.Hub, trained: dic
     from huggingface_hub import ModelCard
 
     settings = PushSettings(tmp_path, license="apache-3.0")
-    with pytest.raises(SettingsError, match="--license 'apache-3.0' is not a license"):
+    with pytest.raises(SettingsError, match=r"--license 'apache-3\.0' is not a license"):
         push_before_merge(settings, trained["adapter"])
     for name, link in (("", ""), ("my license", ""), ("", "https://x.org"), ("my license", "/home/me/LICENSE")):
         with pytest.raises(SettingsError, match="--license other needs --license_name and --license_link"):
@@ -165,11 +165,10 @@ def test_the_cells_of_03_end_normally_after_the_push_of_an_adapter(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Each cell by itself, as a kernel runs it: an error in one is an error for papermill."""
+    flags = ["--adapter", str(trained["adapter"]), "--push_to_hub", "--push", "adapter", "--hub_repo_id", "me/only"]
+    monkeypatch.setattr("sys.argv", ["03_merge_push.py", *flags, "--output_dir", str(tmp_path)])
     monkeypatch.setattr("helpers.settings.load.install_error_hook", lambda: None)
-    monkeypatch.setattr("sys.argv", ["03_merge_push.py", "--adapter", str(trained["adapter"]), "--push_to_hub", "--push",
-                                     "adapter", "--hub_repo_id", "me/only", "--output_dir", str(tmp_path)])  # fmt: skip
     names: dict[str, Any] = {"__name__": "03"}
-    monkeypatch.setattr("helpers.settings.load.inspect.getsource", lambda _: "")
     for cell in code_cells(REPO / "notebooks" / "03_merge_push.py"):
         exec(compile(cell.source, "cell", "exec", dont_inherit=True), names)
     assert "adapter_model.safetensors" in online.repos["models/me/only"]["files"]
