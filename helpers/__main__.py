@@ -12,6 +12,7 @@ import importlib
 import sys
 
 from helpers.core import SettingsError, install_error_hook
+from helpers.settings.secrets import refuse_secrets
 
 COMMANDS = {
     "curves": "helpers.runs.curves",
@@ -28,4 +29,5 @@ if __name__ == "__main__":
     elif name not in COMMANDS:
         raise SettingsError(f"`python -m helpers {name}` is not a command. Use one of {', '.join(COMMANDS)}.")
     else:
+        refuse_secrets("the command line", sys.argv[2:])
         importlib.import_module(COMMANDS[name]).main(sys.argv[2:])

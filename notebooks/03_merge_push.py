@@ -65,6 +65,8 @@ class Settings(RunSettings):
     push: Literal["merged", "adapter", "both"] = "merged"  # what to publish; both: the adapter as name/model-adapter
     private: bool = True  # make a new repository private; --no_private: public
     license: str = ""  # license of the published model, for example apache-2.0; by default that of the base
+    license_name: str = ""  # with --license other: name of the license
+    license_link: str = ""  # with --license other: its address, or a file of the repository
 
 
 # %%
@@ -76,9 +78,9 @@ settings = load_settings(Settings, globals())
 # A run records its base model and how it was trained. An adapter from elsewhere names its base in its configuration.
 #
 # Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
-# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter and ends the notebook, without
-# a merge. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already merged and nothing is to be
-# published.
+# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter. Nothing is left to merge then,
+# so the cells below do nothing. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already
+# merged and nothing is to be published.
 
 # %%
 from helpers.core import short_path, show
@@ -87,10 +89,11 @@ from helpers.merging import find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
 adapter_ref = find_adapter(settings)
-push_before_merge(settings, adapter_ref.source)  # does nothing without --push_to_hub
+is_done = push_before_merge(settings, adapter_ref.source)  # False without --push_to_hub
 
 # %%
-merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapter_ref.run)
+if not is_done:
+    merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapter_ref.run)
 
 # %% [markdown]
 # ## Merge
@@ -104,13 +107,14 @@ merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapte
 #   copy of the published weights serves several adapters.
 
 # %%
-merged = merge_adapter(
-    adapter_ref,
-    base=settings.merge_base,
-    dtype=settings.merge_dtype,
-    max_shard_size=settings.max_shard_size,
-    output=merge_run,
-)
+if not is_done:
+    merged = merge_adapter(
+        adapter_ref,
+        base=settings.merge_base,
+        dtype=settings.merge_dtype,
+        max_shard_size=settings.max_shard_size,
+        output=merge_run,
+    )
 
 # %% [markdown]
 # ## Verify
@@ -123,9 +127,10 @@ merged = merge_adapter(
 # `merged.finalize` keeps the merge, or deletes it if its KL is above `max_kl`.
 
 # %%
-verification = verify_merge(merged, adapter_ref)
-show(verification)
-merged.finalize(verification, max_kl=settings.max_kl)
+if not is_done:
+    verification = verify_merge(merged, adapter_ref)
+    show(verification)
+    merged.finalize(verification, max_kl=settings.max_kl)
 
 # %% [markdown]
 # ## Publish
@@ -133,9 +138,10 @@ merged.finalize(verification, max_kl=settings.max_kl)
 # `--push_to_hub --hub_repo_id name/model` sends the merged folder and a model card that is written from the run. It
 # also works for a run that was merged before. A new repository is private unless you use `--no_private`. Nothing is
 # sent if a file contains an access token. The token for the Hub comes from `HF_TOKEN`, `.env`, or `hf auth login`.
+# In an existing repository, the files of the model that was there are replaced. Your other files stay.
 
 # %%
-if settings.push_to_hub:
+if settings.push_to_hub and not is_done:
     push_model(merged.folder, settings)
 
 # %% [markdown]
@@ -144,8 +150,9 @@ if settings.push_to_hub:
 # The folder is an ordinary transformers model. It does not need this project.
 
 # %%
-folder = short_path(merged.folder)
-print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+if not is_done:
+    folder = short_path(merged.folder)
+    print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # not merged
 serve          vllm serve {folder}
                transformers serve {folder}
@@ -159,5 +166,6 @@ evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --
 # with the merged model.
 
 # %%
-show_report(merge_run.folder)  # updates report.html of the training run, with the verification
-print("Next:", merge_run.next_command(settings.recipe))
+if not is_done:
+    show_report(merge_run.folder)  # updates report.html of the training run, with the verification
+    print("Next:", merge_run.next_command(settings.recipe))

@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         # part of a path → status, headers and message of the reply; status 0 closes the connection
         self.fail: dict[str, tuple[int, dict[str, str]] | tuple[int, dict[str, str], str]] = {}
         self.times: dict[str, int] = {}  # number of failures of a part; the default is always
+        self.user: dict[str, Any] = {"name": "me", "auth": {"accessToken": {"role": "write"}}, "orgs": []}  # whoami
 
     @property
     def url(self) -> str:
@@ -95,6 +96,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def files(self, repo: dict[str, Any], revision: str | None) -> dict[str, bytes] | None:
+        if revision in (None, "main") or re.fullmatch("[0-9a-f]{40}", revision):
+            return repo["files"]
+        if revision in repo.get("branches", {}):
+            return repo["branches"][revision]
+        self.answer({"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound")
+        return None
+
     def create(self) -> None:
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
@@ -107,8 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(answer)
 
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
-        if repo := self.repo(kind, repo_id):
-            siblings = [{"rfilename": name} for name in repo["files"]]
+        if (repo := self.repo(kind, repo_id)) and (files := self.files(repo, revision)) is not None:
+            siblings = [{"rfilename": name} for name in files]
             answer = {"id": repo_id, "sha": repo["sha"], "private": repo["private"], "siblings": siblings, "tags": []}
             self.answer(answer | {"cardData": repo.get("card", {})})
 
@@ -116,7 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         if (repo := self.repo(kind, repo_id)) is None:
             return
         under = f"{folder}/" if folder else ""
-        files = {n: c for n, c in repo["files"].items() if n.startswith(under)}
+        if (there := self.files(repo, revision)) is None:
+            return
+        files = {n: c for n, c in there.items() if n.startswith(under)}
         if folder and not files:
             return self.answer({"error": "no such folder"}, 404, X_Error_Code="EntryNotFound")
         entries = [{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files.items()]
@@ -128,7 +139,9 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, kind: str | None, repo_id: str, revision: str, name: str) -> None:
         if (repo := self.repo(kind or "models", repo_id)) is None:
             return
-        content = repo["files"].get(name)
+        if (files := self.files(repo, revision)) is None:
+            return
+        content = files.get(name)
         if content is None:
             return self.answer({"error": "no such file"}, 404, X_Error_Code="EntryNotFound")
         headers = {"ETag": f'"{blob_id(content)}"', "X_Repo_Commit": repo["sha"], "Accept_Ranges": "bytes"}
@@ -168,11 +181,16 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
         if (repo := self.repo(kind, repo_id)) is None:
             return
-        for line in self.body.splitlines():
-            entry = json.loads(line)
+        files = repo["files"] if revision == "main" else repo["branches"][revision]
+        entries = [json.loads(line) for line in self.body.splitlines()]
+        gone = [e["value"]["path"] for e in entries if e["key"] == "deletedFile" and e["value"]["path"] not in files]
+        if gone:
+            return self.answer({"error": f"no such file to delete: {gone}"}, 400)
+        for entry in entries:
             value = entry["value"]
-            files = repo["files"] if revision == "main" else repo["branches"][revision]
-            if entry["key"] == "file":
+            if entry["key"] == "deletedFile":
+                del files[value["path"]]
+            elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
@@ -192,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if not self.may_write():
             return self.answer({"error": "Invalid token"}, 401)
-        self.answer({"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+        self.answer({"type": "user"} | self.server.user)
 
     def validate(self) -> None:
         self.answer({"errors": [], "warnings": []})

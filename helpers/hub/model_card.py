@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import html
 import json
 import math
 import re
@@ -10,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from helpers.core import UserError, find_path
+from helpers.core import SettingsError, UserError, find_path
+from helpers.runs.report import hide_paths
 from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, list_runs, read_run
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
@@ -24,7 +27,66 @@ OMITTED_SETTINGS = {
 CARD_METRICS = {"eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin", "eval_loss": "loss"}
 
 
-def write_card(folder: Path, repo_id: str, license_id: str = "") -> str:
+def license_options(settings: Any) -> dict[str, str]:
+    """The settings about the license, which 02_dpo.py does not have."""
+    return {
+        "license_id": getattr(settings, "license", ""),
+        "license_name": getattr(settings, "license_name", ""),
+        "license_link": getattr(settings, "license_link", ""),
+    }
+
+
+def license_metadata(license_id: str, license_name: str = "", license_link: str = "") -> dict[str, str]:
+    """The fields of a card about a license, with the Hub's id for it: apache-2.0 for "Apache 2.0".
+
+    Raises SettingsError for a license that is not among https://huggingface.co/docs/hub/repositories-licenses.
+    """
+    if not license_id:
+        return {}
+    ids = TEMPLATE.with_name("licenses.txt").read_text().split()
+    key, keys = _license_key(license_id), {_license_key(each): each for each in ids}
+    starts = [each for each in keys if key and each.startswith(key)]
+    known = keys.get(key) or (keys[starts[0]] if len(starts) == 1 else "")
+    if not known:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+        fix = f"Use the nearest, {keys[near]}, or other with --license_name and --license_link"
+        raise SettingsError(f"--license {license_id!r} is not a license that the Hub knows. {fix}.")
+    if known != "other":
+        return {"license": known}
+    name = re.sub(r"[^a-z0-9.]+", "-", license_name.lower()).strip("-.")
+    if not name or not re.fullmatch(r"https?://[^\s@]+|[\w.-]+", license_link):
+        raise SettingsError("--license other needs --license_name and --license_link. Give its name and its address.")
+    return {"license": known, "license_name": name, "license_link": license_link}
+
+
+def _license_key(name: str) -> str:
+    """A license's name without the words, signs and zeros in which its spellings differ: "apache2"."""
+    words = re.sub(r"[\s_,()-]+", " ", re.sub(r"v(?=\d)|version", "", name.lower()))
+    words = re.sub(r"\b(the|licen[cs]e|community|agreement|public|clause|only|or later|gnu|terms of use)\b", "", words)
+    return re.sub(r"\.0\b|[^a-z0-9.+]", "", words).removesuffix("license") or name.lower()
+
+
+def complete_license(card: Any, base: str) -> tuple[str, str, str]:
+    """The license in the card of a base model, with its name and link. One that the Hub does not know is "other"."""
+    stated = card.get("license") or ""
+    license_id = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+    name, link = str(card.get("license_name") or f"license of {base}"), str(card.get("license_link") or "")
+    link = link if re.match("https?://", link) else f"https://huggingface.co/{base}"  # or a file of its repository
+    try:
+        return license_metadata(str(license_id), name, link).get("license", ""), name, link
+    except SettingsError:
+        return "other", str(license_id), link
+
+
+def markdown(value: Any) -> str:
+    """A name or a text of others for a card: one line, without folders of this machine, that shows as it is."""
+    text = re.sub(r"\b[A-Za-z]:[\\/](?:[^\\/|<>]+[\\/])*", "", hide_paths(" ".join(str(value).split())))
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
+
+
+def write_card(
+    folder: Path, repo_id: str, license_id: str = "", license_name: str = "", license_link: str = ""
+) -> str:  # fmt: skip
     """Return the card of a run's folder, or of an adapter from elsewhere. Raises UserError if the Hub rejects it."""
     runs = lineage(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -33,9 +95,11 @@ def write_card(folder: Path, repo_id: str, license_id: str = "") -> str:
     files = {file.name for file in folder.iterdir()}
     try:
         card = ModelCard.from_template(
-            _metadata(base_on_hub(folder, runs), runs, dpo, kind, repo_id, license_id),
+            _metadata(base_on_hub(folder, runs), runs, dpo, kind, repo_id,
+                      license_metadata(license_id, license_name, license_link)),
             template_path=str(TEMPLATE), repo_id=repo_id, kind=kind, runs=runs, dpo=dpo, files=files, step_names=STEPS,
             comparison=_newest_comparison(runs), dataset_names=dataset_names, settings_table=_settings_table,
+            md=markdown,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"The card of {repo_id} is not valid for the Hub: {error}") from None
@@ -52,7 +116,7 @@ def base_on_hub(folder: Path, runs: list[dict[str, Any]]) -> str:
 
 
 def _metadata(
-    base: str, runs: list[dict[str, Any]], dpo: dict[str, Any], kind: str, repo_id: str, license_id: str
+    base: str, runs: list[dict[str, Any]], dpo: dict[str, Any], kind: str, repo_id: str, license_fields: dict[str, Any]
 ) -> ModelCardData:
     name = ", ".join(dataset_names(dpo)) or "held-out pairs"
     metrics = {n: float(dpo.get("metrics", {}).get(n, math.nan)) for n in CARD_METRICS}
@@ -71,7 +135,7 @@ def _metadata(
         base_model_relation=RELATION_TO_BASE[kind] if base else None,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="peft" if kind == "adapter" else "transformers",
-        license=license_id or None,
+        **license_fields,
         pipeline_tag="text-generation",
         tags=[*dict.fromkeys(["trl", *methods])],
         model_name=repo_id.rpartition("/")[2],
@@ -80,7 +144,7 @@ def _metadata(
 
 
 def _settings_table(run: dict[str, Any]) -> dict[str, str]:
-    """Four settings of a run and those that differ from the defaults, each on one line, without local folders."""
+    """Four settings of a run and those that differ from the defaults, each on one line."""
     settings, sources = run["settings"], run.get("sources", {})
     names = [name for name in ("tuning", "learning_rate", "num_train_epochs", "seed") if name in settings]
     names += [n for n in settings if sources.get(n, "default") != "default" and n not in {*OMITTED_SETTINGS, *names}]
@@ -89,7 +153,7 @@ def _settings_table(run: dict[str, Any]) -> dict[str, str]:
         value = settings[name]
         words = [str(word) for word in (value if isinstance(value, list | tuple) else [value])]
         text = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
-        cells[name] = " ".join(text.replace("|", "\\|").split())[:200]
+        cells[name] = " ".join(text.split())[:200]
     return cells
 
 

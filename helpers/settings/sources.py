@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from helpers.core import REPO, SettingsError, find_path
+from helpers.core import REPO, SettingsError, find_path, shorten
 from helpers.settings import trl_fields
+from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
@@ -25,6 +26,8 @@ def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
     """`--name value ...`, `--name=value` and `--name`, in order, with underscores for hyphens."""
     name, words = "", list[str]()
     for word in argv:
+        flag = word.partition("=")[0] if word.startswith("--") else f"--{name}" if name else "the command line"
+        refuse_secrets(shorten(flag, 60), [word])
         if word.startswith("--") and len(word) > 2:
             if name:
                 yield name, words
@@ -45,7 +48,10 @@ def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Wo
     for name in plain.keys() - names.keys():
         if hint := suggest(name, names, cutoff=0.88):
             raise SettingsError(f"the variable {name} is not a setting; {hint} If not, give it another name.")
-    return {name: to_cli_tokens(value) for name, value in plain.items() if name in names}
+    result = {name: to_cli_tokens(value) for name, value in plain.items() if name in names}
+    for name, words in result.items():
+        refuse_secrets(f"the variable {name}", words)
+    return result
 
 
 def read_dotenv() -> dict[str, str]:
@@ -60,6 +66,8 @@ def read_dotenv() -> dict[str, str]:
     for name, value in values.items():
         if name.startswith(EXPORTED):
             os.environ.setdefault(name, value)
+    for name in ADDRESS_VARIABLES:
+        refuse_secrets(name, [os.environ.get(name, "")])
     return values
 
 
@@ -77,6 +85,7 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
             unknown.append(f"{key} is not a variable of this notebook; {suggest(key, names) or 'see --help'}")
             continue
         name, text = names[key], variables[key]
+        refuse_secrets(key, [text])
         try:
             items = json.loads(text) if text.startswith("[") else None
         except json.JSONDecodeError:
@@ -97,7 +106,9 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -
         names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
         raise SettingsError(f"recipe {name!r} is not a file. Use one of {', '.join(names)}.")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), _recipe_loader()) or {}
+        text = file.read_text(encoding="utf-8-sig")
+        refuse_secrets(f"recipe {name!r}", [text])
+        content = yaml.load(text, _recipe_loader()) or {}
         json.dumps(content, default=str)
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {name!r} is not UTF-8: {error.reason}. Save it as UTF-8.") from None

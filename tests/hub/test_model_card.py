@@ -77,3 +77,38 @@ def test_an_invalid_card_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("helpers.hub.model_card.TEMPLATE", template)
     with pytest.raises(UserError, match="The card of me/x is not valid for the Hub: "):
         write_card(tmp_path, "me/x")
+
+
+NAMES = ["a|b", "<img src=x onerror=alert(1)>", "`rm -rf`", "[x](javascript:alert(1))", "*a* _b_ ~~c~~",
+         "two\nlines # x", "---", 'quote " and \' and: colon', "{{ 7 * 7 }}", "$x$ \\(y\\)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
+    from html import unescape
+
+    dpo = {"dpo_beta": 0.1, "loss_type": [name], "dataset_id": [f"/data/anna/{name.replace('/', '')}.jsonl"]}
+    dpo |= {"revision": name, "dataset_revision": name, "chat_template": name, "adapter_dtype": {"a": "/home/anna/x/y"}}
+    record = {"step": "dpo", "base_model": "org/base", "versions": {name: name}, "settings": dpo, "status": "finished",
+              "sources": {"chat_template": "flag", "adapter_dtype": "flag"}, "metrics": {"eval_loss": 0.5},
+              "plan": {"weights": name, "quantization": name, "computed in": name}}  # fmt: skip
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "judge").mkdir()
+    pair = {"baseline": name, "candidate": "dpo", "win": 1, "loss": 1, "tie": 1, "win_rate_adjusted": 0.5}
+    metrics = {"judge": "/home/anna/judgments/gpt.jsonl", "pairs": [pair | {"interval": [0, 1], "notes": [name]}]}
+    verdict = {"step": "judge", "status": "finished", "metrics": metrics}
+    (tmp_path / "judge" / "run.json").write_text(json.dumps(verdict))
+    text = write_card(tmp_path / "dpo", "me/x", "mit")
+    body = text.split("\n---\n", 1)[1]
+    assert ModelCard(text).data.base_model == "org/base"
+    assert "anna" not in text
+    assert "<img" not in re.sub("`[^`]*`", "", body)
+    for line in (line for line in body.splitlines() if line.startswith("| chat_template |")):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
+        shown = unescape(re.sub(r"\\([\W_])", r"\1", line.removeprefix("| chat_template | ").removesuffix(" |")))
+        assert shown == " ".join(name.split())
+    assert "judged by …/gpt.jsonl" in body or "judged by gpt.jsonl" in body
+    assert not re.search(
+        r"(?<!\\)[*`\[]", re.sub(r"`[^`]*`|\]\(https://\S+\)|\[(DPO|org/base)", "", body.split("```")[-1])
+    )
