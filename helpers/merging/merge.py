@@ -150,6 +150,13 @@ class MergedModel:
     folder: Path
     merge_base: str  # "original" or "dequantized" weights, with the adapter added
     precision: LoadPrecision  # of training
+    is_text_part: bool = False  # of a base that also has others, such as a vision part
+
+    def serve_commands(self) -> str:
+        """Commands that start a server; none for a part of a model, for which servers look for the others."""
+        if self.is_text_part:
+            return "not possible: this is the text part of a model that also has others"
+        return f"vllm serve {short_path(self.folder)}\n{'':15}transformers serve {short_path(self.folder)}"
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -163,7 +170,12 @@ class MergedModel:
         curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
         if curves.is_file():
             shutil.copyfile(curves, self.folder / "curves.png")
-        self.run.finish(metrics=verification.metrics, merge_base=self.merge_base, verification=verification.rows)
+        self.run.finish(
+            metrics=verification.metrics,
+            merge_base=self.merge_base,
+            verification=verification.rows,
+            is_text_part=self.is_text_part,
+        )
         (self.folder / "merge.digest").unlink(missing_ok=True)  # last: an interrupted run resumes until here
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -195,7 +207,8 @@ def merge_adapter(
     if base == "auto":
         base = "dequantized" if precision.quantization else "original"
     if output.finished:
-        return MergedModel(output, output.folder, output.record["merge_base"], precision)
+        is_text_part = output.record.get("is_text_part", False)
+        return MergedModel(output, output.folder, output.record["merge_base"], precision, is_text_part)
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
     kind = None if dtype == "auto" else getattr(torch, dtype)
@@ -207,6 +220,8 @@ def merge_adapter(
         print(f"PEFT merges {reason}.")
         merge_with_peft(merged.folder, adapter, max_shard_size, kind, precision if base == "dequantized" else None)
     save_config(merged.folder, adapter)
+    config = json.loads((merged.folder / "config.json").read_text())
+    merged.is_text_part = config["model_type"] != adapter.base_config.model_type
     return merged
 
 

@@ -340,7 +340,7 @@ class StreamingMerger:
             key = self._names.get(id(parameter))
             stored = self.adapter[key] if key is not None else self.from_base(f"{owner}.{kind}")
             value = stored.float()
-            if key is None and value is stored:
+            if value is stored:
                 value = value.clone()  # PEFT adds in place, which must not change the memory of the file
             layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value, False)
         if merged and hasattr(layer, "unload_and_optionally_merge_module"):

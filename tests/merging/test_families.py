@@ -138,7 +138,7 @@ def test_tied_weights_that_an_adapter_makes_different_have_names_of_the_family(
         base, LoraConfig(task_type="CAUSAL_LM", target_modules=["dense"], modules_to_save=["lm_head"])
     )
     with torch.no_grad():
-        policy.get_output_embeddings().weight += 0.1
+        policy.base_model.model.lm_head.modules_to_save["default"].weight += 0.1
     policy.save_pretrained(str(tmp_path / "adapter"))
     tokenizer.save_pretrained(tmp_path / "adapter")
     folder = merged(Adapter(tmp_path / "adapter", Run(tmp_path / "adapter", {}), str(tmp_path / "base")), tmp_path)
