@@ -229,7 +229,7 @@ def save_config(folder: Path, adapter: Adapter) -> None:
     """Save what a model has besides its weights and configuration: the tokenizer with its template, and files of the
     base. Its generation settings are kept as they are, and every token that ends an answer is in them."""
     save_tokenizer(adapter.tokenizer, folder)
-    carry_files(adapter.base_folder, folder)
+    carry_files(str(adapter.base_folder), folder)
     config, file = adapter.base_config, adapter.base_folder / "generation_config.json"
     text = file.read_text() if file.is_file() else GenerationConfig.from_model_config(config).to_json_string()
     values = json.loads(text)

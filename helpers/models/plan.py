@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import snapshot_download
+
 from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook, write_json
 
 if TYPE_CHECKING:
@@ -313,9 +315,13 @@ def make_portable(folder: Path) -> None:
     write_json(file, config)
 
 
-def carry_files(base: Path, folder: Path) -> None:
-    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence."""
-    for file in {file for pattern in CARRIED_FILES for file in base.glob(pattern)}:
+def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
+    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. Those
+    of a base on the Hub are downloaded; without a network they are left out."""
+    source = find_path(base)
+    with contextlib.suppress(OSError, ValueError):
+        source = source or Path(snapshot_download(base, revision=commit, allow_patterns=list(CARRIED_FILES)))
+    for file in {file for pattern in CARRIED_FILES for file in source.glob(pattern)} if source else ():
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
@@ -333,6 +339,8 @@ def save_model(trainer: Any, folder: Path) -> None:
     if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
         (folder / "README.md").unlink(missing_ok=True)
         make_portable(folder)
+        if not hasattr(model, "peft_config"):
+            carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
 
 
 def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:

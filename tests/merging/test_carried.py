@@ -114,6 +114,7 @@ def test_so_is_that_of_a_training_run_whose_base_has_odd_generation_settings(
     odd = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [0, 2], "bos_token_id": 1}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(odd))
     tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").write_text("of the base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     mine = AutoTokenizer.from_pretrained(tmp_path / "base")
     prepare_model(model, mine)
@@ -129,6 +130,7 @@ def test_so_is_that_of_a_training_run_whose_base_has_odd_generation_settings(
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "is_local" not in config
     if not adapted:
+        assert (tmp_path / "saved" / "LICENSE").read_text() == "of the base"
         saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
         assert {name: saved[name] for name in odd} == odd
 
