@@ -154,8 +154,7 @@ if not is_done:
     folder = short_path(merged.folder)
     print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # not merged
-serve          vllm serve {folder}
-               transformers serve {folder}
+serve          {merged.serve_commands()}
 GGUF           python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf --outtype bf16
 evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --tasks ifeval --apply_chat_template""")
 

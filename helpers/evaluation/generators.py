@@ -154,7 +154,7 @@ class Generators:
                 base = self._load_base(ref)
             tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **self.remote_code)
             set_chat_template(tokenizer, "auto")
-            prepare_model(base, tokenizer)
+            prepare_model(base, tokenizer, ref.adapter)
             if ref.adapter:
                 base = PeftModel.from_pretrained(base, ref.adapter)
             generator = HFGenerator(base.eval(), tokenizer)

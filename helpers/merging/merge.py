@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from helpers.core import SettingsError, UserError, find_path, short_path
+from helpers.core import SettingsError, UserError, find_path, short_path, write_json
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.hub_client import describe_error
-from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
+from helpers.models.plan import CARRIED_FILES, carry_files, prepare_model, quantization_config, save_tokenizer
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files
 from helpers.runs.run import Run, find_run
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Adapter:
         return local_folder(self.ref.base, self.ref.revision)
 
     @functools.cached_property
+    def base_config(self) -> Any:
+        return AutoConfig.from_pretrained(self.base_folder, trust_remote_code=self.trust_remote_code)
+
+    @functools.cached_property
     def tokenizer(self) -> Any:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
         folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
@@ -88,13 +95,14 @@ class Adapter:
         code, size = self.trust_remote_code, len(self.tokenizer)
         return StreamingMerger(self.base_folder, self.folder, size, quantization, stored, code)
 
-    def load_policy(self, precision: LoadPrecision, device: str) -> Any:
-        """Load the base as in training, with the adapter on it."""
+    def load_policy(self, precision: LoadPrecision, device: str, dequantize: bool = False) -> Any:
+        """Load the base as in training, or dequantized after that, with the adapter on it."""
         options = {"dtype": precision.dtype, "quantization_config": precision.quantization, "device_map": {"": device}}
         code = self.trust_remote_code
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, trust_remote_code=code, **options)
-        disable_cpu_4bit_repacking(base)
-        resize_embeddings(base, self.tokenizer)  # rows for tokens that the chat template added
+        if dequantize and precision.quantization:
+            base = base.dequantize(precision.dtype)
+        prepare_model(base, self.tokenizer, self.folder)  # rows for tokens that the chat template added
         return PeftModel.from_pretrained(base, self.folder).eval()
 
 
@@ -143,6 +151,13 @@ class MergedModel:
     folder: Path
     merge_base: str  # "original" or "dequantized" weights, with the adapter added
     precision: LoadPrecision  # of training
+    is_text_part: bool = False  # of a base that also has others, such as a vision part
+
+    def serve_commands(self) -> str:
+        """Commands that start a server; none for a part of a model, for which servers look for the others."""
+        if self.is_text_part:
+            return "not possible: this is the text part of a model that also has others"
+        return f"vllm serve {short_path(self.folder)}\n{'':15}transformers serve {short_path(self.folder)}"
 
     def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -156,7 +171,12 @@ class MergedModel:
         curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
         if curves.is_file():
             shutil.copyfile(curves, self.folder / "curves.png")
-        self.run.finish(metrics=verification.metrics, merge_base=self.merge_base, verification=verification.rows)
+        self.run.finish(
+            metrics=verification.metrics,
+            merge_base=self.merge_base,
+            verification=verification.rows,
+            is_text_part=self.is_text_part,
+        )
         (self.folder / "merge.digest").unlink(missing_ok=True)  # last: an interrupted run resumes until here
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -178,8 +198,8 @@ def merge_adapter(
     """Merge an adapter into its base, one tensor at a time. An interrupted merge resumes; a finished one is returned.
 
     `base` is "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
-    `dtype` is that of the merged weights; "auto" is the base's. PEFT merges adapters that `StreamingMerger` does not
-    support, in the memory of the full model. Raises UserError for an adapter that cannot be merged, and if the disk is
+    `dtype` is that of the merged weights; "auto" is the base's. PEFT merges what `StreamingMerger` does not support, in
+    the memory of the full model. Raises UserError for an adapter that cannot be merged, and if the disk is
     full.
     """
     precision = LoadPrecision.from_run(adapter.run, base)
@@ -188,7 +208,8 @@ def merge_adapter(
     if base == "auto":
         base = "dequantized" if precision.quantization else "original"
     if output.finished:
-        return MergedModel(output, output.folder, output.record["merge_base"], precision)
+        is_text_part = output.record.get("is_text_part", False)
+        return MergedModel(output, output.folder, output.record["merge_base"], precision, is_text_part)
     output.lock()
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
@@ -196,41 +217,54 @@ def merge_adapter(
     try:
         merger = adapter.merger(precision, base)
         write_merged(merged.folder, merger, max_shard_size, kind)
-        save_config(merged.folder, merger, adapter.tokenizer, adapter.base_folder)
+        merger.config.save_pretrained(merged.folder)
     except UnsupportedAdapter as reason:
-        if base == "dequantized":
-            text = f"{reason} cannot be merged into dequantized weights"
-            raise UserError(f"{text}. Use `--merge_base original`.") from None
-        print(f"PEFT merges {reason}. It needs the memory of the full model.")
-        merge_with_peft(merged.folder, adapter, max_shard_size, kind)
+        print(f"PEFT merges {reason}.")
+        merge_with_peft(merged.folder, adapter, max_shard_size, kind, precision if base == "dequantized" else None)
+    save_config(merged.folder, adapter)
+    config = json.loads((merged.folder / "config.json").read_text())
+    merged.is_text_part = config["model_type"] != adapter.base_config.model_type
     return merged
 
 
-def save_config(folder: Path, merger: StreamingMerger, tokenizer: Any, base: Path) -> None:
-    """Save everything but the weights: configurations, the base's code, and the tokenizer with its template."""
-    config, generation_file = merger.config, folder / "generation_config.json"
-    config.save_pretrained(folder)
-    for file in [*base.glob("generation_config.json"), *base.glob("*.py")]:
-        shutil.copyfile(file, folder / file.name)
-    tokenizer.save_pretrained(folder)
-    has_file = generation_file.is_file()
-    generation = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig.from_model_config(config)
-    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    if tokenizer.eos_token_id not in ends:  # a chat template may end answers with another token than the base's
-        generation.eos_token_id = eos_token_ids(tokenizer, generation)
-        generation.save_pretrained(folder)
+def save_config(folder: Path, adapter: Adapter) -> None:
+    """Save what a model has besides its weights and configuration: the tokenizer with its template, and files of the
+    base. Its generation settings are kept as they are, and every token that ends an answer is in them."""
+    save_tokenizer(adapter.tokenizer, folder)
+    carry_files(str(adapter.base_folder), folder)
+    config, file = adapter.base_config, adapter.base_folder / "generation_config.json"
+    text = file.read_text() if file.is_file() else GenerationConfig.from_model_config(config).to_json_string()
+    values = json.loads(text)
+    before = values.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
+    ends = eos_token_ids(adapter.tokenizer, SimpleNamespace(eos_token_id=before))
+    if file.is_file() or ends not in ([before], before):
+        write_json(folder / file.name, values | {"eos_token_id": before if ends == [before] else ends})
 
 
-def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str, dtype: torch.dtype | None = None) -> None:
-    """Merge with PEFT's merge_and_unload. Raises UserError if PEFT does not support the adapter either."""
+def merge_with_peft(
+    folder: Path,
+    adapter: Adapter,
+    max_shard_size: str,
+    dtype: torch.dtype | None = None,
+    precision: LoadPrecision | None = None,
+) -> None:
+    """Merge with PEFT's merge_and_unload, into the base as it is, or loaded in `precision` and dequantized. Raises
+    UserError if PEFT does not support the adapter either, or the model does not fit into memory."""
     shutil.rmtree(folder, ignore_errors=True)
+    stored = adapter.base_config.dtype or torch.float32
+    files = [*adapter.base_folder.glob("*.safetensors")] or [*adapter.base_folder.glob("*.bin")]
+    ratio = precision.dtype.itemsize / stored.itemsize if precision else 1
+    size = ratio * sum(file.stat().st_size for file in files) / 1e9
+    free = psutil.virtual_memory().available / 1e9
+    print(f"The full model is loaded for that. It takes {size:.2f} GB of memory, and saving it up to as much again.")
+    if size > free:
+        text = f"The model needs {size:.2f} GB of memory, and {free:.2f} GB are free"
+        raise UserError(f"{text}. Use a machine with more memory.")
     try:
-        code = adapter.trust_remote_code
-        model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
-        resize_embeddings(model, adapter.tokenizer)
-        merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
-        (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
-        adapter.tokenizer.save_pretrained(folder)
+        merged = adapter.load_policy(precision or LoadPrecision(), "cpu", dequantize=True).merge_and_unload()
+        if kind := dtype or (stored if precision else None):
+            merged = merged.to(kind)
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"PEFT cannot merge this adapter: {' '.join(str(error).split())[:300]}") from None

@@ -157,6 +157,6 @@ def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
         with torch.inference_mode():
             before = layer(inputs)
             plain = layer.get_base_layer()
-            plain.weight = torch.nn.Parameter(written[f"{name}.weight"].float(), False)
+            plain.weight = torch.nn.Parameter(written[trained.file_name(f"{name}.weight")].float(), False)
             largest = max(largest, float((plain(inputs) - before).norm() / before.norm()))
     return {"layers": len(names), "relative": largest}

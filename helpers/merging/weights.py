@@ -21,8 +21,17 @@ from peft.tuners.lora import Linear
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from helpers.core import UserError, fingerprint
+from helpers.models.plan import embedding_layers, embedding_rows
 from helpers.models.resolve import BASE_KEEPING_INITS
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
@@ -36,7 +45,9 @@ class WeightFiles:
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
         self.files = sorted(folder.glob(pattern))
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        if "*" in pattern and (folder / "model.safetensors").is_file():
+            self.files = [folder / "model.safetensors"]  # as transformers: next to it may be the same in another format
+        elif "*" in pattern and index.is_file():
             self.files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if not self.files:
             raise UserError(f"{folder} has no weights in safetensors format.")
@@ -138,8 +149,9 @@ class StreamingMerger:
 
     Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it,
     which covers every LoRA variant. Read in PEFT 0.21 (tuners/tuners_utils.py, _unload_and_optionally_merge;
-    utils/save_and_load.py). Embeddings get the rows of `resize_embeddings` up to `vocabulary`. With `quantization`, the
-    base weights are those that training computed with: see `QuantizedBase`. Raises UnsupportedAdapter.
+    utils/save_and_load.py). Tensors keep the names of the base's files: see `_read_names`. Embeddings get the rows of
+    `resize_embeddings` for a tokenizer of length `vocabulary`. With `quantization`, the base weights are those that
+    training computed with: see `QuantizedBase`. Raises UnsupportedAdapter.
     """
 
     def __init__(
@@ -155,26 +167,25 @@ class StreamingMerger:
         self.config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         _check_supported(peft_config, base, adapter, self.config)
         self.base, self.adapter = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
-        text = self.config.get_text_config()
-        saved = [n for n in self.adapter if "embed" in n and n.endswith((".embed_tokens.weight", ".base_layer.weight"))]
-        self.rows = text.vocab_size
-        text.vocab_size = max(vocabulary, self.rows, *(self.adapter.spec(name).shape[0] for name in saved))
-        self.vocabulary = text.vocab_size
-        _check_token_rows(peft_config, self.vocabulary)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
+        specs = {name: self.adapter.spec(name) for name in self.adapter}
+        self.rows = int(model.get_input_embeddings().num_embeddings)
+        self.vocabulary = embedding_rows(model, specs) or max(vocabulary, self.rows)
+        _check_token_rows(peft_config, self.vocabulary)
+        if self.vocabulary != self.rows:
+            model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+            self.config.get_text_config().vocab_size = self.vocabulary
         self.quantization = quantization
         self.quantized = QuantizedBase(model, quantization, stored) if quantization else None
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
-        names = set(model.state_dict())
-        if unknown := [name for name in self.base if name not in names]:
-            raise UnsupportedAdapter(f"a checkpoint whose names are not the model's ({unknown[0]})")
-        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-        self._embeddings = {f"{n}.weight" for n, module in model.named_modules() if module in embeddings}
+        self._aliases = self.tied | {target: source for source, target in self.tied.items()}
+        self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
+        self.names, self._files_names, self._converted = self._read_names(model)
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
         with torch.device("meta"):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
-        parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
+        parameters = {name: torch.nn.Parameter(spec, False) for name, spec in specs.items()}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         try:
             set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
@@ -183,8 +194,38 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
+        changed = {*self._wrapped, *(self.quantized.names if self.quantized else ()), *map(_owner, self._replaced)}
+        if name := next((name for name in self._converted if _owner(name) in changed), ""):
+            raise UnsupportedAdapter(f"weights such as {name}, which the base's files contain in other pieces")
         self._buffers = [torch.empty(0) for _ in range(3)]
         self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
+
+    def _read_names(self, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str], set[str]]:
+        """Names of the base's tensors in the model, names of the model's weights in files, and the weights that
+        transformers makes from others (experts in one tensor). What is not in the model is copied: the vision part of a
+        model of which only the text part is used. Read in transformers 5.23 (core_model_loading.py,
+        convert_and_load_state_dict_in_model)."""
+        weights, prefix = model.state_dict(), model.base_model_prefix
+        transforms = get_model_conversion_mapping(model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        names, converted = {}, set()
+        for file_name in sorted(self.base, key=dot_natural_key):
+            name, pattern = rename_source_key(file_name, renamings, converters, prefix, weights)
+            if name not in weights and file_name in weights:
+                name, pattern = file_name, None
+            if pattern is not None:
+                parts = next(each.target_patterns for each in converters if pattern in each.source_patterns)
+                converted |= {name.replace(parts[0], part) for part in parts}
+            elif name in weights:
+                names[file_name] = name
+        there = converted | set(names.values())
+        if missing := [name for name in weights if not {name, self._aliases.get(name)} & there]:
+            raise UnsupportedAdapter(f"a base without {missing[0]}")
+        file_names = {name: file_name for file_name, name in names.items()}
+        for name in set(weights) - there:  # a tied weight, which gets a tensor of its own if it is not tied any more
+            (file_names[name],) = revert_weight_conversion(model, {name: weights[name]})
+        return names, file_names, converted
 
     def _find_wrapped(self) -> dict[str, Any]:
         """Adapted modules by their names in the base."""
@@ -220,43 +261,52 @@ class StreamingMerger:
         is untied."""
         if dtype:
             self.config.dtype = self.config.get_text_config().dtype = dtype
-        names = dict.fromkeys(self.base)
+        names = {file_name: self.names.get(file_name, "") for file_name in self.base}
         for name, target in self.tied.items():
             is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
-            if is_adapted and not torch.equal(self.tensor(name), self.tensor(target)):
+            if is_adapted and not torch.equal(self._weight(name), self._weight(target)):
                 self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
-                names |= dict.fromkeys((name, target))
+                names |= {self.file_name(each): each for each in (name, target)}
+        self.names = names
         specs = {}
-        for name in names:
-            stored = self.base.spec(self._stored(name))
+        for file_name, name in names.items():
+            stored = self.base.spec(self._stored(name) if name else file_name)
             shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
             kind = dtype if dtype and stored.is_floating_point() else stored.dtype
-            specs[name] = torch.empty(shape, dtype=kind, device="meta")
+            specs[file_name] = torch.empty(shape, dtype=kind, device="meta")
         return specs
+
+    def file_name(self, name: str) -> str:
+        """The name that a weight of the model has in the files of the base and of the merged model."""
+        return self._files_names[name]
 
     def _stored(self, name: str) -> str:
         """The name of a weight in the base's files, which contain tied weights once."""
-        aliases = {**self.tied, **{target: source for source, target in self.tied.items()}}
-        stored = name if name in self.base else aliases.get(name, name)
-        if stored not in self.base:
-            raise UnsupportedAdapter(f"a base without {name}")
-        return stored
+        stored = self.file_name(name)
+        return stored if stored in self.base else self.file_name(self._aliases[name])
 
     def _needs_rows(self, name: str) -> bool:
-        return self.vocabulary > self.rows and name in self._embeddings
+        return self.vocabulary != self.rows and name in self._embeddings
 
     def from_base(self, name: str) -> torch.Tensor:
-        """A weight before merging, with rows for added tokens, or the adapter's replacement of it."""
-        if name in self._replaced:
-            return self.adapter[self._replaced[name]]
+        """A weight before merging, with rows for added tokens, or the adapter's replacement of it or a tied one."""
+        alias = self._aliases.get(name, name)
+        if replaced := self._replaced.get(name) or (_owner(alias) not in self._wrapped and self._replaced.get(alias)):
+            return self.adapter[replaced]
         weight = self.base[self._stored(name)]
         if self._needs_rows(name):
-            more = weight.float().mean(0).to(weight.dtype).expand(self.vocabulary - self.rows, *weight.shape[1:])
-            weight = torch.cat([weight, more])
+            more = weight.float().mean(0).to(weight.dtype) if weight.dim() > 1 else weight.new_zeros(())
+            added = more.expand(max(0, self.vocabulary - self.rows), *weight.shape[1:])
+            weight = torch.cat([weight[: self.vocabulary], added])
         return self.quantized.dequantize(name, weight) if self.quantized else weight
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A merged weight, in float32 if anything was added to it. It is valid until the call after the next."""
+    def tensor(self, file_name: str) -> torch.Tensor:
+        """A tensor of the merged checkpoint, in float32 if anything was added to it, valid until the call after the
+        next."""
+        name = self.names.get(file_name)
+        return self._weight(name) if name else self.base[file_name]
+
+    def _weight(self, name: str) -> torch.Tensor:
         owner = _owner(name)
         if owner not in self._wrapped:
             return self.from_base(name)
@@ -290,7 +340,7 @@ class StreamingMerger:
             key = self._names.get(id(parameter))
             stored = self.adapter[key] if key is not None else self.from_base(f"{owner}.{kind}")
             value = stored.float()
-            if key is None and value is stored:
+            if value is stored:
                 value = value.clone()  # PEFT adds in place, which must not change the memory of the file
             layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value, False)
         if merged and hasattr(layer, "unload_and_optionally_merge_module"):

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from helpers.core import UserError, find_path, shorten
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 # Mistral-7B-Instruct v0.1 and v0.2; OpenAI's ChatML, used by Qwen and Yi; allenai/tulu-2 and Zephyr; Stanford Alpaca
@@ -182,9 +182,9 @@ def _short_spans(
     return spans if end == len(text) else None
 
 
-def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
     """Every token that ends an answer: the generation config's, which may be the base model's, and the tokenizer's."""
-    ends = getattr(config, "eos_token_id", None) or []
+    ends = getattr(config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(i) for i in known if i is not None))
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook
+from huggingface_hub import snapshot_download
+
+from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# Files of a model that its successors need too.
+CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "*processor_config.json",
+                 "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -163,10 +170,26 @@ def _check_machine(model_id: str, device: str) -> None:
         )
 
 
-def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make evaluation on a CPU compute as training does, and add embedding rows for added tokens."""
+def prepare_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: str | Path | None = None
+) -> None:
+    """Make evaluation on a CPU compute as training does, give the embeddings the rows of the tokenizer or of `adapter`,
+    and let the model be saved with the generation settings that it came with.
+
+    transformers 5.23 (generation/configuration_utils.py, save_pretrained) refuses to save the settings of many base
+    models, such as a temperature without do_sample, once TRL has set their padding token.
+    """
+    from peft.utils import load_peft_weights
+    from transformers import GenerationConfig
+
+    class UncheckedGenerationConfig(GenerationConfig):
+        def validate(self, strict: bool = False) -> None:
+            pass
+
     disable_cpu_4bit_repacking(model)
-    resize_embeddings(model, tokenizer)
+    resize_embeddings(model, tokenizer, load_peft_weights(str(adapter), device="cpu") if adapter else {})
+    if type(getattr(model, "generation_config", None)) is GenerationConfig:
+        model.generation_config.__class__ = UncheckedGenerationConfig
 
 
 def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
@@ -182,10 +205,28 @@ def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def embedding_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the input embeddings and of the LM head."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def embedding_rows(model: PreTrainedModel, adapter: Mapping[str, torch.Tensor]) -> int:
+    """The rows that the embeddings had in the training of an adapter, if its weights tell; otherwise 0."""
+    layers = "|".join(map(re.escape, embedding_layers(model)))
+    # all rows, in a layer that PEFT 0.21 wraps or not; or a LoRA matrix, whose rows or columns are tokens
+    kinds = r"(?:[\w.]*base_layer\.)?(weight|lora_B\.weight|lora_embedding_A)"
+    found = ((re.search(rf"\.(?:{layers})\.{kinds}", name), weight) for name, weight in adapter.items())
+    return max((int(w.shape[match[1] == "lora_embedding_A"]) for match, w in found if match), default=0)
+
+
+def resize_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Give tokens beyond the model's vocabulary a row each in the embeddings and the LM head: the mean of the others.
 
-    They depend on base and tokenizer alone: an adapter that replaces them finds the base that it was trained on.
+    They depend on base and tokenizer alone: an adapter that replaces them finds the base that it was trained on. The
+    weights of an `adapter` that contain embeddings decide the number of rows, which may be fewer than the model's.
     """
     from peft.utils.other import TrainableTokensWrapper
 
@@ -193,9 +234,10 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     bias = property(lambda wrapper: getattr(wrapper.original_module, "bias", None))
     TrainableTokensWrapper.bias = bias  # type: ignore[attr-defined]
     before = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    if len(tokenizer) <= before:
+    rows = embedding_rows(model, adapter or {}) or max(before, len(tokenizer))
+    if rows == before:
         return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         gathered: Any = contextlib.nullcontext()
         if hasattr(layer.weight, "ds_id"):  # under ZeRO-3 each process holds a part
@@ -249,6 +291,41 @@ def upcast_adapter(model: torch.nn.Module) -> None:
             weight.data = exact.data.float().clone()
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer for other programs too: see `make_portable`."""
+    tokenizer.save_pretrained(folder)
+    make_portable(folder)
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite the tokenizer_config.json that transformers 5.23 saves in the terms of transformers 4 and llama.cpp, and
+    without how it was loaded."""
+    file, tokens = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text())
+    config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has names for them there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if tokens.is_file():
+        added = json.loads(tokens.read_text())["added_tokens"]
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+    write_json(file, config)
+
+
+def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
+    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. Those
+    of a base on the Hub are downloaded; without a network they are left out."""
+    source = find_path(base)
+    with contextlib.suppress(OSError, ValueError):
+        source = source or Path(snapshot_download(base, revision=commit, allow_patterns=list(CARRIED_FILES)))
+    for file in {file for pattern in CARRIED_FILES for file in source.glob(pattern)} if source else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
 def save_model(trainer: Any, folder: Path) -> None:
     """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds.
 
@@ -261,6 +338,9 @@ def save_model(trainer: Any, folder: Path) -> None:
         _save_adapter(trainer, model, folder)
     if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
         (folder / "README.md").unlink(missing_ok=True)
+        make_portable(folder)
+        if not hasattr(model, "peft_config"):
+            carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
 
 
 def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:

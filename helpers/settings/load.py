@@ -96,7 +96,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     notes: list[str] = []
     given = {source: _translate(cls, types, words, source, notes) for source, words in layers.items()}
     if recipes := [(words["recipe"], source) for source, words in given.items() if "recipe" in words]:
-        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]), cls.exclusive)
+        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]), cls.exclusive, own)
         given["recipe"] = _translate(cls, types, content, "recipe", notes)
     if is_main_process() and notes:
         print(f"note: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)

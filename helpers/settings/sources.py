@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -96,9 +96,10 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
     return result, unknown
 
 
-def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -> Words:
+def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), types: Iterable[str] = ()) -> Words:
     """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
-    section also replaces the others of its group at the top."""
+    section also replaces the others of its group at the top. Of the keys at the top, a step that does not train leaves
+    out those that are not in `types`: they are for training."""
     import yaml
 
     file = find_path(name)
@@ -118,7 +119,8 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = ()) -
         raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
     section = content.get(step) or {}
     replaced = {key for group in exclusive if set(group) & set(section) for key in group}
-    values = {k: v for k, v in content.items() if k not in SECTIONS and k not in replaced} | section
+    left_out = {key for key in content if step not in trl_fields.CONFIGS and str(key).replace("-", "_") not in types}
+    values = {k: v for k, v in content.items() if k not in {*SECTIONS, *replaced, *left_out}} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 
 

@@ -30,7 +30,7 @@ from helpers.core import (
     wait_for_everyone,
 )
 from helpers.models.chat import eos_token_ids
-from helpers.models.plan import upcast_adapter
+from helpers.models.plan import make_portable, upcast_adapter
 from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
 from helpers.runs.report import save_partial_report
@@ -148,6 +148,7 @@ class CheckpointCallback(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         wait_for_everyone()  # each process writes its own files
         if is_main_process():
+            make_portable(self.folder / f"checkpoint-{state.global_step}")
             write_manifest(self.folder / f"checkpoint-{state.global_step}")
             best, limit = state.best_model_checkpoint, self.save_total_limit
             rotate_checkpoints(str(self.folder), limit, best_model_checkpoint=best, use_mtime=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.core import SettingsError
 from helpers.models.chat import render, set_chat_template
@@ -113,6 +113,55 @@ def train_two_steps(models: dict[str, Path], project: Project, folder: Path, nam
         assert record["status"] == "finished"
         assert record["metrics"]["step"] == 2
         assert record["data"]["kept"] + record["data"]["dropped"] == record["data"]["read"]
+
+
+def walk_to_the_merge(
+    models: dict[str, Path], project: Project, folder: Path, name: str, tuning: str = "qlora"
+) -> dict[str, dict[str, Any]]:
+    """Train an adapter by a recipe, merge it into both bases, and return what was verified, by base."""
+    kind, sft, dpo = MADE_OF[name]
+    run, recipe = f"{name.replace(' ', '-')}-{tuning}", f"recipes/{name.partition(' ')[0]}.yaml"
+    given = {"recipe": recipe, "tuning": tuning, "max_steps": 6, "max_length": 200, "completion_tokens": 4,
+             "per_device_train_batch_size": 2, "learning_rate": 0.02, "warmup_steps": 0, "eval_strategy": "no",
+             "save_strategy": "no"}  # fmt: skip
+    size = "global_batch_size" if "global_batch_size" in (REPO / recipe).read_text() else "gradient_accumulation_steps"
+    few = [word for key, value in (given | {size: 2}).items() for word in (f"--{key}", str(value))]
+    start = ["--model_id", str(models[kind])]
+    if sft:
+        project.run("01_sft.py", *few, *start, "--dataset_id", write_set(folder, sft[0]), "--run_name", f"{run}-sft")
+        start = ["--sft_run", f"{run}-sft"]
+    pairs = write_set(folder, dpo[0])
+    project.run("02_dpo.py", *few, *start, "--dataset_id", pairs, "--max_prompt_length", "150", "--run_name", run)
+    records = {}
+    for base in ("dequantized", "original") if tuning == "qlora" else ("original",):
+        flags = ["--recipe", recipe, "--run", f"outputs/{run}", "--merge_base", base, "--max_kl", "50"]
+        done = project.run("03_merge_push.py", *flags, "--run_name", f"{run}-{base}")
+        assert "PEFT merges" not in done.stdout
+        records[base] = project.record(f"{run}-{base}")
+        assert records[base]["status"] == "finished"
+        merged = AutoModelForCausalLM.from_pretrained(project.root / "outputs" / f"{run}-{base}")
+        assert merged.config.model_type == kind
+    return records
+
+
+def test_qlora_by_the_recipe_of_pythia_is_merged_into_both_bases(
+    models: dict[str, Path], project: Project, tmp_path: Path
+) -> None:
+    records = walk_to_the_merge(models, project, tmp_path, "pythia-2.8b-hh")
+    assert records["dequantized"]["metrics"]["kl"] < 1e-6 < records["original"]["metrics"]["kl"]
+    for record in records.values():
+        assert record["metrics"]["kl"] < record["verification"]["base alone"]["kl"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tuning", ["qlora", "lora"])
+@pytest.mark.parametrize("name", [name for name in MADE_OF if name != "pythia-2.8b-hh"])
+def test_adapters_by_every_other_recipe_are_merged(
+    name: str, tuning: str, models: dict[str, Path], project: Project, tmp_path: Path
+) -> None:
+    records = walk_to_the_merge(models, project, tmp_path, name, tuning)
+    exact = records["dequantized" if tuning == "qlora" else "original"]
+    assert exact["metrics"]["kl"] < min(1e-6, exact["verification"]["base alone"]["kl"])
 
 
 def test_a_recipe_of_two_steps_and_three_sets_trains(models: dict[str, Path], project: Project, tmp_path: Path) -> None:
