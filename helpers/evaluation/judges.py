@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -198,12 +198,14 @@ def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, pr
 class Judge:
     """A judge that makes no call: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
-    def __init__(self, judgments: Judgments, answers: AnswerSet, pairs: list[tuple[str, ...]], *prompts: Any) -> None:
+    def __init__(
+        self, judgments: Judgments, answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = (), *prompts: Any
+    ) -> None:
         self.name, self.judgments, self.answers = judgments.judge, judgments, answers
         judgments.notes += answers.unanswered(pairs)
         timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
         texts = [[name, *([str(i), turns] for i, turns in own.items())] for name, own in answers.answers.items()]
-        order = sorted(pairs) or [*answers.answers]  # which model of a pair is the baseline
+        order: list[Any] = sorted(pairs) or [*answers.answers]  # which model of a pair is the baseline
         self.fingerprint = fingerprint(answers.questions, sorted(texts), order, prompts, *sorted(map(str, timeless)))
 
     def preview(self) -> str:
@@ -235,7 +237,7 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     if settings.mode == "single" and flag in ("votes", "judge_module"):
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
     if flag == "judgments":
-        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers, [])
+        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers)
     pairs = model_pairs(answers.answers, settings.mode, model_name(settings.baseline, answers.answers))
     if flag == "judge_model":
         return ModelJudge(settings, answers, pairs)
@@ -260,7 +262,7 @@ class ModelJudge(Judge):
         super().__init__(
             Judgments(settings.judge_model, []), answers, pairs, [self.prompts.rows[name] for name in used]
         )
-        self.matches, same = [], list[Row]()
+        self.matches, same = list[Row](), list[Row]()
         for match in matches:
             is_tie = settings.mode == "pairwise" and answers.is_same(
                 match["question_id"], match["models"], match["turn"]
@@ -321,8 +323,8 @@ class ModelJudge(Judge):
             first = next(row for row in failed if call_failure(row) == reason)
             where = f"the first is question {first['question_id']}, turn {first['turn']}"
             print(printable(f"Not judged: {count} calls ({where}): {reason}"))
-        rows, notes = self._rows(store), self.judgments.notes
-        return Judgments(self.name, rows, {}, len(self._missing(store)), len(self.matches), notes)
+        count, notes = len(self._missing(store)), self.judgments.notes
+        return Judgments(self.name, self._rows(store), {}, count, len(self.matches), notes)
 
     def describe_cost(self) -> str:
         """What this run spent; prices are per million tokens."""

@@ -39,7 +39,8 @@ def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_pat
         pair_row({"question_id": i}, 1, ("sft", "dpo"), ["/srv/models/gpt", "pair"], [{"winner": w}] * 2)
         for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
     ]
-    verdict = PairwiseResults.from_judgments(Judgments("/srv/models/gpt", rows, notes=["/srv/models/gpt is slow."]), AnswerSet([], {})).as_dict()
+    judgments = Judgments("/srv/models/gpt", rows, notes=["/srv/models/gpt is slow."])
+    verdict = PairwiseResults.from_judgments(judgments, AnswerSet([], {})).as_dict()
     (tmp_path / "judge" / "run.json").write_text(
         json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
     )
