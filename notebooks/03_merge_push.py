@@ -89,6 +89,7 @@ from helpers.merging import find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
 adapter_ref = find_adapter(settings)
+show(f"Adapter: {short_path(adapter_ref.source)}, base model: {short_path(adapter_ref.base_model)}")
 is_done = push_before_merge(settings, adapter_ref.source)  # False without --push_to_hub
 
 # %%

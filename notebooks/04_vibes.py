@@ -96,6 +96,7 @@ from helpers.runs import start_run
 # %%
 model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)
 names = [model.name for model in model_refs]
+show("Models: " + ", ".join(f"{model.name} ({short_path(model.adapter or model.base)})" for model in model_refs))
 questions = read_questions(settings)
 generators = Generators(model_refs, settings)
 show(generators)

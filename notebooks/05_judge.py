@@ -102,7 +102,7 @@ judge_run = start_run(settings, base_model=judge.name, origin=judge.fingerprint)
 # ## Judge
 #
 # Replies of a judge model are saved word for word as they arrive. The last verdict in a reply counts. A reply without a
-# verdict is an error, not a tie.
+# clear verdict is an error, not a tie. Answers that are the same are ties, and the judge is not asked.
 
 # %%
 verdicts = judge.run(judge_run)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
+from helpers.core import Row, SettingsError, UserError, fingerprint, printable, read_jsonl, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
@@ -17,95 +18,151 @@ from helpers.evaluation.judgments import (
     AnswerSet,
     Judgments,
     apply_rules,
+    call_failure,
+    describe_self_judging,
+    model_name,
     pair_row,
     rating_row,
     read_judgments,
     read_votes,
+    tie_row,
 )
-from helpers.evaluation.questions import Question, find_input, question_turns
+from helpers.evaluation.questions import JudgePrompts
 from helpers.runs.run import Run
 
-OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
-# FastChat (llm_judge/common.py) shows a reference in these categories only.
-REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
-FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
 JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
-
-
-class JudgePrompts:
-    """The prompts of a file, by default ours. FastChat's are recognized by their names."""
-
-    def __init__(self, file: Path = OUR_PROMPTS) -> None:
-        self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
-        self.file, self.is_fastchat = file, "pair-v2" in self.rows
-
-    @classmethod
-    def of(cls, settings: Any) -> JudgePrompts:
-        """Those of --judge_prompts, or else of --bench_dir if it has any. Raises UserError."""
-        if settings.judge_prompts:
-            return cls(find_input("--judge_prompts", settings.judge_prompts))
-        file = (find_path(settings.bench_dir) or OUR_PROMPTS.parent) / OUR_PROMPTS.name
-        return cls(file if file.is_file() else OUR_PROMPTS)
-
-    def name_for(self, question: Question, turn: int, mode: str) -> str:
-        """The prompt for a turn (from 1) of a question. Raises UserError if the file lacks it."""
-        has_reference = len(question.get("reference", ())) >= turn
-        if self.is_fastchat:
-            name = FASTCHAT_NAMES[mode][has_reference and question["category"] in REFERENCE_CATEGORIES]
-        else:
-            name = mode.removesuffix("wise") + "-reference" * has_reference
-        name += "-multi-turn" * (turn > 1)
-        if name not in self.rows:
-            raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
-        return name
-
-    def messages(self, match: Row, question: Question, answers: ModelAnswers) -> list[Message]:
-        """System and user message for a match. Raises UserError for a template with an unknown field."""
-        row, turn, models = self.rows[match["prompt"]], match["turn"], match["models"]
-        asked, reference = question_turns(question), question.get("reference", [])
-        fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _transcript(asked, reference, turn)}
-        fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
-        fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
-        for side, model in zip(("_a", "_b") if len(models) > 1 else ("",), models, strict=True):
-            turns = answers[model][question["question_id"]]
-            fields |= {f"answer{side}": turns[turn - 1], f"conversation{side}": _transcript(asked, turns, turn)}
-            fields |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
-        try:
-            text = row["prompt_template"].format(**fields)
-        except (LookupError, ValueError) as error:
-            raise UserError(f"{self.file}: the template of {match['prompt']} cannot be filled in: {error}") from None
-        return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
-
-
-def _transcript(asked: list[str], answers: list[str], turn: int) -> str:
-    if turn == 1:
-        return "".join(answers[:1])
-    pairs = zip(asked[:turn], answers[:turn], strict=False)
-    return "\n\n".join(f"## User\n\n{question}\n\n## Assistant\n\n{answer}" for question, answer in pairs)
+# [[A]], [[ 9/10 ]], [[Assistant B]] ...; its last bracket may be missing at the end of a reply. [[1]](url) is a link.
+BRACKETED = re.compile(r"\[\s*\[([^\[\]]{1,60})\](?:\s*\](?!\()|\W*\Z)")
+VERDICT = re.compile(
+    r"(?:(?:my|the|final|verdict|winner|choice|is|assistant|answer|model|response|option|conversation)\b\W*)*"
+    r"(?:a\s+)?(tie|draw|[abc])(?:\W+(?:s|is|wins?|better|the|winner|best|a|tie|c|answer|response))*", re.IGNORECASE,
+)  # fmt: skip
+NUMBER = r"(\d+(?:[.,]\d+)?)(?:\s*(?:/|(?:out )?of)\s*(\d+)(?:\.0+)?)?"  # and what it is out of
+RATING = re.compile(rf"(?:(?:my|the|final|overall|rating|score|is)\b\W*)*{NUMBER}", re.IGNORECASE)
+# Without the brackets: a line, or for a rating a sentence, that says what it is.
+LABEL = r"[^\w\n]{0,20}(?:(?:my|the|final|overall)\W{1,20})*"
+LABELLED_VERDICT = re.compile(
+    rf"^{LABEL}(?:verdict|decision|judge?ment|choice|winner)\b\W{{0,20}}(?:is\b)?\W{{0,20}}(.+)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+LABELLED_RATING = re.compile(
+    rf"(?:(?:^|[.!?]\s){LABEL}(?:rating|score|grade)\b(?: ?\([^)\n]*\))?[^\w\n]*(?:is\b[^\w\n]*)?"
+    r"|\bI(?:'(?:d|ll)| would| will)? (?:rate|give|score)\b[^.\n\d]{0,60}(?=[\d.,]+\s*(?:/|out of|\W*$))"
+    r"|^[^\w\n]{0,20}(?=[\d.,]+\s*(?:/|out of)))"
+    rf"{NUMBER}(?![\d.,/]*\d|…|\s*-\s*\d|\s*(?:to|or|and|for|would)\b)", re.IGNORECASE | re.MULTILINE,
+)  # fmt: skip
+# What is in the same sentence before or after a verdict that is denied, quoted, supposed or explained.
+NOT_GIVEN_BEFORE = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|rather than|than|instead of|considered|tempted"
+    r"|(?:wrong|unfair|hard|tempting)(?= to))|n't)"
+    r"(?:\s+(?:to|a|an|the|it|be|is|my|as|of|for|with|go|say|choose|pick|select|give|award|call|think|vote|prefer"
+    r"|verdict|rating))*[\s\"'`*(]*$"
+    r"|\b(?:says|said|wrote|writes|contains|includes|quotes|returns|outputs|prints|ends with|asks|told|tells)[:,]?\s+"
+    r"(?:[\w']+ +){0,4}[\"'`*(]*$"
+    r"|\b(?:give|output|write|state) your\b|\be\.g\.|\bfor example\b|\binitial|\bat first\b"
+    r"|\bfirst (?:thought|impression)\b|\b(?:would|could|might) (?:not )?have\b",
+    re.IGNORECASE,
+)
+NOT_GIVEN_AFTER = re.compile(
+    r"[\"'`*)\s]*(?:(?:if|when|means?|indicates?|stands for|is for|for a tie|at first|initially"
+    r"|(?:is|was) (?:not|wrong)|isn)\b"
+    r"|(?:would|could|might)\b(?! be (?:my|the (?:right|fair|final|correct)\b)))",
+    re.IGNORECASE,
+)
+DECISIVE_BEFORE = re.compile(
+    r"\b(?:verdict|decision|judge?ment|final(?:ly)?|overall|conclu\w+|winner|choice|cho+se|pick|prefer|therefore|thus|hence"
+    r"|rating|rate|score|give|award|settle|in the end|no|actually|wait|go with|goes to)\b", re.IGNORECASE,
+)  # fmt: skip
+DECISIVE_AFTER = re.compile(r"\W*(?:it is|wins|remains|is my)\b", re.IGNORECASE)
+CLAUSE_END = re.compile(r"\n|;|(?<=[.!?])(?<!e\.g\.)\s+|\b(?:but|however|yet)\b", re.IGNORECASE)
+JOINT = re.compile(r"(?:or|and|nor|vs|versus|maybe|perhaps|possibly|even)*")
+INDEX = re.compile(r"[A-Za-z0-9_)\]]$|\w\($")  # before a number in brackets: x[[1]], f([[1]])
 
 
 def strip_reasoning(text: str) -> str:
     """A judge's reply without its reasoning: <think> blocks; all before a </think> without its opening tag, which many
-    templates put into the prompt; all of a reply that opens with <think> and never closes it."""
-    flags = re.DOTALL | re.IGNORECASE
-    text = re.sub(r"<think(ing)?>.*?</think(ing)?>", "", text, flags=flags)
-    return re.sub(r"^\s*<think(ing)?>.*", "", re.split(r"</think(?:ing)?>", text, flags=flags)[-1], flags=flags)
+    templates put into the prompt; all after a <think> at the start of a line that is never closed. Quotes and dashes
+    become ASCII."""
+    flags, tag = re.DOTALL | re.IGNORECASE | re.MULTILINE, r"(?:think(?:ing)?|thoughts?|reasoning)[>\]▷]"
+    text = text.translate(str.maketrans("\u2018\u2019\u201c\u201d\u2013", "''\"\"-"))
+    text = "\n".join(line.strip() for line in text.splitlines() if line.strip())
+    text = re.sub(rf"[<\[◁]{tag}.*?[<\[◁]/{tag}", "", text, flags=flags)
+    return re.sub(rf"^[<\[◁]{tag}.*", "", re.split(rf"[<\[◁]/{tag}", text, flags=flags)[-1], flags=flags)
 
 
 def parse_verdict(text: str) -> str:
-    """The last verdict of a reply: "A", "B" or "tie" ([[C]]); "error" if it has none.
+    """The last verdict that a reply gives: "A", "B" or "tie" ([[C]]); "error" if it gives none, or none that is clear.
 
-    FastChat takes the first of A, B and C that occurs anywhere, so that a quoted [[A]] wins.
+    FastChat takes the first of A, B and C that occurs anywhere, also one that is quoted or denied.
     """
-    verdicts = re.findall(r"\[\[([ABC])\]\]", strip_reasoning(text)) or ["error"]
-    return str(verdicts[-1]).replace("C", "tie")
+    text = strip_reasoning(text)
+    verdict = _last_given(text, _read_verdict)
+    if verdict is None:
+        plain = [v for found in LABELLED_VERDICT.finditer(text) if (v := _read_verdict(found[1]))]
+        plain = plain or re.findall(r"^\W*\[([ABC])\]\W*$|\A\W*([ABC])\W*\Z", text, re.MULTILINE)[:1]
+        verdict = "".join(plain[-1:] and plain[-1])
+    return str(verdict or "error").replace("C", "tie")
 
 
 def parse_rating(text: str) -> float:
-    """The last rating of a reply, from 1 to 10; -1 as in FastChat if it has none."""
+    """The last rating that a reply gives, from 1 to 10; -1 as in FastChat if it gives none, or none that is clear.
+
+    A rating is in double brackets or is called one: a number in single brackets may be a citation or an index.
+    """
     text = strip_reasoning(text)
-    ratings = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", text) or re.findall(r"\[(\d+(?:\.\d+)?)\]", text)
-    return rating if ratings and 1 <= (rating := float(ratings[-1])) <= 10 else -1
+    rating = _last_given(text, _read_rating)
+    if rating is None:
+        plain = [_read_rating(f"{number}/{scale or 10}") for number, scale in LABELLED_RATING.findall(text)]
+        rating = (plain or [_read_rating(text)])[-1]
+    return float(rating or -1)
+
+
+def _read_verdict(text: str) -> str | None:
+    found = VERDICT.fullmatch(text.replace("_", " ").strip(" \n\t*`'\":.!-()[]"))
+    return {"a": "A", "b": "B"}.get(found[1].lower(), "C") if found else None
+
+
+def _read_rating(text: str) -> float | None:
+    """The number in a text that has nothing else; -1 for one that is out of range or unclear."""
+    found = RATING.fullmatch(text.strip(" \n\t*`'\":.![]"))
+    rating = float(found[1].replace(",", ".")) if found and found[2] in (None, "10") else -1.0
+    return rating if 1 <= rating <= 10 else -1.0 if re.search(r"\d", text) else None
+
+
+def _last_given(text: str, read: Callable[[str], Any]) -> Any:
+    """The last value in double brackets that is given, not only mentioned. None if there is none; "" if it is unclear.
+
+    Of several that differ, one is clear on a line of its own, or with a word such as "verdict" before it.
+    """
+    text = re.sub(r"\\(?=[\[\]])|</?[a-z]+>", "", text)  # escapes and tags
+    if re.search(r"\[\s*\[[^\[\]]*\Z", text):
+        return ""  # cut off
+    mentions: list[list[Any]] = []  # value, whether it is given, denied or listed with others, whether it is clear
+    end = 0
+    for found in BRACKETED.finditer(text):
+        between, rest = text[end : found.start()], text[found.end() : found.end() + 300]
+        scale = re.match(r"\s*(?:/|out of)\s*[\d.]+", rest)
+        rest = rest[scale.end() :] if scale else rest
+        value = read(found[1] + (scale[0] if scale else ""))
+        if value is None or (isinstance(value, float) and INDEX.search(text[: found.start()])):
+            continue
+        before, after = CLAUSE_END.split(between)[-1], CLAUSE_END.split(rest, maxsplit=1)[0]
+        end = found.end()
+        state = "denied" if NOT_GIVEN_BEFORE.search(before) or NOT_GIVEN_AFTER.match(after) else "given"
+        joint = re.sub(r"\W+", "", between).lower()
+        if mentions and mentions[-1][0] != value and JOINT.fullmatch(joint):
+            if mentions[-1][1] == "denied":
+                state = "denied" if joint else state
+            elif state == "given":
+                state = mentions[-1][1] = "listed"
+        starts, ends = not re.search(r"\w", before), not re.search(r"\w", after)
+        clear = DECISIVE_BEFORE.search(before) or DECISIVE_AFTER.match(after) or (starts and ends)
+        mentions.append([value, state, bool(clear), starts or ends or isinstance(value, str)])
+    given = [mention for mention in mentions if mention[1] == "given"]
+    if len({mention[0] for mention in given}) == 1:
+        return next((value for value, _, clear, alone in given if clear or alone), None)
+    is_unclear = bool(given) or any(state == "listed" for _, state, _, _ in mentions)
+    return next((value for value, _, clear, _ in reversed(given) if clear), "" if is_unclear else None)
 
 
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
@@ -141,14 +198,26 @@ def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, pr
 class Judge:
     """A judge that makes no call: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
-    def __init__(self, judgments: Judgments, answers: AnswerSet, prompts: JudgePrompts) -> None:
-        self.name, self.judgments, self.answers, self.prompts = judgments.judge, judgments, answers, prompts
+    def __init__(
+        self, judgments: Judgments, answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = (), *prompts: Any
+    ) -> None:
+        self.name, self.judgments, self.answers = judgments.judge, judgments, answers
+        judgments.notes += answers.unanswered(pairs)
         timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
-        self.fingerprint = fingerprint(answers.questions, answers.answers, prompts.rows, *timeless)
+        texts = [[name, *([str(i), turns] for i, turns in own.items())] for name, own in answers.answers.items()]
+        order: list[Any] = sorted(pairs) or [*answers.answers]  # which model of a pair is the baseline
+        self.fingerprint = fingerprint(answers.questions, sorted(texts), order, prompts, *sorted(map(str, timeless)))
 
     def preview(self) -> str:
         """What `run` would do."""
-        return f"{len(self.judgments.rows):,} judgments by {self.name}, without a call."
+        ties = sum(row.get("identical", False) for row in self.judgments.rows)
+        lines = [f"{len(self.judgments.rows):,} judgments by {self.name}, without a call."]
+        lines += [f"{ties:,} of them are ties, because the answers are the same."] if ties else []
+        return "\n".join([*lines, *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What to know before the judge works."""
+        return [*self.judgments.notes, *describe_self_judging(self.name, self.answers.answers)]
 
     def run(self, run: Run) -> Judgments:
         """All judgments; a model's calls are stored in the run's folder as they complete."""
@@ -167,23 +236,39 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
         )
     if settings.mode == "single" and flag in ("votes", "judge_module"):
         raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
-    prompts = JudgePrompts.of(settings)
     if flag == "judgments":
-        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers, prompts)
-    pairs = model_pairs(answers.answers, settings.mode, settings.baseline)
+        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers)
+    pairs = model_pairs(answers.answers, settings.mode, model_name(settings.baseline, answers.answers))
     if flag == "judge_model":
-        return ModelJudge(settings, answers, prompts, make_matches(answers, pairs, settings.mode, prompts))
-    if flag == "votes":
-        return Judge(Judgments("human", read_votes(settings.votes, answers)), answers, prompts)
-    return Judge(apply_rules(settings.judge_module, answers, pairs), answers, prompts)
+        return ModelJudge(settings, answers, pairs)
+    if flag == "judge_module":
+        return Judge(apply_rules(settings.judge_module, answers, pairs), answers, pairs)
+    judgments = Judgments("human", read_votes(settings.votes, answers, pairs))
+    unseen = len(answers.questions) - len({row["question_id"] for row in judgments.rows})
+    judgments.notes += [f"{unseen} of {len(answers.questions)} questions have no vote."] if unseen else []
+    return Judge(judgments, answers, pairs)
 
 
 class ModelJudge(Judge):
-    """A model that judges matches. Each call is stored in calls.jsonl and made only once, by whatever run."""
+    """A model that judges `matches`. Each call is stored in calls.jsonl and made only once, by whatever run.
 
-    def __init__(self, settings: Any, answers: AnswerSet, prompts: JudgePrompts, matches: list[Row]) -> None:
-        super().__init__(Judgments(settings.judge_model, []), answers, prompts)
-        self.settings, self.matches = settings, matches
+    `ties` are the rows of answers that are the same.
+    """
+
+    def __init__(self, settings: Any, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> None:
+        self.settings, self.prompts = settings, JudgePrompts.of(settings)
+        matches = make_matches(answers, pairs, settings.mode, self.prompts)
+        used = sorted({match["prompt"] for match in matches})
+        super().__init__(
+            Judgments(settings.judge_model, []), answers, pairs, [self.prompts.rows[name] for name in used]
+        )
+        self.matches, same = list[Row](), list[Row]()
+        for match in matches:
+            is_tie = settings.mode == "pairwise" and answers.is_same(
+                match["question_id"], match["models"], match["turn"]
+            )
+            (same if is_tie else self.matches).append(match)
+        self.ties = [tie_row(m, m["turn"], m["models"], [self.name, m["prompt"]]) for m in same[::2]]
         self.questions = {question["question_id"]: question for question in answers.questions}
         self.replies: list[Reply] = []  # of this run; a list is safe among threads
 
@@ -206,11 +291,13 @@ class ModelJudge(Judge):
         cached = self.cached_calls()
         left = [self.messages(match) for match in self.matches if self.request_hash(match) not in cached]
         tokens = sum(len(m["content"]) for messages in left for m in messages) // 4
-        lines = [f"--- {m['role']} ---\n{m['content']}" for m in self.messages(self.matches[0])]
+        lines = [f"--- {m['role']} ---\n{m['content']}" for match in self.matches[:1] for m in self.messages(match)]
         lines += ["---", f"{len(left):,} calls like this one, about {tokens:,} tokens to read."]
         if len(left) < len(self.matches):
             lines.append(f"{len(self.matches) - len(left):,} more have been judged before.")
-        return "\n".join(lines)
+        if self.ties:
+            lines.append(f"{len(self.ties):,} comparisons are ties without a call, because the answers are the same.")
+        return "\n".join([*lines, *self.notes()])
 
     def run(self, run: Run) -> Judgments:
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
@@ -229,7 +316,15 @@ class ModelJudge(Judge):
                 if row:
                     store.add(row)
         print(self.describe_cost())
-        return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
+        failed = [
+            store.rows[_call_key(m)] for m in self.matches if store.rows.get(_call_key(m), {}).get("winner") == "error"
+        ]
+        for reason, count in Counter(call_failure(row) for row in failed).items():
+            first = next(row for row in failed if call_failure(row) == reason)
+            where = f"the first is question {first['question_id']}, turn {first['turn']}"
+            print(printable(f"Not judged: {count} calls ({where}): {reason}"))
+        count, notes = len(self._missing(store)), self.judgments.notes
+        return Judgments(self.name, self._rows(store), {}, count, len(self.matches), notes)
 
     def describe_cost(self) -> str:
         """What this run spent; prices are per million tokens."""
@@ -267,7 +362,7 @@ class ModelJudge(Judge):
             except RequestRefused as error:  # for example too long: the others may be judged
                 reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
             self.replies.append(reply)
-            winner = _winner(match, reply.text)
+            winner = _winner(match, reply.text + "…" * (not reply.finished))  # the end of what was cut off is not one
             if winner != "error" or refused or self._is_spent():
                 break
         row = match | {"winner": winner, "finished": reply.finished, **refused}
@@ -284,7 +379,7 @@ class ModelJudge(Judge):
         return [
             pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
-        ]  # fmt: skip
+        ] + self.ties  # fmt: skip
 
 
 def _call_key(row: Row) -> str:

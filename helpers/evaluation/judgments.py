@@ -8,8 +8,10 @@ import glob
 import itertools
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from helpers.core import (
     UserError,
     atomic_write,
     find_path,
+    fingerprint,
     import_user_module,
+    printable,
     read_jsonl,
     safe_file_name,
+    short_path,
     write_json,
 )
 from helpers.evaluation.answers import ModelAnswers, make_table
@@ -41,6 +46,24 @@ class AnswerSet:
     folder: Path = Path()
     page: str = ""  # the id of the folder's vote page
 
+    def is_same(self, question_id: Any, pair: Sequence[str], turns: int | None = None) -> bool:
+        """Whether both models of a pair gave the same answers, up to a turn: a tie, about which nobody is asked."""
+        one, two = (self.answers[model].get(question_id, []) for model in pair)
+        return len(one) > 0 and one[:turns] == two[:turns]
+
+    def unanswered(self, pairs: Sequence[Sequence[str]]) -> list[str]:
+        """Which pairs are not judged on all questions, because a model lacks answers."""
+        notes = []
+        for pair in pairs:
+            lacking = [[m for m in pair if len(self.answers[m].get(q["question_id"], ())) < len(q["turns"])]
+                       for q in self.questions]  # fmt: skip
+            counts = Counter(itertools.chain(*lacking))
+            if counts:
+                who = ", ".join(f"{model} lacks {count}" for model, count in counts.items())
+                notes.append(f"{' and '.join(pair)}: {sum(map(bool, lacking))} of {len(lacking)} questions are not "
+                             f"judged, or not in all turns, because answers are missing: {who}.")  # fmt: skip
+        return notes
+
     def __rich__(self) -> Any:
         from rich.console import Group
 
@@ -51,7 +74,7 @@ class AnswerSet:
         same = sum(len(row) > 1 and row[0] is not None and row.count(row[0]) == len(row) for row in rows)
         notes = {
             "are not answered by every model and are not compared there": sum(None in row for row in rows),
-            "have identical answers; the vote page of 04 skips them": same,
+            "have identical answers, which are ties in a comparison: nobody is asked": same,
         }
         head = ["model", "questions answered", "mean characters per answer"]
         table = make_table(head, zip(self.answers, answered, means, strict=True))
@@ -65,6 +88,7 @@ def find_answers(settings: Any) -> AnswerSet:
     """
     bench = find_input("--bench_dir", settings.bench_dir, "folder").resolve() if settings.bench_dir else None
     if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
+        print(printable(f"Judgments: {settings.judgments}"))
         return AnswerSet([], {}, settings.output_dir)
     if bench and not settings.is_set("answers_dir"):
         folder = bench
@@ -72,6 +96,8 @@ def find_answers(settings: Any) -> AnswerSet:
         folder = find_run(settings.output_dir, "latest", "vibes").folder
     elif not (folder := settings.output_dir / settings.answers_dir).is_dir():
         folder = find_input("--answers_dir", settings.answers_dir, "folder").resolve()
+    if folder.name == "model_answer" and not (folder / "question.jsonl").is_file():
+        folder = folder.parent  # the run itself
     place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
     found: dict[str, list[Row]] = {}
     for file in sorted({*place.glob("*.jsonl")} - {place / "question.jsonl"}):
@@ -83,15 +109,22 @@ def find_answers(settings: Any) -> AnswerSet:
     questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
     record = read_run(folder)
     in_order = [name for name in record.get("models", []) if name in found]  # a model after the one it started from
-    first = [settings.baseline] if settings.baseline else []
-    names = list(dict.fromkeys([*first, *(settings.models or [*in_order, *found])]))
+    named = [*filter(None, [settings.baseline]), *(settings.models or [*in_order, *found])]
+    names = list(dict.fromkeys(model_name(name, found) for name in named))
     if unknown := [name for name in names if name not in found]:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(found)}")
     answers: ModelAnswers = {}
     for name in names:
         turns = {str(row.get("question_id")): answer_turns(row) for row in found[name]}
         answers[name] = {q["question_id"]: own for q in questions if (own := turns.get(str(q["question_id"])))}
+    print(printable(f"Answers: {short_path(folder)} ({', '.join(names)})"))
     return AnswerSet(questions, answers, folder, record.get("page", ""))
+
+
+def model_name(name: str, known: Iterable[str]) -> str:
+    """The model of `known` that a name or the path of its run means; `name` if there is none."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if name not in known and last in known else name
 
 
 @dataclasses.dataclass
@@ -103,6 +136,7 @@ class Judgments:
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by rules: model → share by name
     remaining: int = 0
     total: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was not judged, or counted once
 
     def save(self, run: Run, results: Any) -> None:
         """Write model_judgment/JUDGE_pair.jsonl or JUDGE_single.jsonl as FastChat does, results.json, and run.json."""
@@ -120,8 +154,9 @@ class Judgments:
     @property
     def _is_unreadable(self) -> bool:
         """Whether no reply had a verdict."""
-        return bool(self.rows) and all(
-            "error" in (row.get("g1_winner"), row.get("g2_winner")) or row.get("score") == -1 for row in self.rows
+        asked = [row for row in self.rows if not row.get("identical")]
+        return bool(asked) and all(
+            "error" in (row.get("g1_winner"), row.get("g2_winner")) or row.get("score") == -1 for row in asked
         )
 
     def raise_if_incomplete(self) -> None:
@@ -130,34 +165,60 @@ class Judgments:
             raise UserError(f"{self.remaining:,} of {self.total:,} calls are left. Run the same command again to make "
                             "them (see --max_calls).")  # fmt: skip
         if self._is_unreadable:
-            reply = str(self.rows[0].get("judgment") or self.rows[0].get("g1_judgment") or "")[:80]
+            first = next(row for row in self.rows if not row.get("identical"))
+            reply = str(first.get("judgment") or first.get("g1_judgment") or first.get("error") or "")[:80]
             raise UserError(f"no reply had a verdict; is this model able to judge? One reply: {reply!r}. If it was cut "
                             "off, raise --max_new_tokens. Give --retry_errors to ask again.")  # fmt: skip
 
 
 def pair_row(question: Question, turn: int, models: Sequence[str], judge: list[str], calls: list[Row]) -> Row:
-    """A row of FastChat's pairwise judgments, of the two calls in which a pair was shown in both orders."""
+    """A row of FastChat's pairwise judgments, of the two calls in which a pair was shown in both orders.
+
+    A row without a verdict has an "error", the reason, which is ours as "identical" is.
+    """
     names = {models[0]: "model_1", models[1]: "model_2"}
     row: Row = {"question_id": question["question_id"], "model_1": models[0], "model_2": models[1]}
     row |= {f"g{i}_winner": names.get(call["winner"], call["winner"]) for i, call in enumerate(calls, 1)}
     row["judge"] = judge
     for i, call in enumerate(calls, 1):
         row |= {f"g{i}_user_prompt": call.get("user_prompt", ""), f"g{i}_judgment": call.get("judgment", "")}
+    failed = [call_failure(call) for call in calls if call["winner"] == "error"]
+    row |= {"error": failed[0]} if failed else {}
     return row | {"turn": turn, "tstamp": calls[1].get("tstamp") or time.time()}
+
+
+def tie_row(question: Question, turn: int, models: Sequence[str], judge: list[str]) -> Row:
+    """The row of a pair whose answers are the same: a tie without a call."""
+    return pair_row(question, turn, models, judge, [{"winner": "tie"}] * 2) | {"identical": True}
+
+
+def call_failure(call: Row) -> str:
+    """Why a call has no verdict: a kind, and after a colon what the server says."""
+    if call.get("refused"):
+        return f"refused by the server: {call['refused']}"
+    return "without a clear verdict" if call.get("finished", True) else "cut off before a verdict"
+
+
+def describe_self_judging(judge: str, models: Iterable[str]) -> list[str]:
+    """A note if the judge is one of the models that it judges, by the last part of its name."""
+    own = [name for name in models if name.casefold() == model_name(judge.casefold(), [name.casefold()])]
+    return [f"{name} is judged by itself. Judges tend to prefer their own answers." for name in own]
 
 
 def rating_row(judge: str, call: Row) -> Row:
     """A row of FastChat's single judgments; a score of -1 is a reply without a rating."""
     row = {key: call[key] for key in ("question_id", "user_prompt", "judgment", "turn", "tstamp")}
     score = -1 if call["winner"] == "error" else call["winner"]
+    row |= {"error": call_failure(call)} if score == -1 else {}
     return row | {"model": call["models"][0], "judge": [judge, call["prompt"]], "score": score}
 
 
-def read_votes(files: tuple[str, ...], answers: AnswerSet) -> list[Row]:
-    """Votes exported by the page of 04 as judgments; a vote for the best of several beats each of the others.
+def read_votes(files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = ()) -> list[Row]:
+    """Votes exported by the page of 04 as judgments of `pairs`, by default of all.
 
-    A person sees all answers at once: both calls of a row are that one vote. Identical answers tie. The newest export
-    of a person counts, so that a vote that was undone stays undone. `files` may be globs, for shells that do not expand
+    A vote for the best of several beats each of the others. A person sees all answers at once: both calls of a row are
+    that one vote. Identical answers tie for every person, also where the page asks for no vote. The newest export of a
+    person counts, so that a vote that was undone stays undone. `files` may be globs, for shells that do not expand
     them. Raises UserError for a file of another kind, or of another page or other models.
     """
     exports: dict[tuple[str, str], dict[str, Any]] = {}
@@ -167,29 +228,38 @@ def read_votes(files: tuple[str, ...], answers: AnswerSet) -> list[Row]:
         if answers.page and content["page"] != answers.page:
             raise UserError(f"--votes {name!r} is of another page, with other answers: {content['page']}, not "
                             f"{answers.page}")  # fmt: skip
-        person = str(content.get("voter_id") or content.get("voter") or find_path(name))
+        person = str(content.get("voter_id") or content.get("voter") or Path(str(find_path(name))).resolve())
         key = str(content["page"]), person
         if str(content.get("exported", "")) >= str(exports.get(key, {}).get("exported", "")):
-            exports[key] = content | {"file": name, "voter": str(content.get("voter") or person)}
-    rows = [row for export in exports.values() for row in _vote_rows(export, answers)]
-    if not rows:
+            voter = content.get("voter") or content.get("voter_id") or f"voter {fingerprint(content)[:6]}"
+            exports[key] = content | {"file": name, "voter": str(voter)}
+    if not any(export["votes"] for export in exports.values()):
         raise UserError(f"--votes {' '.join(files)} has no votes")
-    return rows
+    pairs = pairs or list(itertools.combinations(answers.answers, 2))
+    return [row for export in exports.values() for row in _vote_rows(export, answers, pairs)]
 
 
-def _vote_rows(export: dict[str, Any], answers: AnswerSet) -> Iterator[Row]:
-    known, names = {str(q["question_id"]): q for q in answers.questions}, list(answers.answers)
+def _vote_rows(export: dict[str, Any], answers: AnswerSet, pairs: Sequence[tuple[str, ...]]) -> Iterator[Row]:
+    known, votes = {str(q["question_id"]): q for q in answers.questions}, dict[str, Row]()
     for number, vote in enumerate(export["votes"], 1):
-        question, order, winner = known.get(str(vote.get("question_id"))), vote.get("order"), vote.get("winner")
-        fits = isinstance(order, list) and len(order) > 1 and {*map(str, order)} <= {*names}
-        if question is None or not fits or winner not in (*order, "tie"):
+        i, order, winner = str(vote.get("question_id")), vote.get("order"), vote.get("winner")
+        fits = isinstance(order, list) and len(order) > 1 and {*map(str, order)} <= {*answers.answers}
+        if i not in known or not fits or winner not in (*order, "tie"):
             raise UserError(f"--votes {export['file']!r}, vote {number}, is not on these questions and models: {vote}")
-        for pair in itertools.combinations(sorted(order, key=names.index), 2):
-            if winner in (*pair, "tie"):
-                one, two = (answers.answers[model].get(question["question_id"]) for model in pair)
-                calls = [{"winner": "tie" if one == two else winner}] * 2
-                row = pair_row(question, 1, pair, ["human", export["voter"]], calls)
-                yield row | {"blind": bool(vote.get("blind", True))}
+        votes[i] = vote
+    if len(votes) < len(export["votes"]):
+        print(printable(f"note: --votes {export['file']!r} repeats questions. The last vote on each counts."))
+    for (i, question), pair in itertools.product(known.items(), pairs):
+        vote, judge = votes.get(i, {"order": []}), ["human", export["voter"]]
+        if answers.is_same(question["question_id"], pair):
+            yield tie_row(question, 1, pair, judge)
+        elif {*pair} <= {*vote["order"]}:  # an answer that is the same as the best one wins with it
+            best = [vote["winner"], *(m for m in pair if vote["winner"] != "tie"
+                                      and answers.is_same(question["question_id"], (m, vote["winner"])))]  # fmt: skip
+            if winner := next((m for m in best if m in (*pair, "tie")), None):
+                yield pair_row(question, 1, pair, judge, [{"winner": winner}] * 2) | {
+                    "blind": bool(vote.get("blind", True))
+                }
 
 
 def _read_export(name: str) -> dict[str, Any]:
@@ -204,7 +274,7 @@ def _read_export(name: str) -> dict[str, Any]:
 def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> Judgments:
     """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named.
 
-    Raises UserError for rows of another kind, or of several judges.
+    A repeated row counts once: the last. Raises UserError for rows of another kind, or of several judges.
     """
     rows = read_jsonl(find_input("--judgments", name))
     for number, row in enumerate(rows, 1):
@@ -214,11 +284,28 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> Judgme
     judges = list(dict.fromkeys(str(row["judge"][0]) for row in rows))
     if len(judges) > 1:
         raise UserError(f"--judgments {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
+    known = list(dict.fromkeys(name for row in rows for name in _models_of(row)))
     if models:
-        rows = [row for row in rows if {row[key] for key in ("model", "model_1", "model_2") if key in row} <= {*models}]
+        rows = [row for row in rows if {*_models_of(row)} <= {model_name(name, known) for name in models}]
     if not rows:
         raise UserError(f"--judgments {name!r} has no judgments of {' and '.join(models) or 'any model'}")
-    return Judgments(judges[0], rows)
+    unique = {_comparison_key(row): row for row in rows}
+    notes = []
+    if repeated := len(rows) - len(unique):
+        notes = [f"{repeated} of {len(rows)} rows of judgments are repeated. Each comparison is counted once, by its "
+                 "last row."]  # fmt: skip
+        print("note:", notes[0])
+    print(printable(f"Judged by {judges[0]}: {', '.join(dict.fromkeys(m for row in rows for m in _models_of(row)))}"))
+    return Judgments(judges[0], list(unique.values()), notes=notes)
+
+
+def _comparison_key(row: Row) -> tuple[str, ...]:
+    """What a row of judgments is about: a question's turn, one or two models, a judge and its prompt."""
+    return str(row["question_id"]), str(row["turn"]), *sorted(_models_of(row)), *map(str, row["judge"])
+
+
+def _models_of(row: Row) -> list[str]:
+    return [row[name] for name in ("model", "model_1", "model_2") if name in row]
 
 
 def _is_judgment(row: Row, mode: str) -> bool:
@@ -245,7 +332,9 @@ def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -
     try:
         for question, (one, two) in itertools.product(asked, pairs):
             first, second = (texts[model].get(question["question_id"]) for model in (one, two))
-            if first is not None and second is not None:
+            if answers.is_same(question["question_id"], (one, two), 1):
+                rows.append(tie_row(question, 1, (one, two), ["rules", module]))
+            elif first is not None and second is not None:
                 verdicts = rules.compare(first, second, question), rules.compare(second, first, question)
                 winners = {"win": two, "loss": one}.get(verdicts[0]), {"win": one, "loss": two}.get(verdicts[1])
                 calls = [{"winner": winner or "tie"} for winner in winners]

@@ -1,4 +1,4 @@
-"""Questions to ask models, in FastChat's layout: {"question_id", "category", "turns", "reference"?, ...}."""
+"""Questions to ask models, and prompts to ask judges, in FastChat's layouts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from helpers.core import Row, UserError, find_path, printable, read_jsonl
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
-from helpers.data.messages import DropRow, is_list_as_text, parse_text, to_messages, unusable
+from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text, to_messages, unusable
 
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
+OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
+# FastChat (llm_judge/common.py) shows a reference in these categories only.
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
+FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
 # Columns that hold the question; the first one present is used. `prompt` may be a list of turns (MT-Bench on the Hub).
 COLUMNS = ("turns", "messages", "conversations", "prompt", "instruction", "question")
 IDS = ("question_id", "prompt_id", "id")
@@ -140,3 +144,55 @@ def question_turns(question: Question) -> list[str]:
     """The user's turns as a judge reads them: a system prompt is put before the first."""
     first, *rest = question["turns"]
     return [f"(System prompt: {question['system']})\n\n{first}" if question.get("system") else first, *rest]
+
+
+class JudgePrompts:
+    """The prompts of a file, by default ours. FastChat's are recognized by their names."""
+
+    def __init__(self, file: Path = OUR_PROMPTS) -> None:
+        self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
+        self.file, self.is_fastchat = file, "pair-v2" in self.rows
+
+    @classmethod
+    def of(cls, settings: Any) -> JudgePrompts:
+        """Those of --judge_prompts, or else of --bench_dir if it has any. Raises UserError."""
+        if settings.judge_prompts:
+            return cls(find_input("--judge_prompts", settings.judge_prompts))
+        file = (find_path(settings.bench_dir) or OUR_PROMPTS.parent) / OUR_PROMPTS.name
+        return cls(file if file.is_file() else OUR_PROMPTS)
+
+    def name_for(self, question: Question, turn: int, mode: str) -> str:
+        """The prompt for a turn (from 1) of a question. Raises UserError if the file lacks it."""
+        has_reference = len(question.get("reference", ())) >= turn
+        if self.is_fastchat:
+            name = FASTCHAT_NAMES[mode][has_reference and question["category"] in REFERENCE_CATEGORIES]
+        else:
+            name = mode.removesuffix("wise") + "-reference" * has_reference
+        name += "-multi-turn" * (turn > 1)
+        if name not in self.rows:
+            raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
+        return name
+
+    def messages(self, match: Row, question: Question, answers: dict[str, dict[Any, list[str]]]) -> list[Message]:
+        """System and user message for a match. Raises UserError for a template with an unknown field."""
+        row, turn, models = self.rows[match["prompt"]], match["turn"], match["models"]
+        asked, reference = question_turns(question), question.get("reference", [])
+        fields: dict[str, Any] = {"question": asked[turn - 1], "reference": _transcript(asked, reference, turn)}
+        fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
+        fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference, 1)}
+        for side, model in zip(("_a", "_b") if len(models) > 1 else ("",), models, strict=True):
+            turns = answers[model][question["question_id"]]
+            fields |= {f"answer{side}": turns[turn - 1], f"conversation{side}": _transcript(asked, turns, turn)}
+            fields |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
+        try:
+            text = row["prompt_template"].format(**fields)
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{self.file}: the template of {match['prompt']} cannot be filled in: {error}") from None
+        return [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": text}]
+
+
+def _transcript(asked: list[str], answers: list[str], turn: int) -> str:
+    if turn == 1:
+        return "".join(answers[:1])
+    pairs = zip(asked[:turn], answers[:turn], strict=False)
+    return "\n\n".join(f"## User\n\n{question}\n\n## Assistant\n\n{answer}" for question, answer in pairs)

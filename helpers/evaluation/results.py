@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row, new_figure
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table, render_template
-from helpers.evaluation.judgments import AnswerSet, Judgments
+from helpers.evaluation.judgments import AnswerSet, Judgments, describe_self_judging
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
 OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 FEW = 10  # decided comparisons below which no share of them is worth a note
+# Decided comparisons between answers of different length below which the rate at equal lengths needs a warning: ten for
+# each of its two parameters (Peduzzi et al., 1996, J. Clin. Epidemiol. 49).
+LENGTH_NEEDS = 20
 RATES = ("win_rate", "loss_rate", "win_rate_adjusted")
 METHOD = (
     "Rates are FastChat's: two orders that disagree are a tie, and in win_rate_adjusted a tie is half a win. Interval: "
@@ -96,6 +100,8 @@ class PairResult:
     categories: dict[str, Counts]
     seen: int  # votes that were cast with the names visible
     identical: int  # questions, if all their outcomes are the same; else 0
+    same_answers: int  # comparisons of answers that are the same: ties without a judge
+    failures: dict[str, int]  # why the comparisons in `errors` have no verdict
 
     @classmethod
     def of(cls, baseline: str, candidate: str, rows: list[Row], seed: int = 0) -> PairResult:
@@ -103,7 +109,8 @@ class PairResult:
         outcomes = np.array([row["outcome"] for row in judged], dtype=float)
         lengths = np.array([row["longer"] for row in judged], dtype=float)
         groups: list[object] = [str(row["question_id"]) for row in judged]
-        orders = [(row["g1_winner"], row["g2_winner"]) for row in judged if row["judge"][0] not in ONE_ORDER]
+        orders = [(row["g1_winner"], row["g2_winner"]) for row in judged
+                  if row["judge"][0] not in ONE_ORDER and not row.get("identical")]  # fmt: skip
         decided = (lengths != 0) & (outcomes != 0.5)
         controlled, interval = statistics.length_controlled_rate(outcomes, lengths, groups, seed)
         return cls(
@@ -124,6 +131,8 @@ class PairResult:
                         for name in dict.fromkeys(row["category"] for row in judged)},
             seen=sum(not row.get("blind", True) for row in judged),
             identical=len(set(groups)) if len(set(outcomes.tolist())) == 1 else 0,
+            same_answers=sum(bool(row.get("identical")) for row in judged),
+            failures=_count_failures(row for row in rows if row["outcome"] is None),
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,10 +143,16 @@ class PairResult:
     def describe(self) -> list[str]:
         """The rate with its interval and what else is known, in one line; then what to know before believing it."""
         unseen = statistics.zero_event_upper_bound(self.identical)
-        return render_template("notes.jinja", escape=False, p=self, few=FEW, unseen=unseen).split("\n")
+        text = render_template("notes.jinja", escape=False, p=self, few=FEW, needs=LENGTH_NEEDS, unseen=unseen)
+        return text.split("\n")
 
     def notes(self) -> list[str]:
         return self.describe()[1:]
+
+
+def _count_failures(rows: Iterable[Row]) -> dict[str, int]:
+    """How many rows have no verdict for each kind of reason, without what a server said."""
+    return dict(Counter(row.get("error", "without a clear verdict").partition(":")[0] for row in rows))
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -151,23 +166,24 @@ class PairwiseResults:
     judge: str
     pairs: list[PairResult]
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by rules: model → share by name
+    general_notes: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_judgments(cls, judgments: Judgments, answers: AnswerSet, seed: int = 0) -> PairwiseResults:
-        pairs = group_by_pair(judgments.rows, answers)
-        return cls(
-            judgments.judge, [PairResult.of(*pair, rows, seed) for pair, rows in pairs.items()], judgments.scores
-        )
+        pairs = [PairResult.of(*pair, rows, seed) for pair, rows in group_by_pair(judgments.rows, answers).items()]
+        models = dict.fromkeys(name for pair in pairs for name in (pair.baseline, pair.candidate))
+        notes = [*describe_self_judging(judgments.judge, models), *judgments.notes]
+        return cls(judgments.judge, pairs, judgments.scores, notes)
 
     @property
     def models(self) -> dict[str, Counts]:
-        """FastChat's table: each model over all its comparisons, the highest win rate first."""
+        """FastChat's table: each model over all its comparisons, the highest win_rate_adjusted first."""
         counts: dict[str, Counts] = {}
         for pair in self.pairs:
             c = pair.counts
             for name, own in ((pair.candidate, c), (pair.baseline, Counts(c.loss, c.win, c.tie))):
                 counts[name] = Counts(*map(sum, zip(own, counts.get(name, (0, 0, 0)), strict=True)))
-        return dict(sorted(counts.items(), key=lambda item: -item[1].as_dict()["win_rate"]))
+        return dict(sorted(counts.items(), key=lambda item: -item[1].win_rate_adjusted))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything; at the top level the pair of the first model and the last."""
@@ -179,7 +195,14 @@ class PairwiseResults:
         return {"judge": self.judge} | first | rest
 
     def notes(self) -> list[str]:
-        return [note for pair in self.pairs for note in pair.notes()]
+        """What to know before believing the results; of several pairs, each note names its own."""
+        several = len(self.pairs) > 1
+        own = [
+            (f"{p.candidate} against {p.baseline}: " if several else "") + note
+            for p in self.pairs
+            for note in p.notes()
+        ]
+        return [*self.general_notes, *own]
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -227,6 +250,7 @@ class RatingResults:
 
     judge: str
     models: dict[str, dict[str, Any]]  # the highest average first
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_judgments(cls, judgments: Judgments, answers: AnswerSet, seed: int = 0) -> RatingResults:
@@ -236,12 +260,19 @@ class RatingResults:
             category = categories.get(str(row["question_id"]), "general")
             by_model.setdefault(str(row["model"]), []).append(row | {"category": category})
         models = {name: _average_ratings(rows, seed) for name, rows in by_model.items()}
-        return cls(judgments.judge, dict(sorted(models.items(), key=lambda item: -(item[1]["average"] or 0))))
+        notes = [*describe_self_judging(judgments.judge, models), *judgments.notes]
+        for name, own in models.items():
+            kinds = ", ".join(f"{count} {kind}" for kind, count in own["failures"].items())
+            notes += [f"{own['errors']} answers of {name} have no rating ({kinds})."] if kinds else []
+        return cls(judgments.judge, dict(sorted(models.items(), key=lambda item: -(item[1]["average"] or 0))), notes)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
         models = self.models.values()
         rows: dict[str, list[Any]] = {"average": [m["average"] for m in models]}
         rows["95% interval"] = ["{:.2f} to {:.2f}".format(*m["interval"]) if m["interval"] else None for m in models]
@@ -252,7 +283,8 @@ class RatingResults:
         def text(value: Any) -> str:
             return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
-        return make_table([f"1 to 10, by {self.judge}", *self.models], [(n, *map(text, v)) for n, v in rows.items()])
+        table = make_table([f"1 to 10, by {self.judge}", *self.models], [(n, *map(text, v)) for n, v in rows.items()])
+        return Group(table, "", *(Text(f"• {note}") for note in self.notes)) if self.notes else table
 
     def figure(self) -> Figure:
         """The average rating of each model, with its interval."""
@@ -288,6 +320,7 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
         "turns": dict(sorted(means("turn").items())),
         "categories": means("category"),
         "errors": len(rows) - len(rated),
+        "failures": _count_failures(row for row in rows if row["score"] == -1),
     }
 
 

@@ -49,10 +49,11 @@ def _expanded_tail(n: int) -> float:
 
 
 def mean_interval(outcomes: Floats, groups: list[object], seed: int) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean; for outcomes that are all the same, `zero_event_upper_bound` on either side."""
+    """`bootstrap_interval` of the mean; where every question has the same mean, a resample has no other, and it is
+    `zero_event_upper_bound` on either side."""
     sums, counts = _sums_by_group(outcomes, groups)
-    if len(set(outcomes.tolist())) == 1:
-        bound, value = zero_event_upper_bound(len(sums), 0.025), float(outcomes[0])
+    if _is_uniform(outcomes, groups):
+        bound, value = zero_event_upper_bound(len(sums), 0.025), float(sums[0] / counts[0])
         return value * (1 - bound), value + (1 - value) * bound
     return bootstrap_interval(groups, lambda weights: (weights @ sums) / (weights @ counts), seed)
 
@@ -97,12 +98,18 @@ def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None 
 def length_controlled_rate(
     outcomes: Floats, lengths: Floats, groups: list[object], seed: int
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """The win rate at equal lengths and its interval; None where lengths never differ."""
-    if not lengths.any():
+    """The win rate at equal lengths and its interval; None where lengths never differ, or the questions' means."""
+    if not lengths.any() or _is_uniform(outcomes, groups):
         return None, None
     index = _group_index(groups)
     interval = bootstrap_interval(groups, lambda w: length_controlled(outcomes, lengths, w[:, index]), seed, REFITS)
     return float(length_controlled(outcomes, lengths)[0]), interval
+
+
+def _is_uniform(outcomes: Floats, groups: list[object]) -> bool:
+    """Whether the mean outcome of every question is the same."""
+    sums, counts = _sums_by_group(outcomes, groups)
+    return not len(sums) or bool(np.ptp(sums / counts) < 1e-9)
 
 
 def _group_index(groups: list[object]) -> NDArray[np.int64]:

@@ -163,4 +163,6 @@ def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     judged = list_runs(Path(runs[0]["folder"]).parent, "judge") if runs else []
     metrics = [run.record["metrics"] for run in judged if run.finished]
     pairs = [{**pair, "judge": each["judge"]} for each in metrics for pair in each.get("pairs", [])]
-    return next((pair for pair in pairs if pair["candidate"] in names), None)
+    comparison = next((pair for pair in pairs if pair["candidate"] in names), None)
+    texts = {n: hide_paths(str(comparison[n])) for n in ("judge", "baseline", "candidate")} if comparison else {}
+    return comparison and comparison | texts | {"notes": [hide_paths(note) for note in comparison.get("notes", [])]}

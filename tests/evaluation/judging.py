@@ -24,8 +24,8 @@ def questions_of(count: int, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def answers_worth(worth: dict[str, list[int]], **texts: list[str]) -> AnswerSet:
-    """Answers that say what they are worth to `better`, or any texts."""
-    answers = {name: {i: [f"worth {n}"] for i, n in enumerate(numbers)} for name, numbers in worth.items()}
+    """Answers that say what they are worth to `better`, and whose they are, or any texts."""
+    answers = {name: {i: [f"worth {n} ({name[0]})"] for i, n in enumerate(numbers)} for name, numbers in worth.items()}
     answers |= {name: {i: [text] for i, text in enumerate(own)} for name, own in texts.items()}
     return AnswerSet(questions_of(max(map(len, answers.values()))), answers)
 

@@ -86,10 +86,10 @@ def test_unanswered_and_identical_answers_are_noted() -> None:
 
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(answers_worth({"a": [1, 1, 3, 4], "b": [1, 1, 2]}))
+        console.print(answers_worth({}, a=[*"1134"], b=[*"112"]))
     assert shown.get().splitlines()[-2:] == [
         "note: 1 questions are not answered by every model and are not compared there",
-        "note: 2 questions have identical answers; the vote page of 04 skips them",
+        "note: 2 questions have identical answers, which are ties in a comparison: nobody is asked",
     ]
     with console.capture() as shown:
         console.print(answers_worth({"a": [1]}))

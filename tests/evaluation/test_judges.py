@@ -17,8 +17,6 @@ from helpers.evaluation.judges import (
     ModelJudge,
     make_judge,
     make_matches,
-    parse_rating,
-    parse_verdict,
 )
 from helpers.evaluation.judgments import AnswerSet
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
@@ -32,36 +30,6 @@ PROMPTS = JudgePrompts()
 
 def pairs_of(judgments: Any, answers: AnswerSet) -> list[PairResult]:
     return PairwiseResults.from_judgments(judgments, answers).pairs
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("My verdict: [[A]]", "A"),
-        ("Assistant A wrote [[A]] in its answer. Final verdict: [[B]]", "B"),
-        ("[[C]]", "tie"),
-        ("<think>[[A]] surely... no</think>[[B]]", "B"),
-        ("<think>Perhaps [[A]], or", "error"),
-        ("[[B]] <thinking>[[A]]</thinking>", "B"),
-        ("A is better", "error"),
-        ("[[D]]", "error"),
-        ("", "error"),
-        ("Let me compare. [[A]] perhaps</think>I cannot decide.", "error"),
-        ("Let me compare. [[A]] perhaps</think>No: [[B]]", "B"),
-        ("Assistant A forgot to close its <think> tag. [[B]]", "B"),
-    ],
-)
-def test_the_verdict_is_the_last_one_outside_of_reasoning(text: str, verdict: str) -> None:
-    assert parse_verdict(text) == verdict
-
-
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [("Rating: [[7]]", 7), ("[[3]] at first, but [[8.5]]", 8.5), ("[[11]]", -1), ("seven", -1), ("Rating: [6]", 6),
-     ("<think>[[2]]</think> Rating: [[9]]", 9), ("[[0]]", -1)],
-)  # fmt: skip
-def test_the_rating_is_the_last_one(text: str, rating: float) -> None:
-    assert parse_rating(text) == rating
 
 
 @pytest.mark.parametrize("fault", [429, 500, "malformed", "html", "empty", "cut", "short", "hang"])
@@ -179,7 +147,8 @@ def test_an_unreadable_verdict_is_an_error_row_that_counts_nowhere(tmp_path: Pat
         assert len(server.requests) == 4 + 2 * 2  # asked once more each
         (pair,) = pairs_of(judgments, answers)
         assert (pair.counts, pair.errors) == (Counts(2, 0, 0), 1)
-        assert "1 of 3 comparisons have no readable verdict and are not counted." in pair.notes()[0]
+        expected = "1 of 3 comparisons are not counted, because they have no verdict (1 without a clear verdict)."
+        assert pair.notes()[0] == expected
         assert [row["g1_winner"] for row in judgments.rows] == ["model_2", "model_2", "error"]
         assert judgments.rows[2]["g1_judgment"] == "Well."
         assert judgments.remaining == 0
@@ -235,3 +204,88 @@ def test_a_template_with_an_unknown_field_is_one_line(tmp_path: Path) -> None:
     judge = make_judge(settings, answers_worth({"a": [1], "b": [2]}))
     with pytest.raises(UserError, match="the template of pair cannot be filled in: 'answr_a'"):
         judge.preview()
+
+
+@pytest.mark.parametrize("ids", [range(4), [1, "x", "02", 4]])
+def test_answers_that_are_the_same_are_ties_without_a_call(tmp_path: Path, ids: Any) -> None:
+    texts = {"a": ["same", "worth 1", "worth 5", ""], "b": ["same", "worth 2", "worth 3", ""], "c": ["same"] * 4}
+    questions = [q | {"question_id": i} for i, q in zip(ids, questions_of(4), strict=True)]
+    answers = AnswerSet(questions, {n: {i: [t] for i, t in zip(ids, own, strict=True)} for n, own in texts.items()})
+    with judge_server(better) as server:
+        judge, judgments = judged(server, tmp_path / "run", answers, models=("a", "b"), baseline="b")
+        assert len(server.requests) == len(judge.matches) == judgments.total == 2 * 2 + 2 * 3  # b and a, b and c
+        shown = judge.preview().splitlines()
+        assert shown[-3:-1] == ["0 calls like this one, about 0 tokens to read.", "10 more have been judged before."]
+        assert shown[-1] == "3 comparisons are ties without a call, because the answers are the same."
+        first, _ = results = pairs_of(judgments, answers)
+        assert [(p.baseline, p.candidate, p.same_answers) for p in results] == [("a", "b", 2), ("b", "c", 1)]
+        assert first.counts == Counts(win=1, loss=1, tie=2)
+        assert first.consistency == 1.0  # of the two that were asked
+        same = [row for row in judgments.rows if row.get("identical")]
+        assert [(row["question_id"], row["g1_winner"], row["g2_winner"]) for row in same if row["model_2"] == "a"] == [
+            (ids[0], "tie", "tie"), (ids[3], "tie", "tie"),
+        ]  # fmt: skip
+        assert "2 of 4 comparisons are ties without a judge, because the answers are the same." in first.notes()
+        alike = AnswerSet(questions, dict.fromkeys("xy", answers.answers["c"]))
+        judge, judgments = judged(server, tmp_path / "alike" / "run", alike)
+        assert "\n".join(judge.preview().splitlines()) == (
+            "---\n0 calls like this one, about 0 tokens to read.\n"
+            "4 comparisons are ties without a call, because the answers are the same."
+        )
+        assert pairs_of(judgments, alike)[0].counts == Counts(0, 0, 4)
+        judgments.raise_if_incomplete()
+        assert len(server.requests) == 10
+    with judge_server(lambda messages: "[[7]]") as server:
+        judged(server, tmp_path / "rated" / "run", alike, mode="single")
+        assert len(server.requests) == 8  # each answer is rated
+
+
+def test_a_turn_is_the_same_if_all_before_it_are_too(tmp_path: Path) -> None:
+    texts: dict[str, dict[Any, list[str]]] = {
+        "a": {0: ["worth 1", "same"], 1: ["same", "worth 1"], 2: ["same", "same"]},
+        "b": {0: ["worth 2", "same"], 1: ["same", "worth 2"], 2: ["same", "same"]},
+    }
+    judge = make_judge(settings_for(tmp_path / "run", "http://127.0.0.1:1/v1"), AnswerSet(questions_of(3, 2), texts))
+    assert isinstance(judge, ModelJudge)
+    assert [(m["question_id"], m["turn"]) for m in judge.matches[::2]] == [(0, 1), (0, 2), (1, 2)]
+    assert [(row["question_id"], row["turn"]) for row in judge.ties] == [(1, 1), (2, 1), (2, 2)]
+
+
+def test_why_a_pair_was_not_judged_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = answers_worth({"before": [1, 1, 1, 1], "after": [2, 7, 8, 9], "third": [3]})
+    mumbles: Script = lambda messages: "Well." if "worth 8" in messages[-1]["content"] else better(messages)  # noqa: E731
+    with judge_server(mumbles) as server:
+        server.refuse = lambda request: (
+            (400, "too\x1blong") if "worth 7" in request["messages"][-1]["content"] else None
+        )
+        _, judgments = judged(server, tmp_path / "run", answers, max_concurrency=1)
+        url = server.url
+    shown = capsys.readouterr().out
+    refusal = f"refused by the server: judge at {url} refuses the request: too"
+    assert f"Not judged: 2 calls (the first is question 1, turn 1): {refusal}\\x1blong\n" in shown
+    assert "Not judged: 2 calls (the first is question 2, turn 1): without a clear verdict\n" in shown
+    assert [row.get("error") for row in judgments.rows if row["model_2"] == "after"] == [
+        None, f"{refusal}\x1blong", "without a clear verdict", None,
+    ]  # fmt: skip
+    results = PairwiseResults.from_judgments(judgments, answers).as_dict()
+    missing = "before and third: 3 of 4 questions are not judged, or not in all turns, because answers are missing"
+    assert results["notes"][0] == f"{missing}: third lacks 3."
+    first = "after against before: 2 of 4 comparisons are not counted, because they have no verdict"
+    assert f"{first} (1 refused by the server, 1 without a clear verdict)." in results["notes"]
+    assert url not in json.dumps(results)  # the card has these notes
+    with judge_server(lambda messages: "Well.") as server:
+        server.faults = ["short"] * 4
+        _, judgments = judged(server, tmp_path / "cut" / "run", answers_worth({"a": [1]}), mode="single")
+    assert [row["error"] for row in judgments.rows] == ["cut off before a verdict"]
+
+
+@pytest.mark.parametrize("name", ["b", "outputs/b", "/home/me/models/B/"])
+def test_a_judge_that_is_one_of_the_judged_is_noted(tmp_path: Path, name: str) -> None:
+    answers = answers_worth({"a": [1], "b": [2]})
+    note = "b is judged by itself. Judges tend to prefer their own answers."
+    with judge_server(lambda messages: "[[A]]" if "first" not in messages[0] else "[[5]]") as server:
+        judge, judgments = judged(server, tmp_path / "run", answers, judge_model=name)
+    assert judge.preview().splitlines()[-1] == note
+    assert PairwiseResults.from_judgments(judgments, answers).as_dict()["notes"][0] == note
+    other = make_judge(settings_for(tmp_path / "run", server.url, judge_model="b2"), answers)
+    assert "itself" not in other.preview()

@@ -95,9 +95,70 @@ def test_votes_are_found_by_a_glob_that_the_shell_did_not_expand(
 
 
 def test_a_vote_between_identical_answers_is_a_tie(tmp_path: Path) -> None:
-    answers = answers_worth({"a": [1, 1], "b": [1, 2]})
+    answers = answers_worth({}, a=["1", "1"], b=["1", "2"])
     rows = read_votes((export(tmp_path / "votes.json", [vote(0, "b"), vote(1, "b")]),), answers)
     assert pairs_of(rows, answers)[0].counts == Counts(win=1, loss=0, tie=1)
+
+
+def test_rules_are_not_asked_about_answers_that_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "picky_rules.py").write_text(
+        "import dataclasses\n@dataclasses.dataclass\nclass Score:\n    right: bool\n"
+        "def score(answer, question): return Score(True)\n"
+        "def compare(first, second, question):\n    assert first != second\n    return 'loss'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answers = answers_worth({}, a=["x", "y", "z"], b=["x", "y", "w"])
+    judge = make_judge(settings_for(tmp_path / "run", judge_model="", judge_module="picky_rules"), answers)
+    assert judge.preview().splitlines() == [
+        "3 judgments by rules picky_rules, without a call.", "2 of them are ties, because the answers are the same.",
+    ]  # fmt: skip
+    assert pairs_of(judge.judgments.rows, answers)[0].counts == Counts(0, 0, 3)  # two orders that disagree are a tie
+
+
+def test_every_person_ties_answers_that_are_the_same(tmp_path: Path) -> None:
+    answers = answers_worth({}, a=["x", "y", "1"], b=["x", "y", "2"], c=["x", "z", "3"])
+    files = (
+        export(tmp_path / "one.json", [vote(1, "a", "cba"), vote(2, "c", "abc")], voter="Ann"),
+        export(tmp_path / "two.json", [vote("2", "tie", "abc"), vote(2, "b", "abc")], voter="Ben"),  # type: ignore[arg-type]
+    )
+    pairs = {(p.baseline, p.candidate): p for p in pairs_of(read_votes(files, answers), answers)}
+    assert {pair: p.counts for pair, p in pairs.items()} == {
+        ("a", "b"): Counts(win=1, loss=0, tie=4),  # of each person two ties; Ben's last vote
+        ("a", "c"): Counts(win=1, loss=1, tie=2),
+        ("b", "c"): Counts(win=1, loss=2, tie=2),  # b has the answer for which Ann voted
+    }
+    assert [p.same_answers for p in pairs.values()] == [4, 2, 2]
+    judge = make_judge(settings_for(tmp_path / "run", judge_model="", votes=files[1:], baseline="c"), answers)
+    assert {tuple(sorted(r[m] for m in ("model_1", "model_2"))) for r in judge.judgments.rows} == {
+        ("a", "c"),
+        ("b", "c"),
+    }
+    assert judge.preview().splitlines() == [
+        "3 judgments by human, without a call.", "2 of them are ties, because the answers are the same.",
+        "1 of 3 questions have no vote.",
+    ]  # fmt: skip
+
+
+def test_a_row_that_is_repeated_in_a_file_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, rows = tmp_path / "gpt-4_pair.jsonl", rows_of("abt")
+    other = rows[0] | {"model_1": "b", "model_2": "a"}  # the same pair, the winner is b now
+    people = [row | {"judge": ["human", name]} for row in rows for name in ("Ann", "Ben")]
+    for given, counts, note in (
+        ([*rows, *rows[:2], rows[0] | {"question_id": "0"}], Counts(1, 1, 1), "3 of 6"),
+        ([*rows, other], Counts(2, 0, 1), "1 of 4"),
+        ([*rows, rows[0] | {"turn": 2}], Counts(1, 2, 1), ""),
+        (people, Counts(2, 2, 2), ""),
+    ):
+        file.write_text("".join(json.dumps(row) + "\n" for row in given))
+        judge = make_judge(settings_for(tmp_path / "run", judge_model="", judgments=str(file)), AnswerSet([], {}))
+        assert pairs_of(judge.judgments.rows, answers_worth({"a": [], "b": []}))[0].counts == counts
+        notes = PairwiseResults.from_judgments(judge.judgments, judge.answers).as_dict()["notes"]
+        told = f"{note} rows of judgments are repeated. Each comparison is counted once, by its last row."
+        assert (told in notes, f"note: {told}\n" in capsys.readouterr().out) == (bool(note), bool(note))
+    single = {"question_id": 1, "model": "m", "judge": "gpt-4", "score": 7, "turn": 1, "tstamp": 1.0}
+    file.write_text("".join(json.dumps(single | {"score": score}) + "\n" for score in (3, 7)))
+    judgments = read_judgments(str(file), "single")
+    assert RatingResults.from_judgments(judgments, AnswerSet([], {})).models["m"]["average"] == 7
 
 
 def test_a_judges_fingerprint_follows_the_votes_and_not_when_they_are_read(tmp_path: Path) -> None:
@@ -138,12 +199,15 @@ def test_rows_of_another_kind_or_of_several_judges_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("judge", ["gpt-4", ["gpt-4", "single-v1"]])
-def test_a_file_of_judgments_is_counted_under_the_name_of_its_judge(judge: str | list[str], tmp_path: Path) -> None:
+def test_a_file_of_judgments_is_counted_under_the_name_of_its_judge(
+    judge: str | list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "ratings.jsonl"
     row = {"question_id": 81, "model": "m", "judge": judge, "score": 7, "turn": 1, "tstamp": 1.0}
     file.write_text(json.dumps(row) + "\n")
     given = settings_for(tmp_path / "run", judge_model="", judgments=str(file), mode="single")
     found = make_judge(given, AnswerSet([], {}))
     assert found.preview() == "1 judgments by gpt-4, without a call."
+    assert capsys.readouterr().out == "Judged by gpt-4: m\n"
     results = RatingResults.from_judgments(found.judgments, found.answers)
     assert (results.judge, results.models["m"]["average"]) == ("gpt-4", 7)

@@ -17,7 +17,7 @@ from helpers.evaluation import statistics
 from helpers.evaluation.judges import model_pairs
 from helpers.evaluation.judgments import AnswerSet, Judgments, read_judgments
 from helpers.evaluation.results import Counts, PairwiseResults, RatingResults
-from helpers.evaluation.statistics import length_controlled, mean_interval, sign_test
+from helpers.evaluation.statistics import length_controlled, length_controlled_rate, mean_interval, sign_test
 from tests.evaluation.judging import answers_worth, better, judged, questions_of, results_of, rows_of
 from tests.judge_server import Script, judge_server, shown
 
@@ -94,6 +94,45 @@ def test_few_or_identical_outcomes_are_not_made_surer_than_they_are() -> None:
     four = pair_of("bbbb" + "t" * 6)
     assert four.sign_p == 0.125
     assert four.notes()[0] == "b and a cannot be told apart here: p = 0.12."
+
+
+def test_questions_with_one_mean_have_no_interval_of_zero_width() -> None:
+    # scipy 1.17: binomtest(10, 10).proportion_ci(0.95, "exact") is 0.6915 to 1
+    assert mean_interval(np.ones(10), list(range(10)), 0) == pytest.approx((0.691503, 1.0), abs=1e-6)
+    both = mean_interval(np.array([1.0, 0.0] * 10), [i // 2 for i in range(20)], 0)  # each turn of a question differs
+    assert both == pytest.approx((0.5 * 0.691503, 1 - 0.5 * 0.691503), abs=1e-6)
+    assert mean_interval(np.array([1.0, 0.0]), [1, 1], 0) == pytest.approx((0.0125, 0.9875))
+    lengths = np.arange(12.0) - 5
+    for outcome in (0.0, 0.5, 1.0):  # nothing for length to explain
+        assert length_controlled_rate(np.full(12, outcome), lengths, list(range(12)), 0) == (None, None)
+    rows = [{"model": "m", "question_id": i // 2, "score": (4, 8)[i % 2], "turn": 1 + i % 2} for i in range(20)]
+    low, high = RatingResults.from_judgments(Judgments("j", rows), NOTHING).models["m"]["interval"]
+    assert (low, high) == pytest.approx((1 + 5 * 0.691503, 1 + 5 + 4 * (1 - 0.691503)), abs=1e-5)
+
+
+def test_the_rate_at_equal_lengths_of_few_votes_has_a_warning() -> None:
+    def notes(winners: str) -> list[str]:
+        texts = {name: {i: ["x" * (i % 5 + (5 * (name == "a")) * (i % 3))] for i in range(40)} for name in "ab"}
+        answers = AnswerSet(questions_of(40), texts)
+        return PairwiseResults.from_judgments(Judgments("human", rows_of(winners)), answers).pairs[0].notes()
+
+    warning = "The rate at equal lengths rests on 3 decided comparisons. With fewer than 20, do not rely on it."
+    assert warning in notes("abbab")
+    assert not [note for note in notes("abbab" * 8) if "rests on" in note]
+
+
+def test_models_are_sorted_as_fastchat_sorts_them_and_notes_name_their_pair() -> None:
+    rows = [*rows_of("tttt", ("x", "y")), *rows_of("zzxx", ("x", "z")), *rows_of("ttzz", ("y", "z"))]
+    result = PairwiseResults.from_judgments(Judgments("j", rows), NOTHING)
+    rates = {name: (c.win, c.loss, c.tie, c.win_rate_adjusted) for name, c in result.models.items()}
+    assert rates == {"z": (4, 2, 2, 0.625), "x": (2, 2, 4, 0.5), "y": (0, 2, 6, 0.375)}
+    rows = [*rows_of("tttt", ("x", "y")), *rows_of("zxxx", ("x", "z"))]  # z wins more than y, and is worse
+    result = PairwiseResults.from_judgments(Judgments("j", rows), NOTHING)
+    assert [(name, c.win, c.win_rate_adjusted) for name, c in result.models.items()] == [
+        ("x", 3, 0.625), ("y", 0, 0.5), ("z", 1, 0.25),
+    ]  # fmt: skip
+    assert {note.partition(": ")[0] for note in result.notes()} == {"y against x", "z against x"}
+    assert not [note for note in result.pairs[0].notes() if note.startswith("y against x")]
 
 
 @pytest.mark.usefixtures("few_resamples")

@@ -36,10 +36,11 @@ def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_pat
     (tmp_path / "dpo" / "adapter_config.json").write_text("{}")
     (tmp_path / "judge").mkdir()
     rows = [
-        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["gpt", "pair"], [{"winner": w}] * 2)
+        pair_row({"question_id": i}, 1, ("sft", "dpo"), ["/srv/models/gpt", "pair"], [{"winner": w}] * 2)
         for i, w in enumerate(["dpo"] * 5 + ["tie"] * 2 + ["sft"])
     ]
-    verdict = PairwiseResults.from_judgments(Judgments("gpt", rows), AnswerSet([], {})).as_dict()
+    judgments = Judgments("/srv/models/gpt", rows, notes=["/srv/models/gpt is slow."])
+    verdict = PairwiseResults.from_judgments(judgments, AnswerSet([], {})).as_dict()
     (tmp_path / "judge" / "run.json").write_text(
         json.dumps({"step": "judge", "status": "finished", "metrics": verdict})
     )
@@ -56,6 +57,7 @@ def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_pat
     assert "Compared with sft on the same prompts, judged by gpt." in text
     assert re.search(r"\| 5 \| 1 \| 2 \| 75.0% \| \d+\.\d% to \d+\.\d% \|", text)
     assert str(tmp_path) not in text
+    assert "/srv" not in text
     assert ModelCard(write_card(tmp_path / "dpo", "me/x")).data.base_model_relation == "adapter"
     assert ModelCard(write_card(tmp_path / "sft", "me/x")).data.base_model_relation == "finetune"
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 from helpers.core import read_jsonl
 from tests.conftest import Project
+from tests.evaluation.judging import better
 from tests.judge_server import judge_server
 from tests.notebooks.test_data import run_all
 from tests.notebooks.test_three_ways import execute_exported
@@ -73,11 +75,19 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def append_to_answers(file: Path) -> None:
+    rows = read_jsonl(file)
+    for row in rows:
+        row["choices"][0]["turns"] = [f"{turn} ..." for turn in row["choices"][0]["turns"]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def answered(project: Project, dpo_run: str, bench: Path) -> str:
-    """The name of a run of 04 over the bench, before and after DPO."""
+    """The name of a run of 04 over the bench, before and after DPO. The tiny models' answers are made to differ."""
     project.run("04_vibes.py", "--models", f"outputs/{dpo_run}", "--prompts_file", str(bench / "question.jsonl"),
                 "--max_new_tokens", "6", "--run_name", "bench-answers")  # fmt: skip
+    append_to_answers(project.root / "outputs" / "bench-answers" / "model_answer" / "sft.jsonl")
     return "bench-answers"
 
 
@@ -199,6 +209,48 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     assert "already finished" in project.run("05_judge.py", *here, *votes).stdout
 
 
+def test_one_comparison_has_one_folder_however_its_answers_are_named(project: Project, tmp_path: Path) -> None:
+    vibes, elsewhere = tmp_path / "outputs" / "vibes-x", tmp_path / "elsewhere"
+    (vibes / "model_answer").mkdir(parents=True)
+    record = {"step": "vibes", "status": "finished", "finished": "2026-01-01", "models": ["b", "a"]}
+    (vibes / "run.json").write_text(json.dumps(record))
+    ids = [1, "2", "x"]
+    rows = [{"question_id": i, "turns": [f"What is {i}?"]} for i in ids]
+    (vibes / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in "ab":
+        rows = [{"question_id": str(i), "model_id": name, "choices": [{"turns": [f"worth {ord(name) + k}"]}]}
+                for k, i in enumerate(ids)]  # fmt: skip
+        (vibes / "model_answer" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(vibes, elsewhere)
+
+    def judge(url: str, *flags: str) -> list[str]:
+        flags = (*flags, "--output_dir", str(tmp_path / "outputs"), "--judge_model", "judge", "--base_url", url)
+        return project.run("05_judge.py", *flags).stdout.splitlines()
+
+    with judge_server(better) as server:
+        shown = judge(server.url)
+        head = next(i for i, line in enumerate(shown) if line.startswith("model "))
+        assert shown[head - 1] == f"Answers: {vibes} (b, a)"  # before it are the settings
+        for flags in (
+            ["--answers_dir", str(vibes)], ["--answers_dir", f"{vibes}/"], ["--answers_dir", "vibes-x"],
+            ["--answers_dir", f"{vibes}/model_answer"], ["--models", "b", "outputs/a/"], ["--baseline", "b"],
+            ["--bench_dir", str(elsewhere), "--models", "b", "a"],
+        ):  # fmt: skip
+            assert "is already finished" in "\n".join(judge(server.url, *flags)), flags
+        runs = list((tmp_path / "outputs").glob("judge-judge-*"))
+        assert len(runs) == 1
+        assert len(server.requests) == 6
+        judge(server.url, "--models", "a", "b")  # the other is the baseline
+        assert len(server.requests) == 6
+        records = [json.loads((run / "run.json").read_text()) for run in (tmp_path / "outputs").glob("judge-judge-*")]
+        assert sorted((r["metrics"]["baseline"], r["metrics"]["win"]) for r in records) == [("a", 3), ("b", 0)]
+        file = next(runs[0].glob("model_judgment/*"))
+        flags = ["--judgments", str(file), "--output_dir", str(tmp_path / "outputs")]
+        counted = project.run("05_judge.py", *flags).stdout.splitlines()
+        assert f"Judgments: {file}" in counted
+        assert "Judged by judge: b, a" in counted
+
+
 def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Project, dpo_run: str) -> None:
     asked = {"models": [f"outputs/{dpo_run}"], "prompts_file": "outputs/demo/heldout.jsonl", "rows": 6,
              "max_new_tokens": 6}  # fmt: skip
@@ -260,10 +312,12 @@ def test_a_real_server_answers_for_04_and_judges_for_05(project: Project, sft_ru
             ("05_judge.py", ["--answers_dir", "outputs/served", "--judge_model", str(folder), "--base_url", url,
                              "--max_new_tokens", "8", "--run_name", "judged-by-tiny"]),
         ]  # fmt: skip
-        (vibes, judged), _ = run_all(project, commands)
+        [vibes], _ = run_all(project, commands[:1])
+        here, there = sorted((project.root / "outputs" / "served" / "model_answer").glob("*.jsonl"))
+        answers = [{r["question_id"]: r["choices"][0]["turns"] for r in read_jsonl(file)} for file in (here, there)]
+        append_to_answers(there)  # answers that are the same are not judged
+        [judged], _ = run_all(project, commands[1:])
     assert vibes == "well"
-    here, there = sorted((project.root / "outputs" / "served" / "model_answer").glob("*.jsonl"))
-    answers = [{r["question_id"]: r["choices"][0]["turns"] for r in read_jsonl(file)} for file in (here, there)]
     assert answers[0] == answers[1]  # the same greedy tokens, from this process and from the server
     assert len(answers[0]) == 2
     assert judged.startswith("UserError: no reply had a verdict; is this model able to judge?")
