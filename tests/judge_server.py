@@ -16,11 +16,11 @@ Script = Callable[[list[dict[str, str]]], Any]
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`script` makes a reply of the messages: its text, or a dict of what a choice has besides, or with "body" all of it.
-    `faults` are taken one a request, None being none, before it answers.
+    """`script` makes a reply of the messages: a text, a dict of what its choice has, or one with the whole "body".
 
-    A fault is a status, a status with the message or the body of its error, or "malformed", "html", "empty", "cut" (the connection breaks within the body), "hang" (longer
-    than a client waits), "short" (finish_reason length, no verdict) or "gone" (no reply at all, from now on).
+    `faults` are taken one a request, None being none, before it answers. A fault is a status, alone or with the message
+    or the body of its error, or "malformed", "html", "empty", "cut" (the connection breaks within the body), "hang"
+    (longer than a client waits), "short" (finish_reason length, no verdict) or "gone" (no reply at all, from now on).
     """
 
     daemon_threads = True

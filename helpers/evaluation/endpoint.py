@@ -68,14 +68,14 @@ class RequestRefused(UserError):
 
 
 class _ServerError(Exception):
-    """A status of 400 or more, or an error within a reply of status 200: its status, its line, and where to look."""
+    """A status of 400 or more, or an error within a reply of status 200: the server's words, whole and in a line."""
 
-    def __init__(self, status: int, body: Any, text: str = "") -> None:
+    def __init__(self, status: int, body: Any, default: str = "") -> None:
         error = body.get("error", body) if isinstance(body, dict) else body
         fields = error if isinstance(error, dict) else {}
-        said = fields.get("message") or (error if isinstance(error, str) else "") or text or json.dumps(error)
-        self.status, self.line = status, " ".join(str(said).split())[:300]
-        self.text = f"{text} {said}"  # a validation error names its argument in a list of details
+        said = fields.get("message") or fields.get("detail") or error or default
+        self.status, self.text = status, said if isinstance(said, str) else json.dumps(said)
+        self.line = " ".join(self.text.split())[:300]
         self.code, self.param = str(fields.get("code") or fields.get("type") or ""), str(fields.get("param") or "")
         super().__init__(self.line)
 
@@ -267,7 +267,7 @@ def _raise_error_within(reply: Any) -> None:
         body = fields
     if not body:
         return
-    error = _ServerError(500, body, json.dumps(body))
+    error = _ServerError(500, body)
     if re.fullmatch(r"[45]\d\d", code := str(error.code)):
         error.status = int(code)
     elif re.search(PASSING, error.text):
