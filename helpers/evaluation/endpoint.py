@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -191,11 +190,11 @@ class Endpoint(Generator):
                         self.most_written = fits
                 elif error.status in (400, 422) and (refused := _refused_arguments(error, sent)):
                     self.renamed |= {name: RENAMED.get(name) for name in refused}
-                    self._note(f"does not accept {', '.join(refused)}: {error.line}")
-                elif error.status in (400, 422, 500) and has_system and not fold and not self.supports_system:
-                    fold = True  # the templates of Mistral, Gemma and others have no system role
+                    self._note(f"does not accept {', '.join(refused)}: {error.line}", key=str(refused))
                 elif within and (error.status in (408, 409, 429) or error.status >= 500):
                     raise  # it may pass
+                elif error.status in (400, 422, 500) and has_system and not fold and not self.supports_system:
+                    fold = True  # the templates of Mistral, Gemma and others have no system role
                 else:
                     raise self._explain(error) from None
                 continue
@@ -203,11 +202,11 @@ class Endpoint(Generator):
                 self.supports_system = not fold
             return reply
 
-    def _note(self, text: str, key: str = "") -> None:
-        """Print a note, once."""
+    def _note(self, text: str, key: str) -> None:
+        """Print a note, once for each key."""
         with self._lock:
-            if (key or text) not in self._printed:
-                self._printed.add(key or text)
+            if key not in self._printed:
+                self._printed.add(key)
                 print(printable(f"note: {self.model} {text}"))
 
     def _explain(self, error: _ServerError) -> UserError:
@@ -215,9 +214,11 @@ class Endpoint(Generator):
         if status in (401, 403):
             return UserError(f"{self.where} does not accept the key in OPENAI_API_KEY ({status})")
         if status == 404 or error.code == "model_not_found" or NO_MODEL.search(line):
-            with contextlib.suppress(Exception):  # the first error says more
+            try:
                 names = [model.id for model in self.client.models.list()]
                 line = f"it has {', '.join(difflib.get_close_matches(self.model, names, 8, 0.3) or names[:8])}"
+            except Exception:  # the first error says more
+                line += "" if self.where.endswith("/v1") else " (does the address end in /v1?)"
             return UserError(f"{self.where} has no model {self.model!r} ({status}): {line}")
         if status in (400, 413, 422):
             return RequestRefused(f"{self.model} at {self.where} refuses the request: {line}")
