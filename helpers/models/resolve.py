@@ -255,12 +255,11 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
     """
     models = list(dict.fromkeys(ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)))
     used = [model.name for model in models]
-    if "tie" in used:
-        raise UserError("a model is called 'tie', which is also a verdict. Rename its folder.")
-    return [
-        dataclasses.replace(m, name=f"{m.name} ({used[: i + 1].count(m.name)})") if used.count(m.name) > 1 else m
-        for i, m in enumerate(models)
-    ]
+    if reserved := {"tie", "error"} & {*used}:
+        raise UserError(f"a model is called {reserved.pop()!r}, which is also a verdict. Rename its folder.")
+    while len({*used}) < len(used):  # again if another model is called `NAME (1)`
+        used = [f"{n} ({used[: i + 1].count(n)})" if used.count(n) > 1 else n for i, n in enumerate(used)]
+    return [dataclasses.replace(model, name=name) for model, name in zip(models, used, strict=True)]
 
 
 def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[ModelRef]:

@@ -203,8 +203,8 @@ def start_run(
     A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
     by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
+    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])[:50]  # of a file name's 255 bytes
     checkpoints.check_writable(settings.output_dir, is_dry=settings.dry_run)
-    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
     if is_locked := folder.is_dir() and is_main_process() and not settings.dry_run:
