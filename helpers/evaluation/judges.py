@@ -27,7 +27,7 @@ from helpers.evaluation.judgments import (
     read_votes,
     tie_row,
 )
-from helpers.evaluation.questions import JudgePrompts
+from helpers.evaluation.questions import JudgePrompts, strip_thoughts
 from helpers.runs.run import Run
 
 JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
@@ -80,14 +80,9 @@ INDEX = re.compile(r"[A-Za-z0-9_)\]]$|\w\($")  # before a number in brackets: x[
 
 
 def strip_reasoning(text: str) -> str:
-    """A judge's reply without its reasoning: <think> blocks; all before a </think> without its opening tag, which many
-    templates put into the prompt; all after a <think> at the start of a line that is never closed. Quotes and dashes
-    become ASCII."""
-    flags, tag = re.DOTALL | re.IGNORECASE | re.MULTILINE, r"(?:think(?:ing)?|thoughts?|reasoning)[>\]▷]"
-    text = text.translate(str.maketrans("\u2018\u2019\u201c\u201d\u2013", "''\"\"-"))
-    text = "\n".join(line.strip() for line in text.splitlines() if line.strip())
-    text = re.sub(rf"[<\[◁]{tag}.*?[<\[◁]/{tag}", "", text, flags=flags)
-    return re.sub(rf"^[<\[◁]{tag}.*", "", re.split(rf"[<\[◁]/{tag}", text, flags=flags)[-1], flags=flags)
+    """A judge's reply without its thoughts and empty lines. Quotes and dashes become ASCII."""
+    text = strip_thoughts(text).translate(str.maketrans("\u2018\u2019\u201c\u201d\u2013", "''\"\"-"))
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def parse_verdict(text: str) -> str:

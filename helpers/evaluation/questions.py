@@ -163,8 +163,8 @@ class Answer(str):
 def strip_thoughts(text: str) -> str:
     """A reply without its thoughts: blocks between the markers of any template; all before an end without a beginning,
     which many templates put into the prompt; all from a beginning at the start of a line that has no end."""
-    text = THOUGHT_END.split(THOUGHTS.sub("", text))[-1]
-    return UNENDED_THOUGHT.sub("", text).strip()
+    answer = UNENDED_THOUGHT.sub("", THOUGHT_END.split(THOUGHTS.sub("", text))[-1])
+    return text if answer == text and text.strip() else answer.strip()
 
 
 def answer_turns(row: Row) -> list[Answer]:

@@ -32,7 +32,7 @@ BATCH_FLAGS = (
 )
 
 
-_locks: dict[Path, Any] = {}  # of the folders that this process writes to
+_locks: dict[Path, Any] = {}  # held by this process, by their files
 
 
 def lock_folder(folder: Path) -> bool:
@@ -40,17 +40,17 @@ def lock_folder(folder: Path) -> bool:
     this call has locked it. Raises UserError if another process has."""
     import filelock
 
-    folder = folder.resolve()
-    if folder in _locks:
+    file = _lock_file(folder)
+    if file in _locks:
         return False
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)  # beside it: a merge is renamed to it
+    lock = filelock.FileLock(file, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{short_path(folder)} is in use by {_owner(folder)}. Wait for its end, or stop it.") from None
     except OSError as error:
         raise explain_failure(error, folder) or error from None
-    _locks[folder] = lock
+    _locks[file] = lock
     for draft in folder.glob(".*"):  # that a killed process has left: see core.atomic_write
         if re.fullmatch(r"\..+\.\d+", draft.name):
             draft.unlink(missing_ok=True)
@@ -59,8 +59,14 @@ def lock_folder(folder: Path) -> bool:
 
 def unlock_folder(folder: Path) -> None:
     """Let other processes write to a run folder."""
-    if lock := _locks.pop(folder.resolve(), None):
+    if lock := _locks.pop(_lock_file(folder), None):
         lock.release(force=True)
+
+
+def _lock_file(folder: Path) -> Path:
+    """Beside the folder, because a merge in `.NAME.part` replaces the folder NAME: both have the same lock."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name.removeprefix('.').removesuffix('.part')}.lock")
 
 
 def _owner(folder: Path) -> str:

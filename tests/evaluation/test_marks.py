@@ -119,7 +119,7 @@ def test_thoughts_in_files_that_others_wrote_are_not_compared_measured_or_judged
     lines = shown(found).splitlines()
     assert lines[0].split()[-5:] == ["characters", "per", "answer", "with", "thoughts"]
     assert lines[1].split() == ["one", "1", "of", "1", "4", "1"]
-    assert lines[-1] == "note: 1 questions have identical answers; the vote page of 04 skips them"
+    assert lines[-1] == "note: 1 questions have identical answers, which are ties in a comparison: nobody is asked"
 
 
 def script(messages: list[dict[str, str]]) -> Any:

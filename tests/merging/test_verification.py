@@ -91,7 +91,7 @@ def test_a_merge_that_is_not_the_policy_is_deleted_and_another_replaces_an_older
     (tmp_path / "merge" / "older").touch()
     good = merged()
     good.finalize(Verification({"kl": 1e-9}), max_kl=0.01)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["merge"]
+    assert [folder.name for folder in tmp_path.glob("[!.]*")] == ["merge"]
     assert [file.name for file in good.folder.iterdir()] == ["run.json"]
     record = read_run(tmp_path / "merge")
     assert (record["status"], record["metrics"], record["merge_base"]) == ("finished", {"kl": 1e-9}, "original")
