@@ -48,7 +48,8 @@ def base_on_hub(folder: Path, runs: list[dict[str, Any]]) -> str:
     base = str(runs[-1]["base_model"]) if runs else ""
     if not base and file.is_file():
         base = str(json.loads(file.read_text())["base_model_name_or_path"] or "")
-    return "" if not base or find_path(base) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
+    is_local = bool(runs and runs[-1].get("base_folder")) or find_path(base)
+    return "" if not base or is_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
 
 
 def _metadata(

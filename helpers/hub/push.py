@@ -31,7 +31,7 @@ from helpers.core import (
     printable,
 )
 from helpers.hub.model_card import base_on_hub, write_card
-from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
+from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
 
 T = TypeVar("T")
 # What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's
@@ -89,8 +89,7 @@ def push_model(folder: Path, settings: Any) -> None:
 def preview_push(settings: Any, folder: Path) -> None:
     """Print the files and the card that a push of the run in `folder` would send."""
     folders = [folder] if settings.push != "merged" else []
-    merges = [run for run in list_runs(settings.output_dir, "merge")
-              if run.finished and Path(run.record["parent_folder"]) == folder]  # fmt: skip
+    merges = [run for run in list_merges(folder, settings.output_dir) if run.finished]
     if settings.push != "adapter":
         folders += [run.folder for run in merges[:1]]
     if settings.push != "adapter" and not merges:

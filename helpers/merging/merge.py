@@ -20,7 +20,7 @@ from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files
-from helpers.runs.run import Run, find_run
+from helpers.runs.run import Run, find_parent, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
 
@@ -66,7 +66,7 @@ class Adapter:
     def base_model(self) -> str:
         """The model at the root of the lineage. Raises UserError if there is no adapter, or no base of it."""
         base = self.ref.base
-        return str(self.run.record.get("base_model", base))
+        return self.run.base_model if "base_model" in self.run.record else base
 
     @functools.cached_property
     def base_folder(self) -> Path:
@@ -152,9 +152,9 @@ class MergedModel:
             shutil.rmtree(self.folder)
             raise UserError(f"{problem}. The merge was deleted.")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
-        curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
-        if curves.is_file():
-            shutil.copyfile(curves, self.folder / "curves.png")
+        parent = find_parent(final, self.run.record)
+        if parent and (parent / "curves.png").is_file():  # of the training, for the model card
+            shutil.copyfile(parent / "curves.png", self.folder / "curves.png")
         self.run.finish(metrics=verification.metrics, merge_base=self.merge_base, verification=verification.rows)
         (self.folder / "merge.digest").unlink(missing_ok=True)  # last: an interrupted run resumes until here
         old = final.with_name(f".{final.name}.old")
