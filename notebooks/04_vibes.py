@@ -143,7 +143,7 @@ with resumable(vibes_run):
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
-page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.sampling | generators.loading)
+page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.described)
 vibes_run.finish(page=page_id)
 
 # %% [markdown]

@@ -134,7 +134,7 @@ class Generators:
         self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
         self._local = [model for model in models if not model.base_url]
         self.plans = {m.name: plan_as_trained(m.base, m.plan, settings.quantization) for m in self._local}
-        self._generator: HFGenerator | None = None  # the one that holds the model in memory
+        self._generator = HFGenerator(None, None)  # the one that holds the model in memory
         self._loaded: Any = None  # what its base is
         self._untouched: dict[str, tuple[int, int]] = {}  # the base's `_tensor_versions` as it was loaded
 
@@ -162,6 +162,12 @@ class Generators:
         for name, (_, template) in self.tokenizers.items():
             rows[name]["chat template"] = template
         return {ref.name: rows[ref.name] for ref in self.models}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """How the answers are made, for the vote page: the sampling, and in words how each model is loaded."""
+        words = {n: ", ".join(f"{key} {value}" for key, value in row.items()) for n, row in self.loading.items()}
+        return self.sampling | {f"model {name}": text for name, text in words.items()}
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, tuple[PreTrainedTokenizerBase, str]]:
@@ -225,15 +231,13 @@ class Generators:
 
     def _take_off_adapter(self) -> Any:
         """The base in memory without the adapter on it; None if it is not exactly as it was loaded."""
-        model = self._generator.model if self._generator else None
+        model, self._generator.model = self._generator.model, None  # the caller may still hold the generator
         base = model.unload() if hasattr(getattr(model, "base_model", None), "unload") else model
-        return base if model is not None and _tensor_versions(base) == self._untouched else None
+        return base if _tensor_versions(base) == self._untouched else None
 
     def _release(self) -> None:
         """Free the model in memory, also where the caller still holds its generator."""
-        if self._generator:
-            self._generator.model = None
-        self._generator = self._loaded = None
+        self._generator.model = self._loaded = None
         gc.collect()
 
     def _load_base(self, ref: ModelRef) -> Any:
@@ -269,7 +273,8 @@ class Generators:
 
 def _tensor_versions(model: Any) -> dict[str, tuple[int, int]]:
     """Where each parameter is, and how often it was written to: the same for a model that nothing has changed."""
-    return {name: (weight.data_ptr(), weight._version) for name, weight in model.named_parameters()}
+    weights = model.named_parameters(remove_duplicate=False)  # a layer may be used twice
+    return {name: (weight.data_ptr(), weight._version) for name, weight in weights}
 
 
 @dataclasses.dataclass(frozen=True)

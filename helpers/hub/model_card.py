@@ -27,6 +27,8 @@ CARD_METRICS = {"eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "
 def write_card(folder: Path, repo_id: str, license_id: str = "") -> str:
     """Return the card of a run's folder, or of an adapter from elsewhere. Raises UserError if the Hub rejects it."""
     runs = lineage(folder)
+    if runs and (gone := runs[-1]["parent_gone"]):
+        print(f"note: {gone}, which {Path(runs[-1]['folder']).name} started from, is gone. The card does not show it.")
     is_adapter = (folder / "adapter_config.json").is_file()
     kind = "adapter" if is_adapter else "merged" if read_run(folder).get("step") == "merge" else "full"
     dpo: dict[str, Any] = next((run for run in runs if run["step"] == "dpo"), {})
@@ -98,6 +100,6 @@ def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
     names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
     judged = list_runs(Path(runs[0]["folder"]).parent, "judge") if runs else []
-    metrics = [run.record["metrics"] for run in judged if run.finished]
-    pairs = [{**pair, "judge": each["judge"]} for each in metrics for pair in each.get("pairs", [])]
+    metrics = [run.record["metrics"] | {"loading": run.loading} for run in judged if run.finished]
+    pairs = [pair | {n: each[n] for n in ("judge", "loading")} for each in metrics for pair in each.get("pairs", [])]
     return next((pair for pair in pairs if pair["candidate"] in names), None)

@@ -130,7 +130,8 @@ def prepare_push(folder: Path, repo_id: str, license_id: str = "") -> tuple[list
     Raises UserError if there are no weights, the base is a local folder, or a file contains a secret or a local path.
     """
     adapter, files = folder / "adapter_config.json", files_to_push(folder)
-    if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
+    local = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else ""
+    if Path(local).is_absolute() or find_path(local):
         base = f"The base model of {folder.name} is a local folder, which others do not have."
         raise UserError(f"{base} Push the merged model (`--push merged`).")
     if not any(file.suffix == ".safetensors" for file in files):
