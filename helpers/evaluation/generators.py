@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from helpers.core import CleanExit, SettingsError, UserError, fingerprint, printable
 from helpers.data.messages import Message
@@ -134,7 +134,7 @@ class Generators:
         self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
         self._local = [model for model in models if not model.base_url]
         self.plans = {m.name: plan_as_trained(m.base, m.plan, settings.quantization) for m in self._local}
-        self._generator = HFGenerator(None, None)  # the one that holds the model in memory
+        self._generator = HFGenerator(None, cast(Any, None))  # the one that holds the model in memory
         self._loaded: Any = None  # what its base is
         self._untouched: dict[str, tuple[int, int]] = {}  # the base's `_tensor_versions` as it was loaded
 
@@ -186,7 +186,8 @@ class Generators:
                 raise SettingsError(f"{ref.name} is without a chat template. {fix}")
             name, _ = set_chat_template(tokenizer, given)
             if given == "auto":
-                name = f"{own.replace('its own', 'that')} of {Path(ref.policy).name}" if ref.policy else own
+                is_policy_s = ref.policy and ref.tokenizer == ref.policy
+                name = f"{own.replace('its own', 'that')} of {Path(ref.policy).name}" if is_policy_s else own
             found[ref.name] = tokenizer, name
         return found
 

@@ -77,6 +77,8 @@ class Adapter:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
         folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        if not tokenizer.chat_template:
+            print("note: the tokenizer is without a chat template. Mistral's is used, and saved with the merge.")
         set_chat_template(tokenizer, "auto")
         return tokenizer
 

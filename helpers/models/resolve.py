@@ -225,8 +225,8 @@ class ModelRef:
     @property
     def tokenizer(self) -> str:
         """The folder or Hub id of its tokenizer: the policy's or adapter's, or else the base's."""
-        folders = [name for name in (self.policy, self.adapter) if name]
-        return next((name for name in folders if Path(name, "tokenizer_config.json").is_file()), self.base)
+        names = [name for name in (self.policy, self.adapter) if name]
+        return next((name for name in names if _has_file(name, "tokenizer_config.json")), self.base)
 
     @property
     def plan(self) -> dict[str, str]:
@@ -328,7 +328,7 @@ def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[Mode
     if folder and (gone := missing_parent(folder, record)):
         print(f"note: {gone}, which {folder.name} started from, is gone. Restore it to compare with it.")
     name = str(folder or name)
-    if _is_adapter(name):
+    if _has_file(name, "adapter_config.json"):
         adapter = resolve_adapter(name)
         if parent and (parent / "adapter_config.json").is_file():
             start = dataclasses.replace(adapter, name=parent.name, adapter=str(parent))
@@ -340,9 +340,9 @@ def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[Mode
     return [*start_of_full, ModelRef(Path(name).name, name)]
 
 
-def _is_adapter(name: str) -> bool:
-    """Whether a folder or Hub id is an adapter's. False if that is unknown: loading the model will report why."""
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder or Hub id has a file. False if that is unknown: loading the model will report why."""
     try:
-        return fetch_file(name, None, "adapter_config.json").is_file()
+        return fetch_file(name, None, file).is_file()
     except UserError:  # no such file or repository, no network
         return False
