@@ -176,7 +176,8 @@ class Generators:
         Raises SettingsError for a model without one."""
         from transformers import AutoTokenizer
 
-        found, given = {}, self.settings.chat_template
+        found: dict[str, tuple[PreTrainedTokenizerBase, str]] = {}
+        given = self.settings.chat_template
         for ref in self._local:
             options = self.remote_code | ({"revision": ref.revision or "main"} if ref.tokenizer == ref.base else {})
             tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **options)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import glob
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -198,7 +196,8 @@ def start_run(
         checkpoints.check_same_settings(folder, run.record, settings.hashed_settings(), origin)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"{short_path(folder)} is not empty and not a run. Use another --run_name.")
-    files = hash_data_files(settings)
+    names = settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ()
+    files = checkpoints.hash_data_files(names)
     if run.finished:
         before = run.record.get("data_files", files)
         changed = [Path(name).name for name in files if files[name] != before.get(name, files[name])]
@@ -228,21 +227,6 @@ def start_run(
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
-
-
-def hash_data_files(settings: RunSettings) -> dict[str, str]:
-    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
-    hashes = {}
-    for name in settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            name = json.loads(name).get("id", "") if name.startswith("{") else name
-        path = find_path(name)
-        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
-        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-        for folder, file in files:
-            with file.open("rb") as content:
-                hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    return hashes
 
 
 def prepare_tracker(settings: RunSettings) -> None:
