@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -161,9 +162,20 @@ def short_path(path: Path | str) -> str:
     return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
-def safe_file_name(model: str) -> str:
-    """A model's name as a file name: characters that a file system refuses become hyphens."""
-    return re.sub(r'[/\\:*?"<>|]', "-", model)
+def safe_file_name(model: str, unique: bool = False) -> str:
+    """A model's name as a file name: characters that a file system refuses become hyphens.
+
+    A long name is cut and ends in a hash of the whole; a `unique` one has the hash too, as the plain one is taken.
+    """
+    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", model).encode(errors="replace")
+    if unique or len(name) > 120:
+        return name[:100].decode(errors="ignore") + f"-{fingerprint(model)[:8]}"
+    return name.decode()
+
+
+def file_name_key(name: str) -> str:
+    """The same for names that a file system without case, or with one form of Unicode, takes for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def add_user_paths() -> None:

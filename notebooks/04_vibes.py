@@ -139,12 +139,13 @@ with resumable(vibes_run):
 # ## Side by side
 #
 # The table has the first answers. `answers.html` has all of them, without the models' names. Read and vote there, and
-# export the votes. `05_judge.py --votes` counts them.
+# export the votes. `05_judge.py --votes` counts them. Notes and the metrics in `run.json` count the answers that are
+# empty, cut off or refused. If no answer has any text, `finish` ends with an error.
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
 page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.described)
-vibes_run.finish(page=page_id)
+answers.finish(vibes_run, names, page=page_id)
 
 # %% [markdown]
 # ## Next

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Script = Callable[[list[dict[str, str]]], str]
+Script = Callable[[list[dict[str, str]]], Any]
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`script` makes a reply of the messages. `faults` are taken one a request, None being none, before it answers.
+    """`script` makes a reply of the messages: a text, a dict of what its choice has, or one with the whole "body".
 
-    A fault is a status, or "malformed", "html", "empty", "cut" (the connection breaks within the body), "hang" (longer
-    than a client waits), "short" (finish_reason length, no verdict) or "gone" (no reply at all, from now on).
+    `faults` are taken one a request, None being none, before it answers. A fault is a status, alone or with the message
+    or the body of its error, or "malformed", "html", "empty", "cut" (the connection breaks within the body), "hang"
+    (longer than a client waits), "short" (finish_reason length, no verdict) or "gone" (no reply at all, from now on).
     """
 
     daemon_threads = True
@@ -69,7 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         server, said = self.server, request["messages"][-1]["content"]
         fault = server.refuse(request) or fault
         if isinstance(fault, tuple):
-            return self._send(fault[0], json.dumps({"error": {"message": fault[1]}}).encode())
+            error = fault[1] if isinstance(fault[1], dict) else {"error": {"message": fault[1]}}
+            return self._send(fault[0], json.dumps(error).encode())
         if isinstance(fault, int):
             return self._send(fault, json.dumps({"error": {"message": f"scripted {fault}"}}).encode())
         if fault == "gone":
@@ -78,13 +80,16 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(1)
         text = "I have to think about" if fault == "short" else server.script(request["messages"])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text},
+                  "finish_reason": "length" if fault == "short" else "stop"}  # fmt: skip
+        if isinstance(text, dict):
+            choice |= text
         body = {
             "id": "x", "object": "chat.completion", "created": 0, "model": request["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
-                         "finish_reason": "length" if fault == "short" else "stop"}],
+            "choices": [choice],
             "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
         }  # fmt: skip
-        content = json.dumps(body).encode()
+        content = json.dumps(choice.get("body", body)).encode()
         content = {"malformed": content[:40], "html": b"<html>gateway</html>", "empty": b'{"choices": []}'}.get(
             fault, content
         )

@@ -15,12 +15,23 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Interrupted, Row, UserError, atomic_write, printable, read_jsonl, safe_file_name, short_path
+from helpers.core import (
+    Interrupted,
+    Row,
+    UserError,
+    atomic_write,
+    file_name_key,
+    printable,
+    read_jsonl,
+    safe_file_name,
+    short_path,
+)
 from helpers.data.messages import Message
-from helpers.evaluation.questions import Question, answer_turns, question_turns
+from helpers.evaluation.questions import Answer, Question, answer_turns, file_owner, question_turns
 from helpers.runs.run import Run
 
-ModelAnswers = dict[str, dict[Any, list[str]]]  # model → question_id → its answers, one per turn
+ModelAnswers = dict[str, dict[Any, list[Any]]]  # model → question_id → its answers (Answer or str), one per turn
+MARKS = ("empty", "cut", "with thoughts")  # of answers, as in `count_marks`
 # FastChat's temperatures for MT-Bench (llm_judge/common.py), by category; 0 is greedy, any other category has 0.7.
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
@@ -92,21 +103,25 @@ def resumable(run: Run) -> Iterator[None]:
 class Generator:
     """Generates answers to conversations."""
 
-    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str | None]:
-        """One answer per conversation, in order; None where the server refuses one. `kwargs` as `model.generate`'s."""
+    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str]:
+        """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s."""
         raise NotImplementedError
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
-        """Print one answer, word by word where that is possible, and return it."""
+        """Print one answer, word by word where that is possible, and return it. Raises UserError if it is refused."""
         [answer] = self.generate([conversation], seed, **kwargs)
-        print(printable(answer or ""))
-        return answer or ""
+        if reason := getattr(answer, "refused", ""):
+            raise UserError(reason)
+        print(printable(answer))
+        return answer
 
 
 @dataclasses.dataclass
 class AnswerStore:
     """What each model answered: FOLDER/model_answer/NAME.jsonl, FastChat's layout, next to FOLDER/question.jsonl.
 
+    Of two models whose names are one file name on some system, the second has NAME-HASH.jsonl. `refusals` has why a
+    model has no answer to a question, by their names.
     `batch_size` questions are asked at a time. `by_category` samples at FastChat's temperatures for MT-Bench.
     """
 
@@ -115,20 +130,35 @@ class AnswerStore:
     batch_size: int = 8
     seed: int = 0
     by_category: bool = False
+    refusals: dict[str, dict[Any, str]] = dataclasses.field(default_factory=dict, init=False)
     _files: dict[str, JsonlStore] = dataclasses.field(default_factory=dict, init=False)
 
     def file(self, name: str) -> JsonlStore:
         """The rows of a model, by question_id."""
+
+        def key(row: Row) -> Any:  # older runs wrote rows of two models into one file
+            own = row.get("model_id", name) == name
+            return row["question_id"] if own else (row["model_id"], row["question_id"])
+
         if name not in self._files:
-            file = self.folder / "model_answer" / f"{safe_file_name(name)}.jsonl"
-            self._files[name] = JsonlStore(file, lambda row: row["question_id"])
+            self._files[name] = JsonlStore(self._find_file(name), key)
         return self._files[name]
+
+    def _find_file(self, name: str) -> Path:
+        place, stems = self.folder / "model_answer", {file_name_key(s.file.stem) for s in self._files.values()}
+        for file in sorted(place.glob("*.jsonl")):
+            rows = JsonlStore(file, lambda row: uuid.uuid4()).rows  # all of them, but for a line that was cut short
+            if file_owner([*rows.values()], file.stem) == name:
+                return file
+            stems |= {file_name_key(file.stem)} if rows else set()
+        is_taken = file_name_key(safe_file_name(name)) in stems
+        return place / f"{safe_file_name(name, unique=is_taken)}.jsonl"
 
     def missing(self, name: str) -> list[Question]:
         """The questions that a model has not answered yet, in order."""
         return [q for q in self.questions if q["question_id"] not in self.file(name).rows]
 
-    def answers(self, name: str) -> dict[Any, list[str]]:
+    def answers(self, name: str) -> dict[Any, list[Answer]]:
         """A model's answers to the questions, one per turn, by question_id."""
         rows = self.file(name).rows
         return {i: answer_turns(rows[i]) for q in self.questions if (i := q["question_id"]) in rows}
@@ -136,7 +166,8 @@ class AnswerStore:
     def generate_missing(self, name: str, generator: Generator, **generation_kwargs: Any) -> None:
         """Ask a model what it has not answered yet, batch by batch, each conversation turn by turn.
 
-        Batches are formed from all questions, and each has its own seed: a resumed run gives the same answers.
+        Batches are formed from all questions, and each has its own seed: a resumed run gives the same answers. Raises
+        UserError if every question was refused.
         """
         from tqdm.auto import tqdm
 
@@ -152,21 +183,50 @@ class AnswerStore:
                 kwargs = kwargs | {"do_sample": temperature > 0}
                 kwargs |= {"temperature": temperature, "top_p": 1.0} if temperature else {}
             answers = zip(batch, _play(batch, generator, self.seed + number, kwargs), strict=True)
-            self.file(name).add(
-                *(
-                    {"question_id": question["question_id"], "answer_id": uuid.uuid4().hex[:22], "model_id": name,
-                     "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
-                    for question, turns in answers if turns is not None and question["question_id"] in missing
-                )
-            )  # fmt: skip
+            self._add(name, [(i, turns) for q, turns in answers if (i := q["question_id"]) in missing])
+        if not self.answers(name):
+            reason = next(iter(self.refusals.get(name, {}).values()), "there are none")
+            raise UserError(f"{name} has answered none of {len(self.questions)} questions: {reason}")
+
+    def _add(self, name: str, answers: list[tuple[Any, list[Answer]]]) -> None:
+        """Store answers by question_id; a question with a refused turn has none, and is asked again next time."""
+        refused = {i: turns[-1].refused for i, turns in answers if turns[-1].refused}
+        self.refusals.setdefault(name, {}).update(refused)
+        for i, reason in refused.items():
+            print(printable(f"note: question {i} has no answer: {reason}"))
+        self.file(name).add(*(self._row(name, i, turns) for i, turns in answers if i not in refused))
+
+    def _row(self, name: str, question_id: Any, turns: list[Answer]) -> Row:
+        choice: dict[str, Any] = {"index": 0, "turns": turns}
+        choice |= {"raw": [a.raw for a in turns]} if any(a != a.raw for a in turns) else {}
+        choice |= {"cut": [a.cut for a in turns]} if any(a.cut for a in turns) else {}
+        row = {"question_id": question_id, "answer_id": uuid.uuid4().hex[:22], "model_id": name}
+        return row | {"choices": [choice], "tstamp": time.time()}
+
+    def count(self, name: str) -> dict[str, int]:
+        """How many questions a model answered and how many were refused, and what is to be known of the answers."""
+        answers = self.answers(name)
+        return {"answered": len(answers), "refused": len(self.questions) - len(answers)} | count_marks(answers)
+
+    def finish(self, run: Run, names: list[str], **fields: Any) -> None:
+        """Finish a run, with the counts of each model as its metrics. Raises UserError if no answer has any text."""
+        counts = {name: self.count(name) for name in names}
+        if any(text for name in names for turns in self.answers(name).values() for text in turns):
+            return run.finish(metrics=counts, **fields)
+        cut = sum(own["cut"] for own in counts.values())
+        fix = "Raise --max_new_tokens" if cut else "Check the models, their chat templates and the server"
+        error = f"{len(self.questions)} questions have no answer with any text; {cut} were cut off. {fix}."
+        run.save(status="failed", error=error, metrics=counts, **fields)
+        raise UserError(error)
 
     def side_by_side(self, names: list[str], rows: int) -> SideBySide:
         """`rows` of the questions, evenly spread, with each model's answer; the turns of a conversation are joined."""
         step = max(1, len(self.questions) // max(1, rows))
         shown = self.questions[step // 2 :: step][:rows]
         columns = [{q["question_id"]: q["turns"] for q in shown}, *map(self.answers, names)]
-        cells = [[column.get(q["question_id"], []) for column in columns] for q in shown]
-        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells])
+        cells = [[column.get(q["question_id"], ["(no answer)"]) for column in columns] for q in shown]
+        notes = [note for name in names if (note := describe_counts(name, self.count(name)))]
+        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells], notes)
 
     def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
         """Write answers.html, a page to read and vote on that makes no network request, and return its id.
@@ -182,6 +242,9 @@ class AnswerStore:
         for question in self.questions:
             i = _to_json(question["question_id"])
             columns = [{"model": m, "answers": own} for m in names if (own := answers[m].get(question["question_id"]))]
+            for column in columns:
+                cut = [text.cut for text in column["answers"]]
+                column |= {"cut": cut} if any(cut) else {}
             random.Random(f"{self.seed} {i}").shuffle(columns)
             shown.append(
                 {
@@ -213,21 +276,41 @@ class AnswerStore:
         return batches
 
 
-def _play(batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]) -> list[list[str] | None]:
-    """The answers to each question of a batch, turn by turn; None for a question that the server refused."""
+def _play(batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]) -> list[list[Answer]]:
+    """The answers to each question of a batch, turn by turn, up to one that is refused."""
     talks: list[list[Message]] = [
         [{"role": "system", "content": q["system"]}] if q.get("system") else [] for q in batch
     ]
-    answers: list[list[str] | None] = [[] for _ in batch]
+    answers: list[list[Answer]] = [[] for _ in batch]
     for turn in range(len(batch[0]["turns"])):
-        active = [i for i, turns in enumerate(answers) if turns is not None]
+        active = [i for i, turns in enumerate(answers) if not (turns and turns[-1].refused)]
         for i in active:
             talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
         texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs) if active else []
         for i, text in zip(active, texts, strict=True):
-            talks[i].append({"role": "assistant", "content": text or ""})
-            answers[i] = None if text is None else [*(answers[i] or []), text]
+            answers[i].append(text if isinstance(text, Answer) else Answer(text))
+            talks[i].append({"role": "assistant", "content": str(answers[i][-1])})
     return answers
+
+
+def count_marks(answers: dict[Any, list[Any]]) -> dict[str, int]:
+    """How many of a model's answers, one per turn, are empty, are cut off, and had thoughts."""
+    every = [text for turns in answers.values() for text in turns]
+    has_thoughts = [getattr(text, "raw", text) != text for text in every]
+    cut = [getattr(text, "cut", False) for text in every]
+    return dict(zip(MARKS, (sum(not text for text in every), sum(cut), sum(has_thoughts)), strict=True))
+
+
+def describe_counts(name: str, counts: dict[str, int]) -> str:
+    """What to know of a model's answers, in one line; "" if there is nothing."""
+    texts = {
+        "refused": "questions have no answer: they were refused",
+        "empty": "answers are empty",
+        "cut": "answers are cut off at --max_new_tokens",
+        "with thoughts": "answers had thoughts, which are left out",
+    }
+    found = "; ".join(f"{counts[key]} {text}" for key, text in texts.items() if counts[key])
+    return found and f"note: {name}: {found}"
 
 
 @dataclasses.dataclass
@@ -236,12 +319,16 @@ class SideBySide:
 
     head: list[str]
     rows: list[list[str]]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __rich__(self) -> Any:
-        return make_table(self.head, self.rows, show_lines=True)
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(make_table(self.head, self.rows, show_lines=True), *map(Text, self.notes))
 
     def _repr_html_(self) -> str:
-        return render_template("side_by_side.jinja", head=self.head, rows=self.rows)
+        return render_template("side_by_side.jinja", head=self.head, rows=self.rows, notes=self.notes)
 
 
 def make_table(head: list[str], rows: Iterable[Iterable[Any]], show_lines: bool = False) -> Any:
@@ -268,7 +355,8 @@ def render_template(name: str, escape: bool = True, **values: Any) -> str:
 
 
 def _join(turns: list[str]) -> str:
-    return turns[0] if len(turns) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(turns, 1))
+    marked = [(t or "(empty answer)") + " (cut off)" * getattr(t, "cut", False) for t in turns]
+    return marked[0] if len(marked) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(marked, 1))
 
 
 def _to_json(value: Any) -> str:

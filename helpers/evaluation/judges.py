@@ -12,7 +12,7 @@ from typing import Any
 from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, read_jsonl, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
-from helpers.evaluation.generators import Endpoint, Reply, RequestRefused, run_parallel
+from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (
     AnswerSet,
     Judgments,
@@ -228,6 +228,9 @@ class ModelJudge(Judge):
             for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
                 if row:
                     store.add(row)
+            refused = [row["refused"] for row in store.rows.values() if row.get("refused")]
+            if refused and len(refused) == len(store.rows):
+                raise UserError(f"every call was refused: {refused[-1]} Give --retry_errors to ask again.")
         print(self.describe_cost())
         return Judgments(self.name, self._rows(store), {}, len(self._missing(store)), len(self.matches))
 

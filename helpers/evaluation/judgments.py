@@ -20,12 +20,14 @@ from helpers.core import (
     atomic_write,
     find_path,
     import_user_module,
+    printable,
     read_jsonl,
     safe_file_name,
+    short_path,
     write_json,
 )
-from helpers.evaluation.answers import ModelAnswers, make_table
-from helpers.evaluation.questions import Question, answer_turns, find_input, read_bench
+from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
+from helpers.evaluation.questions import Question, answer_turns, find_input, read_answer_files, read_bench
 from helpers.runs.run import Run, find_run, read_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
@@ -48,13 +50,16 @@ class AnswerSet:
         answered = [f"{len(own)} of {len(rows)}" for own in self.answers.values()]
         lengths = [[len(text) for turns in own.values() for text in turns] for own in self.answers.values()]
         means = [f"{sum(own) / max(1, len(own)):.0f}" for own in lengths]
+        marks = [count_marks(own) for own in self.answers.values()]
+        shown = [mark for mark in MARKS if any(own[mark] for own in marks)]
         same = sum(len(row) > 1 and row[0] is not None and row.count(row[0]) == len(row) for row in rows)
         notes = {
             "are not answered by every model and are not compared there": sum(None in row for row in rows),
             "have identical answers; the vote page of 04 skips them": same,
         }
-        head = ["model", "questions answered", "mean characters per answer"]
-        table = make_table(head, zip(self.answers, answered, means, strict=True))
+        head = ["model", "questions answered", "mean characters per answer", *shown]
+        counts = [[own[mark] for own in marks] for mark in shown]
+        table = make_table(head, zip(self.answers, answered, means, *counts, strict=True))
         return Group(table, *(f"note: {count} questions {note}" for note, count in notes.items() if count))
 
 
@@ -73,11 +78,7 @@ def find_answers(settings: Any) -> AnswerSet:
     elif not (folder := settings.output_dir / settings.answers_dir).is_dir():
         folder = find_input("--answers_dir", settings.answers_dir, "folder").resolve()
     place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
-    found: dict[str, list[Row]] = {}
-    for file in sorted({*place.glob("*.jsonl")} - {place / "question.jsonl"}):
-        rows = read_jsonl(file)
-        name = str(rows[0].get("model_id")) if rows else ""  # a file's name may lack some of its characters
-        found[name if safe_file_name(name) == file.stem else file.stem] = rows
+    found = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
     if not found:
         raise UserError(f"{str(place)!r} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
     questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
@@ -85,11 +86,13 @@ def find_answers(settings: Any) -> AnswerSet:
     in_order = [name for name in record.get("models", []) if name in found]  # a model after the one it started from
     first = [settings.baseline] if settings.baseline else []
     names = list(dict.fromkeys([*first, *(settings.models or [*in_order, *found])]))
+    if lost := [name for name in record.get("models", []) if name not in found]:
+        print(printable(f"note: {short_path(folder)} has no answers of {', '.join(lost)}"))
     if unknown := [name for name in names if name not in found]:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(found)}")
     answers: ModelAnswers = {}
     for name in names:
-        turns = {str(row.get("question_id")): answer_turns(row) for row in found[name]}
+        turns = {i: answer_turns(row) for i, row in found[name].items()}
         answers[name] = {q["question_id"]: own for q in questions if (own := turns.get(str(q["question_id"])))}
     return AnswerSet(questions, answers, folder, record.get("page", ""))
 

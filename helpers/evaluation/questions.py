@@ -1,14 +1,15 @@
-"""Questions to ask models, in FastChat's layout: {"question_id", "category", "turns", "reference"?, ...}."""
+"""Questions in FastChat's layout, {"question_id", "category", "turns", "reference"?, ...}, and rows of answers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, find_path, printable, read_jsonl
+from helpers.core import Row, UserError, file_name_key, find_path, printable, read_jsonl, safe_file_name
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
@@ -27,6 +28,21 @@ USED = (
     "system",
     "system_prompt",
 )  # columns that are read; others are kept as they are
+# How templates mark thoughts: DeepSeek, Qwen and many more; Magistral; Command A; Kimi; OpenThinker; Apertus; Gemma 4;
+# gpt-oss. A marker between backticks is only mentioned.
+_BEGIN = (
+    r"<(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)>|\[THINK\]|<\|START_THINKING\|>|◁think▷|<\|begin_of_thought\|>|"
+    r"<\|inner_prefix\|>|<\|channel>thought|<\|channel\|>(?:analysis|commentary)[^<]*<\|message\|>"
+)
+_END = (
+    r"</(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷|<\|end_of_thought\|>|"
+    r"<\|inner_suffix\|>|<channel\|>|<\|channel\|>final[^<]*<\|message\|>"
+)
+_BEGIN, _END = rf"(?:(?<!`)(?:{_BEGIN})|(?:{_BEGIN})(?!`))", rf"(?:(?<!`)(?:{_END})|(?:{_END})(?!`))"
+THOUGHTS = re.compile(rf"{_BEGIN}.*?{_END}|\A\s*Here is my thought process:.*?Here is my response:", re.S | re.I)
+THOUGHT_END = re.compile(_END, re.I)
+UNENDED_THOUGHT = re.compile(rf"^[ \t]*{_BEGIN}.*\Z", re.S | re.I | re.M)
+OPEN_THOUGHT = re.compile(rf"{_BEGIN}\s*\Z", re.I)  # at the end of a prompt
 
 
 def read_questions(settings: Any) -> list[Question]:
@@ -127,13 +143,61 @@ def read_bench(folder: Path) -> list[Question]:
     return [q | ({"reference": references[i]} if (i := str(q["question_id"])) in references else {}) for q in questions]
 
 
-def answer_turns(row: Row) -> list[str]:
-    """The answers in a row of FastChat's model_answer, one per turn. Raises UserError for any other row."""
-    with contextlib.suppress(LookupError, TypeError):
-        turns = row["choices"][0]["turns"]
-        if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
-            return turns
+class Answer(str):
+    """The text of an answer without its thoughts, which `raw` has; `cut` if it reached the limit of tokens."""
+
+    raw: str
+    cut: bool
+    refused: str  # why there is no answer
+
+    def __new__(cls, raw: str, cut: bool = False, refused: str = "", text: str | None = None) -> Answer:
+        answer = super().__new__(cls, strip_thoughts(raw if text is None else text))
+        answer.raw, answer.cut, answer.refused = raw.strip(), cut, refused
+        return answer
+
+
+def strip_thoughts(text: str) -> str:
+    """A reply without its thoughts: blocks between the markers of any template; all before an end without a beginning,
+    which many templates put into the prompt; all from a beginning at the start of a line that has no end."""
+    text = THOUGHT_END.split(THOUGHTS.sub("", text))[-1]
+    return UNENDED_THOUGHT.sub("", text).strip()
+
+
+def answer_turns(row: Row) -> list[Answer]:
+    """The answers in a row of FastChat's model_answer, one per turn. Raises UserError for any other row.
+
+    Ours may also have the raw texts, if they differ, and which are `cut`.
+    """
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        choice = row["choices"][0]
+        turns = choice["turns"]
+        raw, cut = choice.get("raw", turns), choice.get("cut", [False] * len(turns))
+        if isinstance(turns, list) and all(isinstance(text, str) for text in [*turns, *raw]):
+            return [Answer(r, cut=bool(c), text=t) for t, r, c in zip(turns, raw, cut, strict=True)]
     raise UserError(f"row is not from a model_answer file with a text per turn: {json.dumps(row)[:80]}")
+
+
+def file_owner(rows: list[Row], stem: str) -> str:
+    """The model of a file of answers: the one in its rows that the file is named after, or else the first of several.
+    Where all rows have another name, somebody has renamed the file, and its name is the model's, as in FastChat."""
+    models = list(dict.fromkeys(str(row.get("model_id", stem)) for row in rows))
+    named = {file_name_key(safe_file_name(model, unique)): model for unique in (True, False) for model in models[::-1]}
+    return named.get(file_name_key(stem), models[0] if len(models) > 1 else stem)
+
+
+def read_answer_files(files: list[Path]) -> dict[str, dict[str, Row]]:
+    """The rows of each model by question id. Rows of a second model in a file are that model's, and printed."""
+    found, strays = dict[str, dict[str, Row]](), dict[str, dict[str, Row]]()
+    for file in files:
+        rows = read_jsonl(file)
+        owner = file_owner(rows, file.stem)
+        models = {str(row.get("model_id", owner)) for row in rows}
+        for row in rows:
+            model = str(row.get("model_id", owner)) if len(models) > 1 else owner
+            (found if model == owner else strays).setdefault(model, {})[str(row.get("question_id"))] = row
+        if len(models) > 1:
+            print(printable(f"note: {file.name} has rows of {', '.join(sorted(models))}. Each counts for its model."))
+    return found | {model: rows | found.get(model, {}) for model, rows in strays.items()}
 
 
 def question_turns(question: Question) -> list[str]:

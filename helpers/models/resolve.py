@@ -292,12 +292,11 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
     for ref in refs:
         models.setdefault(ref.key, ref)
     used = [model.name for model in models.values()]
-    if "tie" in used:
-        raise UserError("a model is called 'tie', which is also a verdict. Rename its folder.")
-    return [
-        dataclasses.replace(m, name=f"{m.name} ({used[: i + 1].count(m.name)})") if used.count(m.name) > 1 else m
-        for i, m in enumerate(models.values())
-    ]
+    if reserved := {"tie", "error"} & {*used}:
+        raise UserError(f"a model is called {reserved.pop()!r}, which is also a verdict. Rename its folder.")
+    while len({*used}) < len(used):  # again if another model is called `NAME (1)`
+        used = [f"{n} ({used[: i + 1].count(n)})" if used.count(n) > 1 else n for i, n in enumerate(used)]
+    return [dataclasses.replace(model, name=name) for model, name in zip(models.values(), used, strict=True)]
 
 
 def _find_policy(base: ModelRef, refs: list[ModelRef]) -> str:

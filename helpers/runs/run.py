@@ -182,7 +182,7 @@ def start_run(
     by 03. Raises SettingsError if the run's name belongs to a run with other settings.
     """
     checkpoints.check_writable(settings.output_dir)
-    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])
+    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])[:50]  # of a file name's 255 bytes
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
     run = Run(folder, read_run(folder), restart=settings.resume == "never")

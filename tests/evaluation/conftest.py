@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from helpers.evaluation import generators
+from helpers.evaluation import endpoint
 from tests.evaluation.pages import write_page
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     import openai._base_client
 
-    monkeypatch.setattr(generators, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
 

@@ -36,13 +36,15 @@ SEED = 2  # whose orders these are
 
 def write_page(
     folder: Path, questions: Any = QUESTIONS, answers: Any = ANSWERS, title: str = "Two runs", settings: Any = None,
-    seed: int = SEED,
+    seed: int = SEED, cut: Any = None,
 ) -> Path:  # fmt: skip
     """The vote page of these answers."""
     shutil.rmtree(folder / "model_answer", ignore_errors=True)
     store = AnswerStore(folder, questions, seed=seed)
     for name, own in answers.items():
-        store.file(name).add(*({"question_id": i, "choices": [{"turns": turns}]} for i, turns in own.items()))
+        marks = (cut or {}).get(name, {})
+        rows = [(i, {"turns": turns} | ({"cut": marks[i]} if i in marks else {})) for i, turns in own.items()]
+        store.file(name).add(*({"question_id": i, "choices": [choice]} for i, choice in rows))
     store.write_vote_page([*answers], title, settings or {})
     return folder / "answers.html"
 

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.evaluation.answers import AnswerStore
-from helpers.evaluation.generators import Endpoint, run_parallel
+from helpers.evaluation.endpoint import Endpoint, run_parallel
 from tests.conftest import REPO
 from tests.judge_server import judge_server
 
@@ -121,7 +121,7 @@ def test_results_of_running_jobs_are_kept_when_one_fails() -> None:
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs() -> None:
     code = (
         "import os, signal, threading, time\n"
-        "from helpers.evaluation.generators import run_parallel\n"
+        "from helpers.evaluation.endpoint import run_parallel\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "list(run_parallel(range(4), lambda job: time.sleep(60), 2))\n"

@@ -7,10 +7,14 @@ import json
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ipykernel.kernelbase import Kernel
+from IPython.core.error import StdinNotImplementedError
+from IPython.core.interactiveshell import InteractiveShell
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -306,6 +310,28 @@ def test_a_chat_prints_answers_as_they_come_and_keeps_the_conversation(
         Generators([ModelRef("m", "m")], settings_of("--max_new_tokens", "12")).chat()
     [expected] = generator.generate([[{"role": "user", "content": "What is 2 plus 3?"}]], **GREEDY)
     assert capsys.readouterr().out.split("ends.\n")[1].strip() == expected
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [StdinNotImplementedError("raw_input was called"), RuntimeError("input(): lost sys.stdin")],
+    ids=["a kernel", "no stdin"],
+)
+def test_a_chat_where_nobody_can_type_is_one_line(raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_line(prompt: str) -> str:
+        raise raised
+
+    monkeypatch.setattr("builtins.input", read_line)
+    with pytest.raises(SettingsError, match="--chat needs somebody who types") as caught:
+        Generators([ModelRef("judge", "judge", base_url="http://127.0.0.1:1/v1")], settings_of()).chat()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_in_a_kernel_without_input_ends_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Generators, "load", lambda self: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(InteractiveShell, "_instance", SimpleNamespace(kernel=Kernel()))  # papermill's
+    with pytest.raises(SettingsError, match="--chat needs somebody who types"):
+        Generators([ModelRef("m", "m")], settings_of()).chat()
 
 
 def test_a_chat_with_an_endpoint_prints_its_answers(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError, read_jsonl
-from helpers.evaluation.generators import Reply
+from helpers.evaluation.endpoint import Reply
 from helpers.evaluation.judges import (
     JudgePrompts,
     ModelJudge,

@@ -284,7 +284,7 @@ def test_a_conversation_in_a_terminal(project: Project, sft_run: str) -> None:
 # Runs 05 in a process that kills itself: after so many calls, or half way through a line of the ledger.
 KILLED = """
 import os, runpy, signal, sys
-from helpers.evaluation import generators as endpoint
+from helpers.evaluation import endpoint
 from helpers.evaluation import answers as ledger
 from helpers.runs import run as runs
 calls = 0
