@@ -53,7 +53,8 @@ class Settings(RunSettings):
     models: tuple[str, ...] = ("latest",)  # runs, adapters, models or NAME@URL; latest: the newest finished run of 02
     base_url: str = ""  # OpenAI-compatible endpoint of all models
     trust_remote_code: bool = False  # run code that comes with a model
-    quantization: Literal["none", "4bit", "8bit"] = "none"  # of the models; 4bit: as in QLoRA training
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the models; auto: as in their training
+    chat_template: str = "auto"  # auto: each model's own, and for a base that of its policy; or a name or file as in 02
     chat: bool = False  # chat with the last model instead
 
     prompts: tuple[str, ...] = ()  # prompts to answer; without prompts, file and dataset, 24 built-in ones
@@ -82,8 +83,9 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Models and prompts
 #
-# Each run is preceded by the model that it started from, so you see the answers before and after training. Models are
-# not quantized by default, also after QLoRA. With `--quantization 4bit`, a QLoRA run answers as it was trained.
+# Each run is preceded by the model that it started from, so you see the answers before and after training. A run is
+# loaded as in its training: after QLoRA, the base has 4 bits. A merged model is loaded as it is stored. A base is
+# loaded like the policy that was trained from it, and asked in the policy's chat template. The table shows all of this.
 #
 # `--chat` starts a conversation instead. It is not saved, and ends the notebook here.
 
@@ -112,12 +114,12 @@ if settings.chat and not settings.dry_run:
 # %%
 show(f"{len(questions)} prompts for {', '.join(names)}")
 vibes_run = start_run(settings, base_model=model_refs[0].base, origin=generators.fingerprint(questions))
-vibes_run.set(models=names, prompts=len(questions))
+vibes_run.set(models=names, prompts=len(questions), loading=generators.loading)
 
 # %% [markdown]
 # ## Answers
 #
-# One base model is in memory at a time; adapters on it are enabled and disabled. By default decoding is greedy (the
+# One base model is in memory at a time; adapters on it are switched. By default decoding is greedy (the
 # most likely token each time), so answers differ only if the models do. Prompts of similar length share a batch. A
 # question with several turns is answered turn by turn. `resumable` records in `run.json` whether the work was
 # interrupted.
@@ -143,7 +145,7 @@ with resumable(vibes_run):
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
-page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.sampling)
+page_id = answers.write_vote_page(names, title=vibes_run.name, settings=generators.described)
 answers.finish(vibes_run, names, page=page_id)
 
 # %% [markdown]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from helpers.core import CleanExit, SettingsError, UserError, fingerprint, is_notebook, printable
 from helpers.data.messages import Message
@@ -18,18 +20,21 @@ from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
 from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
 from helpers.models.chat import (
+    CHAT_TEMPLATES,
     eos_token_ids,
     fold_system_message,
+    name_template,
     render,
     set_chat_template,
     special_token_pattern,
     supports_system_role,
 )
-from helpers.models.plan import plan_model, prepare_model
-from helpers.models.resolve import ModelRef, resolve_model
+from helpers.models.plan import plan_as_trained, prepare_model
+from helpers.models.resolve import ModelRef, fetch_file, resolve_model
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 # Arguments of `model.generate` that change what it returns, or need an object.
@@ -74,10 +79,11 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class HFGenerator(Generator):
-    """A model on this machine, with or without an adapter."""
+    """A model on this machine, with or without an adapter. `autocast`: dtype that its training computed in."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    autocast: torch.dtype | None = None
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[Answer]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
@@ -91,7 +97,8 @@ class HFGenerator(Generator):
         inputs = self.tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
-        with torch.inference_mode():
+        autocast = torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(), autocast:
             output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **kwargs)
         new = output[:, inputs["input_ids"].shape[1] :]
         ends = torch.as_tensor(kwargs["eos_token_id"], device=new.device).reshape(-1)
@@ -132,13 +139,65 @@ class Generators:
         self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
-        self.plans = {m.base: plan_model(m.base, "none", settings.quantization) for m in models if not m.base_url}
+        self._local = [model for model in models if not model.base_url]
+        self.plans = {m.name: plan_as_trained(m.base, m.plan, settings.quantization) for m in self._local}
+        self._generator = HFGenerator(None, cast(Any, None))  # the one that holds the model in memory
+        self._loaded: Any = None  # what its base is
+        self._untouched: dict[str, tuple[int, int]] = {}  # the base's `_tensor_versions` as it was loaded
 
     def __rich__(self) -> Any:
+        from rich.table import Table
         from rich.text import Text
 
-        servers = ", ".join(sorted({endpoint.where for endpoint in self.endpoints.values()}))
-        return next(iter(self.plans.values()), Text(f"Answers come from {servers}."))
+        columns = list(dict.fromkeys(name for row in self.loading.values() for name in row if name != "device"))
+        table = Table("model", *columns, box=None, pad_edge=False)
+        for name, row in self.loading.items():
+            table.add_row(*map(Text, (name, *(row.get(column, "-") for column in columns))))
+        return table
+
+    @functools.cached_property
+    def loading(self) -> dict[str, dict[str, str]]:
+        """How each model is loaded and in which chat template it is asked, to be shown and recorded."""
+        rows = {model.name: {"server": e.where, "chat template": "the server's"} for model, e in self.endpoints.items()}
+        for ref in self._local:
+            resolve_model(ref.base, ref.revision)
+            config = json.loads(fetch_file(ref.base, ref.revision, "config.json").read_text())
+            stored = (config.get("quantization_config") or {}).get("quant_method")
+            rows[ref.name] = row = self.plans[ref.name].as_dict()
+            if stored and row["quantization"] == "none":
+                row["quantization"] = f"as stored, {stored}"
+        for name, (_, template) in self.tokenizers.items():
+            rows[name]["chat template"] = template
+        return {ref.name: rows[ref.name] for ref in self.models}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """How the answers are made, for the vote page: the sampling, and in words how each model is loaded."""
+        words = {n: ", ".join(f"{key} {value}" for key, value in row.items()) for n, row in self.loading.items()}
+        return self.sampling | {f"model {name}": text for name, text in words.items()}
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, tuple[PreTrainedTokenizerBase, str]]:
+        """The tokenizer of each model that is loaded here, and where its chat template is from.
+
+        Raises SettingsError for a model without one."""
+        from transformers import AutoTokenizer
+
+        found: dict[str, tuple[PreTrainedTokenizerBase, str]] = {}
+        given = self.settings.chat_template
+        for ref in self._local:
+            options = self.remote_code | ({"revision": ref.revision or "main"} if ref.tokenizer == ref.base else {})
+            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **options)
+            own = name_template(tokenizer)
+            if given == "auto" and not own:
+                fix = f"Choose one with `--chat_template`: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
+                raise SettingsError(f"{ref.name} is without a chat template. {fix}")
+            name, _ = set_chat_template(tokenizer, given)
+            if given == "auto":
+                is_policy_s = ref.policy and ref.tokenizer == ref.policy
+                name = f"{own.replace('its own', 'that')} of {Path(ref.policy).name}" if is_policy_s else own
+            found[ref.name] = tokenizer, name
+        return found
 
     def fingerprint(self, questions: list[Question]) -> str:
         """Identifies the questions and the models' weights."""
@@ -147,39 +206,53 @@ class Generators:
     def load(self, answers: AnswerStore | None = None) -> Iterator[tuple[str, Generator]]:
         """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.
 
-        One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used
-        until the next is asked for.
+        One base is in memory at a time. Adapters on the same base are switched on and off; where one cannot be taken
+        off without a trace, the base is loaded again. A generator can be used until the next is asked for.
         """
-        from peft import PeftModel
-        from transformers import AutoTokenizer
+        try:
+            for ref in self.models:
+                if answers is not None and not answers.missing(ref.name):
+                    continue
+                yield ref.name, self.endpoints[ref] if ref in self.endpoints else self._switch_to(ref)
+        finally:
+            self._release()
 
-        base: Any = None
-        loaded: tuple[str, str] | None = None
-        for ref in self.models:
-            if answers is not None and not answers.missing(ref.name):
-                continue
-            if ref in self.endpoints:
-                yield ref.name, self.endpoints[ref]
-                continue
-            if loaded != (ref.base, ref.revision):
-                base = None
-                gc.collect()  # free the base before loading the next
-                base = self._load_base(ref)
-            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **self.remote_code)
-            set_chat_template(tokenizer, "auto")
-            prepare_model(base, tokenizer, ref.adapter)
-            if ref.adapter:
-                base = PeftModel.from_pretrained(base, ref.adapter)
-            generator = HFGenerator(base.eval(), tokenizer)
-            yield ref.name, generator
-            generator.model = None  # the caller may still hold the generator
-            base = base.unload() if ref.adapter else base
-            loaded = None if ref.mutates_base else (ref.base, ref.revision)
+    def _switch_to(self, ref: ModelRef) -> HFGenerator:
+        """The generator of `ref`, on the base in memory where that is the right one and as it was loaded."""
+        import torch
+        from peft import PeftModel
+
+        plan, (tokenizer, _) = self.plans[ref.name], self.tokenizers[ref.name]
+        wanted = ref.base, ref.revision, plan.as_dict()
+        base = self._take_off_adapter() if self._loaded == wanted else None
+        if base is None:
+            self._release()
+            base = self._load_base(ref)
+            self._loaded, self._untouched = wanted, _tensor_versions(base)
+        prepare_model(base, tokenizer, ref.adapter)
+        model: Any = PeftModel.from_pretrained(base, ref.adapter) if ref.adapter else base
+        if ref.mutates_base:
+            self._loaded = None
+        compute = plan.as_dict()["computed in"] if ref.plan and (ref.adapter or ref.policy) else "float32"
+        autocast = None if compute == "float32" else getattr(torch, compute)
+        self._generator = HFGenerator(model.eval(), tokenizer, autocast)
+        return self._generator
+
+    def _take_off_adapter(self) -> Any:
+        """The base in memory without the adapter on it; None if it is not exactly as it was loaded."""
+        model, self._generator.model = self._generator.model, None  # the caller may still hold the generator
+        base = model.unload() if hasattr(getattr(model, "base_model", None), "unload") else model
+        return base if _tensor_versions(base) == self._untouched else None
+
+    def _release(self) -> None:
+        """Free the model in memory, also where the caller still holds its generator."""
+        self._generator.model = self._loaded = None
+        gc.collect()
 
     def _load_base(self, ref: ModelRef) -> Any:
         from transformers import AutoModelForCausalLM
 
-        plan = self.plans[ref.base]
+        plan = self.plans[ref.name]
         options = {name: getattr(plan, name) for name in ("dtype", "attn_implementation", "device_map")}
         options |= {"revision": ref.revision or "main", "quantization_config": plan.quantization} | self.remote_code
         return AutoModelForCausalLM.from_pretrained(resolve_model(ref.base, ref.revision), **options)
@@ -208,6 +281,12 @@ class Generators:
                     talk.pop()
                     print(printable(f"\n({error or 'stopped'}; the question is removed)"))
         raise CleanExit("The conversation is not saved.")
+
+
+def _tensor_versions(model: Any) -> dict[str, tuple[int, int]]:
+    """Where each parameter is, and how often it was written to: the same for a model that nothing has changed."""
+    weights = model.named_parameters(remove_duplicate=False)  # a layer may be used twice
+    return {name: (weight.data_ptr(), weight._version) for name, weight in weights}
 
 
 def _read_line() -> str:

@@ -89,6 +89,8 @@ def write_card(
 ) -> str:  # fmt: skip
     """Return the card of a run's folder, or of an adapter from elsewhere. Raises UserError if the Hub rejects it."""
     runs = lineage(folder)
+    if runs and (gone := runs[-1]["parent_gone"]):
+        print(f"note: {gone}, which {Path(runs[-1]['folder']).name} started from, is gone. The card does not show it.")
     is_adapter = (folder / "adapter_config.json").is_file()
     kind = "adapter" if is_adapter else "merged" if read_run(folder).get("step") == "merge" else "full"
     dpo: dict[str, Any] = next((run for run in runs if run["step"] == "dpo"), {})
@@ -112,7 +114,8 @@ def base_on_hub(folder: Path, runs: list[dict[str, Any]]) -> str:
     base = str(runs[-1]["base_model"]) if runs else ""
     if not base and file.is_file():
         base = str(json.loads(file.read_text())["base_model_name_or_path"] or "")
-    return "" if not base or find_path(base) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
+    is_local = bool(runs and runs[-1].get("base_folder")) or find_path(base)
+    return "" if not base or is_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
 
 
 def _metadata(
@@ -161,8 +164,8 @@ def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
     names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
     judged = list_runs(Path(runs[0]["folder"]).parent, "judge") if runs else []
-    metrics = [run.record["metrics"] for run in judged if run.finished]
-    pairs = [{**pair, "judge": each["judge"]} for each in metrics for pair in each.get("pairs", [])]
+    metrics = [run.record["metrics"] | {"loading": run.loading} for run in judged if run.finished]
+    pairs = [pair | {n: each[n] for n in ("judge", "loading")} for each in metrics for pair in each.get("pairs", [])]
     comparison = next((pair for pair in pairs if pair["candidate"] in names), None)
     texts = {n: hide_paths(str(comparison[n])) for n in ("judge", "baseline", "candidate")} if comparison else {}
     return comparison and comparison | texts | {"notes": [hide_paths(note) for note in comparison.get("notes", [])]}

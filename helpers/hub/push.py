@@ -27,7 +27,7 @@ from tenacity import RetryCallState, Retrying, stop_after_attempt
 from helpers.core import REPO, SettingsError, UserError, find_path, is_main_process, printable
 from helpers.hub.model_card import base_on_hub, complete_license, license_metadata, license_options, write_card
 from helpers.models.hub_client import describe_error, hf_token
-from helpers.runs.run import Run, find_parent, lineage, list_runs, read_run
+from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
 from helpers.settings.secrets import find_secrets
 
 T = TypeVar("T")
@@ -150,8 +150,7 @@ def push_model(folder: Path, settings: Any) -> None:
 def preview_push(settings: Any, folder: Path) -> None:
     """Print the files and the card that a push of the run in `folder` would send."""
     folders = [folder] if settings.push != "merged" else []
-    merges = [run for run in list_runs(settings.output_dir, "merge")
-              if run.finished and Path(run.record["parent_folder"]) == folder]  # fmt: skip
+    merges = [run for run in list_merges(folder, settings.output_dir) if run.finished]
     if settings.push != "adapter":
         folders += [run.folder for run in merges[:1]]
     if settings.push != "adapter" and not merges:
@@ -194,7 +193,8 @@ def prepare_push(
     Raises UserError if there are no weights, the base is a local folder, or a file contains a secret or a local path.
     """
     adapter, files = folder / "adapter_config.json", files_to_push(folder)
-    if adapter.is_file() and find_path(str(json.loads(adapter.read_text())["base_model_name_or_path"])):
+    local = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else ""
+    if Path(local).is_absolute() or find_path(local):
         base = f"The base model of {folder.name} is a local folder, which others do not have."
         raise UserError(f"{base} Push the merged model (`--push merged`).")
     if not any(file.suffix == ".safetensors" for file in files):

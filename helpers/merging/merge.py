@@ -24,7 +24,7 @@ from helpers.models.hub_client import describe_error
 from helpers.models.plan import CARRIED_FILES, carry_files, prepare_model, quantization_config, save_tokenizer
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files
-from helpers.runs.run import Run, find_run
+from helpers.runs.run import Run, find_parent, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
 
@@ -70,7 +70,7 @@ class Adapter:
     def base_model(self) -> str:
         """The model at the root of the lineage. Raises UserError if there is no adapter, or no base of it."""
         base = self.ref.base
-        return str(self.run.record.get("base_model", base))
+        return self.run.base_model if "base_model" in self.run.record else base
 
     @functools.cached_property
     def base_folder(self) -> Path:
@@ -85,6 +85,8 @@ class Adapter:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
         folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        if not tokenizer.chat_template:
+            print("note: the tokenizer is without a chat template. Mistral's is used, and saved with the merge.")
         set_chat_template(tokenizer, "auto")
         return tokenizer
 
@@ -168,9 +170,9 @@ class MergedModel:
             shutil.rmtree(self.folder)
             raise UserError(f"{problem}. The merge was deleted.")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
-        curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
-        if curves.is_file():
-            shutil.copyfile(curves, self.folder / "curves.png")
+        parent = find_parent(final, self.run.record)
+        if parent and (parent / "curves.png").is_file():  # of the training, for the model card
+            shutil.copyfile(parent / "curves.png", self.folder / "curves.png")
         self.run.finish(
             metrics=verification.metrics,
             merge_base=self.merge_base,

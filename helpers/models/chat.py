@@ -65,6 +65,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
     return chat_template, new
 
 
+def name_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the tokenizer's template among CHAT_TEMPLATES, "its own", or "" without one."""
+    own = "its own" if tokenizer.chat_template else ""
+    return next((name for name in CHAT_TEMPLATES if tokenizer.chat_template == read_template(name)), own)
+
+
 Messages = list[dict[str, Any]]
 Tools = list[Any] | None  # what an assistant may call, as in transformers
 

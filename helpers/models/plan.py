@@ -119,6 +119,27 @@ def plan_model(
     return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
 
 
+def plan_as_trained(model_id: str, recorded: Mapping[str, str], quantization: str = "auto") -> LoadPlan:
+    """Plan how `model_id` answers: as in its training, by the plan that its run `recorded` (`LoadPlan.as_dict`).
+
+    What is not recorded, and what this machine lacks, is planned for this machine. `quantization` other than "auto"
+    replaces the recorded one; without either, weights are loaded as they are.
+    """
+    import torch
+
+    plan = plan_model(model_id, "none", "none")
+    known = plan.as_dict() | dict(recorded) | ({} if quantization == "auto" else {"quantization": quantization})
+    weights, compute = getattr(torch, known["weights"]), getattr(torch, known["computed in"])
+    if plan.fp16 and torch.bfloat16 in (weights, compute):
+        weights = compute = plan.dtype
+    is_here = known["device"] == plan.device and known["attention"] != "flash_attention_2"  # may not be installed
+    if is_here or known["attention"] in ("eager", "sdpa"):
+        plan = dataclasses.replace(plan, attn_implementation=known["attention"])
+    config, halves = quantization_config(known["quantization"][:1], compute), (torch.bfloat16, torch.float16)
+    bf16, fp16 = (compute is half for half in halves)
+    return dataclasses.replace(plan, dtype=weights, quantization=config, bf16=bf16, fp16=fp16)
+
+
 def _has_sdpa(model_id: str) -> bool:
     """Whether transformers' class of a model has scaled dot-product attention; True if its class is not known."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig

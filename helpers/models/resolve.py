@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.core import SettingsError, UserError, find_path, fingerprint
 from helpers.models.chat import set_chat_template
 from helpers.models.hub_client import check_hub, describe_error, hf_token
-from helpers.runs.run import Run, find_parent, find_run, read_run
+from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ def resolve_start(settings: RunSettings) -> Start:
     if not values.get("sft_run"):
         return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
-    settings.override("parent", model_id=parent.base_model)
+    settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
         return Start(str(parent.folder), revision, parent.base_model, parent)
     config = adopt_adapter_settings(parent.folder, settings)
     revision = config.get("revision") or None
-    return Start(config["base_model_name_or_path"], revision, parent.base_model, parent, parent.folder)
+    return Start(base_of_adapter(parent.folder, config), revision, parent.base_model, parent, parent.folder)
 
 
 def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
@@ -210,22 +210,55 @@ class ModelRef:
     # loading the adapter changes the base's weights: it must be loaded again afterwards
     mutates_base: bool = dataclasses.field(default=False, compare=False)
     base_url: str = ""
+    policy: str = dataclasses.field(default="", compare=False)  # trained from it: its plan and tokenizer are used
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the weights of a run (wherever its folder is) or a folder; a Hub id or endpoint model by name."""
+        """Identifies the weights of a run or a folder, wherever it is; a Hub id or endpoint model by name."""
         parts: list[object] = [self.revision]  # without the address, which may change
         for name in (self.base, self.adapter or ""):
             folder = None if self.base_url else find_path(name)
             files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if folder else []
             known = folder and read_run(folder).get("fingerprint")
-            parts.append(known or [name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+            parts.append(known or [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files] or name)
         return fingerprint(parts)
 
     @property
     def tokenizer(self) -> str:
-        """The folder or Hub id of its tokenizer: the adapter's, or else the base's."""
-        return self.adapter if self.adapter and Path(self.adapter, "tokenizer_config.json").is_file() else self.base
+        """The folder or Hub id of its tokenizer: the policy's or adapter's, or else the base's."""
+        names = [name for name in (self.policy, self.adapter) if name]
+        return next((name for name in names if _has_file(name, "tokenizer_config.json")), self.base)
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """How its run, or that of its policy, loaded it (LoadPlan.as_dict); a merge, in the dtype of its files. {} if
+        that is not known."""
+        folder = find_path(self.policy or self.adapter or self.base)
+        record = read_run(folder) if folder and not self.base_url else {}
+        plan: dict[str, str] = record.get("plan") or {}
+        if folder and record.get("step") == "merge" and not self.policy and (file := folder / "config.json").is_file():
+            config = json.loads(file.read_text())
+            dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            return {"weights": dtype, "computed in": dtype}
+        is_full = folder and not (folder / "adapter_config.json").is_file()
+        return plan | {"weights": plan["computed in"]} if plan and is_full else plan  # autocast rounded its float32
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this model from others: where it is, how it is loaded, and its chat template."""
+        file = Path(self.tokenizer, "chat_template.jinja")
+        template = file.read_text(encoding="utf-8") if file.is_file() else ""
+        adapter = self.adapter and _place(self.adapter)
+        return _place(self.base), adapter, self.revision, self.base_url, *sorted(self.plan.items()), template
+
+
+def base_of_adapter(folder: Path, config: Mapping[str, Any]) -> str:
+    """The base that an adapter was trained on: a Hub id, or a folder, where outputs/ may have moved with the run."""
+    record, name = read_run(folder), str(config["base_model_name_or_path"])
+    parent = find_parent(folder, record)
+    if parent and record.get("step") == "dpo" and (parent / "config.json").is_file():  # 01_sft.py trained all of it
+        return str(parent)
+    return str((find_recorded(name, folder, record) if Path(name).is_absolute() else None) or name)
 
 
 def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
@@ -239,7 +272,7 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
     try:
-        base = resolve_model(base_model_id or str(config.base_model_name_or_path), revision)
+        base = resolve_model(base_model_id or base_of_adapter(Path(adapter), vars(config)), revision)
     except UserError as error:
         fix = "Restore it, or repeat that run." if base_model_id is None else "Use `--base_model_id` for another base."
         raise UserError(f"the base of the adapter in {name!r} is missing: {error}. {fix}") from None
@@ -251,15 +284,36 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
 def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
     """Resolve runs, adapters, models and "latest", each after the model it was trained from, each model once.
 
-    NAME@http://... is the model NAME behind that endpoint; with `base_url`, so is every name. Equal names are numbered.
+    A base is loaded and asked like the first of its policies here. NAME@http://... is the model NAME behind that
+    endpoint; with `base_url`, so is every name. Equal names are numbered.
     """
-    models = list(dict.fromkeys(ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)))
-    used = [model.name for model in models]
+    refs = [ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)]
+    refs = [dataclasses.replace(ref, policy=ref.policy or _find_policy(ref, refs)) for ref in refs]
+    models: dict[tuple[object, ...], ModelRef] = {}
+    for ref in refs:
+        models.setdefault(ref.key, ref)
+    used = [model.name for model in models.values()]
     if reserved := {"tie", "error"} & {*used}:
         raise UserError(f"a model is called {reserved.pop()!r}, which is also a verdict. Rename its folder.")
     while len({*used}) < len(used):  # again if another model is called `NAME (1)`
         used = [f"{n} ({used[: i + 1].count(n)})" if used.count(n) > 1 else n for i, n in enumerate(used)]
-    return [dataclasses.replace(model, name=name) for model, name in zip(models, used, strict=True)]
+    return [dataclasses.replace(model, name=name) for model, name in zip(models.values(), used, strict=True)]
+
+
+def _find_policy(base: ModelRef, refs: list[ModelRef]) -> str:
+    """The folder of the first of `refs` that was trained from `base`; "" if there is none."""
+    for ref in refs if not base.adapter and not base.base_url else []:
+        folder = None if ref.adapter or ref.base_url else find_path(ref.policy or ref.base)
+        record = read_run(folder) if folder else {}
+        root = ref.base if ref.policy else Run(Path(folder or "."), record).base_model if "base_model" in record else ""
+        if root and _place(root) == _place(base.base):
+            return str(folder)
+    return ""
+
+
+def _place(name: str) -> str:
+    """One spelling of a folder's path, or of a Hub id."""
+    return os.path.realpath(find_path(name) or name)
 
 
 def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[ModelRef]:
@@ -269,21 +323,26 @@ def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[Mode
         return [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
     folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
     folder = folder or find_path(str(output_dir / name))
-    parent = find_parent(folder, read_run(folder)) if folder else None
+    record = read_run(folder) if folder else {}
+    parent = find_parent(folder, record) if folder else None
+    if folder and (gone := missing_parent(folder, record)):
+        print(f"note: {gone}, which {folder.name} started from, is gone. Restore it to compare with it.")
     name = str(folder or name)
-    if _is_adapter(name):
+    if _has_file(name, "adapter_config.json"):
         adapter = resolve_adapter(name)
-        start = dataclasses.replace(adapter, name=Path(adapter.base).name, adapter=None, mutates_base=False)
         if parent and (parent / "adapter_config.json").is_file():
-            start = dataclasses.replace(start, name=parent.name, adapter=str(parent))
+            start = dataclasses.replace(adapter, name=parent.name, adapter=str(parent))
+        else:
+            base = adapter.base
+            start = ModelRef(Path(base).name, base, revision=adapter.revision, policy=adapter.adapter or "")
         return [start, adapter]
     start_of_full = [ModelRef(parent.name, str(parent))] if parent and (parent / "config.json").is_file() else []
     return [*start_of_full, ModelRef(Path(name).name, name)]
 
 
-def _is_adapter(name: str) -> bool:
-    """Whether a folder or Hub id is an adapter's. False if that is unknown: loading the model will report why."""
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder or Hub id has a file. False if that is unknown: loading the model will report why."""
     try:
-        return fetch_file(name, None, "adapter_config.json").is_file()
+        return fetch_file(name, None, file).is_file()
     except UserError:  # no such file or repository, no network
         return False

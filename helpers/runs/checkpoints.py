@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, is_disk_full, short_path, write_json
+from helpers.core import SettingsError, UserError, find_path, is_disk_full, short_path, write_json
 
 MANIFEST = "checkpoint_manifest.json"
 # What a resume reads, and the names of its files; DeepSpeed has the optimizer's and the scheduler's in global_stepN/.
@@ -187,6 +189,21 @@ def check_same_settings(
             f"{short_path(folder)} has other settings ({', '.join(differences)}). "
             "Use another --run_name, or `--resume never` to replace it."
         )
+
+
+def hash_data_files(names: Iterable[str]) -> dict[str, str]:
+    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
+    hashes = {}
+    for name in names:
+        with contextlib.suppress(json.JSONDecodeError):
+            name = json.loads(name).get("id", "") if name.startswith("{") else name
+        path = find_path(name)
+        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
+        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        for folder, file in files:
+            with file.open("rb") as content:
+                hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def explain_failure(error: BaseException, folder: Path) -> UserError | None:

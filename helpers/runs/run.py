@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import glob
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -71,8 +69,15 @@ class Run:
 
     @property
     def base_model(self) -> str:
-        """The model at the root of the lineage: a Hub id or a folder."""
-        return str(self.record["base_model"])
+        """The model at the root of the lineage: a Hub id, or a folder as it was named or where it has moved to."""
+        name, place = str(self.record["base_model"]), self.record.get("base_folder")
+        return str((None if find_path(name) else find_recorded(place, self.folder, self.record)) or name)
+
+    @property
+    def loading(self) -> dict[str, dict[str, str]]:
+        """How each model was loaded that 04_vibes.py asked; for a run of 05_judge.py, those of its answers."""
+        answers = Path(str(self.record.get("answers_dir") or "-")).name
+        return self.record.get("loading") or read_run(self.folder.parent / answers).get("loading") or {}
 
     @property
     def is_adapter(self) -> bool:
@@ -239,7 +244,8 @@ def _enter(
         checkpoints.check_same_settings(folder, run.record, hashed, origin, name)
     elif folder.is_dir() and any(folder.iterdir()):
         checkpoints.check_can_resume(folder, settings.resume == "always")
-    files = hash_data_files(settings)
+    names = settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ()
+    files = checkpoints.hash_data_files(names)
     if run.finished:
         before = run.record.get("data_files", files)
         changed = [Path(name).name for name in files if files[name] != before.get(name, files[name])]
@@ -259,7 +265,8 @@ def _enter(
         sources=settings.sources,
         base_model=base_model,
         parent=parent.name if parent else None,
-        parent_folder=str(parent.folder) if parent else None,
+        parent_folder=_relative_to(settings.output_dir, parent.folder if parent else None),
+        base_folder=_relative_to(settings.output_dir, find_path(base_model)),
         origin=origin,
         processes=processes,
         rows_per_step=rows,
@@ -270,21 +277,6 @@ def _enter(
     )
     print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
     return run
-
-
-def hash_data_files(settings: RunSettings) -> dict[str, str]:
-    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
-    hashes = {}
-    for name in settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            name = json.loads(name).get("id", "") if name.startswith("{") else name
-        path = find_path(name)
-        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
-        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-        for folder, file in files:
-            with file.open("rb") as content:
-                hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    return hashes
 
 
 def prepare_tracker(settings: RunSettings) -> None:
@@ -366,26 +358,54 @@ def read_run(folder: Path) -> dict[str, Any]:
 def lineage(folder: Path) -> list[dict[str, Any]]:
     """The records of a run and its ancestors, newest first, each with its "folder"; [] if `folder` is not a run."""
     records: list[dict[str, Any]] = []
+    seen: set[Path] = set()
     parent: Path | None = folder
-    while parent and (record := read_run(parent)) and record not in records:
-        records.append(record | {"folder": str(parent)})
+    while parent and parent.resolve() not in seen and (record := read_run(parent)):
+        seen.add(parent.resolve())
+        records.append(record | {"folder": str(parent), "parent_gone": missing_parent(parent, record)})
         parent = find_parent(parent, record)
     return records
 
 
 def find_parent(folder: Path, record: dict[str, Any]) -> Path | None:
-    """The folder of the run that this one started from: in the same outputs/, so that copies stay together, else where
-    it was when this run started. None without a parent."""
-    sibling = folder.resolve().parent / str(record["parent"]) if record.get("parent") else None
-    if sibling and read_run(sibling):
-        return sibling
-    return Path(record["parent_folder"]) if record.get("parent_folder") else None
+    """The folder of the run that this one started from, also after outputs/ was moved, renamed or copied, or after the
+    parent was renamed. None without a parent, or if it is gone."""
+    here, name, origin = folder.resolve(), record.get("parent"), record.get("origin")
+    recorded = find_recorded(record.get("parent_folder"), folder, record)
+    sibling = here.parent / str(name) if name else here
+    if sibling.resolve() != here and read_run(sibling) and not (recorded and record.get("settings")):
+        return sibling  # an older record does not know where outputs/ was
+    if recorded or not (name and origin):
+        return recorded
+    runs = [run for step in NEXT for run in list_runs(here.parent, step) if run.folder.resolve() != here]
+    return next((run.folder for run in runs if run.record.get("fingerprint") == origin), None)
 
 
-def list_merges(folder: Path) -> list[Run]:
-    """The merges of the run in `folder`, newest first."""
+def missing_parent(folder: Path, record: dict[str, Any]) -> str:
+    """The name of the run that this one started from, if it is gone; otherwise ""."""
+    return str(record["parent"]) if record.get("parent") and not find_parent(folder, record) else ""
+
+
+def find_recorded(name: str | None, folder: Path, record: dict[str, Any]) -> Path | None:
+    """Where a folder is now that the run in `folder` recorded as `name`, absolute or relative to outputs/. What was in
+    outputs/ is looked for beside the run first: it has been moved or copied too. None if it is gone."""
+    here = folder.resolve().parent
+    there = Path(os.path.realpath((record.get("settings") or {}).get("output_dir") or here))
+    before = Path(os.path.normpath(there / (name or ".")))
+    places = [Path(os.path.normpath(here / os.path.relpath(before, there))), before]
+    if not before.is_relative_to(there):
+        places.reverse()
+    return next((p for p in places if name and p.is_dir() and p.resolve() != folder.resolve()), None)
+
+
+def _relative_to(output_dir: Path, path: Path | None) -> str | None:
+    return os.path.relpath(path.resolve(), output_dir.resolve()) if path else None
+
+
+def list_merges(folder: Path, output_dir: Path | None = None) -> list[Run]:
+    """The merges of the run in `folder`, newest first; those in `output_dir`, by default beside the run."""
     here = folder.resolve()
-    parents = [(run, find_parent(run.folder, run.record)) for run in list_runs(here.parent, "merge")]
+    parents = [(run, find_parent(run.folder, run.record)) for run in list_runs(output_dir or here.parent, "merge")]
     return [run for run, parent in parents if parent and parent.resolve() == here]
 
 

@@ -1,0 +1,53 @@
+"""Runs whose folder was moved: each notebook finds what a run came from, and compares what was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from helpers.core import read_jsonl
+from tests.conftest import Project
+
+
+def test_every_notebook_goes_on_where_the_outputs_were_moved_to(
+    project: Project, dpo_run: str, sft_run: str, tmp_path: Path
+) -> None:
+    old, moved = project.root / "outputs", tmp_path / "moved"
+    for name in ("demo", sft_run, dpo_run):
+        shutil.copytree(old / name, moved / name)
+    for file in [*moved.glob("*/run.json"), *moved.glob("*/adapter_config.json")]:  # as if outputs/ was no more
+        file.write_text(file.read_text().replace(str(project.root), "/gone").replace('"outputs/', '"gone/'))
+    demo = ["--recipe", "recipes/demo.yaml", "--output_dir", str(moved)]
+    said = project.run("02_dpo.py", *demo, "--sft_run", sft_run, "--dry_run").stderr
+    assert f"would start from {moved / sft_run}" in said
+    said = project.run("03_merge_push.py", *demo, "--run_name", "merged").stdout
+    assert "Merge verified" in said
+    assert f"Report: {moved / dpo_run / 'report.html'}" in said
+    again = project.run("03_merge_push.py", *demo, "--run_name", "merged").stderr
+    assert "is already finished" in again
+    flags = ["--push_to_hub", "--dry_run", "--hub_repo_id", "me/x"]
+    assert "not merged yet" not in (said := project.run("03_merge_push.py", *demo, *flags, HF_TOKEN="hf_x").stdout)
+    assert "Would push merged to me/x" in said
+    asked = [*demo, "--rows", "20", "--models", dpo_run, "merged", "--run_name", "asked"]
+    said = project.run("04_vibes.py", *asked).stdout
+    assert f"20 prompts for {sft_run}, {dpo_run}, merged" in said
+    loading = json.loads((moved / "asked" / "run.json").read_text())["loading"]
+    assert [row["quantization"] for row in loading.values()] == ["4-bit NF4, double"] * 2 + ["none"]
+    assert [row["chat template"] for row in loading.values()] == [f"mistral of {dpo_run}", "mistral", "mistral"]
+    turns = [[row["choices"] for row in sorted(read_jsonl(moved / "asked" / "model_answer" / f"{name}.jsonl"),
+             key=lambda row: row["question_id"])] for name in loading]  # fmt: skip
+    assert turns[1] == turns[2]  # the merge of the dequantized weights is the policy
+    assert turns[0] != turns[1]
+    assert "4-bit NF4, double" in (moved / "asked" / "answers.html").read_text()
+    said = project.run("05_judge.py", *demo, "--answers_dir", "asked", "--run_name", "judged").stdout
+    assert said.rstrip().endswith(f"Report: {moved / dpo_run / 'report.html'}")
+    page = (moved / dpo_run / "report.html").read_text()
+    assert f"<td>{dpo_run}</td><td>weights float32, computed in float32, quantization 4-bit NF4" in page.replace(
+        "\n", ""
+    )
+    card = project.run("03_merge_push.py", *demo, *flags, HF_TOKEN="hf_x").stdout
+    assert f"- {dpo_run} answered with weights float32, computed in float32, quantization 4-bit NF4, double" in card
+    assert str(tmp_path) not in card.split("Would push")[1]
+    renamed = moved.rename(tmp_path / "renamed")
+    assert "is already finished" in project.run("04_vibes.py", *asked, "--output_dir", str(renamed)).stdout
