@@ -123,9 +123,9 @@ merged = merge_adapter(
 # `merged.finalize` keeps the merge, or deletes it if its KL is above `max_kl`.
 
 # %%
-verification = verify_merge(merged, adapter_ref)
+verification = verify_merge(merged, adapter_ref, max_kl=settings.max_kl)
 show(verification)
-merged.finalize(verification, max_kl=settings.max_kl)
+merged.finalize(verification)
 
 # %% [markdown]
 # ## Publish

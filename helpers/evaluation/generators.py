@@ -19,7 +19,7 @@ from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.questions import Question
 from helpers.models.chat import eos_token_ids, fold_system_message, render, set_chat_template, supports_system_role
-from helpers.models.plan import plan_model, prepare_model
+from helpers.models.plan import load_adapter, plan_model, prepare_model
 from helpers.models.resolve import ModelRef, resolve_model
 from helpers.settings.fields import RunSettings
 
@@ -137,7 +137,6 @@ class Generators:
         One base is in memory at a time; adapters on the same base are switched on and off. A generator can be used
         until the next is asked for.
         """
-        from peft import PeftModel
         from transformers import AutoTokenizer
 
         base: Any = None
@@ -156,7 +155,7 @@ class Generators:
             set_chat_template(tokenizer, "auto")
             prepare_model(base, tokenizer)
             if ref.adapter:
-                base = PeftModel.from_pretrained(base, ref.adapter)
+                base = load_adapter(base, ref.adapter)
             generator = HFGenerator(base.eval(), tokenizer)
             yield ref.name, generator
             generator.model = None  # the caller may still hold the generator

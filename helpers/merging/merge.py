@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from helpers.core import SettingsError, UserError, describe_error, find_path, short_path
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.chat import eos_token_ids, set_chat_template
-from helpers.models.plan import disable_cpu_4bit_repacking, quantization_config, resize_embeddings
+from helpers.models.plan import disable_cpu_4bit_repacking, load_adapter, quantization_config, resize_embeddings
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files
-from helpers.runs.run import Run, find_run
+from helpers.runs.run import Run, find_run, read_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "LICENSE*"]
 
@@ -94,7 +93,7 @@ class Adapter:
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, trust_remote_code=code, **options)
         disable_cpu_4bit_repacking(base)
         resize_embeddings(base, self.tokenizer)  # rows for tokens that the chat template added
-        return PeftModel.from_pretrained(base, self.folder).eval()
+        return load_adapter(base, self.folder).eval()
 
 
 def find_adapter(settings: Any) -> Adapter:
@@ -107,7 +106,8 @@ def find_adapter(settings: Any) -> Adapter:
         raise SettingsError(text) from None
     if settings.adapter:
         source = local_folder(settings.adapter)
-        run = adapter_as_run(source)
+        run = Run(source.resolve(), read_run(source))  # of 01 or 02: it knows how its base was quantized
+        run = run if run.finished else adapter_as_run(source)
     else:
         run = find_run(settings.output_dir, settings.run, "dpo")
         source = run.folder
@@ -143,14 +143,14 @@ class MergedModel:
     merge_base: str  # "original" or "dequantized" weights, with the adapter added
     precision: LoadPrecision  # of training
 
-    def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
+    def finalize(self, verification: Any) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
         until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
         if self.run.finished:
             return
-        if problem := verification.problem(max_kl):
+        if problem := verification.problem:
             shutil.rmtree(self.folder)
-            raise UserError(f"{problem}. The merge was deleted.")
+            raise UserError(f"The merge was deleted: {problem}")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
         curves = Path(self.run.record.get("parent_folder") or "") / "curves.png"  # of the training, for the model card
         if curves.is_file():
@@ -226,7 +226,7 @@ def merge_with_peft(folder: Path, adapter: Adapter, max_shard_size: str, dtype: 
         code = adapter.trust_remote_code
         model: Any = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype="auto", trust_remote_code=code)
         resize_embeddings(model, adapter.tokenizer)
-        merged: Any = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
+        merged: Any = load_adapter(model, adapter.folder).merge_and_unload()
         (merged.to(dtype) if dtype else merged).save_pretrained(folder, max_shard_size=max_shard_size)
         adapter.tokenizer.save_pretrained(folder)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from helpers.core import UserError, fingerprint
+from helpers.models.plan import adapter_error, adapter_errors, check_adapter_keys
 from helpers.models.resolve import BASE_KEEPING_INITS
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
@@ -172,15 +173,18 @@ class StreamingMerger:
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
         self._embeddings = {f"{n}.weight" for n, module in model.named_modules() if module in embeddings}
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
-        with torch.device("meta"):
+        with torch.device("meta"), adapter_errors(adapter, base):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
         parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         try:
-            set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
+            keys = set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
         except (RuntimeError, KeyError) as error:
+            if "lora_" in str(error):  # other ranks or layers, which PEFT cannot merge either
+                raise adapter_error(adapter, base, str(error)) from None
             reason = " ".join(str(error).split())[:120]
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
+        check_adapter_keys(self.model, keys.missing_keys, keys.unexpected_keys, adapter, base)
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
         self._buffers = [torch.empty(0) for _ in range(3)]

@@ -9,17 +9,20 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook
+from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook, short_path, shorten
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
+# Weights that PEFT 0.21 reports as missing in each layer that shares them (peft_model.py, from_pretrained).
+SHARED_WEIGHTS = re.compile(r"vblora_vector_bank|\.tinylora_v\.|\.unilora_theta_d\.")
 
 
 def sharding_engine() -> str:
@@ -247,6 +250,74 @@ def upcast_adapter(model: torch.nn.Module) -> None:
                 (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
             )
             weight.data = exact.data.float().clone()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path | str, is_trainable: bool = False) -> Any:
+    """Put the adapter in `folder` on `model`. Raises UserError if it does not fit: see `check_adapter_keys`."""
+    from peft import PeftModel
+
+    base = str(getattr(model.config, "name_or_path", ""))
+    with adapter_errors(folder, base), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # all names; an error has the first
+        policy = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        # PEFT 0.21 drops keys that it does not know without a word. Loading again returns what was dropped or missing
+        names = getattr(model, "_checkpoint_conversion_mapping", {})
+        keys = policy.load_adapter(str(folder), "default", is_trainable=is_trainable, key_mapping=names)
+    check_adapter_keys(policy, keys.missing_keys, keys.unexpected_keys, folder, base)
+    return policy
+
+
+def check_adapter_keys(
+    policy: Any, missing: Iterable[str], unexpected: Iterable[str], folder: Path | str, base: Path | str
+) -> None:
+    """Raise UserError unless every key of an adapter's file is used, and every layer that it wraps is filled.
+
+    `missing` and `unexpected` are the keys that PEFT reports for the file in `policy`. Copies of the embeddings, which
+    PEFT saves by itself, may be unused.
+    """
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    config = policy.peft_config["default"]
+    if config.is_prompt_learning:  # its weights are not in a layer
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    needed = [name for name in policy.state_dict() if prefix in name and ".default" in name]
+    lacking = [name for name in missing if name in set(needed) and not SHARED_WEIGHTS.search(name)]
+    model = policy.get_base_model()
+    layers = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in layers}
+    unused = [name for name in unexpected if prefix in name or not embeddings & set(name.split("."))]
+    problems = [f"{len(unused)} of its weights are not in that model ({unused[0]})"] if unused else []
+    if lacking:
+        problems.append(f"{len(lacking)} of {len(needed)} weights of its layers are missing ({lacking[0]})")
+    if problems:
+        raise adapter_error(folder, base, " and ".join(problems))
+
+
+@contextlib.contextmanager
+def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
+    """Raise UserError where PEFT 0.21 finds that an adapter does not fit its base: other layers, shapes or files."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KeyError as error:
+        raise adapter_error(folder, base, f"it lacks {error.args[0]}") from None
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):  # such as too little memory
+            raise
+        raise adapter_error(folder, base, str(error)) from None
+
+
+def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserError:
+    """Return the error of an adapter that does not fit its base."""
+    cached = re.search(r"models--([^/\\]+)", str(base))  # the cache of the Hub
+    model = cached[1].replace("--", "/") if cached else short_path(base)
+    return UserError(
+        f"The adapter {short_path(folder)} does not fit its base {model}: {shorten(' '.join(problem.split()), 400)}. "
+        "Use the base that it was trained on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in "
+        "its adapter_config.json."
+    )
 
 
 def save_model(trainer: Any, folder: Path) -> None:
