@@ -315,10 +315,11 @@ def _is_plain_lora(layer: Any) -> bool:
 
 def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
     """Raise UnsupportedAdapter for what cannot be merged one tensor at a time, UserError for a quantized base."""
-    if getattr(config, "quantization_config", None):
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            "The base of the adapter is quantized, and merging into it would round the adapter away. Use "
-            "`--base_model_id` for the weights that it was quantized from."
+            f"The base of the adapter is quantized ({base.name}, {method}): it has no original weights, and merging into "
+            "it would round the adapter away. Use `--base_model_id` for the model that it was quantized from."
         )
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     init = getattr(peft_config, "init_lora_weights", True)

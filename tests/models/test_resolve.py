@@ -295,8 +295,12 @@ def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     finished_run(outputs / "sft", "sft", adapter)
     finished_run(outputs / "dpo", "dpo", adapter)
     finished_run(outputs / "merged", "merge", MODEL)
-    changes = [("full", "config.json", " {}"), ("sft", "adapter_model.safetensors", "weighty"),
-               ("dpo", "adapter_config.json", text.replace("16", "61")), ("merged", "model.safetensors", "weighty")]  # fmt: skip
+    changes = [
+        ("full", "config.json", " {}"),
+        ("sft", "adapter_model.safetensors", "weighty"),
+        ("dpo", "adapter_config.json", text.replace("16", "61")),
+        ("merged", "model.safetensors", "weighty"),
+    ]
     for name, file, content in changes:
         (outputs / name / file).write_text(content)
     settings = SimpleNamespace(output_dir=outputs, max_shard_size="2GB", adapter="", run="dpo", base_model_id="")
