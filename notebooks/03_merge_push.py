@@ -122,7 +122,7 @@ merged = merge_adapter(
 # is compared layer by layer.
 #
 # `merged.finalize` keeps the merge, or deletes it: if its KL is above `max_kl`, or not below the KL of the base alone.
-# If the adapter changes the model less than rounding does, the result is inconclusive. Then use `--merge_dtype float32`.
+# If the adapter changes the model less than rounding does, the result is inconclusive: use `--merge_dtype float32`.
 
 # %%
 verification = verify_merge(merged, adapter_ref, max_kl=settings.max_kl)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from helpers.core import UserError, fingerprint
-from helpers.models.plan import adapter_error, adapter_errors, check_adapter_keys
+from helpers.models.plan import adapter_error, adapter_errors, check_adapter_keys, model_name
 from helpers.models.resolve import BASE_KEEPING_INITS
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
@@ -178,7 +178,7 @@ class StreamingMerger:
         parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         try:
-            keys = set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
+            keys: Any = set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
         except (RuntimeError, KeyError) as error:
             if "lora_" in str(error):  # other ranks or layers, which PEFT cannot merge either
                 raise adapter_error(adapter, base, str(error)) from None
@@ -318,8 +318,8 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            f"The base of the adapter is quantized ({base.name}, {method}): it has no original weights, and merging into "
-            "it would round the adapter away. Use `--base_model_id` for the model that it was quantized from."
+            f"The base of the adapter is quantized ({model_name(base)}, {method}). It has no original weights, and "
+            "merging into it would round the adapter away. Use `--base_model_id` for the model that it was quantized from."
         )
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     init = getattr(peft_config, "init_lora_weights", True)

@@ -311,13 +311,18 @@ def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
 
 def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserError:
     """Return the error of an adapter that does not fit its base."""
-    cached = re.search(r"models--([^/\\]+)", str(base))  # the cache of the Hub
-    model = cached[1].replace("--", "/") if cached else short_path(base)
+    names = f"The adapter {model_name(folder)} does not fit its base {model_name(base)}"
     return UserError(
-        f"The adapter {short_path(folder)} does not fit its base {model}: {shorten(' '.join(problem.split()), 400)}. "
+        f"{names}: {shorten(' '.join(problem.split()), 400)}. "
         "Use the base that it was trained on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in "
         "its adapter_config.json."
     )
+
+
+def model_name(folder: Path | str) -> str:
+    """A folder as the user would type it; for one in the cache of the Hub, its id."""
+    cached = re.search(r"models--([^/\\]+)", str(folder))
+    return cached[1].replace("--", "/") if cached else short_path(folder)
 
 
 def save_model(trainer: Any, folder: Path) -> None:

@@ -202,5 +202,8 @@ def test_a_base_that_is_quantized_itself_is_refused(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"The base of the adapter is quantized \(base, .*itsandbytes.*--base_model_id"):
+    with pytest.raises(
+        UserError,
+        match=r"The base of the adapter is quantized \(.*base, .*itsandbytes\)\. It has no original weights.*--base_model_id",
+    ):
         StreamingMerger(base, adapter)
