@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import AutoModelForCausalLM
 
 from helpers.core import UserError, read_jsonl
@@ -148,12 +149,21 @@ def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> tuple[str, Any
 
 
 def compute_in_float32(model: torch.nn.Module) -> None:
-    """Make a model compute in float32 with the weights that it has. Quantized layers keep theirs."""
+    """Make a model compute in float32 with the weights that it has. Quantized layers keep theirs.
+
+    In evaluation bitsandbytes 0.50 (autograd/_functions.py, matmul_4bit) does not round 4-bit weights to the dtype that
+    training computed in, as it does in training.
+    """
+    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
+
+    def forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        return linear(inputs, weight.float(), layer.bias)
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
+            module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
     for weight in [*model.parameters(), *model.buffers()]:
         if weight.is_floating_point() and not isinstance(weight, Int8Params | Params4bit):
             weight.data = weight.data.float()

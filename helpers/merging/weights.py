@@ -318,8 +318,8 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            f"The base of the adapter is quantized ({model_name(base)}, {method}). It has no original weights, and "
-            "merging into it would round the adapter away. Use `--base_model_id` for the model that it was quantized from."
+            f"The base of the adapter is quantized ({model_name(base)}, {method}). It has no original weights. "
+            "Merging into it would round the adapter away. Use `--base_model_id` for what it was quantized from."
         )
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     init = getattr(peft_config, "init_lora_weights", True)

@@ -176,3 +176,23 @@ def test_an_adapter_that_rounding_hides_is_merged_in_float32(
     small(adapter, 0.0)
     problem, _ = verified("float16")
     assert problem.startswith("inconclusive: the adapter changes the model less than rounding to float16 does")
+
+
+@pytest.mark.parametrize("bits", ["4-bit NF4, double", "8-bit"])
+def test_a_policy_quantized_in_bfloat16_computes_in_float32_as_its_merge(
+    bits: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = build(dtype=torch.bfloat16)
+    model.resize_token_embeddings(len(tokenizer))
+    base, adapter = save(tmp_path, model, LORA)
+    tokenizer.save_pretrained(base)
+    plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": bits}
+    trained = Adapter(adapter, Run(adapter, {"plan": plan}), str(base))
+    merged = merge_adapter(trained, Run(tmp_path / "merge", {}), dtype="float32")
+    assert merged.merge_base == "dequantized"
+    verification = verify_merge(merged, trained)
+    kl = {name: row["kl"] for name, row in verification.rows.items()}
+    assert list(kl) == ["merged into dequantized", "base alone"]
+    assert kl["merged into dequantized"] < (1e-9 if bits.startswith("4") else 1e-3)  # 8 bits round the inputs as well
+    assert kl["base alone"] > 0.1
+    assert verification.problem == ""

@@ -204,6 +204,6 @@ def test_a_base_that_is_quantized_itself_is_refused(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UserError,
-        match=r"The base of the adapter is quantized \(.*base, .*itsandbytes\)\. It has no original weights.*--base_model_id",
+        match=r"base of the adapter is quantized \(.*base, .*itsandbytes\)\. It has no original .*`--base_model_id`",
     ):
         StreamingMerger(base, adapter)
