@@ -313,8 +313,8 @@ def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserErr
     """Return the error of an adapter that does not fit its base."""
     problem, model = shorten(" ".join(problem.split()), 400), model_name(base)
     return UserError(
-        f"The adapter {model_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained on: "
-        "`--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
+        f"The adapter {model_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained "
+        "on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
     )
 
 
