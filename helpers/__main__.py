@@ -4,6 +4,7 @@ python -m helpers curves RUN ...        curves of one or several runs in one fig
 python -m helpers report RUN ...        write report.html of a run
 python -m helpers sweep NOTEBOOK ...    run a notebook once for each value of a setting
 python -m helpers data ...              what a dataset will teach, without training on it
+python -m helpers accept RUN            use files of a finished run that were changed on purpose
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ COMMANDS = {
     "report": "helpers.runs.report",
     "sweep": "helpers.runs.sweep",
     "data": "helpers.data.report",
+    "accept": "helpers.runs.checkpoints",
 }
 
 if __name__ == "__main__":

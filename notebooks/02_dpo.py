@@ -114,12 +114,12 @@ run.set(plan=plan.as_dict())
 show(plan)
 
 # %%
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 
 from helpers.data import DataReport, load_preferences, show_example
-from helpers.models import load_tokenizer, lora_module_args, prepare_model, save_model
+from helpers.models import load_adapter, load_tokenizer, lora_module_args, prepare_model, save_model
 from helpers.runs import Curves, final_metrics, show_report
 from helpers.training import SharedPrefixDPOTrainer, prepare_trainer
 
@@ -208,7 +208,7 @@ prepare_model(model, tokenizer)  # adds embedding rows for new tokens
 # %%
 peft_config = reference = None
 if start.adapter:
-    model = PeftModel.from_pretrained(model, start.adapter, is_trainable=True)
+    model = load_adapter(model, start.adapter, is_trainable=True)
 elif settings.tuning != "full":
     peft_config = LoraConfig(
         r=settings.lora_r,

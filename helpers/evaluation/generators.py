@@ -19,6 +19,7 @@ from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
 from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
+from helpers.models.adapters import load_adapter
 from helpers.models.chat import (
     CHAT_TEMPLATES,
     eos_token_ids,
@@ -220,7 +221,6 @@ class Generators:
     def _switch_to(self, ref: ModelRef) -> HFGenerator:
         """The generator of `ref`, on the base in memory where that is the right one and as it was loaded."""
         import torch
-        from peft import PeftModel
 
         plan, (tokenizer, _) = self.plans[ref.name], self.tokenizers[ref.name]
         wanted = ref.base, ref.revision, plan.as_dict()
@@ -230,7 +230,7 @@ class Generators:
             base = self._load_base(ref)
             self._loaded, self._untouched = wanted, _tensor_versions(base)
         prepare_model(base, tokenizer, ref.adapter)
-        model: Any = PeftModel.from_pretrained(base, ref.adapter) if ref.adapter else base
+        model: Any = load_adapter(base, ref.adapter) if ref.adapter else base
         if ref.mutates_base:
             self._loaded = None
         compute = plan.as_dict()["computed in"] if ref.plan and (ref.adapter or ref.policy) else "float32"

@@ -14,16 +14,16 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from helpers.core import SettingsError, UserError, find_path, short_path, write_json
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
+from helpers.models.adapters import CARRIED_FILES, carry_files, load_adapter, save_tokenizer
 from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.hub_client import describe_error
-from helpers.models.plan import CARRIED_FILES, carry_files, prepare_model, quantization_config, save_tokenizer
+from helpers.models.plan import prepare_model, quantization_config
 from helpers.models.resolve import ModelRef, resolve_adapter
-from helpers.runs.checkpoints import hash_files
+from helpers.runs.checkpoints import hash_files, read_run
 from helpers.runs.run import Run, find_parent, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
@@ -105,7 +105,7 @@ class Adapter:
         if dequantize and precision.quantization:
             base = base.dequantize(precision.dtype)
         prepare_model(base, self.tokenizer, self.folder)  # rows for tokens that the chat template added
-        return PeftModel.from_pretrained(base, self.folder).eval()
+        return load_adapter(base, self.folder).eval()
 
 
 def find_adapter(settings: Any) -> Adapter:
@@ -118,7 +118,8 @@ def find_adapter(settings: Any) -> Adapter:
         raise SettingsError(text) from None
     if settings.adapter:
         source = local_folder(settings.adapter)
-        run = adapter_as_run(source)
+        run = Run(source.resolve(), read_run(source))  # of 01 or 02: it knows how its base was quantized
+        run = run if run.finished else adapter_as_run(source)
     else:
         run = find_run(settings.output_dir, settings.run, "dpo")
         source = run.folder
@@ -161,14 +162,14 @@ class MergedModel:
             return "not possible: this is the text part of a model that also has others"
         return f"vllm serve {short_path(self.folder)}\n{'':15}transformers serve {short_path(self.folder)}"
 
-    def finalize(self, verification: Any, max_kl: float = 0.01) -> None:
+    def finalize(self, verification: Any) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
         until then. A finished run stays as it is. Raises UserError, and deletes the merge, if it is not verified."""
         if self.run.finished:
             return
-        if problem := verification.problem(max_kl):
+        if problem := verification.problem:
             shutil.rmtree(self.folder)
-            raise UserError(f"{problem}. The merge was deleted.")
+            raise UserError(f"The merge was deleted: {problem}")
         final, self.run.folder, self.run.overwrite = self.run.folder, self.folder, False
         parent = find_parent(final, self.run.record)
         if parent and (parent / "curves.png").is_file():  # of the training, for the model card

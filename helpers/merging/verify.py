@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Group
 from rich.table import Table
-from torch.nn.functional import kl_div, log_softmax
+from rich.text import Text
+from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import AutoModelForCausalLM
 
 from helpers.core import UserError, read_jsonl
@@ -29,65 +31,101 @@ MAX_POSITIONS = 128  # of a conversation whose logits are compared: a large voca
 LAYERS_PER_KIND = 2  # that are compared if the model is too large to load
 # Rounding to bfloat16 (8 bits) changes a layer's outputs by less, root mean square; with room for a factor of two.
 MAX_LAYER_DIFFERENCE = 2**-7
+MIN_APPLIED = 0.5  # of an adapter's change of a layer that the merged layer has
+FLOAT32_KL = 1e-8  # between two models that compute the same in float32; with room
+MAX_ROUNDED = 4  # conversations that are computed in 16 bits, which some CPUs do slowly
+BASE, COMPUTED = "base alone", "computed in "  # rows of `compare_logits`
+CHECK = "Check the adapter and its base, or use another `--merge_base`."
 QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "What is 12 + 30?",
              "Explain to a child why the sky is blue.", "Translate 'good morning' into Spanish.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far a merged model is from the trained policy."""
+    """How far a merged model is from the trained policy, and whether it may be kept."""
 
     metrics: dict[str, float]  # of `compare_logits` or `compare_layers`
     rows: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # of `compare_logits`, by model
+    max_kl: float = 0.01
+    dtype: str = "float32"  # of the merged weights
 
-    def problem(self, max_kl: float = 0.01) -> str:
-        """Why the merged model is not the trained policy, or ""; a KL that is NaN is a problem too."""
-        kl, relative = self.metrics.get("kl", 0.0), self.metrics.get("relative", 0.0)
-        if not kl <= max_kl:
-            return f"The merged model has KL {kl:.2e}, above --max_kl {max_kl}"
-        return "" if relative <= MAX_LAYER_DIFFERENCE else f"Merged layers differ by {relative:.1e}, more than rounding"
+    @property
+    def problem(self) -> str:
+        """Why the merge is not kept, and the fix; "" for the trained policy. A number that is NaN is a problem too."""
+        if "kl" not in self.metrics:
+            if not self.metrics["relative"] <= MAX_LAYER_DIFFERENCE:
+                return f"layers differ by {_short(self.metrics['relative'])}, more than rounding. {CHECK}"
+            return "" if self.metrics.get("applied", 1.0) > MIN_APPLIED else self._inconclusive
+        kl, base = self.metrics["kl"], self.rows.get(BASE, {}).get("kl", math.inf)
+        if not kl <= self.max_kl:
+            return f"KL {_short(kl)} is above --max_kl {self.max_kl}. {CHECK}"
+        computing = self.rows.get(COMPUTED + self.dtype, {}).get("kl")
+        # rounding weights moves a model about as far as rounding what it computes
+        rounding = 4 * computing if computing is not None else kl if self.dtype != "float32" else 0.0
+        if not kl < base / 4 and base <= max(rounding, FLOAT32_KL):
+            return self._inconclusive
+        return "" if kl < base else f"KL {_short(kl)} is not below that of the base alone, {_short(base)}. {CHECK}"
+
+    @property
+    def _inconclusive(self) -> str:
+        fix = "Use `--merge_dtype float32`." if self.dtype != "float32" else "Train it further, or check its file."
+        return f"inconclusive: the adapter changes the model less than rounding to {self.dtype} does. {fix}"
 
     def __rich__(self) -> Group:
         if "kl" in self.metrics:
-            base = f"; base alone {_short(self.rows['base alone']['kl'])}" if "base alone" in self.rows else ""
+            base = f"; base alone {_short(self.rows[BASE]['kl'])}" if BASE in self.rows else ""
             result = f"KL {_short(self.metrics['kl'])} nats{base}"
         else:
             layers, most = f"{self.metrics['layers']:.0f} layers", _short(self.metrics["relative"])
             result = f"outputs of {layers} differ by {most} at most (the model is too large to load here)"
-        verdict = "Merge differs from the trained policy" if self.problem() else "Merge verified"
+        verdict = f"Merge refused: {self.problem}" if self.problem else f"Merge verified: {result}"
         table = Table("logits of", "largest difference", "mean", "same top token", "KL", box=None, pad_edge=False)
         for name, row in self.rows.items():
             values = f"{row['max_abs']:.2e}", f"{row['mean_abs']:.2e}", f"{row['top1']:.2%}", f"{row['kl']:.2e}"
             table.add_row(name, *values)
-        return Group(f"{verdict}: {result}", *([table] if self.rows else []))
+        return Group(Text(verdict, no_wrap=True, overflow="ignore"), *([table] if self.rows else []))
 
 
 def _short(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if value else "0"
 
 
-def verify_merge(merged: MergedModel, adapter: Adapter) -> Verification:
+def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) -> Verification:
     """Compare the merged model with the trained policy, 4 bits included, on held-out prompts.
 
-    A model that does not fit into memory is compared layer by layer. The result of a finished merge is in its run.json.
+    Both compute in the same dtype: float32 if that fits into memory. Merged weights of 16 bits then also compute in 16
+    bits, which is compared apart. A model that does not fit is compared layer by layer. The result of a finished merge
+    is in its run.json.
     """
-    precision = merged.precision
+    precision, record = merged.precision, merged.run.record
     if merged.run.finished:
-        return Verification(merged.run.record["metrics"], merged.run.record.get("verification") or {})
-    if not (device := device_for(WeightFiles(merged.folder), precision.dtype)):
-        return Verification(compare_layers(adapter.merger(precision, "dequantized"), merged.folder))
+        max_kl = record.get("settings", {}).get("max_kl", max_kl)  # that it was judged by
+        return Verification(record["metrics"], record.get("verification") or {}, max_kl)
+    weights = WeightFiles(merged.folder)
+    dtype = min((weights.spec(name).dtype for name in weights), key=lambda each: each.itemsize)
+    judged: dict[str, Any] = {"max_kl": max_kl, "dtype": str(dtype).removeprefix("torch.")}
+    device, computing = device_for(weights, precision.dtype)
+    if not device:
+        return Verification(compare_layers(adapter.merger(precision, "dequantized"), merged.folder), **judged)
     conversations, tokenizer = held_out_prompts(adapter.run), adapter.tokenizer
     policy = adapter.load_policy(precision, device)
+    if computing == torch.float32:
+        compute_in_float32(policy)
+    computing = policy.get_base_model().dtype
     trained = last_logits(policy, tokenizer, conversations)
     with policy.disable_adapter():
         base = last_logits(policy, tokenizer, conversations)
     del policy
     clear_device_cache(garbage_collection=True)
     options: Any = {"device_map": {"": device}, "trust_remote_code": adapter.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(merged.folder, dtype="auto", **options)
-    metrics = compare_logits(trained, last_logits(model.eval(), tokenizer, conversations))
-    rows = {f"merged into {merged.merge_base}": metrics, "base alone": compare_logits(trained, base)}
-    return Verification(metrics, rows)
+    model = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=computing, **options).eval()
+    exact = last_logits(model, tokenizer, conversations)
+    metrics = compare_logits(trained, exact)
+    rows = {f"merged into {merged.merge_base}": metrics, BASE: compare_logits(trained, base)}
+    if computing == torch.float32 != dtype:
+        rounded = last_logits(model.to(dtype), tokenizer, conversations[:MAX_ROUNDED])
+        rows[COMPUTED + judged["dtype"]] = compare_logits(exact[:MAX_ROUNDED], rounded)
+    return Verification(metrics, rows, **judged)
 
 
 def held_out_prompts(run: Run) -> list[list[Message]]:
@@ -97,14 +135,38 @@ def held_out_prompts(run: Run) -> list[list[Message]]:
     return [row["prompt"] for row in rows] or [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
-def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> str:
-    """Where a model of these weights fits, stored or in `dtype` ("auto" is as stored): "cuda", "cpu", or ""."""
-    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
+def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> tuple[str, Any]:
+    """Where a model of these weights fits, "cuda" or "cpu", and in which dtype: float32, or else `dtype` ("auto" is as
+    stored). ("", "auto") if it fits nowhere."""
     specs = [weights.spec(name) for name in weights]
-    needed = 1.2 * sum(spec.numel() * max(spec.itemsize, size) for spec in specs)
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
-        return "cuda"
-    return "cpu" if psutil.virtual_memory().available > needed else ""
+    free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
+    for device, memory in (free | {"cpu": psutil.virtual_memory().available}).items():
+        for kind in (torch.float32, dtype):
+            size = kind.itemsize if isinstance(kind, torch.dtype) else 0
+            if memory > 1.2 * sum(spec.numel() * max(spec.itemsize, size) for spec in specs):
+                return device, kind
+    return "", "auto"
+
+
+def compute_in_float32(model: torch.nn.Module) -> None:
+    """Make a model compute in float32 with the weights that it has. Quantized layers keep theirs.
+
+    In evaluation bitsandbytes 0.50 (autograd/_functions.py, matmul_4bit) does not round 4-bit weights to the dtype that
+    training computed in, as it does in training.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
+
+    def forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        return linear(inputs, weight.float(), layer.bias)
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
+    for weight in [*model.parameters(), *model.buffers()]:
+        if weight.is_floating_point() and not isinstance(weight, Int8Params | Params4bit):
+            weight.data = weight.data.float()
 
 
 def last_logits(model: Any, tokenizer: Any, conversations: list[list[Message]]) -> list[torch.Tensor]:
@@ -140,7 +202,8 @@ def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
     """Compare PEFT's forward of some adapted layers with the weights in `folder`, for a model too large to load.
 
     `trained` has the base as training computed with it. `relative` is the largest root mean square difference of a
-    layer's outputs for the same random inputs, relative to the outputs. Raises UserError if there is no such layer.
+    layer's outputs for the same random inputs, relative to the outputs. `applied` is the share of the adapter's change
+    of the outputs that a layer has, at least: 1, or 0 without the adapter. Raises UserError if there is no such layer.
     """
     written = WeightFiles(folder)
     kinds: dict[str, list[str]] = {}
@@ -150,13 +213,16 @@ def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
     names = [name for kind in kinds.values() for name in draw.sample(kind, min(LAYERS_PER_KIND, len(kind)))]
     if not names:
         raise UserError("The model is too large to load here, and has no layer that can be compared by itself.")
-    largest = 0.0
+    largest, applied = 0.0, math.inf
     for name in names:
         layer = trained.layer(name).eval()
         inputs = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             before = layer(inputs)
             plain = layer.get_base_layer()
+            base = plain(inputs)
             plain.weight = torch.nn.Parameter(written[trained.file_name(f"{name}.weight")].float(), False)
-            largest = max(largest, float((plain(inputs) - before).norm() / before.norm()))
-    return {"layers": len(names), "relative": largest}
+            after = plain(inputs)
+            largest = max(largest, float((after - before).norm() / before.norm()))
+            applied = min(applied, float(((after - base) * (before - base)).sum() / (before - base).square().sum()))
+    return {"layers": len(names), "relative": largest, "applied": applied if applied < math.inf else 0.0}

@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from helpers.core import UserError, fingerprint
+from helpers.models.adapters import adapter_error, adapter_errors, check_adapter_keys, model_name
 from helpers.models.plan import embedding_layers, embedding_rows
 from helpers.models.resolve import BASE_KEEPING_INITS
 
@@ -183,15 +184,18 @@ class StreamingMerger:
         self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
         self.names, self._files_names, self._converted = self._read_names(model)
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
-        with torch.device("meta"):
+        with torch.device("meta"), adapter_errors(adapter, base):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
         parameters = {name: torch.nn.Parameter(spec, False) for name, spec in specs.items()}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         try:
-            set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
+            keys: Any = set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
         except (RuntimeError, KeyError) as error:
+            if "lora_" in str(error):  # other ranks or layers, which PEFT cannot merge either
+                raise adapter_error(adapter, base, str(error)) from None
             reason = " ".join(str(error).split())[:120]
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
+        check_adapter_keys(self.model, keys.missing_keys, keys.unexpected_keys, adapter, base)
         self._wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
         changed = {*self._wrapped, *(self.quantized.names if self.quantized else ()), *map(_owner, self._replaced)}
@@ -361,10 +365,11 @@ def _is_plain_lora(layer: Any) -> bool:
 
 def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -> None:
     """Raise UnsupportedAdapter for what cannot be merged one tensor at a time, UserError for a quantized base."""
-    if getattr(config, "quantization_config", None):
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            "The base of the adapter is quantized, and merging into it would round the adapter away. Use "
-            "`--base_model_id` for the weights that it was quantized from."
+            f"The base of the adapter is quantized ({model_name(base)}, {method}). It has no original weights. "
+            "Merging into it would round the adapter away. Use `--base_model_id` for what it was quantized from."
         )
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     init = getattr(peft_config, "init_lora_weights", True)

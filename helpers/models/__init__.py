@@ -5,7 +5,8 @@ from helpers.core import lazy_door
 __all__, __getattr__ = lazy_door(
     __name__,
     {
-        "plan": ["lora_module_args", "plan_model", "prepare_model", "save_model"],
+        "adapters": ["load_adapter", "save_model"],
+        "plan": ["lora_module_args", "plan_model", "prepare_model"],
         "chat": ["read_template", "set_chat_template"],
         "memory": ["estimate_memory"],
         "resolve": ["load_tokenizer", "resolve_adapter", "resolve_models", "resolve_start"],

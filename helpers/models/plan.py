@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-
-from helpers.core import SettingsError, UserError, find_path, is_main_process, is_notebook, write_json
+from helpers.core import (
+    SettingsError,
+    UserError,
+    find_path,
+    is_notebook,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Files of a model that its successors need too.
-CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "*processor_config.json",
-                 "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -288,87 +286,3 @@ def lora_module_args(
         layers.append(model.get_output_embeddings())
     rows = {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
     return {"modules_to_save": list(modules_to_save) or None, "trainable_token_indices": rows if new_tokens else None}
-
-
-def upcast_adapter(model: torch.nn.Module) -> None:
-    """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
-
-    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values. In a new
-    adapter, modules and token rows that are trained in full begin as those of the base: policy and reference are equal.
-    """
-    weights = dict(model.named_parameters())
-    rows = {  # PEFT 0.21 keeps the rows of the base in a buffer
-        f"{name}.trainable_tokens_delta.{adapter}": value
-        for name, module in model.named_modules()
-        for adapter, value in getattr(module, "trainable_tokens_original", {}).items()
-    }
-    for name, weight in weights.items():
-        if weight.requires_grad:
-            reference = re.sub(r"\.default(?=\.|$)", ".ref", name)
-            base = name.replace(".modules_to_save.default.", ".original_module.")
-            exact = next(
-                (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
-            )
-            weight.data = exact.data.float().clone()
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer for other programs too: see `make_portable`."""
-    tokenizer.save_pretrained(folder)
-    make_portable(folder)
-
-
-def make_portable(folder: Path) -> None:
-    """Rewrite the tokenizer_config.json that transformers 5.23 saves in the terms of transformers 4 and llama.cpp, and
-    without how it was loaded."""
-    file, tokens = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    config = json.loads(file.read_text())
-    config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has names for them there
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if tokens.is_file():
-        added = json.loads(tokens.read_text())["added_tokens"]
-        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
-    write_json(file, config)
-
-
-def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
-    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. Those
-    of a base on the Hub are downloaded; without a network they are left out."""
-    source = find_path(base)
-    with contextlib.suppress(OSError, ValueError):
-        source = source or Path(snapshot_download(base, revision=commit, allow_patterns=list(CARRIED_FILES)))
-    for file in {file for pattern in CARRIED_FILES for file in source.glob(pattern)} if source else ():
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-
-
-def save_model(trainer: Any, folder: Path) -> None:
-    """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds.
-
-    Call it in every process of a launch: under ZeRO-3 and FSDP each holds a part of the weights.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(str(folder))  # and the tokenizer
-    else:
-        _save_adapter(trainer, model, folder)
-    if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
-        (folder / "README.md").unlink(missing_ok=True)
-        make_portable(folder)
-        if not hasattr(model, "peft_config"):
-            carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
-
-
-def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if is_main_process():
-        # the adapter has the rows of added tokens: PEFT need not save all embeddings for them
-        layers = "auto" if model.peft_config["default"].trainable_token_indices is None else False
-        names = ["default"]
-        model.save_pretrained(str(folder), selected_adapters=names, state_dict=state, save_embedding_layers=layers)
-        trainer.processing_class.save_pretrained(folder)

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, fingerprint
+from helpers.core import SettingsError, UserError, find_path, fingerprint, short_path
 from helpers.models.chat import set_chat_template
 from helpers.models.hub_client import check_hub, describe_error, hf_token
+from helpers.runs.checkpoints import check_model_folder
 from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
@@ -42,6 +44,8 @@ class Start:
     @functools.cached_property
     def path(self) -> str:
         """`model`, ready for from_pretrained. Checked when first used: a finished run does not need the Hub."""
+        if self.parent:
+            check_model_folder(self.parent.folder)
         return resolve_model(self.model, self.revision)
 
     @property
@@ -62,13 +66,10 @@ def resolve_start(settings: RunSettings) -> Start:
         print(f"{values['model_id']} is a run of 01_sft.py, taken as --sft_run.")
         settings.override(settings.sources["model_id"], sft_run=str(folder), model_id="")
         values = settings.values()
-    elif folder and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        what = "the adapter of a run of 02_dpo.py" if step == "dpo" else "an adapter"
-        raise SettingsError(
-            f"--model_id {values['model_id']} is {what}, not a model. Merge it with `python notebooks/03_merge_push.py "
-            f"{'--run' if step == 'dpo' else '--adapter'} {values['model_id']}`, and start from the merged folder."
-        )
+    elif folder and (folder / "adapter_config.json").is_file():
+        raise SettingsError(f"--model_id {values['model_id']} {_is_no_model(values['model_id'])}")
     if not values.get("sft_run"):
+        _check_folder(values["model_id"])
         return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
@@ -131,9 +132,8 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
 
     values = settings.values()
     loading = {"revision": start.revision or "main", "trust_remote_code": values["trust_remote_code"]}
-    check_positions(
-        json.loads(fetch_file(start.model, start.revision, "config.json").read_text()), values.get("max_length", 0)
-    )
+    config = fetch_file(start.path, start.revision, "config.json")
+    check_positions(json.loads(config.read_text()), values.get("max_length", 0))
     tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **loading)
     for field in ("eos_token", "pad_token"):
         token = settings.trl.get(field)
@@ -152,18 +152,42 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
 
 
 def resolve_model(model_id: str, revision: str | None = None, file: str = "config.json") -> str:
-    """Return a folder's path, as seen from here, or the Hub id. Raises UserError if files or weights are missing."""
+    """Return a folder's path, as seen from here, or the Hub id. Raises UserError if files or weights are missing, and
+    for a folder that is an adapter, a checkpoint of a run, or a finished run whose files have changed."""
     fetch_file(model_id, revision, file)
     folder = find_path(model_id)
+    if folder and file == "config.json" and (folder / "adapter_config.json").is_file():
+        raise UserError(f"{model_id!r} {_is_no_model(model_id)}")  # transformers would load the adapter's base instead
     if folder and (missing := missing_weights(folder, file)):
         raise UserError(f"{model_id!r} {missing}")
+    _check_folder(model_id)
     return str(folder or model_id)
+
+
+def _check_folder(name: str) -> None:
+    if folder := find_path(name):
+        check_model_folder(folder.resolve())
+
+
+def _is_no_model(adapter: str) -> str:
+    """Describe an adapter that is given as a model, and the next step."""
+    what = "the adapter of a run of 02_dpo.py" if _is_dpo_run(adapter) else "an adapter"
+    return f"is {what}, not a model. Merge it with {_merge_command(adapter)}, and use the merged folder."
+
+
+def _merge_command(adapter: str) -> str:
+    flag = "--run" if _is_dpo_run(adapter) else "--adapter"
+    return f"`python notebooks/03_merge_push.py {flag} {shlex.quote(short_path(adapter))}`"
+
+
+def _is_dpo_run(name: str) -> bool:
+    return read_run(find_path(name) or Path(name)).get("step") == "dpo"
 
 
 def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
     """Find a folder's file, or download it from the Hub. Asks for a token if the model is gated. Raises UserError."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     fetch = functools.partial(hf_hub_download, model_id, file, revision=revision or None)
@@ -184,6 +208,9 @@ def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
     except GatedRepoError:
         raise UserError(f"{model_id} is gated and your token may not read it. Accept its terms on its page.") from None
     except (OSError, HfHubHTTPError) as error:
+        is_missing = file == "config.json" and isinstance(error, FileNotFoundError | EntryNotFoundError)
+        if is_missing and _has_file(model_id, "adapter_config.json"):
+            raise UserError(f"{model_id!r} {_is_no_model(model_id)}") from None
         raise UserError(f"{model_id!r} cannot be loaded: {describe_error(error)}") from None
 
 
@@ -265,15 +292,22 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
     """Resolve an adapter and its base: `base_model_id`, or else the one it names. None if there is no such flag."""
     from peft import PeftConfig
 
+    _check_folder(name)
     try:
         adapter = resolve_model(name, file="adapter_config.json")
     except UserError as error:
         raise UserError(f"there is no adapter to merge: {error}") from None
     config = PeftConfig.from_pretrained(adapter)
     revision = "" if base_model_id else config.revision or ""
+    given = base_model_id or str(config.base_model_name_or_path)
+    _check_folder(given)
     try:
         base = resolve_model(base_model_id or base_of_adapter(Path(adapter), vars(config)), revision)
     except UserError as error:
+        if _has_file(given, "adapter_config.json"):
+            what = f"{name!r} is an adapter on another adapter, {given!r}. Merge that one first"
+            fix = f"with {_merge_command(given)}, then this one with the merged folder as `--base_model_id`."
+            raise UserError(f"{what} {fix}") from None
         fix = "Restore it, or repeat that run." if base_model_id is None else "Use `--base_model_id` for another base."
         raise UserError(f"the base of the adapter in {name!r} is missing: {error}. {fix}") from None
     init = getattr(config, "init_lora_weights", True)
@@ -289,6 +323,8 @@ def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "")
     """
     refs = [ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)]
     refs = [dataclasses.replace(ref, policy=ref.policy or _find_policy(ref, refs)) for ref in refs]
+    for name in {name for ref in refs if not ref.base_url for name in (ref.base, ref.adapter or "")}:
+        _check_folder(name)
     models: dict[tuple[object, ...], ModelRef] = {}
     for ref in refs:
         models.setdefault(ref.key, ref)

@@ -1,9 +1,10 @@
-"""The lock of a run folder, checkpoints with a manifest, and one-line errors for what ends long runs."""
+"""The files of a run folder: its lock, hashes, checkpoints with a manifest, and errors that end long runs."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -12,11 +13,20 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.core import SettingsError, UserError, find_path, is_disk_full, short_path, write_json
+from helpers.core import (
+    SettingsError,
+    UserError,
+    find_path,
+    is_disk_full,
+    is_main_process,
+    print_help_if_asked,
+    short_path,
+    write_json,
+)
 
 MANIFEST = "checkpoint_manifest.json"
 # What a resume reads, and the names of its files; DeepSpeed has the optimizer's and the scheduler's in global_stepN/.
@@ -27,6 +37,15 @@ RESUMED_FROM = {
     "scheduler": r"scheduler\.pt$|global_step",
     "random state": r"rng_state.*\.pth$",
 }
+# The files of a finished run that make its model; run.json has their hashes.
+MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
+                  "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.py")  # fmt: skip
+# Keys of run.json that are read of other runs; a value of another type means that the file is broken.
+RECORD: dict[str, Any] = {
+    "step": "", "status": "", "finished": "", "order": 0, "base_model": "", "settings": {}, "hashed_settings": {},
+    "metrics": {}, "data": {}, "fingerprint": "",
+}  # fmt: skip
+SLOW_BYTES = 2e9  # to hash; that takes seconds
 OUT_OF_MEMORY_ERRORS = ("memoryerror", "outofmemory", "out of memory", "can't allocate memory")
 BATCH_FLAGS = (
     "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps to match) or --max_length, or use "
@@ -233,16 +252,87 @@ def explain_failure(error: BaseException, folder: Path) -> UserError | None:
     return explained
 
 
+def hash_model_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of every file of the model in `folder`, by name."""
+    return {file.name: _file_digest(file) for file in _model_files(folder)}
+
+
+def changed_model_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs in `folder` from `files` (of `hash_model_files`), such as "config.json has changed". Sizes are
+    compared first; each file is hashed once in a process."""
+    now = {file.name: file.stat().st_size for file in _model_files(folder)}
+    changes = [f"{name} is missing" for name in files if name not in now]
+    changes += [f"{name} was added" for name in now if name not in files]
+    changes += [f"{name} has changed" for name in now if name in files and files[name]["bytes"] != now[name]]
+    if not changes:
+        if (total := sum(now.values())) > SLOW_BYTES and is_main_process():
+            print(f"Comparing {total / 1e9:.1f} GB in {short_path(folder)} with the hashes in its run.json.")
+        changes = [f"{name} has changed" for name in now if _file_digest(folder / name) != files[name]]
+    return changes
+
+
+def main(argv: Sequence[str]) -> None:
+    """Accept files of a finished run that were changed on purpose: python -m helpers accept outputs/<run>"""
+    print_help_if_asked(argv, main.__doc__)
+    folder = find_path(argv[0]) if len(argv) == 1 else None
+    if folder is None or not (folder / "run.json").is_file():
+        raise SettingsError("usage: python -m helpers accept outputs/<run>")
+    record = read_run(folder)
+    changes = changed_model_files(folder, record.get("files") or {}) if record.get("status") == "finished" else []
+    if changes:  # another fingerprint: what was merged, answered or judged before was another model's
+        files = hash_model_files(folder)
+        record |= {"files": files, "fingerprint": hash_files(map(folder.joinpath, files))}
+        write_json(folder / "run.json", record)
+    print(f"{short_path(folder)}: {', '.join(changes)}. Accepted." if changes else "Nothing has changed.")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError for a checkpoint, which is not the result of its run, and for files of a finished run that have
+    changed since. Does nothing for a folder from elsewhere."""
+    for each in (folder, folder.parent):  # a checkpoint may have an adapter in a subfolder
+        of = read_run(each.parent) if re.fullmatch(r"(broken-)?checkpoint-\d+", each.name) else {}
+        if of:
+            place = short_path(each.parent)
+            fix = f"Use {place}" if of.get("status") == "finished" else f"Finish that run, then use {place}"
+            what = f"{short_path(folder)} is a checkpoint of the run {place} ({of.get('status')})"
+            raise UserError(f"{what}. {fix}. To use the checkpoint itself, copy it to another folder.")
+    record = read_run(folder)
+    files = record.get("files") if record.get("status") == "finished" else None
+    if files and (changes := changed_model_files(folder, files)):
+        place = short_path(folder)
+        raise UserError(
+            f"{place} is not as its run finished: {', '.join(changes)}. Restore it, or repeat that run with `--resume "
+            f"never`. If you changed it on purpose, run `python -m helpers accept {shlex.quote(place)}`."
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json; {} if it is missing or broken."""
+    try:
+        record = json.loads((folder / "run.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_whole = isinstance(record, dict) and all(isinstance(record.get(k, v), type(v)) for k, v in RECORD.items())
+    return record if is_whole else {}
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_PATTERNS for file in folder.glob(pattern) if file.is_file()})
+
+
 def hash_files(files: Iterable[Path]) -> str:
     """Sixteen hex digits of a hash over the content of files, whose order does not matter."""
-    digests = [_sha256(file).digest() for file in sorted(files)]
+    digests = [bytes.fromhex(_file_digest(file)["sha256"]) for file in sorted(files)]
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def _file_digest(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file).hexdigest()}
+    stat = file.stat()
+    return {"bytes": stat.st_size, "sha256": _sha256(file.absolute(), stat.st_size, stat.st_mtime_ns)}
 
 
-def _sha256(file: Path) -> Any:
+@functools.cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Hash a file. Its size and time are only for the cache: a file is read again when they have changed."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256")
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,17 +33,14 @@ from helpers.core import (
     write_json,
 )
 from helpers.runs import checkpoints
+from helpers.runs.checkpoints import check_model_folder
+from helpers.runs.checkpoints import read_run as read_run
 from helpers.settings.fields import RunSettings
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
 TRAINING_STEPS = ("sft", "dpo")
 NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
-# Keys of run.json that are read of other runs; a value of another type means that the file is broken.
-RECORD: dict[str, Any] = {
-    "step": "", "status": "", "finished": "", "order": 0, "base_model": "", "settings": {}, "hashed_settings": {},
-    "metrics": {}, "data": {}, "fingerprint": "",
-}  # fmt: skip
 COUNTS = ("read", "kept", "train", "eval")  # of rows, in a run's `data`
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -156,7 +153,7 @@ class Run:
                 signal.signal(number, handler)
 
     def finish(self, **fields: Any) -> None:
-        """Mark the run as finished, with a fingerprint of the weights in its folder."""
+        """Mark the run as finished, with a fingerprint of the weights in its folder and hashes of a model's files."""
         self.record.pop("error", None)
         self.record.pop("process", None)
         weights: list[Path] = []
@@ -166,6 +163,8 @@ class Run:
         others = [read_run(file.parent) for file in self.folder.parent.glob("[!.]*/run.json")]
         order = 1 + max((other.get("order", 0) for other in others), default=0)
         hashed = checkpoints.hash_files(weights)
+        if is_main_process() and self.record.get("step") in STEPS:
+            fields["files"] = checkpoints.hash_model_files(self.folder)
         self.save(status="finished", finished=_now(), order=order, fingerprint=hashed, **fields)
         checkpoints.unlock_folder(self.folder)
 
@@ -176,13 +175,13 @@ class Run:
         is_merged = any(run.finished and run.record.get("origin") == weights for run in list_merges(folder))
         if step == "dpo" and (not self.is_adapter or is_merged):
             step = "merge"  # a fully tuned model needs no merge, and another one is merged already
-        models = place or short_path(folder)
+        models = place or quoted(folder)
         if self.record["step"] == "merge":  # 04 compares a run of 02 with what it started from, and else two models
             parent = find_parent(folder, self.record) or folder
             is_of_dpo = read_run(parent).get("step") == "dpo"
-            models = short_path(parent) if is_of_dpo else f"{short_path(self.base_model)} {models}"
-        command = f"python notebooks/{NEXT[step]} {models}"
-        return command + (f" --recipe {recipe}" if recipe else "")
+            models = quoted(parent) if is_of_dpo else f"{quoted(self.base_model)} {models}"
+        code = " --trust_remote_code" if (self.record.get("settings") or {}).get("trust_remote_code") else ""
+        return f"python notebooks/{NEXT[step]} {models}{code}" + (f" --recipe {recipe}" if recipe else "")
 
     def metrics_table(self) -> Any:
         """The run's metrics as a table for `show`."""
@@ -327,6 +326,8 @@ def find_run(output_dir: Path, which: str, step: str) -> Run:
         raise UserError(f"There is no finished {step} run in {short_path(output_dir)}. {make}, or name a run's folder.")
     folder = find_path(which) or find_path(str(output_dir / which))
     record = read_run(folder) if folder else {}
+    if folder and not record:
+        check_model_folder(folder.resolve())
     if folder is None or not record:
         raise UserError(f"{which!r} is not the folder of a run: it has no run.json.")
     status = record.get("status")
@@ -343,16 +344,6 @@ def list_runs(output_dir: Path, step: str) -> list[Run]:
     return sorted(
         matching, key=lambda r: (r.record.get("order", 0), r.record.get("finished", ""), r.name), reverse=True
     )
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The content of run.json; {} if it is missing or broken."""
-    try:
-        record = json.loads((folder / "run.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    is_whole = isinstance(record, dict) and all(isinstance(record.get(k, v), type(v)) for k, v in RECORD.items())
-    return record if is_whole else {}
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
@@ -419,6 +410,11 @@ def dataset_names(record: dict[str, Any]) -> list[str]:
     specs = [value] if isinstance(value, str) else value
     names = [str(spec["id"] if isinstance(spec, dict) else spec) for spec in specs]
     return [name if is_hub_id(name) else Path(name).name for name in names]
+
+
+def quoted(path: Path | str) -> str:
+    """`path` as a word of a command."""
+    return shlex.quote(short_path(path))
 
 
 def _now() -> str:

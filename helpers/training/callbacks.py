@@ -29,8 +29,8 @@ from helpers.core import (
     printable,
     wait_for_everyone,
 )
+from helpers.models.adapters import make_portable, upcast_adapter
 from helpers.models.chat import eos_token_ids
-from helpers.models.plan import make_portable, upcast_adapter
 from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
 from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
 from helpers.runs.report import save_partial_report

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from helpers.merging.merge import Adapter, MergedModel, merge_adapter
 from helpers.merging.verify import Verification
+from helpers.models.adapters import save_model, save_tokenizer
 from helpers.models.chat import eos_token_ids
-from helpers.models.plan import prepare_model, save_model, save_tokenizer
+from helpers.models.plan import prepare_model
 from helpers.runs.run import Run
 from tests.merging.test_families import save_base
 from tests.tiny import tiny_mistral

@@ -49,30 +49,69 @@ def test_layers_are_compared_where_a_model_is_too_large(tmp_path: Path) -> None:
     good = compare_layers(StreamingMerger(base, adapter), folder)
     assert good["layers"] == 14  # two of each of seven kinds
     assert good["relative"] < 1e-5
+    assert good["applied"] == pytest.approx(1, abs=1e-4)
     for wrong in ("v_proj", "down_proj"):
         copied = tmp_path / f"without-{wrong}"
         weights = tensors(folder)
         weights |= {n: w for n, w in tensors(base).items() if wrong in n}
         copied.mkdir()
         save_file(weights, copied / "model.safetensors")
-        assert compare_layers(StreamingMerger(base, adapter), copied)["relative"] > 0.05
+        found = compare_layers(StreamingMerger(base, adapter), copied)
+        assert found["relative"] > 0.05
+        assert found["applied"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_merge_is_verified_by_its_kl_or_its_layers() -> None:
     rows = {"merged into original": {"max_abs": 1e-5, "mean_abs": 1e-6, "top1": 1.0, "kl": 2.9e-9}}
     rows["base alone"] = {"max_abs": 2.0, "mean_abs": 0.2, "top1": 0.7, "kl": 0.05}
     good = Verification(rows["merged into original"], rows)
-    assert good.problem(0.01) == ""
+    assert good.problem == ""
     assert printed(good).splitlines()[0] == "Merge verified: KL 3e-9 nats; base alone 5e-2"
     assert "100.00%" in printed(good)
-    assert good.problem(1e-10) == "The merged model has KL 2.90e-09, above --max_kl 1e-10"
-    assert Verification({"kl": float("nan")}).problem(0.01) == "The merged model has KL nan, above --max_kl 0.01"
-    layers = Verification({"layers": 14, "relative": 1e-6})
-    assert layers.problem(0.01) == ""
+    layers = Verification({"layers": 14, "relative": 1e-6, "applied": 1.0})
+    assert layers.problem == ""
     assert printed(layers).startswith("Merge verified: outputs of 14 layers differ by 1e-6 at most")
     wrong = Verification({"layers": 14, "relative": 0.1})
-    assert printed(wrong).startswith("Merge differs from the trained policy: outputs of 14 layers")
-    assert wrong.problem(0.01) == "Merged layers differ by 1.0e-01, more than rounding"
+    assert wrong.problem.startswith("layers differ by 1e-1, more than rounding. Check the adapter")
+    empty = Verification({"layers": 14, "relative": 1e-4, "applied": 0.01}, dtype="bfloat16")
+    assert empty.problem == f"{ROUNDED}. Use `--merge_dtype float32`."
+
+
+ROUNDED = "inconclusive: the adapter changes the model less than rounding to bfloat16 does"
+NO_EFFECT = "inconclusive: the adapter changes the model less than rounding to float32 does. Train it further"
+FURTHER = "KL {} is not below that of the base alone, {}"
+
+
+@pytest.mark.parametrize(
+    ("kl", "base", "computing", "max_kl", "dtype", "expected"),
+    [
+        (2.9e-9, 0.05, None, 1e-10, "float32", "KL 3e-9 is above --max_kl 1e-10. Check"),
+        (0.5, 0.8, None, 1.0, "float32", ""),  # an allowed difference is no second verdict
+        (float("nan"), 0.05, None, 0.01, "float32", "KL nan is above --max_kl 0.01"),
+        (1e-5, float("nan"), None, 0.01, "float32", "KL 1e-5 is not below"),
+        (2e-3, 1e-3, None, 0.01, "float32", FURTHER.format("2e-3", "1e-3")),
+        (1.7e-3, 8.5e-5, 1.6e-3, 0.01, "bfloat16", ROUNDED),
+        (8e-5, 8.5e-5, 1.6e-3, 0.01, "bfloat16", ROUNDED),  # the adapter is rounded away
+        (1e-7, 8.5e-5, 1.6e-3, 0.01, "bfloat16", ""),  # its weights are right, whatever bfloat16 computes with them
+        (9e-3, 8e-3, 1e-5, 0.01, "bfloat16", FURTHER.format("9e-3", "8e-3")),  # more than rounding
+        (2e-3, 1e-3, None, 0.01, "bfloat16", ROUNDED),  # too large for float32: both are rounded
+        (5e-4, 1e-3, None, 0.01, "bfloat16", ""),
+        (0.0, 0.0, None, 0.01, "float32", NO_EFFECT),  # an adapter that was never trained
+        (3e-10, 2e-10, None, 0.01, "float32", NO_EFFECT),
+        (3e-10, 2e-8, None, 0.01, "float32", ""),
+    ],
+)
+def test_the_verdict_is_relative_to_the_base_and_the_only_one(
+    kl: float, base: float, computing: float | None, max_kl: float, dtype: str, expected: str
+) -> None:
+    rest = {"max_abs": 1.0, "mean_abs": 0.1, "top1": 0.9}
+    rows = {"merged into original": rest | {"kl": kl}, "base alone": rest | {"kl": base}}
+    rows |= {} if computing is None else {f"computed in {dtype}": rest | {"kl": computing}}
+    verification = Verification(rows["merged into original"], rows, max_kl, dtype)
+    assert verification.problem.startswith(expected) if expected else verification.problem == ""
+    lines = printed(verification).splitlines()
+    assert sum(line.startswith("Merge ") for line in lines) == 1
+    assert lines[0].startswith("Merge refused: " if expected else "Merge verified: KL ")
 
 
 def test_a_merge_that_is_not_the_policy_is_deleted_and_another_replaces_an_older_one(tmp_path: Path) -> None:
@@ -84,18 +123,18 @@ def test_a_merge_that_is_not_the_policy_is_deleted_and_another_replaces_an_older
         return MergedModel(run, folder, "original", LoadPrecision())
 
     bad = merged()
-    with pytest.raises(UserError, match="The merge was deleted"):
-        bad.finalize(Verification({"kl": 0.5}), max_kl=0.01)
+    with pytest.raises(UserError, match=r"The merge was deleted: KL 5e-1 is above --max_kl 0.01"):
+        bad.finalize(Verification({"kl": 0.5}))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "merge").mkdir()
     (tmp_path / "merge" / "older").touch()
     good = merged()
-    good.finalize(Verification({"kl": 1e-9}), max_kl=0.01)
+    good.finalize(Verification({"kl": 1e-9}))
     assert [folder.name for folder in tmp_path.glob("[!.]*")] == ["merge"]
     assert [file.name for file in good.folder.iterdir()] == ["run.json"]
     record = read_run(tmp_path / "merge")
     assert (record["status"], record["metrics"], record["merge_base"]) == ("finished", {"kl": 1e-9}, "original")
-    good.finalize(Verification({"kl": 0.5}), max_kl=0.01)  # it is finished
+    good.finalize(Verification({"kl": 0.5}))  # it is finished
     assert read_run(tmp_path / "merge") == record
 
 
@@ -103,12 +142,13 @@ def test_a_merge_of_before_is_verified_by_its_record(tmp_path: Path) -> None:
     metrics = {"max_abs": 1e-5, "mean_abs": 1e-6, "top1": 1.0, "kl": 2.9e-9}
     for more, verdict in (
         ({}, "KL 3e-9 nats"),
-        ({"verification": {"base alone": metrics}}, "KL 3e-9 nats; base alone 3e-9"),
+        ({"verification": {"base alone": metrics | {"kl": 1e-3}}}, "KL 3e-9 nats; base alone 1e-3"),
     ):
-        run = Run(tmp_path, {"status": "finished", "metrics": metrics, "merge_base": "dequantized"} | more)
+        record = {"status": "finished", "metrics": metrics, "merge_base": "dequantized", "settings": {"max_kl": 1.0}}
+        run = Run(tmp_path, record | more)
         merged = merge_adapter(Adapter(tmp_path, Run(tmp_path, {})), output=run)
         assert (merged.folder, merged.merge_base) == (tmp_path, "dequantized")
-        text = printed(verify_merge(merged, Adapter(tmp_path, run)))
+        text = printed(verify_merge(merged, Adapter(tmp_path, run), max_kl=1e-12))  # it was judged by another
         assert text.splitlines()[0] == f"Merge verified: {verdict}"
     layers = Run(tmp_path, {"status": "finished", "metrics": {"layers": 2, "relative": 1e-7}, "merge_base": "original"})
     assert printed(verify_merge(merge_adapter(Adapter(tmp_path, layers), output=layers), Adapter(tmp_path, layers)))

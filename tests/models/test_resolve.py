@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from helpers.core import SettingsError, UserError
+from helpers.merging.merge import find_adapter
 from helpers.models import load_tokenizer, resolve, resolve_start
+from helpers.runs import checkpoints
+from helpers.runs.checkpoints import check_model_folder, read_run
+from helpers.runs.run import Run
 from tests.tiny import settings_of
 
 
@@ -210,3 +217,184 @@ def test_a_run_or_an_adapter_as_model_is_taken_or_named(tmp_path: Path, capsys: 
         flag = "--run" if step else "--adapter"
         with pytest.raises(SettingsError, match=f"is {words}, not a model. Merge it with .*03_merge_push.py {flag} "):
             resolve_start(settings_of(tmp_path, "--model_id", str(folder)))
+
+
+def finished_run(folder: Path, step: str, files: dict[str, str], **record: object) -> Run:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    run = Run(folder, {"step": step, "base_model": "org/base"} | record)
+    run.finish()
+    return run
+
+
+ADAPTER = {"adapter_model.safetensors": "weights", "adapter_config.json": '{"peft_type": "LORA", "lora_alpha": 16}'}
+MODEL = {"config.json": "{}", "model.safetensors": "weights", "generation_config.json": "{}"}
+
+
+@pytest.mark.parametrize("name", [*ADAPTER, *MODEL])
+def test_a_file_that_changed_after_its_run_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = finished_run(folder, "dpo", ADAPTER if name in ADAPTER else MODEL)
+    check_model_folder(folder)
+    (folder / "report.html").write_text("not of the model")
+    (folder / "run.json").write_text(json.dumps(run.record | {"note": "mine"}))
+    check_model_folder(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1  # one bit, of the same size
+    (folder / name).write_bytes(content)
+    fix = f"Restore it, or repeat that run .*`python -m helpers accept {folder}`"
+    with pytest.raises(UserError, match=rf"{folder} is not as its run finished: {name} has changed\. {fix}"):
+        check_model_folder(folder)
+    (folder / name).write_text("longer than it was before, so that it need not be read at all")
+    with pytest.raises(UserError, match=f"{name} has changed"):
+        check_model_folder(folder)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        check_model_folder(folder)
+
+
+def test_a_change_on_purpose_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = dict(finished_run(tmp_path / "run", "dpo", ADAPTER).record)
+    checkpoints.main([str(tmp_path / "run")])
+    (tmp_path / "run" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match=r"chat_template\.jinja was added, adapter_config\.json has changed\. Restore"):
+        check_model_folder(tmp_path / "run")
+    checkpoints.main([str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert out.startswith("Nothing has changed.\n")
+    assert out.endswith("run: chat_template.jinja was added, adapter_config.json has changed. Accepted.\n")
+    check_model_folder(tmp_path / "run")
+    after = read_run(tmp_path / "run")
+    assert after["fingerprint"] != before["fingerprint"]  # what was merged or answered before was another model's
+    assert {name: after[name] for name in ("status", "finished")} == {n: before[n] for n in ("status", "finished")}
+    with pytest.raises(SettingsError, match="usage: python -m helpers accept outputs/<run>"):
+        checkpoints.main([str(tmp_path)])
+
+
+def test_long_hashing_is_announced_and_done_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path / "run", "sft", MODEL)
+    monkeypatch.setattr(checkpoints, "SLOW_BYTES", 5)
+    checkpoints._sha256.cache_clear()
+    check_model_folder(tmp_path / "run")
+    assert checkpoints._sha256.cache_info().misses == len(MODEL)
+    check_model_folder(tmp_path / "run")
+    assert checkpoints._sha256.cache_info().misses == len(MODEL)
+    assert f"Comparing 0.0 GB in {tmp_path / 'run'} with the hashes in its run.json." in capsys.readouterr().out
+
+
+def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each way to read a run, with the run's file that has changed."""
+    base = finished_run(outputs / "full", "sft", MODEL, finished="2026").folder
+    text = json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA", "r": 8, "lora_alpha": 16,
+                       "target_modules": ["q_proj"]})  # fmt: skip
+    adapter = ADAPTER | {"adapter_config.json": text}
+    finished_run(outputs / "sft", "sft", adapter)
+    finished_run(outputs / "dpo", "dpo", adapter)
+    finished_run(outputs / "merged", "merge", MODEL)
+    changes = [
+        ("full", "config.json", " {}"),
+        ("sft", "adapter_model.safetensors", "weighty"),
+        ("dpo", "adapter_config.json", text.replace("16", "61")),
+        ("merged", "model.safetensors", "weighty"),
+    ]
+    for name, file, content in changes:
+        (outputs / name / file).write_text(content)
+    settings = SimpleNamespace(output_dir=outputs, max_shard_size="2GB", adapter="", run="dpo", base_model_id="")
+    settings.trust_remote_code = False
+
+    def start(*flags: str) -> str:
+        return resolve_start(settings_of(outputs, *flags)).path
+
+    yield "full: config.json", lambda: start("--sft_run", "full")
+    yield "sft: adapter_model.safetensors", lambda: start("--sft_run", "sft")
+    yield "merged: model.safetensors", lambda: start("--model_id", str(outputs / "merged"))
+    yield "dpo: adapter_config.json", lambda: find_adapter(settings).base_model
+    yield "merged: model.safetensors", lambda: resolve.resolve_models(("merged",), outputs)
+    yield "sft: adapter_model.safetensors", lambda: resolve.resolve_models((str(outputs / "sft"),), outputs)
+    (outputs / "dpo" / "adapter_config.json").write_text(text)
+    yield "full: config.json", lambda: find_adapter(settings).base_model
+    yield "full: config.json", lambda: resolve.resolve_models(("dpo",), outputs)
+
+
+def test_a_changed_run_is_refused_by_every_notebook_that_reads_it(tmp_path: Path) -> None:
+    for what, read in changed_runs(tmp_path):
+        folder, file = what.split(": ")
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value).startswith(f"{tmp_path / folder} is not as its run finished: {file} has changed."), what
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"), [("finished", "Use {}. To use"), ("interrupted", "Finish that run, then use {}. To use")]
+)
+def test_a_checkpoint_is_named_and_its_run(status: str, fix: str, tmp_path: Path) -> None:
+    for name, files in (("full", MODEL), ("lora", ADAPTER)):
+        run = finished_run(tmp_path / name, "dpo" if name == "lora" else "sft", files)
+        run.save(status=status)
+        for place in ("checkpoint-4", "checkpoint-4/ref", "broken-checkpoint-6"):
+            (tmp_path / name / place).mkdir()
+            for file, text in files.items():
+                (tmp_path / name / place / file).write_text(text)
+    settings = SimpleNamespace(output_dir=tmp_path, max_shard_size="2GB", base_model_id="", trust_remote_code=False)
+    lora, full = (str(tmp_path / name / "checkpoint-4") for name in ("lora", "full"))
+    broken = str(tmp_path / "full" / "broken-checkpoint-6")
+
+    def adapter(name: str, run: str = "latest") -> str:
+        return find_adapter(SimpleNamespace(**vars(settings), adapter=name, run=run)).base_model
+
+    ways: list[tuple[str, Callable[[], object]]] = [
+        (lora, lambda: adapter(lora)),
+        (f"{lora}/ref", lambda: adapter(f"{lora}/ref")),
+        (lora, lambda: adapter("", run=lora)),
+        (lora, lambda: resolve.resolve_models((lora,), tmp_path)),
+        (full, lambda: resolve.resolve_models((full,), tmp_path)),
+        (full, lambda: resolve.resolve_models(("full/checkpoint-4",), tmp_path)),
+        (full, lambda: resolve_start(settings_of(tmp_path, "--model_id", full))),
+        (full, lambda: resolve_start(settings_of(tmp_path, "--sft_run", full))),
+        (full, lambda: resolve.resolve_model(full)),
+        (broken, lambda: resolve.resolve_model(broken)),
+    ]
+    for checkpoint, use in ways:
+        run = str(tmp_path / ("lora" if "lora" in checkpoint else "full"))
+        with pytest.raises(UserError) as error:
+            use()
+        text = f"{checkpoint} is a checkpoint of the run {run} ({status}). {fix.format(run)}"
+        assert str(error.value).startswith(text), checkpoint
+    shutil.copytree(full, tmp_path / "checkpoint-4")  # it is in no run
+    assert resolve.resolve_model(str(tmp_path / "checkpoint-4"))
+
+
+def test_an_adapter_on_an_adapter_or_as_a_model_is_named_with_the_next_step(tmp_path: Path) -> None:
+    for name, base in (("first", "org/base"), ("second", str(tmp_path / "first")), ("both", "org/base")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text("weights")
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    for file, text in MODEL.items():
+        (tmp_path / "both" / file).write_text(text)
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = f"`python notebooks/03_merge_push.py --adapter {first}`"
+    ways: list[Callable[[], object]] = [
+        lambda: resolve.resolve_adapter(str(second)),
+        lambda: resolve.resolve_adapter(str(second), ""),
+        lambda: resolve.resolve_adapter(str(tmp_path / "both"), str(first)),
+        lambda: resolve.resolve_models((str(second),), tmp_path),
+    ]
+    for use in ways:
+        with pytest.raises(UserError) as error:
+            use()
+        assert f"is an adapter on another adapter, '{first}'. Merge that one first with {command}, then" in str(
+            error.value
+        )
+    with pytest.raises(UserError, match=re.escape(f"'{first}' is an adapter, not a model. Merge it with {command}")):
+        resolve.resolve_model(str(first))
+    with pytest.raises(
+        UserError, match="both' is an adapter, not a model"
+    ):  # transformers loads org/base and the adapter
+        resolve.resolve_model(str(tmp_path / "both"))
+    with pytest.raises(SettingsError, match="both is an adapter, not a model"):
+        resolve_start(settings_of(tmp_path, "--model_id", str(tmp_path / "both")))

@@ -37,7 +37,7 @@ TRAINING = [
     "transformers.trainer:Trainer._save_checkpoint 3", "helpers.training.resume:ResumeCallback.on_save 3",
     "helpers.training.callbacks:CheckpointCallback.on_save 3", "transformers.trainer:rotate_checkpoints 1",
     "transformers.trainer:Trainer._finalize_training 1", "transformers.trainer:Trainer.evaluate 2",
-    "helpers.runs.curves:final_metrics 1", "helpers.models.plan:save_model 1", "helpers.runs.run:Run.finish 1",
+    "helpers.runs.curves:final_metrics 1", "helpers.models.adapters:save_model 1", "helpers.runs.run:Run.finish 1",
     "helpers.runs.checkpoints:hash_files 1", "helpers.runs.curves:Curves.read 1", "helpers.runs.report:show_report 1",
 ]  # fmt: skip
 MORE = {

@@ -28,7 +28,7 @@ CALLS = {
     "01_sft.py": [
         "helpers.settings.load:show 1", "helpers.models.resolve:resolve_start 1", "helpers.data.loading:load_rows 1",
         "transformers:AutoModelForCausalLM.from_pretrained 1", "transformers.trainer:Trainer.training_step 2",
-        "transformers.trainer:Trainer._save_checkpoint 1", "helpers.models.plan:save_model 1",
+        "transformers.trainer:Trainer._save_checkpoint 1", "helpers.models.adapters:save_model 1",
         "helpers.runs.run:Run.finish 1", "helpers.runs.report:show_report 1",
     ],
     "02_dpo.py": [

@@ -20,7 +20,7 @@ from transformers import (
 from trl import DPOConfig
 from trl.trainer import utils
 
-from helpers.models.plan import upcast_adapter
+from helpers.models.adapters import upcast_adapter
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 VOCABULARY = 300

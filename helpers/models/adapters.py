@@ -1,0 +1,182 @@
+"""Adapters that fit their base, and models and tokenizers as they are saved (PEFT 0.21, transformers 5.23)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download
+
+from helpers.core import UserError, find_path, is_main_process, short_path, shorten, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Files of a model that its successors need too.
+CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "*processor_config.json",
+                 "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
+# Weights that PEFT 0.21 reports as missing in each layer that shares them (peft_model.py, from_pretrained).
+SHARED_WEIGHTS = re.compile(r"vblora_vector_bank|\.tinylora_v\.|\.unilora_theta_d\.")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path | str, is_trainable: bool = False) -> Any:
+    """Put the adapter in `folder` on `model`. Raises UserError if it does not fit: see `check_adapter_keys`."""
+    from peft import PeftModel
+
+    base = str(getattr(model.config, "name_or_path", ""))
+    with adapter_errors(folder, base), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # all names; an error has the first
+        policy = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        # PEFT 0.21 drops keys that it does not know without a word. Loading again returns what was dropped or missing
+        names = getattr(model, "_checkpoint_conversion_mapping", {})
+        keys = policy.load_adapter(str(folder), "default", is_trainable=is_trainable, key_mapping=names)
+    check_adapter_keys(policy, keys.missing_keys, keys.unexpected_keys, folder, base)
+    return policy
+
+
+def check_adapter_keys(
+    policy: Any, missing: Iterable[str], unexpected: Iterable[str], folder: Path | str, base: Path | str
+) -> None:
+    """Raise UserError unless every key of an adapter's file is used, and every layer that it wraps is filled.
+
+    `missing` and `unexpected` are the keys that PEFT reports for the file in `policy`. Copies of the embeddings, which
+    PEFT saves by itself, may be unused.
+    """
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    config = policy.peft_config["default"]
+    if config.is_prompt_learning:  # its weights are not in a layer
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    needed = [name for name in policy.state_dict() if prefix in name and ".default" in name]
+    lacking = [name for name in missing if name in set(needed) and not SHARED_WEIGHTS.search(name)]
+    model = policy.get_base_model()
+    layers = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in layers}
+    unused = [name for name in unexpected if prefix in name or not embeddings & set(name.split("."))]
+    problems = [f"{len(unused)} of its weights are not in that model ({unused[0]})"] if unused else []
+    if lacking:
+        problems.append(f"{len(lacking)} of {len(needed)} weights of its layers are missing ({lacking[0]})")
+    if problems:
+        raise adapter_error(folder, base, " and ".join(problems))
+
+
+@contextlib.contextmanager
+def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
+    """Raise UserError where PEFT 0.21 finds that an adapter does not fit its base: other layers, shapes or files."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KeyError as error:
+        raise adapter_error(folder, base, f"it lacks {error.args[0]}") from None
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):  # such as too little memory
+            raise
+        raise adapter_error(folder, base, str(error)) from None
+
+
+def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserError:
+    """Return the error of an adapter that does not fit its base."""
+    problem, model = shorten(" ".join(problem.split()), 400), model_name(base)
+    return UserError(
+        f"The adapter {model_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained "
+        "on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
+    )
+
+
+def model_name(folder: Path | str) -> str:
+    """A folder as the user would type it; for one in the cache of the Hub, its id."""
+    cached = re.search(r"models--([^/\\]+)", str(folder))
+    return cached[1].replace("--", "/") if cached else short_path(folder)
+
+
+def save_model(trainer: Any, folder: Path) -> None:
+    """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds.
+
+    Call it in every process of a launch: under ZeRO-3 and FSDP each holds a part of the weights.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(str(folder))  # and the tokenizer
+    else:
+        _save_adapter(trainer, model, folder)
+    if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
+        (folder / "README.md").unlink(missing_ok=True)
+        make_portable(folder)
+        if not hasattr(model, "peft_config"):
+            carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
+
+
+def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if is_main_process():
+        # the adapter has the rows of added tokens: PEFT need not save all embeddings for them
+        layers = "auto" if model.peft_config["default"].trainable_token_indices is None else False
+        names = ["default"]
+        model.save_pretrained(str(folder), selected_adapters=names, state_dict=state, save_embedding_layers=layers)
+        trainer.processing_class.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer for other programs too: see `make_portable`."""
+    tokenizer.save_pretrained(folder)
+    make_portable(folder)
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite the tokenizer_config.json that transformers 5.23 saves in the terms of transformers 4 and llama.cpp, and
+    without how it was loaded."""
+    file, tokens = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text())
+    config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has names for them there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if tokens.is_file():
+        added = json.loads(tokens.read_text())["added_tokens"]
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+    write_json(file, config)
+
+
+def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
+    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. Those
+    of a base on the Hub are downloaded; without a network they are left out."""
+    source = find_path(base)
+    with contextlib.suppress(OSError, ValueError):
+        source = source or Path(snapshot_download(base, revision=commit, allow_patterns=list(CARRIED_FILES)))
+    for file in {file for pattern in CARRIED_FILES for file in source.glob(pattern)} if source else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def upcast_adapter(model: torch.nn.Module) -> None:
+    """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
+
+    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values. In a new
+    adapter, modules and token rows that are trained in full begin as those of the base: policy and reference are equal.
+    """
+    weights = dict(model.named_parameters())
+    rows = {  # PEFT 0.21 keeps the rows of the base in a buffer
+        f"{name}.trainable_tokens_delta.{adapter}": value
+        for name, module in model.named_modules()
+        for adapter, value in getattr(module, "trainable_tokens_original", {}).items()
+    }
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            reference = re.sub(r"\.default(?=\.|$)", ".ref", name)
+            base = name.replace(".modules_to_save.default.", ".original_module.")
+            exact = next(
+                (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
+            )
+            weight.data = exact.data.float().clone()
