@@ -202,7 +202,7 @@ def prepare_model(
     from transformers import GenerationConfig
 
     class UncheckedGenerationConfig(GenerationConfig):
-        def validate(self, strict: bool = False) -> None:
+        def validate(self, *args: Any, **kwargs: Any) -> None:
             pass
 
     disable_cpu_4bit_repacking(model)
