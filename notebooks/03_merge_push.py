@@ -89,11 +89,12 @@ from helpers.merging import find_adapter, merge_adapter, verify_merge
 from helpers.runs import show_report, start_run
 
 adapter_ref = find_adapter(settings)
-show(f"Adapter: {short_path(adapter_ref.source)}, base model: {short_path(adapter_ref.base_model)}")
+show(f"Adapter: {short_path(adapter_ref.source)}")
 is_done = push_before_merge(settings, adapter_ref.source)  # False without --push_to_hub
 
 # %%
 if not is_done:
+    show(f"Base model: {short_path(adapter_ref.base_model)}")
     merge_run = start_run(settings, base_model=adapter_ref.base_model, parent=adapter_ref.run)
 
 # %% [markdown]

@@ -64,7 +64,7 @@ NOT_GIVEN_BEFORE = re.compile(
     re.IGNORECASE,
 )
 NOT_GIVEN_AFTER = re.compile(
-    r"[\"'`*)\s]*(?:(?:if|when|means?|indicates?|stands for|is for|for a tie|at first|initially"
+    r"[\"'`*)\s]*(?:(?:if|when|means?|indicates?|is for|for a tie|at first|initially"
     r"|(?:is|was) (?:not|wrong)|isn)\b"
     r"|(?:would|could|might)\b(?! be (?:my|the (?:right|fair|final|correct)\b)))",
     re.IGNORECASE,
@@ -127,7 +127,7 @@ def _read_rating(text: str) -> float | None:
 def _last_given(text: str, read: Callable[[str], Any]) -> Any:
     """The last value in double brackets that is given, not only mentioned. None if there is none; "" if it is unclear.
 
-    Of several that differ, one is clear on a line of its own, or with a word such as "verdict" before it.
+    Of several that differ, one is clear if it is alone on a line, or with a word such as "verdict" before it.
     """
     text = re.sub(r"\\(?=[\[\]])|</?[a-z]+>", "", text)  # escapes and tags
     if re.search(r"\[\s*\[[^\[\]]*\Z", text):

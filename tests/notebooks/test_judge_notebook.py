@@ -101,6 +101,10 @@ def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
         assert {(row["model_id"], len(row["choices"][0]["turns"]), row["choices"][0]["index"]) for row in rows} == {
             (name, 2, 0)
         }
+    took = project.run("04_vibes.py", "--models", f"outputs/{dpo_run}", "--dry_run").stdout
+    assert f"Models: sft (outputs/sft), {dpo_run} (outputs/{dpo_run})\n" in took
+    took = project.run("03_merge_push.py", "--run", f"outputs/{dpo_run}", "--dry_run").stdout
+    assert f"Adapter: outputs/{dpo_run}\nBase model: outputs/demo/tiny-mistral\n" in took
     page = (outputs / answered / "answers.html").read_text()
     assert "What is 7 plus 2?" in page
     with judge_server(coin) as server:
