@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -234,17 +233,12 @@ def short_path(path: Path | str) -> str:
 def safe_file_name(model: str, unique: bool = False) -> str:
     """A model's name as a file name: characters that a file system refuses become hyphens.
 
-    A long name is cut and ends in a hash of the whole; a `unique` one has the hash too, as the plain one is taken.
+    A long name is cut and ends in its hash; a `unique` one, for a plain one that is taken, ends in its hash too.
     """
     name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", model).encode(errors="replace")
     if unique or len(name) > 120:
         return name[:100].decode(errors="ignore") + f"-{fingerprint(model)[:8]}"
     return name.decode()
-
-
-def file_name_key(name: str) -> str:
-    """The same for names that a file system without case, or with one form of Unicode, takes for one."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def add_user_paths() -> None:

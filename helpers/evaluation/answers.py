@@ -20,14 +20,13 @@ from helpers.core import (
     Row,
     UserError,
     atomic_write,
-    file_name_key,
     printable,
     read_jsonl,
     safe_file_name,
     short_path,
 )
 from helpers.data.messages import Message
-from helpers.evaluation.questions import Answer, Question, answer_turns, file_owner, question_turns
+from helpers.evaluation.questions import Answer, Question, answer_turns, file_name_key, file_owner, question_turns
 from helpers.runs.run import Run
 
 ModelAnswers = dict[str, dict[Any, list[Any]]]  # model → question_id → its answers (Answer or str), one per turn
@@ -212,7 +211,7 @@ class AnswerStore:
     def finish(self, run: Run, names: list[str], **fields: Any) -> None:
         """Finish a run, with the counts of each model as its metrics. Raises UserError if no answer has any text."""
         counts = {name: self.count(name) for name in names}
-        if any(text for name in names for turns in self.answers(name).values() for text in turns):
+        if any(text.strip() for name in names for turns in self.answers(name).values() for text in turns):
             return run.finish(metrics=counts, **fields)
         cut = sum(own["cut"] for own in counts.values())
         fix = "Raise --max_new_tokens" if cut else "Check the models, their chat templates and the server"
@@ -242,10 +241,11 @@ class AnswerStore:
         shown = []
         for question in self.questions:
             i = _to_json(question["question_id"])
-            columns = [{"model": m, "answers": own} for m in names if (own := answers[m].get(question["question_id"]))]
-            for column in columns:
-                cut = [text.cut for text in column["answers"]]
-                column |= {"cut": cut} if any(cut) else {}
+            columns: list[dict[str, Any]] = []
+            for name in (name for name in names if answers[name].get(question["question_id"])):
+                own = answers[name][question["question_id"]]
+                cut = {"cut": [text.cut for text in own]} if any(text.cut for text in own) else {}
+                columns.append({"model": name, "answers": own} | cut)
             random.Random(f"{self.seed} {i}").shuffle(columns)
             shown.append(
                 {
@@ -299,7 +299,7 @@ def count_marks(answers: dict[Any, list[Any]]) -> dict[str, int]:
     every = [text for turns in answers.values() for text in turns]
     has_thoughts = [getattr(text, "raw", text) != text for text in every]
     cut = [getattr(text, "cut", False) for text in every]
-    return dict(zip(MARKS, (sum(not text for text in every), sum(cut), sum(has_thoughts)), strict=True))
+    return dict(zip(MARKS, (sum(not text.strip() for text in every), sum(cut), sum(has_thoughts)), strict=True))
 
 
 def describe_counts(name: str, counts: dict[str, int]) -> str:
@@ -356,7 +356,7 @@ def render_template(name: str, escape: bool = True, **values: Any) -> str:
 
 
 def _join(turns: list[str]) -> str:
-    marked = [(t or "(empty answer)") + " (cut off)" * getattr(t, "cut", False) for t in turns]
+    marked = [(t if t.strip() else "(empty answer)") + " (cut off)" * getattr(t, "cut", False) for t in turns]
     return marked[0] if len(marked) == 1 else "\n\n".join(f"[{i}] {turn}" for i, turn in enumerate(marked, 1))
 
 

@@ -46,7 +46,7 @@ TOKENS = re.compile(r"max_\w*tokens|(?:output|completion|new|generated) tokens",
 PASSING = r"(?i)rate.?limit|quota|overload|capacity|try again|time.?out|unavailable"  # errors within a reply
 LASTING = r"(?i)invalid|context|unsupported|not.support|too (?:long|large)|exceed|bad.?request|maximum|refuse"
 CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length")  # finish reasons of a reply that reached max_tokens
-FEW = 3  # refusals without one answer, after which a server is asked for the shortest of answers
+FEW_REFUSALS = 3  # refusals without one answer, after which a server is asked for the shortest of answers
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -67,7 +67,7 @@ class RequestRefused(UserError):
 
 
 class _ServerError(Exception):
-    """A status of 400 or more, or an error within a reply of status 200: the server's words, whole and in a line."""
+    """A status of 400 or more, or an error within a reply of status 200: the server's words, and their first line."""
 
     def __init__(self, status: int, body: Any, default: str = "") -> None:
         error = body.get("error", body) if isinstance(body, dict) else body
@@ -77,6 +77,10 @@ class _ServerError(Exception):
         self.line = " ".join(self.text.split())[:300]
         self.code, self.param = str(fields.get("code") or fields.get("type") or ""), str(fields.get("param") or "")
         super().__init__(self.line)
+
+    @classmethod
+    def of(cls, error: Any) -> _ServerError:
+        return cls(error.status_code, error.body, error.message)
 
 
 class Endpoint(Generator):
@@ -113,7 +117,7 @@ class Endpoint(Generator):
             try:
                 reply = self.ask(conversations[i], **arguments)
                 thoughts = f"<think>\n{reply.thoughts}\n</think>\n\n" if reply.thoughts else ""
-                answers[i] = Answer(thoughts + reply.text, cut=not reply.finished)
+                answers[i] = Answer(thoughts + reply.text.strip(), cut=not reply.finished)
             except RequestRefused as error:
                 answers[i] = Answer("", refused=str(error))
 
@@ -127,12 +131,12 @@ class Endpoint(Generator):
         except RequestRefused as error:
             with self._lock:
                 self._refusals += 1
-                is_suspicious = self._refusals == FEW and not self._has_answered
+                is_suspicious = self._refusals == FEW_REFUSALS and not self._has_answered
             if is_suspicious:
                 try:
                     self._ask([{"role": "user", "content": "Hello"}], **arguments)
                 except RequestRefused:
-                    raise UserError(f"every request so far was refused, also `Hello`: {error}") from None
+                    raise UserError(f"every request so far was refused: {error}") from None
             raise
         self._has_answered = True
         return reply
@@ -155,8 +159,8 @@ class Endpoint(Generator):
                 raise RequestRefused(f"{self.model} at {self.where} refuses to answer: {refusal or 'content filter'}")
             if text or thoughts or choice.finish_reason:
                 usage = getattr(reply, "usage", None)
-                counts = (getattr(usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
-                return Reply(text, choice.finish_reason not in CUT, *counts, thoughts)
+                read, written = (getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion"))
+                return Reply(text, choice.finish_reason not in CUT, read, written, thoughts)
         raise UserError(f"{self.model} at {self.where} {problem}")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:
@@ -176,12 +180,11 @@ class Endpoint(Generator):
             try:
                 reply = create(model=self.model, messages=fold_system_message(messages, not fold), **options)
                 _raise_error_within(reply)
-            except APIConnectionError as error:  # a timeout is one
-                line = " ".join(str(error).split())[:300]
+            except APIConnectionError as broken:  # a timeout is one
+                line = " ".join(str(broken).split())[:300]
                 raise UserError(f"no answer from {self.where}: {line} Is the server up?") from None
             except (APIStatusError, _ServerError) as caught:
-                within = isinstance(caught, _ServerError)  # a reply with status 200, which the client did not try again
-                error = caught if within else _ServerError(caught.status_code, caught.body, caught.message)
+                error = caught if isinstance(caught, _ServerError) else _ServerError.of(caught)
                 fits = _fitting_tokens(error.text, most)
                 if 0 < fits < most and error.status < 500:
                     self._note(f"lowers --max_new_tokens {most} to what fits: {error.line}", key="fits")
@@ -191,8 +194,8 @@ class Endpoint(Generator):
                 elif error.status in (400, 422) and (refused := _refused_arguments(error, sent)):
                     self.renamed |= {name: RENAMED.get(name) for name in refused}
                     self._note(f"does not accept {', '.join(refused)}: {error.line}", key=str(refused))
-                elif within and (error.status in (408, 409, 429) or error.status >= 500):
-                    raise  # it may pass
+                elif error is caught and (error.status in (408, 409, 429) or error.status >= 500):
+                    raise  # it may pass, and the client has not seen it
                 elif error.status in (400, 422, 500) and has_system and not fold and not self.supports_system:
                     fold = True  # the templates of Mistral, Gemma and others have no system role
                 else:

@@ -104,9 +104,9 @@ class HFGenerator(Generator):
         new = output[:, inputs["input_ids"].shape[1] :]
         ends = torch.as_tensor(kwargs["eos_token_id"], device=new.device).reshape(-1)
         cut = ~torch.isin(new, ends).any(dim=1)
-        answers = zip(texts, self._decode(new), cut.tolist(), strict=True)
-        # a template may begin the thoughts itself
-        return [Answer("".join(OPEN_THOUGHT.findall(prompt)) + text, cut=was_cut) for prompt, text, was_cut in answers]
+        begun = ["".join(OPEN_THOUGHT.findall(text)) for text in texts]  # thoughts that the template begins
+        answers = zip(begun, self._decode(new), cut.tolist(), strict=True)
+        return [Answer(thoughts + text.strip(), cut=was_cut) for thoughts, text, was_cut in answers]
 
     def _decode(self, ids: Any) -> list[str]:
         """The texts without special tokens, except for those that mark thoughts."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, file_name_key, find_path, printable, read_jsonl, safe_file_name
+from helpers.core import Row, UserError, find_path, printable, read_jsonl, safe_file_name
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
@@ -141,7 +142,7 @@ def read_bench(folder: Path) -> list[Question]:
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no question.jsonl")
     questions = _parse_rows(read_jsonl(file), str(file))
-    references: dict[str, list[str]] = {}
+    references: dict[str, list[Answer]] = {}
     for answers in sorted((folder / "reference_answer").glob("*.jsonl")):
         references |= {str(row["question_id"]): answer_turns(row) for row in read_jsonl(answers)}
     return [q | ({"reference": references[i]} if (i := str(q["question_id"])) in references else {}) for q in questions]
@@ -156,7 +157,7 @@ class Answer(str):
 
     def __new__(cls, raw: str, cut: bool = False, refused: str = "", text: str | None = None) -> Answer:
         answer = super().__new__(cls, strip_thoughts(raw if text is None else text))
-        answer.raw, answer.cut, answer.refused = raw.strip(), cut, refused
+        answer.raw, answer.cut, answer.refused = raw, cut, refused
         return answer
 
 
@@ -179,6 +180,11 @@ def answer_turns(row: Row) -> list[Answer]:
         if isinstance(turns, list) and all(isinstance(text, str) for text in [*turns, *raw]):
             return [Answer(r, cut=bool(c), text=t) for t, r, c in zip(turns, raw, cut, strict=True)]
     raise UserError(f"row is not from a model_answer file with a text per turn: {json.dumps(row)[:80]}")
+
+
+def file_name_key(name: str) -> str:
+    """The same for names that a file system without case, or with one form of Unicode, takes for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def file_owner(rows: list[Row], stem: str) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers.core import UserError, file_name_key, safe_file_name
+from helpers.core import UserError, safe_file_name
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.judgments import AnswerSet, find_answers
+from helpers.evaluation.questions import file_name_key
 from helpers.models.resolve import resolve_models
 from helpers.runs.run import start_run
 from helpers.settings.load import load_settings

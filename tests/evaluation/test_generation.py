@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import IPython
 import pytest
 import torch
 from ipykernel.kernelbase import Kernel
@@ -327,11 +328,11 @@ def test_a_chat_where_nobody_can_type_is_one_line(raised: Exception, monkeypatch
 
 
 def test_a_chat_in_a_kernel_without_input_ends_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = settings_of()
     monkeypatch.setattr(Generators, "load", lambda self: pytest.fail("a model is loaded"))
-    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=Kernel()))  # papermill's
+    generators = Generators([ModelRef("judge", "judge", base_url="http://127.0.0.1:1/v1")], settings_of())
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=Kernel()))  # papermill's
     with pytest.raises(SettingsError, match="--chat needs somebody who types"):
-        Generators([ModelRef("m", "m")], settings).chat()
+        generators.chat()
 
 
 def test_a_chat_with_an_endpoint_prints_its_answers(
