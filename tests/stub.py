@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from helpers.runs.run import start_run
+from helpers.runs.start import start_run
 from helpers.settings import TrainSettings, load_settings
 
 

@@ -5,7 +5,8 @@ from helpers.core import lazy_door
 __all__, __getattr__ = lazy_door(
     __name__,
     {
-        "run": ["Run", "find_run", "start_run"],
+        "run": ["Run", "find_run"],
+        "start": ["start_run"],
         "checkpoints": ["read_run"],
         "curves": ["Curves", "final_metrics", "plot_runs"],
         "report": ["show_report"],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -161,68 +159,8 @@ def check_writable(folder: Path, is_dry: bool = False) -> None:
         raise explain_failure(error, existing) or _not_writable(existing) from None
 
 
-def check_can_resume(folder: Path, is_asked: bool) -> None:
-    """Raise SettingsError for a folder without a readable run.json, unless its checkpoints are asked for."""
-    has_record = os.path.lexists(folder / "run.json")
-    last = next((each for each in list_checkpoints(folder) if not checkpoint_error(each)), None)
-    if last and not is_asked:
-        raise SettingsError(
-            f"{short_path(folder)} has checkpoints, but its run.json is {'broken' if has_record else 'missing'}. Add "
-            f"`--resume always` to resume from {last.name} with these settings, or use another --run_name."
-        )
-    if not last:
-        fault = "its run.json is broken" if has_record else "it is not a run"
-        raise SettingsError(f"{short_path(folder)} is not empty, and {fault}. Use another --run_name, or delete it.")
-
-
 def _not_writable(path: Any) -> UserError:
     return UserError(f"{short_path(str(path))} is not writable. Use another --output_dir, or fix its permissions.")
-
-
-def check_process_count(folder: Path, before: int | None, now: int, is_same_batch: bool) -> None:
-    """Raise SettingsError if a resumed run would get other rows per step from another number of processes."""
-    if before and before != now and not is_same_batch and last_complete_checkpoint(folder):
-        raise SettingsError(
-            f"{short_path(folder)} was started with {before} processes. With {now}, a step would have other rows. "
-            f"Launch {before}, or start over with `--resume never`. --global_batch_size keeps a step's rows the same."
-        )
-
-
-def check_same_settings(
-    folder: Path, record: dict[str, Any], hashed: dict[str, Any], origin: str, parent: str = ""
-) -> None:
-    """Raise SettingsError if the run in `folder` has other settings, or started from another model or run."""
-    before = record.get("hashed_settings", {}) | {"starting point": record.get("origin", origin)}
-    now = json.loads(json.dumps(hashed | {"starting point": origin}, default=str))
-    older = record.get("parent")
-    if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
-        flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
-        keep = f" Use `{flag} {shlex.quote(short_path(folder.parent / older))}` to keep the older one," if flag else ""
-        what = f"started from {older}, and this command starts from {parent}" + " (trained again)" * (older == parent)
-        raise SettingsError(
-            f"{short_path(folder)} {what}.{keep or ' Use'} another --run_name, or `--resume never` to replace it."
-        )
-    differences = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
-    if differences:
-        raise SettingsError(
-            f"{short_path(folder)} has other settings ({', '.join(differences)}). "
-            "Use another --run_name, or `--resume never` to replace it."
-        )
-
-
-def hash_data_files(names: Iterable[str]) -> dict[str, str]:
-    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
-    hashes = {}
-    for name in names:
-        with contextlib.suppress(json.JSONDecodeError):
-            name = json.loads(name).get("id", "") if name.startswith("{") else name
-        path = find_path(name)
-        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
-        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-        for folder, file in files:
-            with file.open("rb") as content:
-                hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    return hashes
 
 
 def explain_failure(error: BaseException, folder: Path) -> UserError | None:

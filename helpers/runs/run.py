@@ -5,29 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from helpers.core import (
-    REPO,
     SIGNALS,
-    CleanExit,
     Interrupted,
     SettingsError,
     UserError,
     find_path,
     is_main_process,
-    is_notebook,
     short_path,
     wait_for_everyone,
     write_json,
@@ -35,14 +29,12 @@ from helpers.core import (
 from helpers.runs import checkpoints
 from helpers.runs.checkpoints import check_model_folder
 from helpers.runs.checkpoints import read_run as read_run
-from helpers.settings.fields import RunSettings
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
 TRAINING_STEPS = ("sft", "dpo")
 NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
 COUNTS = ("read", "kept", "train", "eval")  # of rows, in a run's `data`
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 @dataclasses.dataclass
@@ -165,7 +157,7 @@ class Run:
         hashed = checkpoints.hash_files(weights)
         if is_main_process() and self.record.get("step") in STEPS:
             fields["files"] = checkpoints.hash_model_files(self.folder)
-        self.save(status="finished", finished=_now(), order=order, fingerprint=hashed, **fields)
+        self.save(status="finished", finished=utc_now(), order=order, fingerprint=hashed, **fields)
         checkpoints.unlock_folder(self.folder)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
@@ -191,130 +183,6 @@ class Run:
         for name, value in self.record.get("metrics", {}).items():
             table.add_row(name, f"{value:.6g}")
         return table
-
-
-def start_run(
-    settings: RunSettings,
-    base_model: str,
-    parent: Run | None = None,
-    origin: str = "",
-    when_finished: Callable[[Run, Any], None] | None = None,
-) -> Run:
-    """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
-
-    `base_model` is the root of the lineage, a Hub id or a folder. Without a `parent`, `origin` tells apart runs of the
-    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push.
-    A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
-    by 03. Raises SettingsError if the run's name belongs to a run with other settings.
-    """
-    short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])[:50]  # of a file name's 255 bytes
-    checkpoints.check_writable(settings.output_dir, is_dry=settings.dry_run)
-    origin = parent.record.get("fingerprint", "") if parent else origin
-    folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
-    if is_locked := folder.is_dir() and is_main_process() and not settings.dry_run:
-        checkpoints.lock_folder(folder)
-    record = read_run(folder)
-    run = Run(folder, record, restart=settings.resume == "never", read=None if is_locked else dict(record))
-    try:
-        return _enter(run, settings, base_model, parent, origin, when_finished)
-    except BaseException:
-        checkpoints.unlock_folder(folder)
-        raise
-
-
-def _enter(
-    run: Run,
-    settings: RunSettings,
-    base_model: str,
-    parent: Run | None,
-    origin: str,
-    when_finished: Callable[[Run, Any], None] | None,
-) -> Run:
-    """What `start_run` does once the folder is locked."""
-    folder = run.folder
-    start = short_path(parent.folder if parent else base_model)
-    if settings.dry_run:
-        begin = f" would start from {start}" if settings.step in NEXT else ""
-        raise CleanExit(f"Dry run: {short_path(folder)} ({run.record.get('status', 'new')}){begin}.")
-    if run.record and run.restart:
-        run.record, run.overwrite = {}, True
-    elif run.record:
-        hashed, name = settings.hashed_settings(), parent.name if parent else ""
-        checkpoints.check_same_settings(folder, run.record, hashed, origin, name)
-    elif folder.is_dir() and any(folder.iterdir()):
-        checkpoints.check_can_resume(folder, settings.resume == "always")
-    names = settings.values().get("dataset_id") or () if settings.step in TRAINING_STEPS else ()
-    files = checkpoints.hash_data_files(names)
-    if run.finished:
-        before = run.record.get("data_files", files)
-        changed = [Path(name).name for name in files if files[name] != before.get(name, files[name])]
-        if changed:
-            print(f"note: {', '.join(changed)} has changed since {short_path(folder)} was trained on it.")
-        checkpoints.unlock_folder(folder)
-        return _open_finished(run, settings, when_finished)
-    run.record = run.record or {"step": settings.step, "status": "running", "started": _now()}
-    processes, rows = int(os.environ.get("WORLD_SIZE", "1")), settings.rows_per_step()
-    is_same_batch = rows == run.record.get("rows_per_step")
-    checkpoints.check_process_count(folder, run.record.get("processes"), processes, is_same_batch)
-    if settings.step in TRAINING_STEPS:
-        prepare_tracker(settings)
-    run.set(
-        settings=settings.values(),
-        hashed_settings=settings.hashed_settings(),
-        sources=settings.sources,
-        base_model=base_model,
-        parent=parent.name if parent else None,
-        parent_folder=_relative_to(settings.output_dir, parent.folder if parent else None),
-        base_folder=_relative_to(settings.output_dir, find_path(base_model)),
-        origin=origin,
-        processes=processes,
-        rows_per_step=rows,
-        data_files=files,
-        process={"pid": os.getpid(), "host": platform.node(), "since": _now()[:19].replace("T", " ") + " UTC"},
-        versions=_package_versions(),
-        commit=_git_commit(),
-    )
-    print(f"Run: {short_path(folder)}" + (f"\nStarts from {start}" if rows else ""))
-    return run
-
-
-def prepare_tracker(settings: RunSettings) -> None:
-    """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one. Raises
-    SettingsError for a tracker that is unknown or not installed."""
-    name = settings.report_to
-    if name == "none":
-        return
-    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-
-    try:
-        for callback in get_reporting_integration_callbacks(name):
-            callback()  # checks whether its package is installed
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise SettingsError(f"--report_to {name}: {' '.join(str(error).split())}") from None
-    if name not in ("wandb", "all"):
-        return
-    import wandb
-
-    if settings.wandb_project:
-        os.environ["WANDB_PROJECT"] = settings.wandb_project
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:  # a variable, or netrc
-        os.environ["WANDB_MODE"] = "offline"
-        print("wandb: WANDB_API_KEY is not set, so this run is kept offline. Use `wandb sync` to upload it.")
-
-
-def _open_finished(run: Run, settings: RunSettings, when_finished: Callable[[Run, Any], None] | None) -> Run:
-    """A finished run, for a notebook's cells or a push by 03; else raises CleanExit with the next command."""
-    message = f"{short_path(run.folder)} is already finished. Use `--resume never` to run it again."
-    has_push = getattr(settings, "push_to_hub", False)
-    if settings.step == "merge" and has_push:
-        return run
-    if is_notebook() or settings.step not in NEXT:  # later steps print their tables again
-        print(message)
-        return run
-    if when_finished and (has_push or getattr(settings, "merge_adaptors", False)):
-        when_finished(run, settings)
-        message = f"{short_path(run.folder)} was already finished and was not retrained."
-    raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
 
 
 def find_run(output_dir: Path, which: str, step: str) -> Run:
@@ -389,7 +257,7 @@ def find_recorded(name: str | None, folder: Path, record: dict[str, Any]) -> Pat
     return next((p for p in places if name and p.is_dir() and p.resolve() != folder.resolve()), None)
 
 
-def _relative_to(output_dir: Path, path: Path | None) -> str | None:
+def relative_place(output_dir: Path, path: Path | None) -> str | None:
     return os.path.relpath(path.resolve(), output_dir.resolve()) if path else None
 
 
@@ -417,19 +285,5 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(short_path(path))
 
 
-def _now() -> str:
+def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that determine a run's numbers."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _git_commit() -> str:
-    """The repository's commit; a "+" follows if files differ from it."""
-    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(describe, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -16,7 +16,7 @@ from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.judgments import AnswerSet, find_answers
 from helpers.evaluation.questions import file_name_key
 from helpers.models.resolve import resolve_models
-from helpers.runs.run import start_run
+from helpers.runs.start import start_run
 from helpers.settings.load import load_settings
 from tests.evaluation.judging import questions_of
 from tests.settings.notebook import VibesSettings

@@ -15,7 +15,6 @@ import torch
 from helpers.core import Interrupted, UserError
 from helpers.runs.checkpoints import (
     MANIFEST,
-    check_process_count,
     checkpoint_error,
     explain_failure,
     last_complete_checkpoint,
@@ -23,6 +22,7 @@ from helpers.runs.checkpoints import (
     write_manifest,
 )
 from helpers.runs.run import Run
+from helpers.runs.start import check_process_count
 from tests.conftest import DPO, Project
 from tests.notebooks.test_three_ways import results, wait_for
 

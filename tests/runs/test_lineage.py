@@ -13,7 +13,8 @@ from helpers.core import UserError
 from helpers.hub.model_card import write_card
 from helpers.models import resolve_models, resolve_start
 from helpers.runs.report import show_report
-from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run, start_run
+from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
+from helpers.runs.start import start_run
 from tests.tiny import settings_of
 
 BASE = {"config.json": "{}", "model.safetensors": "x"}

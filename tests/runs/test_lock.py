@@ -14,7 +14,8 @@ import pytest
 
 from helpers.core import UserError
 from helpers.runs.checkpoints import lock_folder, unlock_folder
-from helpers.runs.run import Run, start_run
+from helpers.runs.run import Run
+from helpers.runs.start import start_run
 from tests.conftest import DPO, Project
 from tests.tiny import settings_of
 

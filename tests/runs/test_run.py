@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from helpers.core import CleanExit, SettingsError, UserError, show
-from helpers.runs import checkpoints
+from helpers.runs import checkpoints, start
 from helpers.runs import run as runs
 from tests.tiny import settings_of
 
 
 def test_the_same_settings_find_the_same_run_and_others_another(tmp_path: Path) -> None:
-    first = runs.start_run(settings_of(tmp_path), "org/Some-7B")
+    first = start.start_run(settings_of(tmp_path), "org/Some-7B")
     assert first.name == f"dpo-Some-7B-{settings_of(tmp_path).digest('')}"
     assert not first.folder.exists()  # nothing is written before there is something to write
     first.save(data={"read": 1})
-    assert runs.start_run(settings_of(tmp_path), "org/Some-7B").folder == first.folder
-    assert runs.start_run(settings_of(tmp_path, "--lora_r", "4"), "org/Some-7B").folder != first.folder
+    assert start.start_run(settings_of(tmp_path), "org/Some-7B").folder == first.folder
+    assert start.start_run(settings_of(tmp_path, "--lora_r", "4"), "org/Some-7B").folder != first.folder
     record = json.loads((first.folder / "run.json").read_text())
     assert record["status"] == "running"
     assert (record["base_model"], record["parent"]) == ("org/Some-7B", None)
@@ -29,33 +29,33 @@ def test_the_same_settings_find_the_same_run_and_others_another(tmp_path: Path) 
 
 
 def test_a_finished_run_is_not_started_again_unless_told(tmp_path: Path) -> None:
-    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run = start.start_run(settings_of(tmp_path), "org/m")
     run.save()
     (run.folder / "adapter_model.safetensors").write_bytes(b"weights")
     run.finish(metrics={"eval_loss": 1.0})
     with pytest.raises(CleanExit, match=r"is already finished\. Use `--resume never`"):
-        runs.start_run(settings_of(tmp_path), "org/m")
-    again = runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
+        start.start_run(settings_of(tmp_path), "org/m")
+    again = start.start_run(settings_of(tmp_path, "--resume", "never"), "org/m")
     assert (run.folder / "adapter_model.safetensors").exists()  # until the new run has something to write
     again.save()
     assert not (run.folder / "adapter_model.safetensors").exists()
 
 
 def test_a_name_by_hand_with_other_settings_is_refused_with_the_differences(tmp_path: Path) -> None:
-    runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m").save()
-    runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--report_to", "tensorboard"), "org/m")
+    start.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m").save()
+    start.start_run(settings_of(tmp_path, "--run_name", "mine", "--report_to", "tensorboard"), "org/m")
     with pytest.raises(SettingsError, match="lora_r 8 → 4"):
-        runs.start_run(settings_of(tmp_path, "--run_name", "mine", "--lora_r", "4"), "org/m")
+        start.start_run(settings_of(tmp_path, "--run_name", "mine", "--lora_r", "4"), "org/m")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
     for more in ([], ["--resume", "never"]):
         with pytest.raises(SettingsError, match="is not empty, and it is not a run"):
-            runs.start_run(settings_of(tmp_path, "--run_name", "thesis", *more), "org/m")
+            start.start_run(settings_of(tmp_path, "--run_name", "thesis", *more), "org/m")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(CleanExit, match=r"Dry run: .*\(new\) would start from org/m"):
-        runs.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
+        start.start_run(settings_of(tmp_path, "--dry_run"), "org/m")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,24 +64,24 @@ def test_a_run_that_trains_says_what_it_starts_from(
 ) -> None:
     parent = runs.Run(tmp_path / "sft-x", {"fingerprint": "f"})
     settings = settings_of(tmp_path, "--run_name", "a")
-    runs.start_run(settings, "org/m")
+    start.start_run(settings, "org/m")
     assert capsys.readouterr().out.splitlines()[-1] == f"Run: {tmp_path / 'a'}"
     monkeypatch.setattr(settings, "rows_per_step", lambda: 8)
-    runs.start_run(settings, "org/m")
+    start.start_run(settings, "org/m")
     assert capsys.readouterr().out.splitlines() == [f"Run: {tmp_path / 'a'}", "Starts from org/m"]
-    runs.start_run(settings, "org/m", parent)
+    start.start_run(settings, "org/m", parent)
     assert capsys.readouterr().out.splitlines()[-1] == f"Starts from {tmp_path / 'sft-x'}"
     monkeypatch.setattr(settings, "dry_run", True)
     monkeypatch.setattr(type(settings), "step", "judge")
     with pytest.raises(CleanExit, match=r"Dry run: .*a \(new\)\.$"):
-        runs.start_run(settings, "gpt-4")
+        start.start_run(settings, "gpt-4")
 
 
 def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"There is no finished dpo run in .* Run `python notebooks/02_dpo.py`"):
         runs.find_run(tmp_path, "latest", "dpo")
     for name, status in (("a", "finished"), ("b", "finished"), ("c", "running")):
-        run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
+        run = start.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
         run.save()
         if status == "finished":
             run.finish()
@@ -96,7 +96,7 @@ def test_latest_is_the_newest_finished_run_of_the_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")])
 def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseException], status: str) -> None:
-    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run = start.start_run(settings_of(tmp_path), "org/m")
     with pytest.raises(error), run.training() as checkpoint:  # noqa: PT012
         assert checkpoint is None
         raise error
@@ -104,11 +104,11 @@ def test_what_ends_a_training_is_written_down(tmp_path: Path, error: type[BaseEx
 
 
 def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path: Path) -> None:
-    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run = start.start_run(settings_of(tmp_path), "org/m")
     run.save()
     (run.folder / "checkpoint-2").mkdir()
     (run.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    with runs.start_run(settings_of(tmp_path, "--resume", "never"), "org/m").training() as checkpoint:
+    with start.start_run(settings_of(tmp_path, "--resume", "never"), "org/m").training() as checkpoint:
         assert checkpoint is None
     assert not (run.folder / "checkpoint-2").exists()
 
@@ -117,13 +117,13 @@ def test_the_tracker_is_settled_before_a_run_trains_and_only_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(runs, "prepare_tracker", lambda settings: asked.append(settings.report_to))
-    runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m").finish()
+    monkeypatch.setattr(start, "prepare_tracker", lambda settings: asked.append(settings.report_to))
+    start.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m").finish()
     with pytest.raises(CleanExit):
-        runs.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m")
+        start.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m")
     settings = settings_of(tmp_path, "--run_name", "judged")
     monkeypatch.setattr(type(settings), "step", "judge")
-    runs.start_run(settings, "gpt")
+    start.start_run(settings, "gpt")
     assert asked == ["wandb"]
 
 
@@ -148,9 +148,9 @@ def test_a_run_is_not_resumed_on_other_rows_and_a_finished_one_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {"hash": "a", "read": 40, "kept": 38, "train": 30, "eval": 8}
-    run = runs.start_run(settings_of(tmp_path), "org/m")
+    run = start.start_run(settings_of(tmp_path), "org/m")
     run.save(data=rows)
-    again = runs.start_run(settings_of(tmp_path), "org/m")
+    again = start.start_run(settings_of(tmp_path), "org/m")
     again.set(data=rows)
     with pytest.raises(SettingsError, match=r"trained on other rows: read 40 → 41, kept 38 → 39, train 30 → 31\. Use"):
         again.set(data=rows | {"hash": "b", "read": 41, "kept": 39, "train": 31})
@@ -172,13 +172,13 @@ def test_a_finished_run_names_files_of_data_that_changed(tmp_path: Path, capsys:
             return super().values() | {"dataset_id": (str(data), json.dumps({"id": str(data)}), "org/set")}
 
     settings.__class__ = Training
-    runs.start_run(settings, "org/m").finish()
+    start.start_run(settings, "org/m").finish()
     with pytest.raises(CleanExit):
-        runs.start_run(settings, "org/m")
+        start.start_run(settings, "org/m")
     assert "has changed" not in capsys.readouterr().out
     data.write_text("two")
     with pytest.raises(CleanExit):
-        runs.start_run(settings, "org/m")
+        start.start_run(settings, "org/m")
     assert "note: data.jsonl has changed since" in capsys.readouterr().out
 
 
@@ -198,7 +198,7 @@ def test_after_a_merge_from_02_the_next_command_compares(tmp_path: Path) -> None
      b"nul\x00l", b'{"step": "dpo", "status": "finished", "hashed_settings": []}'],
 )  # fmt: skip
 def test_a_broken_run_does_not_stop_others_and_is_named_itself(tmp_path: Path, content: bytes) -> None:
-    good = runs.start_run(settings_of(tmp_path, "--run_name", "good"), "org/m")
+    good = start.start_run(settings_of(tmp_path, "--run_name", "good"), "org/m")
     good.save()
     good.finish()
     (tmp_path / "bad").mkdir()
@@ -207,7 +207,7 @@ def test_a_broken_run_does_not_stop_others_and_is_named_itself(tmp_path: Path, c
     with pytest.raises(UserError, match="is not the folder of a run"):
         runs.find_run(tmp_path, "bad", "dpo")
     with pytest.raises(SettingsError, match=r"bad is not empty, and its run\.json is broken\. Use another --run_name"):
-        runs.start_run(settings_of(tmp_path, "--run_name", "bad"), "org/m")
+        start.start_run(settings_of(tmp_path, "--run_name", "bad"), "org/m")
     assert (tmp_path / "bad" / "run.json").read_bytes() == content
 
 
@@ -223,8 +223,8 @@ def test_checkpoints_without_their_record_are_resumed_when_asked_for(tmp_path: P
         r"orphan has checkpoints, but its run\.json is missing\. Add `--resume always` to resume from checkpoint-2 "
     )
     with pytest.raises(SettingsError, match=message):
-        runs.start_run(settings_of(tmp_path, "--run_name", "orphan"), "org/m")
-    run = runs.start_run(settings_of(tmp_path, "--run_name", "orphan", "--resume", "always"), "org/m")
+        start.start_run(settings_of(tmp_path, "--run_name", "orphan"), "org/m")
+    run = start.start_run(settings_of(tmp_path, "--run_name", "orphan", "--resume", "always"), "org/m")
     with run.training() as checkpoint:
         assert checkpoint == str(folder / "checkpoint-2")
     assert runs.read_run(folder)["hashed_settings"]["lora_r"] == 8
@@ -234,8 +234,8 @@ def test_latest_goes_by_the_order_of_finishing_whatever_the_clock_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, time in (("a", "2026-05-01"), ("b", "2026-01-01"), ("c", "2025-01-01")):
-        monkeypatch.setattr(runs, "_now", lambda time=time: time)
-        run = runs.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
+        monkeypatch.setattr(runs, "utc_now", lambda time=time: time)
+        run = start.start_run(settings_of(tmp_path, "--run_name", name), "org/m")
         run.save()
         run.finish()
     assert [run.name for run in runs.list_runs(tmp_path, "dpo")] == ["c", "b", "a"]
@@ -243,9 +243,9 @@ def test_latest_goes_by_the_order_of_finishing_whatever_the_clock_says(
 
 def test_a_run_from_another_start_is_refused_with_both_names(tmp_path: Path) -> None:
     old, new = (runs.Run(tmp_path / f"sft {name}", {"fingerprint": name}) for name in "ab")
-    runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", old).save()
+    start.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", old).save()
     with pytest.raises(SettingsError) as refused:
-        runs.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", new)
+        start.start_run(settings_of(tmp_path, "--run_name", "mine"), "org/m", new)
     assert str(refused.value) == (
         f"{tmp_path}/mine started from sft a, and this command starts from sft b. "
         f"Use `--sft_run '{tmp_path}/sft a'` to keep the older one, another --run_name, or `--resume never` to "
@@ -256,7 +256,7 @@ def test_a_run_from_another_start_is_refused_with_both_names(tmp_path: Path) -> 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_an_output_folder_that_only_seems_writable_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/proc is not writable\. Use another --output_dir"):
-        runs.start_run(settings_of(Path("/proc/no-such-folder")), "org/m")
+        start.start_run(settings_of(Path("/proc/no-such-folder")), "org/m")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"dangling is not writable\. Use another --output_dir"):
-        runs.start_run(settings_of(tmp_path / "dangling"), "org/m")
+        start.start_run(settings_of(tmp_path / "dangling"), "org/m")

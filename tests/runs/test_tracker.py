@@ -14,7 +14,8 @@ import pytest
 from helpers.core import SettingsError
 from helpers.data.row_report import RowReport
 from helpers.runs.curves import Curves
-from helpers.runs.run import Run, prepare_tracker
+from helpers.runs.run import Run
+from helpers.runs.start import prepare_tracker
 from helpers.settings import RunSettings
 
 
