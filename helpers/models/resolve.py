@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from helpers.runs.run import Run, find_parent, find_run, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Families whose positions are rows of a table; others compute them.
 LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "xglm", "biogpt", "imagegpt", "ctrl")
@@ -196,6 +196,42 @@ def missing_weights(folder: Path, file: str = "config.json") -> str:
         if missing := sorted(name for name in names if not (folder / name).is_file()):
             return f"lacks {', '.join(missing)}, which its {index.name} names"
     return ""
+
+
+def tensor_names(model: PreTrainedModel, file_names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    """Match the tensors in a model's files with its weights, as in convert_and_load_state_dict_in_model of transformers
+    5.23 (core_model_loading.py).
+
+    Returns the weights' names by those in files, without what is not in the model (the vision part, for a text model);
+    names in files by those of weights, which a tied weight would have there; and the names of weights that transformers
+    makes from others, such as experts in one tensor.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    weights, transforms = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    names, converted = {}, set()
+    for file_name in sorted(file_names, key=dot_natural_key):
+        name, pattern = rename_source_key(file_name, renamings, converters, model.base_model_prefix, weights)
+        if name not in weights and file_name in weights:
+            name, pattern = file_name, None
+        if pattern is not None:
+            parts = next(each.target_patterns for each in converters if pattern in each.source_patterns)
+            converted |= {name.replace(parts[0], part) for part in parts}
+        elif name in weights:
+            names[file_name] = name
+    in_files = {name: file_name for file_name, name in names.items()}
+    for name in weights.keys() - in_files.keys() - converted:
+        in_files[name] = next(iter(revert_weight_conversion(model, {name: weights[name]})))
+    return names, in_files, converted
 
 
 @dataclasses.dataclass(frozen=True)
