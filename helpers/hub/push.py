@@ -35,7 +35,7 @@ T = TypeVar("T")
 # README.md, which names local folders: the card is written from the run.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
              "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json", "*.py", "chat_template.jinja",
-             "curves.png")  # fmt: skip
+             "curves.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "tekken.json")  # fmt: skip
 # What loaders read from the top of a repository. A push replaces those of the model that was there before.
 ADAPTER_FILE = re.compile(r"adapter_(model|config)[^/]*")
 WEIGHTS_FILE = re.compile(

@@ -21,17 +21,9 @@ from peft.tuners.lora import Linear
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from helpers.core import UserError, fingerprint
-from helpers.models.adapters import adapter_error, adapter_errors, check_adapter_keys, model_name
+from helpers.models.adapters import adapter_error, adapter_errors, check_adapter_keys, display_name, tensor_names
 from helpers.models.plan import embedding_layers, embedding_rows
 from helpers.models.resolve import BASE_KEEPING_INITS
 
@@ -150,7 +142,7 @@ class StreamingMerger:
 
     Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it,
     which covers every LoRA variant. Read in PEFT 0.21 (tuners/tuners_utils.py, _unload_and_optionally_merge;
-    utils/save_and_load.py). Tensors keep the names of the base's files: see `_read_names`. Embeddings get the rows of
+    utils/save_and_load.py). Tensors keep the names of the base's files: see `tensor_names`. Embeddings get the rows of
     `resize_embeddings` for a tokenizer of length `vocabulary`. With `quantization`, the base weights are those that
     training computed with: see `QuantizedBase`. Raises UnsupportedAdapter.
     """
@@ -182,7 +174,10 @@ class StreamingMerger:
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
         self._aliases = self.tied | {target: source for source, target in self.tied.items()}
         self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
-        self.names, self._files_names, self._converted = self._read_names(model)
+        self.names, self._file_names, self._converted = tensor_names(model, self.base)
+        known = {*self._converted, *self.names.values()}
+        if missing := [name for name in self._file_names if not {name, self._aliases.get(name)} & known]:
+            raise UnsupportedAdapter(f"a base without {missing[0]}")
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
         with torch.device("meta"), adapter_errors(adapter, base):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
@@ -203,33 +198,6 @@ class StreamingMerger:
             raise UnsupportedAdapter(f"weights such as {name}, which the base's files contain in other pieces")
         self._buffers = [torch.empty(0) for _ in range(3)]
         self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
-
-    def _read_names(self, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str], set[str]]:
-        """Names of the base's tensors in the model, names of the model's weights in files, and the weights that
-        transformers makes from others (experts in one tensor). What is not in the model is copied: the vision part of a
-        model of which only the text part is used. Read in transformers 5.23 (core_model_loading.py,
-        convert_and_load_state_dict_in_model)."""
-        weights, prefix = model.state_dict(), model.base_model_prefix
-        transforms = get_model_conversion_mapping(model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        names, converted = {}, set()
-        for file_name in sorted(self.base, key=dot_natural_key):
-            name, pattern = rename_source_key(file_name, renamings, converters, prefix, weights)
-            if name not in weights and file_name in weights:
-                name, pattern = file_name, None
-            if pattern is not None:
-                parts = next(each.target_patterns for each in converters if pattern in each.source_patterns)
-                converted |= {name.replace(parts[0], part) for part in parts}
-            elif name in weights:
-                names[file_name] = name
-        there = converted | set(names.values())
-        if missing := [name for name in weights if not {name, self._aliases.get(name)} & there]:
-            raise UnsupportedAdapter(f"a base without {missing[0]}")
-        file_names = {name: file_name for file_name, name in names.items()}
-        for name in set(weights) - there:  # a tied weight, which gets a tensor of its own if it is not tied any more
-            (file_names[name],) = revert_weight_conversion(model, {name: weights[name]})
-        return names, file_names, converted
 
     def _find_wrapped(self) -> dict[str, Any]:
         """Adapted modules by their names in the base."""
@@ -282,12 +250,11 @@ class StreamingMerger:
 
     def file_name(self, name: str) -> str:
         """The name that a weight of the model has in the files of the base and of the merged model."""
-        return self._files_names[name]
+        return self._file_names[name]
 
     def _stored(self, name: str) -> str:
         """The name of a weight in the base's files, which contain tied weights once."""
-        stored = self.file_name(name)
-        return stored if stored in self.base else self.file_name(self._aliases[name])
+        return self._file_names[name if self._file_names[name] in self.base else self._aliases[name]]
 
     def _needs_rows(self, name: str) -> bool:
         return self.vocabulary != self.rows and name in self._embeddings
@@ -368,7 +335,7 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(
-            f"The base of the adapter is quantized ({model_name(base)}, {method}). It has no original weights. "
+            f"The base of the adapter is quantized ({display_name(base)}, {method}). It has no original weights. "
             "Merging into it would round the adapter away. Use `--base_model_id` for what it was quantized from."
         )
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))

@@ -85,14 +85,14 @@ def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
 
 def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserError:
     """Return the error of an adapter that does not fit its base."""
-    problem, model = shorten(" ".join(problem.split()), 400), model_name(base)
+    problem, model = shorten(" ".join(problem.split()), 400), display_name(base)
     return UserError(
-        f"The adapter {model_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained "
+        f"The adapter {display_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained "
         "on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
     )
 
 
-def model_name(folder: Path | str) -> str:
+def display_name(folder: Path | str) -> str:
     """A folder as the user would type it; for one in the cache of the Hub, its id."""
     cached = re.search(r"models--([^/\\]+)", str(folder))
     return cached[1].replace("--", "/") if cached else short_path(folder)
@@ -180,3 +180,39 @@ def upcast_adapter(model: torch.nn.Module) -> None:
                 (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
             )
             weight.data = exact.data.float().clone()
+
+
+def tensor_names(model: PreTrainedModel, file_names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    """Match the tensors in a model's files with its weights, as in convert_and_load_state_dict_in_model of transformers
+    5.23 (core_model_loading.py).
+
+    Returns the weights' names by those in files, without what is not in the model (the vision part, for a text model);
+    names in files by those of weights, which a tied weight would have there; and the names of weights that transformers
+    makes from others, such as experts in one tensor.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    weights, transforms = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    names, converted = {}, set()
+    for file_name in sorted(file_names, key=dot_natural_key):
+        name, pattern = rename_source_key(file_name, renamings, converters, model.base_model_prefix, weights)
+        if name not in weights and file_name in weights:
+            name, pattern = file_name, None
+        if pattern is not None:
+            parts = next(each.target_patterns for each in converters if pattern in each.source_patterns)
+            converted |= {name.replace(parts[0], part) for part in parts}
+        elif name in weights:
+            names[file_name] = name
+    in_files = {name: file_name for file_name, name in names.items()}
+    for name in weights.keys() - in_files.keys() - converted:
+        in_files[name] = next(iter(revert_weight_conversion(model, {name: weights[name]})))
+    return names, in_files, converted

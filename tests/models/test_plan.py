@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.core import UserError
+from helpers.models import adapters
 from helpers.models import plan as models
 from tests.tiny import tiny_mistral
 
@@ -109,7 +110,7 @@ def test_adapter_weights_train_in_float32_from_their_exact_values() -> None:
         exact[name] = torch.randn_like(weights[name])
         weights[name.replace(".default.", ".ref.")].data.copy_(exact[name])
         weights[name].data = exact[name].to(torch.bfloat16)
-    models.upcast_adapter(model)
+    adapters.upcast_adapter(model)
     trained = {n: w for n, w in model.named_parameters() if w.requires_grad}
     assert set(trained) == set(exact)
     for name, weight in trained.items():
@@ -162,7 +163,7 @@ def test_modules_trained_in_full_and_added_rows_begin_exactly_as_the_base() -> N
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does
-        models.upcast_adapter(model)
+        adapters.upcast_adapter(model)
         with torch.no_grad(), model.disable_adapter():
             base = model(ids).logits
         with torch.no_grad():
