@@ -247,7 +247,7 @@ def missing_parent(folder: Path, record: dict[str, Any]) -> str:
 
 def find_recorded(name: str | None, folder: Path, record: dict[str, Any]) -> Path | None:
     """Where a folder is now that the run in `folder` recorded as `name`, absolute or relative to outputs/. What was in
-    outputs/ is looked for beside the run first: it has been moved or copied too. None if it is gone."""
+    outputs/ is looked for next to the run first: it has been moved or copied too. None if it is gone."""
     here = folder.resolve().parent
     there = Path(os.path.realpath((record.get("settings") or {}).get("output_dir") or here))
     before = Path(os.path.normpath(there / (name or ".")))
@@ -262,7 +262,7 @@ def relative_place(output_dir: Path, path: Path | None) -> str | None:
 
 
 def list_merges(folder: Path, output_dir: Path | None = None) -> list[Run]:
-    """The merges of the run in `folder`, newest first; those in `output_dir`, by default beside the run."""
+    """The merges of the run in `folder`, newest first; those in `output_dir`, by default next to the run."""
     here = folder.resolve()
     parents = [(run, find_parent(run.folder, run.record)) for run in list_runs(output_dir or here.parent, "merge")]
     return [run for run, parent in parents if parent and parent.resolve() == here]
