@@ -1,4 +1,4 @@
-"""Adapters that fit their base, and models and tokenizers as they are saved (PEFT 0.21, transformers 5.23)."""
+"""Adapters that fit their base, and the names and files of models on disk (PEFT 0.21, transformers 5.23)."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserErr
     """Return the error of an adapter that does not fit its base."""
     problem, model = shorten(" ".join(problem.split()), 400), display_name(base)
     return UserError(
-        f"The adapter {display_name(folder)} does not fit its base {model}: {problem}. Use the base that it was trained "
-        "on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
+        f"The adapter {display_name(folder)} does not fit its base {model}: {problem}. Use the base that it was "
+        "trained on: `--base_model_id` in 03_merge_push.py, or `base_model_name_or_path` in its adapter_config.json."
     )
 
 
