@@ -19,6 +19,7 @@ from helpers.core import SettingsError
 from helpers.models.chat import render, set_chat_template
 from helpers.settings.load import load_settings
 from helpers.settings.sources import SECTIONS
+from tests import fake_hub as local
 from tests.conftest import REPO, Project, code_cells
 from tests.data.test_formats import ROWS
 from tests.notebooks.test_data import SFT_ROWS, drive, run_all, several
@@ -116,9 +117,10 @@ def train_two_steps(models: dict[str, Path], project: Project, folder: Path, nam
 
 
 def walk_to_the_merge(
-    models: dict[str, Path], project: Project, folder: Path, name: str, tuning: str = "qlora"
+    models: dict[str, Path], project: Project, folder: Path, name: str, tuning: str = "qlora", **env: str
 ) -> dict[str, dict[str, Any]]:
-    """Train an adapter by a recipe, merge it into both bases, and return what was verified, by base."""
+    """Train an adapter by a recipe, merge it into both bases, and return what was verified, by base. With `env`, the
+    base is org/KIND on its Hub."""
     kind, sft, dpo = MADE_OF[name]
     run, recipe = f"{name.replace(' ', '-')}-{tuning}", f"recipes/{name.partition(' ')[0]}.yaml"
     given = {"recipe": recipe, "tuning": tuning, "max_steps": 6, "max_length": 200, "completion_tokens": 4,
@@ -126,16 +128,18 @@ def walk_to_the_merge(
              "save_strategy": "no"}  # fmt: skip
     size = "global_batch_size" if "global_batch_size" in (REPO / recipe).read_text() else "gradient_accumulation_steps"
     few = [word for key, value in (given | {size: 2}).items() for word in (f"--{key}", str(value))]
-    start = ["--model_id", str(models[kind])]
+    start = ["--model_id", f"org/{kind}" if env else str(models[kind])]
     if sft:
-        project.run("01_sft.py", *few, *start, "--dataset_id", write_set(folder, sft[0]), "--run_name", f"{run}-sft")
+        data = ["--dataset_id", write_set(folder, sft[0])]
+        project.run("01_sft.py", *few, *start, *data, "--run_name", f"{run}-sft", **env)
         start = ["--sft_run", f"{run}-sft"]
     pairs = write_set(folder, dpo[0])
-    project.run("02_dpo.py", *few, *start, "--dataset_id", pairs, "--max_prompt_length", "150", "--run_name", run)
+    data = ["--dataset_id", pairs, "--max_prompt_length", "150"]
+    project.run("02_dpo.py", *few, *start, *data, "--run_name", run, **env)
     records = {}
     for base in ("dequantized", "original") if tuning == "qlora" else ("original",):
         flags = ["--recipe", recipe, "--run", f"outputs/{run}", "--merge_base", base, "--max_kl", "50"]
-        done = project.run("03_merge_push.py", *flags, "--run_name", f"{run}-{base}")
+        done = project.run("03_merge_push.py", *flags, "--run_name", f"{run}-{base}", **env)
         assert "PEFT merges" not in done.stdout
         records[base] = project.record(f"{run}-{base}")
         assert records[base]["status"] == "finished"
@@ -162,6 +166,74 @@ def test_adapters_by_every_other_recipe_are_merged(
     records = walk_to_the_merge(models, project, tmp_path, name, tuning)
     exact = records["dequantized" if tuning == "qlora" else "original"]
     assert exact["metrics"]["kl"] < min(1e-6, exact["verification"]["base alone"]["kl"])
+
+
+LOAD_BACK = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers.models.plan import quantization_config
+prompts, repo = json.loads(sys.argv[1]), sys.argv[2]
+tokenizer = AutoTokenizer.from_pretrained(repo)
+merged = AutoModelForCausalLM.from_pretrained(repo)
+options = {"quantization_config": quantization_config("4bit", torch.float32), "dtype": torch.float32}
+policy = AutoPeftModelForCausalLM.from_pretrained(repo + "-adapter", **options)
+for model in (merged, policy):
+    answers = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.eval().generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
+        answers.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+    print(json.dumps(answers))
+"""
+RULES = """
+def compare(a, b, question):
+    return "tie" if len(a) == len(b) else "a" if len(a) < len(b) else "b"
+"""
+PROMPTS = ["What is 2 plus 3?", "Name a fruit.", "Why?"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MADE_OF)
+def test_the_road_of_every_recipe_ends_on_the_hub_with_the_trained_policy(
+    name: str, models: dict[str, Path], project: Project, hub: local.Hub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    kind = MADE_OF[name][0]
+    hub.add("models", f"org/{kind}", {file.name: file.read_bytes() for file in models[kind].iterdir()})
+    online = hub_env | {"HF_TOKEN": local.TOKEN}
+    walk_to_the_merge(models, project, tmp_path, name, "qlora", **online)
+    run, recipe = f"{name.replace(' ', '-')}-qlora", f"recipes/{name.partition(' ')[0]}.yaml"
+    (project.root / "my_rules.py").write_text(RULES)
+    given = ["--recipe", recipe, "--run_name"]
+    folders = [f"outputs/{run}{part}" for part in ("", "-dequantized", "-original")]
+    asked = ["--prompts", *PROMPTS, "--max_new_tokens", "8", "--models", *folders]
+    project.run("04_vibes.py", *given, f"{run}-answers", *asked, **online)
+    project.run("05_judge.py", *given, f"{run}-judged", "--answers_dir", f"outputs/{run}-answers", "--judge_module",
+                "my_rules", **online)  # fmt: skip
+    assert project.record(f"{run}-judged")["status"] == "finished"
+    push = [
+        "--run",
+        f"outputs/{run}",
+        "--merge_base",
+        "dequantized",
+        "--max_kl",
+        "50",
+        "--push_to_hub",
+        "--push",
+        "both",
+    ]
+    repo = f"me/{kind}-{len(name)}"
+    project.run(
+        "03_merge_push.py", *given, f"{run}-dequantized", *push, "--hub_repo_id", repo, "--license", "mit", **online
+    )
+    files = project.root / "outputs" / f"{run}-answers" / "model_answer"
+    answers = {file.stem: [json.loads(line)["choices"][0]["turns"][0] for line in file.read_text().splitlines()]
+               for file in files.glob("*.jsonl")}  # fmt: skip
+    done = project.python("-c", LOAD_BACK, json.dumps(PROMPTS), repo, **online)
+    assert done.returncode == 0, done.stderr[-2000:]
+    by_transformers, by_peft = map(json.loads, done.stdout.strip().splitlines()[-2:])
+    assert by_transformers == by_peft == answers[run] == answers[f"{run}-dequantized"]
 
 
 def test_a_recipe_of_two_steps_and_three_sets_trains(models: dict[str, Path], project: Project, tmp_path: Path) -> None:
