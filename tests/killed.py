@@ -10,6 +10,7 @@ import functools
 import importlib
 import os
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -37,6 +38,8 @@ def arm(target: str, count: str, number: int) -> None:
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGHUP):  # a job in the background and nohup ignore them
+        signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
     arm(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     del sys.argv[:4]
     runpy.run_path(sys.argv[0], run_name="__main__")

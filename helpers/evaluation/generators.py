@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from helpers.core import CleanExit, SettingsError, UserError, fingerprint, is_notebook, printable
+from helpers.core import CleanExit, SettingsError, Terminated, UserError, fingerprint, is_notebook, printable
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
@@ -98,7 +97,8 @@ class HFGenerator(Generator):
         inputs = self.tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
-        autocast = torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast is not None)
+        device = torch.device(self.model.device).type
+        autocast = torch.autocast(device, self.autocast, enabled=self.autocast is not None)
         with torch.inference_mode(), autocast:
             output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **kwargs)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -265,10 +265,11 @@ class Generators:
         kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None) if is_notebook() else None
         if not getattr(kernel, "_allow_stdin", True):  # papermill's; before a model is loaded
             raise SettingsError(NO_INPUT)
-        _, generator = next(Generators(self.models[-1:], self.settings).load())
+        models = Generators(self.models[-1:], self.settings).load()  # kept: at its end the model is released
+        _, generator = next(models)
         talk: list[Message] = []
         print("/new starts over, /quit ends.")
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
+        try:
             for line in iter(_read_line, "/quit"):
                 if line in ("/new", ""):
                     talk = [] if line else talk
@@ -278,8 +279,14 @@ class Generators:
                     answer = generator.stream(talk, self.settings.seed + len(talk), **self.sampling)
                     talk.append({"role": "assistant", "content": answer})
                 except (KeyboardInterrupt, UserError) as error:
+                    if isinstance(error, Terminated):
+                        raise
                     talk.pop()
                     print(printable(f"\n({error or 'stopped'}; the question is removed)"))
+        except Terminated:
+            raise
+        except (EOFError, KeyboardInterrupt):
+            pass
         raise CleanExit("The conversation is not saved.")
 
 

@@ -83,7 +83,7 @@ def unlock_folder(folder: Path) -> None:
 
 
 def _lock_file(folder: Path) -> Path:
-    """Beside the folder, because a merge in `.NAME.part` replaces the folder NAME: both have the same lock."""
+    """Next to the folder, because a merge in `.NAME.part` replaces the folder NAME: both have the same lock."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name.removeprefix('.').removesuffix('.part')}.lock")
 

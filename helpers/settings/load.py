@@ -239,7 +239,7 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
     if takes_several(kind) and name not in TEXTS and all(re.fullmatch(r"[\w.,+-]+", word) for word in words):
         words = [part for word in words for part in word.split(",") if part]
     if kind is Path and words in ([""], ["."]) and name == "output_dir":
-        raise SettingsError(f"--{name} {words[0]!r} is no folder for runs (from {source}). Name a folder of its own.")
+        raise SettingsError(f"--{name} {words[0]!r} is no folder for runs (from {source}). Use one such as outputs.")
     if kind is type(None):
         raise SettingsError(f"--{name} cannot be set (from {source}). Write it into the config of the notebook.")
     if bool in (kind, *get_args(kind)):

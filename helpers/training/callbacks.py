@@ -50,12 +50,12 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     """Add all callbacks that `settings` ask for, and keep an adapter in float32 unless `--adapter_dtype` is bf16.
 
     Completions are sampled for the first rows of `eval_set`. Raises UserError if the processes of a launch would each
-    train a model of their own.
+    train another model.
     """
     launched, together = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
     if launched != together:
         raise UserError(
-            f"{launched} processes were launched, and each would train a model of its own: accelerate counts "
+            f"{launched} processes were launched, and each would train another model: accelerate counts "
             f"{together}. Launch one process, or use a configuration of recipes/accelerate/ that fits this machine."
         )
     if settings.values()["tuning"] != "full" and settings.adapter_dtype == "fp32":

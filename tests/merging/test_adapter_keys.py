@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from helpers.merging.verify import verify_merge
 from helpers.models import load_adapter
 from helpers.models.resolve import ModelRef
 from helpers.runs.run import Run
+from tests.evaluation.test_generation import settings_of
 from tests.merging.models import LORA, build, logits, save
 
 Weights = dict[str, torch.Tensor]
@@ -73,15 +73,9 @@ def test_an_adapter_that_does_not_fit_is_refused_wherever_it_is_loaded(
 ) -> None:
     (base, adapter), (change, unused, missing) = pair, WRONG[kind]
     edit(adapter, change)
-    settings = SimpleNamespace(trust_remote_code=False, quantization="none", values=dict)
 
     def answer() -> None:
-        generators = Generators.__new__(Generators)
-        ref = ModelRef("x", str(base), str(adapter))
-        generators.models, generators.endpoints, generators.remote_code = [ref], {}, {}
-        generators.settings, generators.plans = settings, {}
-        generators._load_base = lambda ref: AutoModelForCausalLM.from_pretrained(ref.base)  # type: ignore[method-assign]
-        next(generators.load())
+        next(Generators([ModelRef("x", str(base), str(adapter))], settings_of()).load())
 
     model = AutoModelForCausalLM.from_pretrained
     ways: dict[str, Callable[[], object]] = {

@@ -191,6 +191,7 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
     assert not list((project.root / "outputs").glob("dpo-large-*"))
 
 
+@pytest.mark.long
 def test_steps_and_tokens_are_those_of_the_run(project: Project, demo_folder: Path) -> None:
     words = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--sft_run", ""]
     words += ["--model_id", str(demo_folder / "tiny-mistral"), "--dataset_id", str(demo_folder / "preferences")]

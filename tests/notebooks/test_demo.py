@@ -180,6 +180,7 @@ def test_the_model_is_a_small_mistral_in_blocks_of_64(folder: Path) -> None:
     assert all(p.shape[-1] % 64 == 0 for name, p in model.named_parameters() if "proj" in name)
 
 
+@pytest.mark.long
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "demo"
     environment = os.environ | {"PYTHONHASHSEED": "7"}

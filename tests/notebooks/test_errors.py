@@ -87,6 +87,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     check_hub.cache_clear()
 
 
+@pytest.mark.long
 def test_each_mistake_is_one_line_and_nothing_is_written(
     hub: local.Hub, hub_env: dict[str, str], demo_folder: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,

@@ -255,6 +255,7 @@ def test_one_comparison_has_one_folder_however_its_answers_are_named(project: Pr
         assert "Judged by judge: b, a" in counted
 
 
+@pytest.mark.long
 def test_04_and_05_give_in_a_notebook_what_they_give_as_commands(project: Project, dpo_run: str) -> None:
     asked = {"models": [f"outputs/{dpo_run}"], "prompts_file": "outputs/demo/heldout.jsonl", "rows": 6,
              "max_new_tokens": 6}  # fmt: skip
@@ -306,6 +307,7 @@ def serve(model: Path, home: Path) -> Iterator[str]:
         server.wait()
 
 
+@pytest.mark.long
 def test_a_real_server_answers_for_04_and_judges_for_05(project: Project, sft_run: str, tmp_path: Path) -> None:
     folder = project.root / "outputs" / sft_run
     prompts = ["What is 2 plus 3?", "Name the capital of Spain."]

@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from helpers.core import read_jsonl
 from tests.conftest import Project
 
 
+@pytest.mark.long
 def test_every_notebook_goes_on_where_the_outputs_were_moved_to(
     project: Project, dpo_run: str, sft_run: str, tmp_path: Path
 ) -> None:
@@ -18,6 +21,8 @@ def test_every_notebook_goes_on_where_the_outputs_were_moved_to(
         shutil.copytree(old / name, moved / name)
     for file in [*moved.glob("*/run.json"), *moved.glob("*/adapter_config.json")]:  # as if outputs/ was no more
         file.write_text(file.read_text().replace(str(project.root), "/gone").replace('"outputs/', '"gone/'))
+    for name in (sft_run, dpo_run):  # whose adapter_config.json is not as it was
+        assert project.python("-m", "helpers", "accept", str(moved / name)).returncode == 0
     demo = ["--recipe", "recipes/demo.yaml", "--output_dir", str(moved)]
     said = project.run("02_dpo.py", *demo, "--sft_run", sft_run, "--dry_run").stderr
     assert f"would start from {moved / sft_run}" in said
@@ -48,6 +53,6 @@ def test_every_notebook_goes_on_where_the_outputs_were_moved_to(
     )
     card = project.run("03_merge_push.py", *demo, *flags, HF_TOKEN="hf_x").stdout
     assert f"- {dpo_run} answered with weights float32, computed in float32, quantization 4-bit NF4, double" in card
-    assert str(tmp_path) not in card.split("Would push")[1]
+    assert str(tmp_path) not in card.split("Would push")[1].split("Base model:")[0]
     renamed = moved.rename(tmp_path / "renamed")
     assert "is already finished" in project.run("04_vibes.py", *asked, "--output_dir", str(renamed)).stdout

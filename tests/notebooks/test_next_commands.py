@@ -23,6 +23,7 @@ def follow(project: Project, text: str) -> str:
     return project.run(notebook, *flags, *SHORT.get(notebook, ())).stdout
 
 
+@pytest.mark.long
 def test_each_next_command_works(project: Project, sft_run: str, dpo_run: str) -> None:
     again = project.run("01_sft.py", "--recipe", "recipes/demo.yaml", "--run_name", sft_run, *SFT).stderr
     assert "Dry run: " in project.run(*next_command(again), "--dry_run").stderr  # 02

@@ -148,6 +148,7 @@ def walk_to_the_merge(
     return records
 
 
+@pytest.mark.long
 def test_qlora_by_the_recipe_of_pythia_is_merged_into_both_bases(
     models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_papermill_parameters_equal_flags(project: Project, dpo_run: str, milled
     assert results(project, "mill") == results(project, dpo_run)
 
 
+@pytest.mark.long
 def test_an_executed_notebook_shows_its_pictures_and_replaces_the_live_one(milled: Milled) -> None:
     shown = [output["data"] for cell in milled.cells for output in cell.outputs if "data" in output]
     assert sum("image/png" in data for data in shown) == 3  # the data report, the live curves, and the final ones

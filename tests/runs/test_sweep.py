@@ -87,6 +87,7 @@ def test_dpo_keeps_the_reference_s_log_probabilities_unless_told_otherwise() -> 
     assert own == ["--dpo_beta", "0.1", "--precompute_ref_log_probs", "False"]
 
 
+@pytest.mark.long
 def test_a_failed_run_does_not_stop_the_rest_and_finished_ones_are_not_made_again(tmp_path: Path) -> None:
     words = ["--dpo_beta", "0.05", "2", "0.1"]
     done = run_sweep(tmp_path, *words, status=1)

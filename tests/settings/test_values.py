@@ -31,7 +31,7 @@ DPO: Any = _settings_class(code_cells(REPO / "notebooks" / "02_dpo.py"))
             (["--run_name", name], "cannot name a folder")
             for name in ("../x", "/tmp/x", "a/b", ".hidden", "..", "a\x00b", "a\nb", "x" * 201, "ä" * 101)
         ],
-        (["--output_dir", ""], "--output_dir '' is no folder for runs (from flag). Name a folder of its own."),
+        (["--output_dir", ""], "--output_dir '' is no folder for runs (from flag). Use one such as outputs."),
         (["--output_dir", "."], "--output_dir '.' is no folder for runs (from flag)."),
         (["--run_name", "x" * 5000], "cannot name a folder"),
         (["--run_name", "a\x1b[2J"], "cannot name a folder"),

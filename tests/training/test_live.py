@@ -60,6 +60,7 @@ def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_no
     assert with_samples == without
 
 
+@pytest.mark.long
 def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(project: Project, sft_run: str) -> None:
     gone_wrong = {
         "run_name": "wrong",
@@ -266,5 +267,5 @@ def test_processes_that_would_not_train_together_are_refused(monkeypatch: pytest
     """As under a launcher of FSDP on a machine without a GPU: accelerate then starts no process group."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
-    with pytest.raises(UserError, match=r"2 processes were launched, and each would train a model of its own"):
+    with pytest.raises(UserError, match=r"2 processes were launched, and each would train another model"):
         callbacks.prepare_trainer(trainer, Run(tmp_path, {}), settings=settings_of(tmp_path), eval_set=None)
