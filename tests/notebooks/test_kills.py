@@ -48,11 +48,13 @@ MORE = {
                     "helpers.runs.run:Run.finish 1"],
     "05_judge.py": ["helpers.runs.run:Run.finish 1", "helpers.core:atomic_write 2"],
 }  # fmt: skip
+AFTER_TOO = {"transformers.trainer:Trainer._save_checkpoint", "helpers.runs.run:Run.finish",
+             "helpers.merging.merge:write_merged", "helpers.evaluation.answers:JsonlStore.add"}  # fmt: skip
 CASES = [
     (notebook, target, count + moment)
     for notebook in FLAGS
     for target, count in (call.split() for call in dict.fromkeys([*CALLS[notebook], *MORE[notebook]]))
-    for moment in ("", "+")  # before the call, and right after it
+    for moment in (("", "+") if target in AFTER_TOO else ("",))  # before the call, and right after it
 ]
 
 

@@ -7,6 +7,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import SFT, Project
 
 SHORT = {"04_vibes.py": ("--prompts", "What is 2 plus 3?", "--max_new_tokens", "4"), "02_dpo.py": ("--dry_run",)}

@@ -94,6 +94,7 @@ install_error_hook()
 os.kill(os.getpid(), signal.SIGHUP)
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
 worker.start()
+time.sleep(1)  # Python forgets signals that arrive while it forks
 worker.terminate()
 worker.join()
 print(worker.exitcode, flush=True)
