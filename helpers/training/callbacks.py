@@ -155,8 +155,11 @@ class CheckpointCallback(TrainerCallback):
         wait_for_everyone()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._should_stop() and state.global_step < state.max_steps:  # else training is complete
-            self._stop(args, state)
+        last = last_complete_checkpoint(self.folder)
+        is_saved = last is not None and last.name == f"checkpoint-{state.global_step}"
+        is_signal = self._should_stop() and self.stop_code < DIAGNOSTIC_CODE
+        if self.stop_code and (state.global_step < state.max_steps or (is_signal and is_saved)):
+            self._stop(args, state)  # else training is complete
         for number, handler in self.previous_handlers.items():  # after an error, Run.training restores them
             signal.signal(number, handler)
         self.previous_handlers = {}

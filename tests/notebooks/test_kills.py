@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Project
-from tests.notebooks.test_signals import CALLS, stop
+from tests.notebooks.test_signals import CALLS, prepare, stop
 from tests.training.test_resume import FLAGS as DPO_FLAGS
 from tests.training.test_resume import outcome
 
@@ -27,7 +27,7 @@ FLAGS = {
     "02_dpo.py": DPO_FLAGS,
     "03_merge_push.py": DEMO,
     "04_vibes.py": [*DEMO, "--rows", "6", "--batch_size", "2", "--do_sample"],
-    "05_judge.py": DEMO,
+    "05_judge.py": [*DEMO, "--answers_dir", "outputs/asked"],
 }
 # Besides the calls of test_signals, where a signal would be kept until a step ends.
 TRAINING = [
@@ -82,6 +82,7 @@ def undisturbed(project: Project, dpo_run: str) -> Any:
     @functools.cache
     def of(notebook: str) -> Any:
         name = f"alone-{notebook[:2]}"
+        prepare(project, notebook)
         project.run(notebook, *FLAGS[notebook], "--run_name", name)
         return contents(project, notebook, name)
 

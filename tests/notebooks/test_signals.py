@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ FLAGS = {
     "02_dpo.py": [word for name, value in DPO.items() for word in (f"--{name}", str(value))],
     "03_merge_push.py": DEMO,
     "04_vibes.py": [*DEMO, "--rows", "6", "--batch_size", "2"],
-    "05_judge.py": DEMO,
+    "05_judge.py": [*DEMO, "--answers_dir", "outputs/asked"],
 }
 # Where each notebook is told to stop: the call that does not come to its end, and the number of that call.
 CALLS = {
@@ -55,6 +56,12 @@ QUICK = {("01_sft.py", "helpers.settings.load:show", signal.SIGINT),
          ("04_vibes.py", "helpers.evaluation.generators:HFGenerator.generate", signal.SIGTERM)}  # fmt: skip
 
 
+def prepare(project: Project, notebook: str) -> None:
+    """05 judges the newest answers: let there be some."""
+    if notebook == "05_judge.py" and not (project.root / "outputs" / "asked").exists():
+        project.run("04_vibes.py", *FLAGS["04_vibes.py"], "--run_name", "asked")
+
+
 def stop(project: Project, notebook: str, target: str, count: str, number: int, *flags: str) -> Any:
     words = [KILLER, target, count, str(int(number)), str(project.root / "notebooks" / notebook), *flags]
     return warm.run(words, project.root, project.env)
@@ -71,8 +78,9 @@ def stop(project: Project, notebook: str, target: str, count: str, number: int, 
 def test_a_signal_anywhere_ends_in_one_line(
     notebook: str, target: str, count: str, number: signal.Signals, project: Project, dpo_run: str
 ) -> None:
-    output = f"told-{notebook[:2]}-{number.name}"
+    output = f"told-{notebook[:2]}-{hashlib.sha256(f'{target}{number}'.encode()).hexdigest()[:6]}"
     flags = [*FLAGS[notebook], "--run_name", output]
+    prepare(project, notebook)
     done = stop(project, notebook, target, count, number, *flags)
     text = done.stdout[-1500:] + done.stderr[-3000:]
     assert done.returncode == 128 + number, text
