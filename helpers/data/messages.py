@@ -35,7 +35,7 @@ def is_list_as_text(value: Any) -> bool:
 
 def parse_text(value: Any) -> Any:
     """A value that was written as JSON or as the repr of Python. Raises DropRow if it is neither."""
-    parsers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    parsers: tuple[Callable[[str], Any], ...] = (json.loads, _read_repr)
     for parse in parsers if isinstance(value, str) else ():
         try:
             return parse(value)
@@ -44,6 +44,16 @@ def parse_text(value: Any) -> Any:
     if isinstance(value, str) and value.strip():
         raise DropRow("a list as text that cannot be parsed")
     return value
+
+
+def _read_repr(text: str) -> Any:
+    """Read a literal of Python; nan and inf, which pandas writes for what is missing, become None."""
+
+    class Missing(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return ast.Constant(None) if node.id in ("nan", "inf") else node
+
+    return ast.literal_eval(Missing().visit(ast.parse(text.strip(), mode="eval")))
 
 
 def to_messages(value: Any, role: str) -> list[Message]:

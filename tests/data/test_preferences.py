@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
 from helpers.data.formats import PAIR_FORMATS, Format, PairingConfig
+from helpers.data.messages import parse_text
 from helpers.data.prepare import LengthLimits, truncate_prompt
 from helpers.data.row_report import Split, prepare_rows, split_by_prompt
 from helpers.models.chat import read_template, render, set_chat_template
@@ -348,3 +349,8 @@ def test_a_second_preparation_comes_from_the_cache(
     monkeypatch.undo()
     other, _ = prepare_rows(rows, tokenizer, LengthLimits(4, 8, "truncate_completion"))
     assert len(other) < len(first)
+
+
+def test_a_repr_with_missing_numbers_is_read() -> None:
+    text = "[{'role': 'user', 'content': 'nan?', 'weight': nan}, {'content': inf}]"
+    assert parse_text(text) == [{"role": "user", "content": "nan?", "weight": None}, {"content": None}]
