@@ -141,7 +141,7 @@ def test_what_a_library_refuses_is_one_line_and_our_own_faults_keep_their_traceb
             "The disk is full. Free",
         ),
         ("Exception('Error while serializing: I/O error: No space left on device (os error 28)')", "The disk is full."),
-        ("PermissionError(13, 'Permission denied', '/root/x')", "/root/x: Permission denied. Fix its permissions"),
+        ("PermissionError(13, 'Permission denied', '/data/x')", "/data/x: Permission denied. Fix its permissions"),
         ("OSError(36, 'File name too long', 'aaa')", "aaa: File name too long. Use a shorter name."),
     ],
 )
