@@ -260,3 +260,20 @@ def test_an_output_folder_that_only_seems_writable_is_refused_at_once(tmp_path: 
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"dangling is not writable\. Use another --output_dir"):
         start.start_run(settings_of(tmp_path / "dangling"), "org/m")
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["link", "dangling"])
+def test_a_run_folder_that_is_a_link_is_replaced_where_it_points_to(exists: bool, tmp_path: Path) -> None:
+    target, flags = tmp_path / "disk" / "mine", ["--run_name", "mine", "--resume", "never"]
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "mine").symlink_to(target)
+    if exists:
+        target.mkdir(parents=True)
+        (target / "old.txt").touch()
+        (target / "run.json").write_text('{"step": "dpo", "status": "finished"}')
+    run = start.start_run(settings_of(tmp_path / "outputs", *flags), "org/m")
+    run.save()
+    run.finish()
+    assert (tmp_path / "outputs" / "mine").is_symlink()
+    assert json.loads((target / "run.json").read_text())["status"] == "finished"
+    assert sorted(file.name for file in target.iterdir()) == ["run.json"]
