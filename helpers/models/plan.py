@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
 
 from helpers.core import SettingsError, UserError, find_path, is_notebook, shorten
 
