@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,3 +278,14 @@ def test_a_run_folder_that_is_a_link_is_replaced_where_it_points_to(exists: bool
     assert (tmp_path / "outputs" / "mine").is_symlink()
     assert json.loads((target / "run.json").read_text())["status"] == "finished"
     assert sorted(file.name for file in target.iterdir()) == ["run.json"]
+
+
+def test_a_run_may_go_on_with_the_same_optimizer_in_other_memory(tmp_path: Path) -> None:
+    def settings(optim: str) -> Any:
+        return settings_of(tmp_path, "--run_name", "mine", "--optim", optim)
+
+    start.start_run(settings("paged_adamw_8bit"), "org/m").save()
+    start.start_run(settings("adamw_8bit"), "org/m")
+    assert settings("adamw_8bit").digest() == settings("paged_adamw_8bit").digest()
+    with pytest.raises(SettingsError, match=r"other settings \(optim 'adamw_8bit' → 'adamw_torch'\)"):
+        start.start_run(settings("adamw_torch"), "org/m")
