@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -144,11 +144,12 @@ def torch_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k:
         return sdpa_packed(one, plan, q, k, v, kwargs)
     window = kwargs.get("sliding_window")
     options: Any = {"scale": kwargs.get("scaling"), "window_size": (-1 if window is None else window - 1, 0)}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
 
     def call(*tensors: torch.Tensor, **borders: Any) -> torch.Tensor:
         """Attention of tensors of (1, heads, tokens, size)."""
-        rows = (x[0].transpose(0, 1).to(dtype) for x in tensors)
-        return varlen_attn(*rows, *borders.values(), enable_gqa=q.shape[1] != k.shape[1], **options)[None]
+        rows: list[Any] = [x[0].transpose(0, 1).to(dtype) for x in tensors]
+        return cast(torch.Tensor, varlen_attn(*rows, *borders.values(), **options))[None]
 
     return flash_packed(call, plan, q, k, v, kwargs)
 
