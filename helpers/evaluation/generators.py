@@ -18,7 +18,7 @@ from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
 from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
-from helpers.models.adapters import load_adapter
+from helpers.models.adapters import load_adapter, read_pretrained
 from helpers.models.chat import (
     CHAT_TEMPLATES,
     eos_token_ids,
@@ -188,7 +188,7 @@ class Generators:
         given = self.settings.chat_template
         for ref in self._local:
             options = self.remote_code | ({"revision": ref.revision or "main"} if ref.tokenizer == ref.base else {})
-            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **options)
+            tokenizer = read_pretrained(AutoTokenizer, ref.tokenizer, **options)
             own = name_template(tokenizer)
             if given == "auto" and not own:
                 fix = f"Choose one with `--chat_template`: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."

@@ -275,11 +275,14 @@ class ModelJudge(Judge):
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
     def cached_calls(self) -> dict[str, Row]:
-        """The calls of all runs that have a verdict, by their hash; the last line of a file may be half written."""
-        s = self.settings
-        files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
-        rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
-        return {str(row.get("asked")): row for row in rows if row.get("winner") != "error"}
+        """The calls of all runs that have a verdict, by their hash. Half a last line, and a broken file, are left out."""
+        s, rows = self.settings, list[Row]()
+        for file in sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []:
+            try:
+                rows += read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
+            except (UserError, OSError) as error:
+                print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
+        return {str(row.get("asked")): row for row in rows if _has_verdict(row)}
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
@@ -378,6 +381,11 @@ class ModelJudge(Judge):
             pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ] + self.ties  # fmt: skip
+
+
+def _has_verdict(row: Row) -> bool:
+    models, winner = row.get("models"), row.get("winner")
+    return isinstance(models, list) and (winner in [*models, "tie"] or isinstance(winner, int | float))
 
 
 def _call_key(row: Row) -> str:

@@ -19,6 +19,7 @@ from helpers.core import (
     find_path,
     is_notebook,
 )
+from helpers.models.adapters import check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -205,6 +206,7 @@ def prepare_model(
         def validate(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    check_weights(model)
     disable_cpu_4bit_repacking(model)
     resize_embeddings(model, tokenizer, load_peft_weights(str(adapter), device="cpu") if adapter else {})
     if type(getattr(model, "generation_config", None)) is GenerationConfig:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +25,7 @@ from helpers.core import (
     short_path,
 )
 from helpers.runs import checkpoints
-from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, read_run
+from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, quoted, read_run
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import NEXT, TRAINING_STEPS, Run, relative_place, utc_now
 from helpers.settings.fields import RunSettings
@@ -206,7 +205,7 @@ def check_same_settings(
     older = record.get("parent")
     if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
         flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
-        keep = f" Use `{flag} {shlex.quote(short_path(folder.parent / older))}` to keep the older one," if flag else ""
+        keep = f" Use `{flag} {quoted(folder.parent / older)}` to keep the older one," if flag else ""
         what = f"started from {older}, and this command starts from {parent}" + " (trained again)" * (older == parent)
         raise SettingsError(
             f"{short_path(folder)} {what}.{keep or ' Use'} another --run_name, or `--resume never` to replace it."
