@@ -275,7 +275,7 @@ class ModelJudge(Judge):
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
     def cached_calls(self) -> dict[str, Row]:
-        """The calls of all runs that have a verdict, by their hash. Half a last line, and a broken file, are left out."""
+        """The calls of all runs that have a verdict, by their hash; half a last line, or a broken file, is left out."""
         s, rows = self.settings, list[Row]()
         for file in sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []:
             try:

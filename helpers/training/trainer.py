@@ -118,7 +118,11 @@ def count_rows_once(trainer: Any) -> None:
             if not own:  # one row is computed, because other processes wait, and not counted
                 unread = {name: torch.full_like(inputs[name], value) for name, value in NO_LABELS if name in inputs}
                 inputs |= unread
-        accelerator.gather = lambda values: gather(pad(values, (0, size - len(values))))[:total]
+
+        def gather_real(values: Any) -> Any:
+            return gather(pad(values, (0, size - len(values))))[:total] if values.dim() else gather(values)
+
+        accelerator.gather = gather_real
         try:
             loss, *outputs = predict(model, inputs, *args, **kwargs)
         finally:
