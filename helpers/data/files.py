@@ -19,6 +19,7 @@ FILE_TYPES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "c
               ".parquet": "parquet", ".arrow": "arrow"}  # fmt: skip
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NAMES_OF_DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+MAX_NESTED = 200  # brackets of a line; with more, it is parsed before pyarrow reads it
 UNICODE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -108,6 +109,13 @@ def _check_lines(lines: Iterable[bytes], file: Path) -> None:
             raise UserError(f"{file.name} is a JSON array, not one object per line. Rename it to end in .json.")
         if text and not text.startswith("{"):
             raise UserError(f"{file.name}, line {number}, is not a JSON object: {text[:40]!r}")
+        if text.count("[") + text.count("{") > MAX_NESTED:
+            try:
+                json.loads(text)
+            except RecursionError:  # pyarrow 25 would crash
+                raise UserError(f"{file.name}, line {number}, is nested too deeply. Remove that row.") from None
+            except ValueError:  # the one who reads it says why
+                pass
     if is_empty:
         raise UserError(f"{file.name} is empty")
 

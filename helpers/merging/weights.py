@@ -121,9 +121,7 @@ def write_merged(
     written = {f for f, size in sizes.items() if (folder / f).is_file() and (folder / f).stat().st_size == size}
     done, total = sum(sizes[file] for file in written), sum(sizes.values())
     if (free := shutil.disk_usage(folder).free) < (needed := total - done + 2**20):
-        raise UserError(
-            f"The merged weights need {format_size(needed)}. Free some space: {format_size(free)} are free."
-        )
+        raise UserError(f"The disk lacks {format_size(needed - free)} for the merged weights. Free some space.")
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
         for file in [file for file in shards if file not in written]:
             try:

@@ -51,7 +51,7 @@ def check_model_files(folder: Path) -> None:
     weights, or an index that does not fit the shards that are there. Nothing is loaded."""
     found = {file for pattern in (*MODEL_PATTERNS, "*.bin") for file in folder.glob(pattern) if file.is_file()}
     files = [file for file in found if not file.name.endswith("processor_config.json")]  # of images: only carried
-    names = {file.name: _check_file(file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
+    names = {file.name: check_model_file(file, file.suffix) for file in sorted(files)}
     for index in folder.glob("*.index.json"):
         shards = json.loads(index.read_text("utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -60,9 +60,14 @@ def check_model_files(folder: Path) -> None:
             raise _broken(index, f"{shards[lost[0]]} lacks {len(lost)} of the weights that it names ({lost[0]})")
 
 
+def check_model_file(file: Path, kind: str) -> list[str]:
+    """The names of the weights in a file, or [] for a file of another kind, which is a suffix. Raises UserError."""
+    return _check_file(file, kind, file.stat().st_size, file.stat().st_mtime_ns)
+
+
 @functools.cache
-def _check_file(file: Path, size: int, changed: int) -> list[str]:
-    """The names of a file's weights, or [] for any other file. Size and time are for the cache. Raises UserError."""
+def _check_file(file: Path, kind: str, size: int, changed: int) -> list[str]:
+    """As `check_model_file`. Size and time are for the cache."""
     with file.open("rb") as opened:
         head = opened.read(len(LFS_POINTER))
     if not head:
@@ -71,19 +76,19 @@ def _check_file(file: Path, size: int, changed: int) -> list[str]:
         raise UserError(f"{short_path(file)} is a pointer of Git LFS, not the file. Run `git lfs pull` in its folder.")
     template = None
     try:
-        if file.suffix == ".safetensors":
+        if kind == ".safetensors":
             with safe_open(file, framework="numpy") as weights:
                 return list(weights.keys())
-        if file.suffix == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
+        if kind == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
             raise ValueError("it is cut short")
-        if file.suffix in (".json", ".jinja", ".txt"):
+        if kind in (".json", ".jinja", ".txt"):
             template = file.read_text("utf-8")
-        if file.suffix == ".json":
+        if kind == ".json":
             content = json.loads(str(template))
             if not isinstance(content, dict):
                 raise ValueError("it is not a JSON object")
             template = content.get("chat_template")
-        if isinstance(template, str) and file.suffix != ".txt":
+        if isinstance(template, str) and kind != ".txt":
             CHAT_JINJA.parse(template)
     except UnicodeDecodeError as error:
         raise _broken(file, f"it is not UTF-8: {error.reason}") from None

@@ -72,7 +72,7 @@ def resolve_start(settings: RunSettings) -> Start:
         _check_folder(values["model_id"])
         return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
-    _check_folder(str(parent.folder))
+    check_model_files(parent.folder)  # its hashes are compared when `path` is used
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
         return Start(str(parent.folder), revision, parent.base_model, parent)

@@ -222,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
     folder = find_path(argv[0]) if len(argv) == 1 else None
     if folder is None or not (folder / "run.json").is_file():
         raise SettingsError("usage: python -m helpers accept outputs/<run>")
-    record = read_run(folder)
+    record = load_record(folder)
     changes = changed_model_files(folder, record.get("files") or {}) if record.get("status") == "finished" else []
     if changes:  # another fingerprint: what was merged, answered or judged before was another model's
         files = hash_model_files(folder)
@@ -273,7 +273,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 
 def format_size(count: float) -> str:
     """A number of bytes, such as 1.25 GB or 125 MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def quoted(path: Path | str) -> str:

@@ -63,8 +63,8 @@ def read_dotenv() -> dict[str, str]:
         values = {k: v for k, v in dotenv_values(file, encoding="utf-8-sig").items() if v} if file else {}
     except UnicodeDecodeError as error:
         raise SettingsError(f".env is not UTF-8: {error.reason}. Save it as UTF-8.") from None
-    if any("\0" in name + value for name, value in values.items()):
-        raise SettingsError(".env has zeros in it, so it is no text. Write it anew, in UTF-8.")
+    if file and b"\0" in file.read_bytes():
+        raise SettingsError(".env has zeros in it, so it is no text. Write it again, in UTF-8.")
     for name, value in values.items():
         if name.startswith(EXPORTED):
             os.environ.setdefault(name, value)

@@ -283,7 +283,7 @@ def test_long_hashing_is_announced_and_done_once(
     assert checkpoints._sha256.cache_info().misses == len(MODEL)
     check_model_folder(tmp_path / "run")
     assert checkpoints._sha256.cache_info().misses == len(MODEL)
-    assert f"Comparing 0.000 {tmp_path / 'run'} with the hashes in its run.json." in capsys.readouterr().out
+    assert f"Comparing 0.00 MB in {tmp_path / 'run'} with the hashes in its run.json." in capsys.readouterr().out
 
 
 def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -297,9 +297,9 @@ def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     finished_run(outputs / "merged", "merge", MODEL)
     changes = [
         ("full", "config.json", " {}"),
-        ("sft", "adapter_model.safetensors", "weighty"),
+        ("sft", "adapter_model.safetensors", weights("y")),
         ("dpo", "adapter_config.json", text.replace("16", "61")),
-        ("merged", "model.safetensors", "weighty"),
+        ("merged", "model.safetensors", weights("y")),
     ]
     for name, file, content in changes:
         (outputs / name / file).write_text(content)

@@ -204,7 +204,7 @@ def test_a_broken_run_does_not_stop_others_and_is_named_itself(tmp_path: Path, c
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "run.json").write_bytes(content)
     assert runs.find_run(tmp_path, "latest", "dpo").name == "good"
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match=r"bad/run\.json is broken\. Restore it, or repeat that run"):
         runs.find_run(tmp_path, "bad", "dpo")
     with pytest.raises(SettingsError, match=r"bad is not empty, and its run\.json is broken\. Use another --run_name"):
         start.start_run(settings_of(tmp_path, "--run_name", "bad"), "org/m")
