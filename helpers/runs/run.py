@@ -89,9 +89,10 @@ class Run:
         self.set(**fields)
         if is_main_process():
             self.lock()
+            folder = self.folder.resolve()  # which may be a link to another disk
             if self.overwrite:
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
         self.overwrite = False
 

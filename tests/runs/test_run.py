@@ -260,3 +260,25 @@ def test_an_output_folder_that_only_seems_writable_is_refused_at_once(tmp_path: 
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"dangling is not writable\. Use another --output_dir"):
         start.start_run(settings_of(tmp_path / "dangling"), "org/m")
+
+
+def test_a_run_folder_may_be_a_link_but_not_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk")
+    words = ["--run_name", "linked"]
+    start.start_run(settings_of(tmp_path, *words), "org/m").save()
+    (tmp_path / "disk" / "old").touch()
+    start.start_run(settings_of(tmp_path, *words, "--resume", "never"), "org/m").save()
+    assert (tmp_path / "linked").is_symlink()
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["run.json"]
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SettingsError, match=r"lost is a link to nothing\. Restore its target, or delete the link"):
+        start.start_run(settings_of(tmp_path, "--run_name", "lost"), "org/m")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_printed_path_is_one_word_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoints.quoted("a b/it's") == """'a b/it'"'"'s'"""
+    monkeypatch.setattr(checkpoints.os, "name", "nt")
+    monkeypatch.setattr(checkpoints, "short_path", str)
+    assert checkpoints.quoted(r"C:\it's") == r"'C:\it''s'"
