@@ -159,9 +159,12 @@ class Generators:
     @functools.cached_property
     def loading(self) -> dict[str, dict[str, str]]:
         """How each model is loaded and in which chat template it is asked, to be shown and recorded."""
+        from transformers import AutoConfig
+
         rows = {model.name: {"server": e.where, "chat template": "the server's"} for model, e in self.endpoints.items()}
         for ref in self._local:
-            resolve_model(ref.base, ref.revision)
+            path = resolve_model(ref.base, ref.revision)
+            read_pretrained(AutoConfig, path, revision=ref.revision or "main", **self.remote_code)
             config = json.loads(fetch_file(ref.base, ref.revision, "config.json").read_text())
             stored = (config.get("quantization_config") or {}).get("quant_method")
             rows[ref.name] = row = self.plans[ref.name].as_dict()

@@ -119,11 +119,19 @@ def read_pretrained(kind: Any, name: Path | str, **options: Any) -> Any:
 
 
 def check_weights(model: Any) -> None:
-    """Raise UserError if from_pretrained found no weight for a parameter of `model`, which it then drew at random."""
+    """Raise UserError if from_pretrained found no weight for a parameter of `model`, which it then drew at random.
+
+    Not known for a model that is stored quantized, and under ZeRO-3.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    is_other = quantization and "bitsandbytes" not in str(getattr(quantization, "quant_method", ""))
     weights = list(model.named_parameters())
-    marks = [getattr(weight, "_is_hf_initialized", False) for _, weight in weights]  # transformers 5.23
-    lost = [name for (name, _), mark in zip(weights, marks, strict=True) if not mark]
-    if any(marks) and lost and not getattr(model, "_are_weights_checked", False):
+    if is_other or getattr(model, "_are_weights_checked", False) or hasattr(weights[0][1], "ds_id"):
+        return
+    known = {name for name, weight in weights if getattr(weight, "_is_hf_initialized", False)}  # transformers 5.23
+    optional = "|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    lost = [name for name, _ in weights if name not in known and not (optional and re.search(optional, name))]
+    if known and lost:
         what = f"{len(lost)} of its {len(weights)} weights are not in its files ({lost[0]})"
         raise UserError(f"{display_name(model.name_or_path)} is broken: {what}. Restore it, or download it again.")
     model._are_weights_checked = True

@@ -146,7 +146,7 @@ def _has_sdpa(model_id: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (OSError, ValueError, KeyError):  # not cached, or needs remote code
+    except Exception:  # not cached, needs remote code, or is broken: `load_tokenizer` says so
         return True
     return bool(getattr(kind, "_supports_sdpa", True))
 
