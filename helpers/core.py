@@ -135,7 +135,10 @@ def install_error_hook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = " ".join(str(error).split())
         starts = REFUSED_BY_LIBRARIES if isinstance(error, ValueError) else {}
-        if setting := next((setting for start, setting in starts.items() if message.startswith(start)), ""):
+        if message.startswith("You set `ignore_mismatched_sizes` to `False`"):  # transformers 5.23, below its report
+            what = "The model is broken: its weights do not have the shapes of its config.json (see above)"
+            error = UserError(f"{what}. Restore its files, or download it again.")
+        elif setting := next((setting for start, setting in starts.items() if message.startswith(start)), ""):
             error = SettingsError(f"{setting}: {message}")
         elif library := _refusing_library(error, trace):
             error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
@@ -251,7 +254,7 @@ def import_user_module(name: str, setting: str) -> ModuleType:
     add_user_paths()
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, SyntaxError, ValueError) as error:  # ValueError: zeros in the file
         raise SettingsError(f"--{setting} {name} cannot be imported: {error}") from None
 
 
@@ -305,6 +308,8 @@ def read_jsonl(file: Path, end: int | None = None) -> list[dict[str, Any]]:
                 raise UserError(f"{file.name}, line {number}, is not UTF-8: {error.reason}") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{file.name}, line {number}, is not JSON: {error.msg}, column {error.colno}") from None
+            except RecursionError:
+                raise UserError(f"{file.name}, line {number}, is nested too deeply") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file.name}, line {number}, is not a JSON object")
             rows.append(row)

@@ -86,7 +86,7 @@ settings = load_settings(Settings, globals())
 from helpers.core import short_path, show
 from helpers.hub import push_before_merge, push_model
 from helpers.merging import find_adapter, merge_adapter, verify_merge
-from helpers.runs import show_report, start_run
+from helpers.runs import quoted, show_report, start_run
 
 adapter_ref = find_adapter(settings)
 show(f"Adapter: {short_path(adapter_ref.source)}")
@@ -155,12 +155,12 @@ if settings.push_to_hub and not is_done:
 
 # %%
 if not is_done:
-    folder = short_path(merged.folder)
-    print(f"""transformers   AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-PEFT           AutoPeftModelForCausalLM.from_pretrained("{short_path(adapter_ref.source)}")   # not merged
+    folder, word = short_path(merged.folder), quoted(merged.folder)
+    print(f"""transformers   AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")
+PEFT           AutoPeftModelForCausalLM.from_pretrained({short_path(adapter_ref.source)!r})   # not merged
 serve          {merged.serve_commands()}
-GGUF           python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf --outtype bf16
-evaluate       lm_eval --model hf --model_args pretrained={folder},dtype=auto --tasks ifeval --apply_chat_template""")
+GGUF           python llama.cpp/convert_hf_to_gguf.py {word} --outfile {word}/model.gguf --outtype bf16
+evaluate       lm_eval --model hf --model_args pretrained={word},dtype=auto --tasks ifeval --apply_chat_template""")
 
 # %% [markdown]
 # ## Next

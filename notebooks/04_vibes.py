@@ -93,7 +93,7 @@ settings = load_settings(Settings, globals())
 from helpers.core import short_path, show
 from helpers.evaluation import AnswerStore, Generators, read_questions, resumable
 from helpers.models import resolve_models
-from helpers.runs import start_run
+from helpers.runs import quoted, start_run
 
 # %%
 model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)
@@ -154,8 +154,8 @@ answers.finish(vibes_run, names, page=page_id)
 # Judge the answers: by a model, by rules, or by people's votes. The last cell prints the commands.
 
 # %%
-judge = f"python notebooks/05_judge.py --answers_dir {short_path(vibes_run.folder)}"
+judge = f"python notebooks/05_judge.py --answers_dir {quoted(vibes_run.folder)}"
 is_recipe = settings.sources["prompts_file"] == "recipe"
 print(f"Page: {short_path(vibes_run.folder / 'answers.html')}")
-print(f"Next: {judge} {f'--recipe {settings.recipe}' if is_recipe else '--judge_model NAME'}")
+print(f"Next: {judge} {f'--recipe {quoted(settings.recipe)}' if is_recipe else '--judge_model NAME'}")
 print(f"or, with votes exported from the page: {judge} --votes ~/Downloads/votes-{page_id}*.json")

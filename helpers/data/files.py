@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ FILE_TYPES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "c
               ".parquet": "parquet", ".arrow": "arrow"}  # fmt: skip
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NAMES_OF_DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+MAX_NESTED = 200  # brackets of a line; with more, it is parsed before pyarrow reads it
 UNICODE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -66,13 +68,16 @@ def read_bytes(file: Path) -> bytes:
     try:
         with opener(file, "rb") as stream:
             return bytes(stream.read())
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file.name} cannot be read: {error}") from None
 
 
 def decode(content: bytes, file: Path, line: int = 0) -> str:
     """UTF-8 text without a byte-order mark; `line` is where `content` is in the file, 0 for all of it."""
     try:
+        if b"\0" in content and content[:2] not in UNICODE_MARKS:
+            at = line or content.count(b"\n", 0, content.index(b"\0")) + 1
+            raise UserError(f"{file.name}, line {at}, has zeros: it is no text, or cut short. Save it as UTF-8.")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = line or content.count(b"\n", 0, error.start) + 1
@@ -89,7 +94,7 @@ def _is_one_document(content: bytes, file: Path) -> bool:
     first, _, rest = text.partition("\n")
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return not rest.strip()
 
@@ -104,6 +109,13 @@ def _check_lines(lines: Iterable[bytes], file: Path) -> None:
             raise UserError(f"{file.name} is a JSON array, not one object per line. Rename it to end in .json.")
         if text and not text.startswith("{"):
             raise UserError(f"{file.name}, line {number}, is not a JSON object: {text[:40]!r}")
+        if text.count("[") + text.count("{") > MAX_NESTED:
+            try:
+                json.loads(text)
+            except RecursionError:  # pyarrow 25 would crash
+                raise UserError(f"{file.name}, line {number}, is nested too deeply. Remove that row.") from None
+            except ValueError:  # the one who reads it says why
+                pass
     if is_empty:
         raise UserError(f"{file.name} is empty")
 
@@ -114,6 +126,8 @@ def read_json(content: bytes, file: Path, split: str) -> list[Row]:
         document = json.loads(decode(content, file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file.name}, line {error.lineno}, is not JSON: {error.msg}, column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{file.name} is nested too deeply for rows of a dataset.") from None
     if isinstance(document, dict):
         lists = {k: v for k, v in document.items() if isinstance(v, list) and v and not _is_message(v[0])}
         tables = {k: v for k, v in lists.items() if isinstance(v[0], dict)}

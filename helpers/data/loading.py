@@ -106,7 +106,7 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
         rows = _load(spec, split).with_format(None)
     except (StopIteration, IndexError):
         raise UserError(f"{what} has no rows") from None
-    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:  # and those of the Hub's client
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, DatasetsError) as error:
         if spec.any_split and split == spec.split and (other := _training_split(spec)):
             print(f"{spec.id} has no split {split!r}; using {other!r}.")
             return load_rows(dataclasses.replace(spec, split=other, any_split=False))

@@ -46,7 +46,7 @@ class JsonlStore:
         self.file, self.key = file, key
         content = file.read_bytes() if file.is_file() else b""
         self._end = content.rfind(b"\n") + 1  # of the last complete line
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             json.loads(content[self._end :])  # only its newline is missing
             self._end = len(content)
         try:

@@ -27,7 +27,7 @@ from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
 from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
-from helpers.models.adapters import load_adapter
+from helpers.models.adapters import load_adapter, read_pretrained
 from helpers.models.chat import (
     CHAT_TEMPLATES,
     eos_token_ids,
@@ -169,9 +169,12 @@ class Generators:
     @functools.cached_property
     def loading(self) -> dict[str, dict[str, str]]:
         """How each model is loaded and in which chat template it is asked, to be shown and recorded."""
+        from transformers import AutoConfig
+
         rows = {model.name: {"server": e.where, "chat template": "the server's"} for model, e in self.endpoints.items()}
         for ref in self._local:
-            resolve_model(ref.base, ref.revision)
+            path = resolve_model(ref.base, ref.revision)
+            read_pretrained(AutoConfig, path, revision=ref.revision or "main", **self.remote_code)
             config = json.loads(fetch_file(ref.base, ref.revision, "config.json").read_text())
             stored = (config.get("quantization_config") or {}).get("quant_method")
             rows[ref.name] = row = self.plans[ref.name].as_dict()
@@ -205,7 +208,7 @@ class Generators:
         given = self.settings.chat_template
         for ref in self._local:
             options = self.remote_code | ({"revision": ref.revision or "main"} if ref.tokenizer == ref.base else {})
-            tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer, **options)
+            tokenizer = read_pretrained(AutoTokenizer, ref.tokenizer, **options)
             own = name_template(tokenizer)
             if given == "auto" and not own:
                 fix = f"Choose one with `--chat_template`: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."

@@ -7,12 +7,11 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, fingerprint, printable, read_jsonl, short_path
 from helpers.data.messages import Message
-from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
+from helpers.evaluation.answers import JsonlStore, resumable
 from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (
     AnswerSet,
@@ -21,6 +20,7 @@ from helpers.evaluation.judgments import (
     call_failure,
     describe_self_judging,
     model_name,
+    model_pairs,
     pair_row,
     rating_row,
     read_judgments,
@@ -160,16 +160,6 @@ def _last_given(text: str, read: Callable[[str], Any]) -> Any:
     return next((value for value, _, clear, _ in reversed(given) if clear), "" if is_unclear else None)
 
 
-def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
-    """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
-    pairs = list(combinations(answers, 2 if mode == "pairwise" else 1))
-    if baseline and mode == "pairwise":
-        pairs = [(baseline, name) for name in answers if name != baseline]
-    if not pairs:
-        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}. Add another.")
-    return pairs
-
-
 def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Row]:
     """Every call to make: for each question and turn both orders of each pair, or each model alone.
 
@@ -275,11 +265,14 @@ class ModelJudge(Judge):
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
     def cached_calls(self) -> dict[str, Row]:
-        """The calls of all runs that have a verdict, by their hash; the last line of a file may be half written."""
-        s = self.settings
-        files = sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []
-        rows = [row for file in files for row in read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)]
-        return {str(row.get("asked")): row for row in rows if row.get("winner") != "error"}
+        """The calls of all runs that have a verdict, by their hash; half a last line, or a broken file, is left out."""
+        s, rows = self.settings, list[Row]()
+        for file in sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []:
+            try:
+                rows += read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
+            except (UserError, OSError) as error:
+                print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
+        return {str(row.get("asked")): row for row in rows if _has_verdict(row)}
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
@@ -384,6 +377,11 @@ class ModelJudge(Judge):
             pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ] + self.ties  # fmt: skip
+
+
+def _has_verdict(row: Row) -> bool:
+    models, winner = row.get("models"), row.get("winner")
+    return isinstance(models, list) and (winner in [*models, "tie"] or isinstance(winner, int | float))
 
 
 def _call_key(row: Row) -> str:

@@ -31,7 +31,8 @@ from helpers.core import (
 )
 from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
 from helpers.evaluation.questions import Question, answer_turns, find_input, read_answer_files, read_bench
-from helpers.runs.run import Run, find_run, read_run
+from helpers.runs.checkpoints import load_record
+from helpers.runs.run import Run, find_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
 WINNERS = ("model_1", "model_2", "tie", "error")
@@ -106,7 +107,7 @@ def find_answers(settings: Any) -> AnswerSet:
     if not found:
         raise UserError(f"{str(place)!r} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
     questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
-    record = read_run(folder)
+    record = load_record(folder)
     in_order = [name for name in record.get("models", []) if name in found]  # a model after the one it started from
     named = [*filter(None, [settings.baseline]), *(settings.models or [*in_order, *found])]
     names = list(dict.fromkeys(model_name(name, found) for name in named))
@@ -116,7 +117,10 @@ def find_answers(settings: Any) -> AnswerSet:
         raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(found)}")
     answers: ModelAnswers = {}
     for name in names:
-        turns = {i: answer_turns(row) for i, row in found[name].items()}
+        try:
+            turns = {i: answer_turns(row) for i, row in found[name].items()}
+        except UserError as error:
+            raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
         answers[name] = {q["question_id"]: own for q in questions if (own := turns.get(str(q["question_id"])))}
     print(printable(f"Answers: {short_path(folder)} ({', '.join(names)})"))
     return AnswerSet(questions, answers, folder, record.get("page", ""))
@@ -126,6 +130,16 @@ def model_name(name: str, known: Iterable[str]) -> str:
     """The model of `known` that a name or the path of its run means; `name` if there is none."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return last if name not in known and last in known else name
+
+
+def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
+    """Models that are judged together: all pairs, those with `baseline`, or each model alone. Raises SettingsError."""
+    pairs = list(itertools.combinations(answers, 2 if mode == "pairwise" else 1))
+    if baseline and mode == "pairwise":
+        pairs = [(baseline, name) for name in answers if name != baseline]
+    if not pairs:
+        raise SettingsError(f"a comparison needs two models, and there is one: {', '.join(answers)}. Add another.")
+    return pairs
 
 
 @dataclasses.dataclass
@@ -265,7 +279,7 @@ def _vote_rows(export: dict[str, Any], answers: AnswerSet, pairs: Sequence[tuple
 
 def _read_export(name: str) -> dict[str, Any]:
     path = find_path(name)
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if content["format"] == VOTES_FORMAT and content["page"] and all(isinstance(v, dict) for v in content["votes"]):
             return dict(content)

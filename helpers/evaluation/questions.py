@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, find_path, printable, read_jsonl, safe_file_name
+from helpers.core import Row, UserError, find_path, printable, read_jsonl, safe_file_name, short_path
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS
 from helpers.data.loading import DatasetSpec, load_rows
@@ -144,7 +144,7 @@ def read_bench(folder: Path) -> list[Question]:
     questions = _parse_rows(read_jsonl(file), str(file))
     references: dict[str, list[Answer]] = {}
     for answers in sorted((folder / "reference_answer").glob("*.jsonl")):
-        references |= {str(row["question_id"]): answer_turns(row) for row in read_jsonl(answers)}
+        references |= {str(row.get("question_id")): answer_turns(row) for row in read_jsonl(answers)}
     return [q | ({"reference": references[i]} if (i := str(q["question_id"])) in references else {}) for q in questions]
 
 
@@ -221,6 +221,9 @@ class JudgePrompts:
 
     def __init__(self, file: Path = OUR_PROMPTS) -> None:
         self.rows = {str(row.get("name")): row for row in read_jsonl(file)}
+        for name, row in self.rows.items():
+            if not all(isinstance(row.get(key), str) for key in ("name", "system_prompt", "prompt_template")):
+                raise UserError(f"{short_path(file)}: {name} needs a name, a system_prompt and a prompt_template.")
         self.file, self.is_fastchat = file, "pair-v2" in self.rows
 
     @classmethod

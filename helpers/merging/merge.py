@@ -18,12 +18,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from helpers.core import SettingsError, UserError, find_path, short_path, write_json
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
-from helpers.models.adapters import CARRIED_FILES, carry_files, load_adapter, save_tokenizer
+from helpers.models.adapters import (
+    CARRIED_FILES,
+    carry_files,
+    check_model_files,
+    check_weights,
+    load_adapter,
+    read_pretrained,
+    save_tokenizer,
+)
 from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.hub_client import describe_error
 from helpers.models.plan import prepare_model, quantization_config
 from helpers.models.resolve import ModelRef, resolve_adapter
-from helpers.runs.checkpoints import hash_files, read_run
+from helpers.runs.checkpoints import format_size, hash_files, quoted, read_run
 from helpers.runs.run import Run, find_parent, find_run
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
@@ -74,17 +82,22 @@ class Adapter:
 
     @functools.cached_property
     def base_folder(self) -> Path:
-        return local_folder(self.ref.base, self.ref.revision)
+        folder = local_folder(self.ref.base, self.ref.revision)
+        check_model_files(folder)
+        return folder
 
     @functools.cached_property
     def base_config(self) -> Any:
-        return AutoConfig.from_pretrained(self.base_folder, trust_remote_code=self.trust_remote_code)
+        return read_pretrained(AutoConfig, self.base_folder, trust_remote_code=self.trust_remote_code)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
         folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+        tokenizer = read_pretrained(AutoTokenizer, folder, trust_remote_code=code)
+        if not tokenizer.chat_template and has_tokenizer and self.run.record.get("step"):
+            fix = "Restore chat_template.jinja."  # which each run saves
+            raise UserError(f"{short_path(folder)} is without its chat template. {fix}")
         if not tokenizer.chat_template:
             print("note: the tokenizer is without a chat template. Mistral's is used, and saved with the merge.")
         set_chat_template(tokenizer, "auto")
@@ -102,6 +115,7 @@ class Adapter:
         options = {"dtype": precision.dtype, "quantization_config": precision.quantization, "device_map": {"": device}}
         code = self.trust_remote_code
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, trust_remote_code=code, **options)
+        check_weights(base)
         if dequantize and precision.quantization:
             base = base.dequantize(precision.dtype)
         prepare_model(base, self.tokenizer, self.folder)  # rows for tokens that the chat template added
@@ -160,7 +174,7 @@ class MergedModel:
         """Commands that start a server; none for a part of a model, for which servers look for the others."""
         if self.is_text_part:
             return "not possible: this is the text part of a model that also has others"
-        return f"vllm serve {short_path(self.folder)}\n{'':15}transformers serve {short_path(self.folder)}"
+        return f"vllm serve {quoted(self.folder)}\n{'':15}transformers serve {quoted(self.folder)}"
 
     def finalize(self, verification: Any) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -213,6 +227,7 @@ def merge_adapter(
     if output.finished:
         is_text_part = output.record.get("is_text_part", False)
         return MergedModel(output, output.folder, output.record["merge_base"], precision, is_text_part)
+    _ = adapter.base_config, adapter.tokenizer  # raise for broken files before anything is written
     output.lock()
     print(f"Merging {short_path(adapter.folder)} into the {base} weights of {short_path(adapter.ref.base)}.")
     merged = MergedModel(output, staging_dir(output), base, precision)
@@ -257,11 +272,11 @@ def merge_with_peft(
     stored = adapter.base_config.dtype or torch.float32
     files = [*adapter.base_folder.glob("*.safetensors")] or [*adapter.base_folder.glob("*.bin")]
     ratio = precision.dtype.itemsize / stored.itemsize if precision else 1
-    size = ratio * sum(file.stat().st_size for file in files) / 1e9
-    free = psutil.virtual_memory().available / 1e9
-    print(f"The full model is loaded for that. It takes {size:.2f} GB of memory, and saving it up to as much again.")
+    size, free = ratio * sum(file.stat().st_size for file in files), psutil.virtual_memory().available
+    needs = format_size(size)
+    print(f"The full model is loaded for that. It takes {needs} of memory, and saving it up to as much again.")
     if size > free:
-        text = f"The model needs {size:.2f} GB of memory, and {free:.2f} GB are free"
+        text = f"The model needs {needs} of memory, and {format_size(free)} are free"
         raise UserError(f"{text}. Use a machine with more memory.")
     try:
         merged = adapter.load_policy(precision or LoadPrecision(), "cpu", dequantize=True).merge_and_unload()

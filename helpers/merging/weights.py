@@ -26,6 +26,7 @@ from helpers.core import UserError, fingerprint
 from helpers.models.adapters import adapter_error, adapter_errors, check_adapter_keys, display_name, tensor_names
 from helpers.models.plan import embedding_layers, embedding_rows
 from helpers.models.resolve import BASE_KEEPING_INITS
+from helpers.runs.checkpoints import format_size
 
 Specs = dict[str, torch.Tensor]  # meta tensors by name
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -120,8 +121,7 @@ def write_merged(
     written = {f for f, size in sizes.items() if (folder / f).is_file() and (folder / f).stat().st_size == size}
     done, total = sum(sizes[file] for file in written), sum(sizes.values())
     if (free := shutil.disk_usage(folder).free) < (needed := total - done + 2**20):
-        space = f"{needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
-        raise UserError(f"The merged weights need {space}. Free some space.")
+        raise UserError(f"The disk lacks {format_size(needed - free)} for the merged weights. Free some space.")
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
         for file in [file for file in shards if file not in written]:
             try:
@@ -163,6 +163,7 @@ class StreamingMerger:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
         specs = {name: self.adapter.spec(name) for name in self.adapter}
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         self.rows = int(model.get_input_embeddings().num_embeddings)
         self.vocabulary = embedding_rows(model, specs) or max(vocabulary, self.rows)
         _check_token_rows(peft_config, self.vocabulary)
@@ -175,6 +176,8 @@ class StreamingMerger:
         self._aliases = self.tied | {target: source for source, target in self.tied.items()}
         self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
         self.names, self._file_names, self._converted = tensor_names(model, self.base)
+        if wrong := [each for each, name in self.names.items() if self.base.spec(each).shape != shapes[name]]:
+            raise UserError(f"{display_name(base)} is broken: {wrong[0]} has not the shape of config.json. Restore it.")
         known = {*self._converted, *self.names.values()}
         if missing := [name for name in self._file_names if not {name, self._aliases.get(name)} & known]:
             raise UnsupportedAdapter(f"a base without {missing[0]}")

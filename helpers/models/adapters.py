@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.ext import Extension
+from safetensors import SafetensorError, safe_open
 
 from helpers.core import UserError, find_path, is_main_process, short_path, shorten, write_json
+from helpers.runs.checkpoints import MODEL_PATTERNS
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +30,111 @@ CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.js
                  "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 # Weights that PEFT 0.21 reports as missing in each layer that shares them (peft_model.py, from_pretrained).
 SHARED_WEIGHTS = re.compile(r"vblora_vector_bank|\.tinylora_v\.|\.unilora_theta_d\.")
+LFS_POINTER = b"version https://git-lfs"  # the beginning of a file that `git clone` left for `git lfs pull`
+
+
+class GenerationTag(Extension):
+    """{% generation %} of transformers' chat templates, so that jinja2 can parse them."""
+
+    tags = {"generation"}  # noqa: RUF012  # as in jinja2
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+CHAT_JINJA = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])  # to parse only
+
+
+def check_model_files(folder: Path) -> None:
+    """Raise UserError for a broken file of the model or adapter in `folder`: JSON, text, a chat template, the header of
+    weights, or an index that does not fit the shards that are there. Nothing is loaded."""
+    found = {file for pattern in (*MODEL_PATTERNS, "*.bin") for file in folder.glob(pattern) if file.is_file()}
+    files = [file for file in found if not file.name.endswith("processor_config.json")]  # of images: only carried
+    names = {file.name: check_model_file(file, file.suffix) for file in sorted(files)}
+    for index in folder.glob("*.index.json"):
+        shards = json.loads(index.read_text("utf-8")).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise _broken(index, "it has no weight_map of weights and their files")
+        if lost := [name for name, shard in shards.items() if name not in (names.get(shard) or [name])]:
+            raise _broken(index, f"{shards[lost[0]]} lacks {len(lost)} of the weights that it names ({lost[0]})")
+
+
+def check_model_file(file: Path, kind: str) -> list[str]:
+    """The names of the weights in a file, or [] for a file of another kind, which is a suffix. Raises UserError."""
+    return _check_file(file, kind, file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _check_file(file: Path, kind: str, size: int, changed: int) -> list[str]:
+    """As `check_model_file`. Size and time are for the cache."""
+    with file.open("rb") as opened:
+        head = opened.read(len(LFS_POINTER))
+    if not head:
+        raise _broken(file, "it is empty")
+    if head == LFS_POINTER:
+        raise UserError(f"{short_path(file)} is a pointer of Git LFS, not the file. Run `git lfs pull` in its folder.")
+    template = None
+    try:
+        if kind == ".safetensors":
+            with safe_open(file, framework="numpy") as weights:
+                return list(weights.keys())
+        if kind == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
+            raise ValueError("it is cut short")
+        if kind in (".json", ".jinja", ".txt"):
+            template = file.read_text("utf-8")
+        if kind == ".json":
+            content = json.loads(str(template))
+            if not isinstance(content, dict):
+                raise ValueError("it is not a JSON object")
+            template = content.get("chat_template")
+        if isinstance(template, str) and kind != ".txt":
+            CHAT_JINJA.parse(template)
+    except UnicodeDecodeError as error:
+        raise _broken(file, f"it is not UTF-8: {error.reason}") from None
+    except RecursionError:
+        raise _broken(file, "it is nested too deeply") from None
+    except (ValueError, SafetensorError, TemplateSyntaxError) as error:
+        raise _broken(file, str(error)) from None
+    return []
+
+
+def _broken(file: Path, problem: str) -> UserError:
+    problem = shorten(" ".join(problem.split())).rstrip(".")
+    return UserError(f"{short_path(file)} is broken: {problem}. Restore it, or download the model again.")
+
+
+def read_pretrained(kind: Any, name: Path | str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`, of a configuration or a tokenizer. Raises UserError for files it cannot read."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # tokenizers 0.22 raises no other class
+        if "trust_remote_code" in str(error) or isinstance(error, UserError | MemoryError):
+            raise
+        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise UserError(
+            f"{display_name(name)} is broken, or not supported: {kind.__name__} cannot read it ({reason}). Restore its "
+            "files, or download it again."
+        ) from None
+
+
+def check_weights(model: Any) -> None:
+    """Raise UserError if from_pretrained found no weight for a parameter of `model`, which it then drew at random.
+
+    Not known for a model that is stored quantized, and under ZeRO-3.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    is_other = quantization and "bitsandbytes" not in str(getattr(quantization, "quant_method", ""))
+    weights = list(model.named_parameters())
+    if is_other or getattr(model, "_are_weights_checked", False) or hasattr(weights[0][1], "ds_id"):
+        return
+    known = {name for name, weight in weights if getattr(weight, "_is_hf_initialized", False)}  # transformers 5.23
+    optional = "|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    lost = [name for name, _ in weights if name not in known and not (optional and re.search(optional, name))]
+    if known and lost:
+        what = f"{len(lost)} of its {len(weights)} weights are not in its files ({lost[0]})"
+        raise UserError(f"{display_name(model.name_or_path)} is broken: {what}. Restore it, or download it again.")
+    model._are_weights_checked = True
 
 
 def load_adapter(model: PreTrainedModel, folder: Path | str, is_trainable: bool = False) -> Any:
@@ -71,8 +182,6 @@ def check_adapter_keys(
 @contextlib.contextmanager
 def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
     """Raise UserError where PEFT 0.21 finds that an adapter does not fit its base: other layers, shapes or files."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except KeyError as error:

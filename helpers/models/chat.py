@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from helpers.core import UserError, find_path, shorten
+from helpers.models.adapters import check_model_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
         if file is None or not file.is_file():
             known = ", ".join(CHAT_TEMPLATES)
             raise UserError(f"`--chat_template {chat_template}` is unknown. Use one of {known}, or a Jinja file.")
+        check_model_file(file, ".jinja")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
         return file.name, []
     new = [token for token in TEMPLATE_TOKENS.get(chat_template, ()) if token not in tokenizer.get_vocab()]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
 
 from helpers.core import SettingsError, UserError, find_path, is_notebook, shorten
+from helpers.models.adapters import check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ def _has_sdpa(model_id: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (OSError, ValueError, KeyError):  # not cached, or needs remote code
+    except Exception:  # not cached, needs remote code, or is broken: `load_tokenizer` says so
         return True
     return bool(getattr(kind, "_supports_sdpa", True))
 
@@ -264,6 +265,7 @@ def prepare_model(
         def validate(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    check_weights(model)
     disable_cpu_4bit_repacking(model)
     resize_embeddings(model, tokenizer, load_peft_weights(str(adapter), device="cpu") if adapter else {})
     if type(getattr(model, "generation_config", None)) is GenerationConfig:

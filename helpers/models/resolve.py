@@ -6,15 +6,15 @@ import dataclasses
 import functools
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import SettingsError, UserError, find_path, fingerprint, short_path
+from helpers.core import SettingsError, UserError, find_path, fingerprint
+from helpers.models.adapters import check_model_files, display_name, read_pretrained
 from helpers.models.chat import set_chat_template
 from helpers.models.hub_client import check_hub, describe_error, hf_token
-from helpers.runs.checkpoints import check_model_folder
+from helpers.runs.checkpoints import check_model_folder, quoted
 from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
@@ -45,7 +45,7 @@ class Start:
     def path(self) -> str:
         """`model`, ready for from_pretrained. Checked when first used: a finished run does not need the Hub."""
         if self.parent:
-            check_model_folder(self.parent.folder)
+            _check_folder(str(self.parent.folder))
         return resolve_model(self.model, self.revision)
 
     @property
@@ -72,6 +72,7 @@ def resolve_start(settings: RunSettings) -> Start:
         _check_folder(values["model_id"])
         return Start(values["model_id"], revision, values["model_id"])
     parent = find_run(settings.output_dir, values["sft_run"], "sft")
+    check_model_files(parent.folder)  # its hashes are compared when `path` is used
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
         return Start(str(parent.folder), revision, parent.base_model, parent)
@@ -128,19 +129,25 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
 
     Raises SettingsError if the adapter that `start` trains further has no rows for these tokens.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     values = settings.values()
     loading = {"revision": start.revision or "main", "trust_remote_code": values["trust_remote_code"]}
     config = fetch_file(start.path, start.revision, "config.json")
     check_positions(json.loads(config.read_text()), values.get("max_length", 0))
-    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **loading)
+    read_pretrained(AutoConfig, start.path, **loading)
+    tokenizer = read_pretrained(AutoTokenizer, start.tokenizer, **loading)
     for field in ("eos_token", "pad_token"):
         token = settings.trl.get(field)
         if token and token not in tokenizer.get_vocab():
             raise SettingsError(f"--{field} {token!r} is not in the tokenizer's vocabulary. Use one of its tokens.")
         if token:
             setattr(tokenizer, field, token)
+    if values["chat_template"] == "auto" and not tokenizer.chat_template:
+        if start.parent:  # 01_sft.py saves the template that it trained with
+            fix = "Restore chat_template.jinja, or name the template with `--chat_template`."
+            raise UserError(f"{display_name(start.tokenizer)} is without its chat template. {fix}")
+        print(f"note: {display_name(start.tokenizer)} is without a chat template. Mistral's is used, and saved.")
     name, new_tokens = set_chat_template(tokenizer, values["chat_template"])
     if new_tokens and start.adapter:
         raise SettingsError(
@@ -167,6 +174,7 @@ def resolve_model(model_id: str, revision: str | None = None, file: str = "confi
 def _check_folder(name: str) -> None:
     if folder := find_path(name):
         check_model_folder(folder.resolve())
+        check_model_files(folder)
 
 
 def _is_no_model(adapter: str) -> str:
@@ -177,7 +185,7 @@ def _is_no_model(adapter: str) -> str:
 
 def _merge_command(adapter: str) -> str:
     flag = "--run" if _is_dpo_run(adapter) else "--adapter"
-    return f"`python notebooks/03_merge_push.py {flag} {shlex.quote(short_path(adapter))}`"
+    return f"`python notebooks/03_merge_push.py {flag} {quoted(adapter)}`"
 
 
 def _is_dpo_run(name: str) -> bool:
@@ -297,7 +305,7 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
         adapter = resolve_model(name, file="adapter_config.json")
     except UserError as error:
         raise UserError(f"there is no adapter to merge: {error}") from None
-    config = PeftConfig.from_pretrained(adapter)
+    config = read_pretrained(PeftConfig, adapter)
     revision = "" if base_model_id else config.revision or ""
     given = base_model_id or str(config.base_model_name_or_path)
     _check_folder(given)

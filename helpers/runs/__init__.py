@@ -7,7 +7,7 @@ __all__, __getattr__ = lazy_door(
     {
         "run": ["Run", "find_run"],
         "start": ["start_run"],
-        "checkpoints": ["read_run"],
+        "checkpoints": ["quoted", "read_run"],
         "curves": ["Curves", "final_metrics", "plot_runs"],
         "report": ["show_report"],
     },

@@ -41,7 +41,7 @@ MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*config.json", "
 # Keys of run.json that are read of other runs; a value of another type means that the file is broken.
 RECORD: dict[str, Any] = {
     "step": "", "status": "", "finished": "", "order": 0, "base_model": "", "settings": {}, "hashed_settings": {},
-    "metrics": {}, "data": {}, "fingerprint": "",
+    "metrics": {}, "data": {}, "fingerprint": "", "files": {}, "plan": {}, "models": [], "loading": {}, "page": "",
 }  # fmt: skip
 SLOW_BYTES = 2e9  # to hash; that takes seconds
 OUT_OF_MEMORY_ERRORS = ("memoryerror", "outofmemory", "out of memory", "can't allocate memory")
@@ -70,10 +70,16 @@ def lock_folder(folder: Path) -> bool:
     except OSError as error:
         raise explain_failure(error, folder) or error from None
     _locks[file] = lock
-    for draft in folder.glob(".*"):  # that a killed process has left: see core.atomic_write
+    remove_drafts(folder)
+    remove_drafts(folder.with_name(f".{folder.name}.part"))  # of a merge
+    return True
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what a killed process has left of files that it was writing: see `core.atomic_write`."""
+    for draft in folder.glob(".*"):
         if re.fullmatch(r"\..+\.\d+", draft.name):
             draft.unlink(missing_ok=True)
-    return True
 
 
 def unlock_folder(folder: Path) -> None:
@@ -204,7 +210,7 @@ def changed_model_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[
     changes += [f"{name} has changed" for name in now if name in files and files[name]["bytes"] != now[name]]
     if not changes:
         if (total := sum(now.values())) > SLOW_BYTES and is_main_process():
-            print(f"Comparing {total / 1e9:.1f} GB in {short_path(folder)} with the hashes in its run.json.")
+            print(f"Comparing {format_size(total)} in {short_path(folder)} with the hashes in its run.json.")
         changes = [f"{name} has changed" for name in now if _file_digest(folder / name) != files[name]]
     return changes
 
@@ -215,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
     folder = find_path(argv[0]) if len(argv) == 1 else None
     if folder is None or not (folder / "run.json").is_file():
         raise SettingsError("usage: python -m helpers accept outputs/<run>")
-    record = read_run(folder)
+    record = load_record(folder)
     changes = changed_model_files(folder, record.get("files") or {}) if record.get("status") == "finished" else []
     if changes:  # another fingerprint: what was merged, answered or judged before was another model's
         files = hash_model_files(folder)
@@ -234,13 +240,13 @@ def check_model_folder(folder: Path) -> None:
             fix = f"Use {place}" if of.get("status") == "finished" else f"Finish that run, then use {place}"
             what = f"{short_path(folder)} is a checkpoint of the run {place} ({of.get('status')})"
             raise UserError(f"{what}. {fix}. To use the checkpoint itself, copy it to another folder.")
-    record = read_run(folder)
+    record = load_record(folder)
     files = record.get("files") if record.get("status") == "finished" else None
     if files and (changes := changed_model_files(folder, files)):
         place = short_path(folder)
         raise UserError(
             f"{place} is not as its run finished: {', '.join(changes)}. Restore it, or repeat that run with `--resume "
-            f"never`. If you changed it on purpose, run `python -m helpers accept {shlex.quote(place)}`."
+            f"never`. If you changed it on purpose, run `python -m helpers accept {quoted(folder)}`."
         )
 
 
@@ -252,6 +258,27 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
     is_whole = isinstance(record, dict) and all(isinstance(record.get(k, v), type(v)) for k, v in RECORD.items())
     return record if is_whole else {}
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """As `read_run`; raises UserError for a run.json that is broken."""
+    if not (record := read_run(folder)) and os.path.lexists(folder / "run.json"):
+        raise UserError(
+            f"{short_path(folder / 'run.json')} is broken. Restore it, or repeat that run with another --run_name. "
+            "Delete it to use the folder without what is known of its run."
+        )
+    return record
+
+
+def format_size(count: float) -> str:
+    """A number of bytes, such as 1.25 GB or 125 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def quoted(path: Path | str) -> str:
+    """`path` as a word of a command; on Windows, of one of PowerShell."""
+    text = short_path(path)
+    return shlex.quote(text) if os.name == "posix" else "'" + text.replace("'", "''") + "'"
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -36,6 +36,7 @@ from helpers.core import (
     print_help_if_asked,
     short_path,
 )
+from helpers.runs.checkpoints import load_record, remove_drafts
 from helpers.runs.curves import Curves, Panel, logged_panels, no_problem_text, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
@@ -117,9 +118,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers report outputs/<run>")
     folder = find_path(argv[0])
-    if folder is None or not read_run(folder):
+    if folder is None or not load_record(folder):
         raise UserError(f"{argv[0]!r} is not the folder of a run: it has no run.json.")
-    print(f"Report: {short_path(write_report(_training_run(folder) or folder))}")
+    place = _training_run(folder) or folder
+    remove_drafts(place)
+    print(f"Report: {short_path(write_report(place))}")
 
 
 class RunContext(Run):

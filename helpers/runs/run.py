@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import os
 import re
-import shlex
 import shutil
 import signal
 import threading
@@ -27,7 +26,7 @@ from helpers.core import (
     write_json,
 )
 from helpers.runs import checkpoints
-from helpers.runs.checkpoints import check_model_folder
+from helpers.runs.checkpoints import check_model_folder, load_record, quoted
 from helpers.runs.checkpoints import read_run as read_run
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
@@ -103,10 +102,10 @@ class Run:
         self.set(**fields)
         if is_main_process():
             self.lock()
-            place = self.folder.resolve()  # of a link to a folder, what it points to is replaced
+            folder = self.folder.resolve()  # which may be a link to another disk
             if self.overwrite:
-                shutil.rmtree(place)
-            place.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
         self.overwrite = False
 
@@ -187,7 +186,7 @@ class Run:
             is_of_dpo = read_run(parent).get("step") == "dpo"
             models = quoted(parent) if is_of_dpo else f"{quoted(self.base_model)} {models}"
         code = " --trust_remote_code" if (self.record.get("settings") or {}).get("trust_remote_code") else ""
-        return f"python notebooks/{NEXT[step]} {models}{code}" + (f" --recipe {recipe}" if recipe else "")
+        return f"python notebooks/{NEXT[step]} {models}{code}" + (f" --recipe {quoted(recipe)}" if recipe else "")
 
     def metrics_table(self) -> Any:
         """The run's metrics as a table for `show`."""
@@ -207,7 +206,7 @@ def find_run(output_dir: Path, which: str, step: str) -> Run:
         make = f"Run `python notebooks/{NOTEBOOKS[step]}`" if step in NOTEBOOKS else "Make one"
         raise UserError(f"There is no finished {step} run in {short_path(output_dir)}. {make}, or name a run's folder.")
     folder = find_path(which) or find_path(str(output_dir / which))
-    record = read_run(folder) if folder else {}
+    record = load_record(folder) if folder else {}
     if folder and not record:
         check_model_folder(folder.resolve())
     if folder is None or not record:
@@ -292,11 +291,6 @@ def dataset_names(record: dict[str, Any]) -> list[str]:
     specs = [value] if isinstance(value, str) else value
     names = [str(spec["id"] if isinstance(spec, dict) else spec) for spec in specs]
     return [name if is_hub_id(name) else Path(name).name for name in names]
-
-
-def quoted(path: Path | str) -> str:
-    """`path` as a word of a command."""
-    return shlex.quote(short_path(path))
 
 
 def utc_now() -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +25,7 @@ from helpers.core import (
     short_path,
 )
 from helpers.runs import checkpoints
-from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, read_run
+from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, quoted, read_run
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import NEXT, TRAINING_STEPS, Run, relative_place, utc_now
 from helpers.settings.fields import RunSettings
@@ -52,6 +51,8 @@ def start_run(
     checkpoints.check_writable(settings.output_dir, is_dry=settings.dry_run)
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
+    if folder.is_symlink() and not folder.exists():
+        raise SettingsError(f"{short_path(folder)} is a link to nothing. Restore its target, or delete the link.")
     if is_locked := folder.is_dir() and is_main_process() and not settings.dry_run:
         checkpoints.lock_folder(folder)
     record = read_run(folder)
@@ -206,7 +207,7 @@ def check_same_settings(
     older = record.get("parent")
     if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
         flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
-        keep = f" Use `{flag} {shlex.quote(short_path(folder.parent / older))}` to keep the older one," if flag else ""
+        keep = f" Use `{flag} {quoted(folder.parent / older)}` to keep the older one," if flag else ""
         what = f"started from {older}, and this command starts from {parent}" + " (trained again)" * (older == parent)
         raise SettingsError(
             f"{short_path(folder)} {what}.{keep or ' Use'} another --run_name, or `--resume never` to replace it."

@@ -34,11 +34,13 @@ from helpers.core import (
     UserError,
     find_path,
     fingerprint,
+    handle_signals,
     print_help_if_asked,
     short_path,
     show,
     write_json,
 )
+from helpers.runs.checkpoints import remove_drafts
 from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.run import read_run
 from helpers.settings import trl_fields
@@ -129,12 +131,16 @@ def settings_of(notebook: Path) -> Any:
     """The Settings class in a notebook's cell tagged "parameters". Raises SettingsError."""
     import jupytext
 
-    for cell in jupytext.read(notebook).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            names: dict[str, Any] = {}
-            exec(compile(cell.source, str(notebook), "exec", dont_inherit=True), names)
-            if issubclass(names.get("Settings", object), RunSettings):
-                return names["Settings"]
+    try:
+        cells = [cell for cell in jupytext.read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+        codes = [compile(cell.source, str(notebook), "exec", dont_inherit=True) for cell in cells]
+    except (ValueError, SyntaxError) as error:
+        raise SettingsError(f"{short_path(notebook)} is no notebook: {error}.") from None
+    for code in codes:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        if issubclass(names.get("Settings", object), RunSettings):
+            return names["Settings"]
     raise SettingsError(f"{short_path(notebook)} has no Settings in a cell tagged parameters.")
 
 
@@ -174,8 +180,7 @@ def _locked(folder: Path) -> Iterator[Any]:
         name = signal.Signals(number).name
         raise Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    handle_signals(stop)
     with (folder / ".lock").open("w") as lock:
         if os.name == "posix":
             import fcntl
@@ -185,6 +190,7 @@ def _locked(folder: Path) -> Iterator[Any]:
             except BlockingIOError:
                 print("Waiting for a run that an earlier start of this sweep has left running.", flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_drafts(folder)
         yield lock
 
 

@@ -200,7 +200,7 @@ def run_setup_module(module: str) -> None:
     try:
         with process_lock(f"prepare {module}"):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise SettingsError(f"--setup_module {module} cannot be run: {error}") from None
     finally:
         sys.argv = argv

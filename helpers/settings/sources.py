@@ -63,6 +63,8 @@ def read_dotenv() -> dict[str, str]:
         values = {k: v for k, v in dotenv_values(file, encoding="utf-8-sig").items() if v} if file else {}
     except UnicodeDecodeError as error:
         raise SettingsError(f".env is not UTF-8: {error.reason}. Save it as UTF-8.") from None
+    if file and b"\0" in file.read_bytes():
+        raise SettingsError(".env has zeros in it, so it is no text. Write it again, in UTF-8.")
     for name, value in values.items():
         if name.startswith(EXPORTED):
             os.environ.setdefault(name, value)
@@ -109,7 +111,7 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
     try:
         text = file.read_text(encoding="utf-8-sig")
         refuse_secrets(f"recipe {name!r}", [text])
-        content = yaml.load(text, _recipe_loader()) or {}
+        content = yaml.load(text, _recipe_loader())
         json.dumps(content, default=str)
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {name!r} is not UTF-8: {error.reason}. Save it as UTF-8.") from None

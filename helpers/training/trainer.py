@@ -27,6 +27,7 @@ NOISE = 10
 # Positions that TRL's LM head scores at once on a CPU, with the same result for any number. TRL's 4,096 hold all of a
 # small batch, and took most of a step's memory.
 HEAD_TOKENS = 512
+NO_LABELS = (("completion_mask", 0), ("labels", -100))  # columns of a row that is not counted
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
@@ -95,6 +96,61 @@ class PrefixSharing:
             return out
 
         model.forward = types.MethodType(forward, model)
+
+
+def count_rows_once(trainer: Any) -> None:
+    """Let an evaluation in several processes count each row once, and each row the same in its loss and rewards.
+
+    accelerate 1.15 fills the last batch of each process with rows from the start (BatchSamplerShard). transformers 5.23
+    and TRL 1.16 count them, and TRL takes the mean of batches, whatever their sizes.
+    """
+    accelerator, predict, log = trainer.accelerator, trainer.prediction_step, trainer.log
+    gather, processes, rank = accelerator.gather, accelerator.num_processes, accelerator.process_index
+    halves = 2 if isinstance(trainer, DPOTrainer) else 1  # chosen answers, then rejected ones
+    counts, losses = list[int](), list[float]()  # of each batch, over all processes
+
+    def prediction_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        state, size = accelerator.gradient_state, len(inputs["input_ids"]) // halves
+        total = state.remainder if state.end_of_dataloader and state.remainder > 0 else processes * size
+        own = min(size, max(0, total - rank * size))
+        if own < size:
+            inputs = {name: _first_rows(value, size, max(1, own)) for name, value in inputs.items()}
+            if not own:  # one row is computed, because other processes wait, and not counted
+                unread = {name: torch.full_like(inputs[name], value) for name, value in NO_LABELS if name in inputs}
+                inputs |= unread
+
+        def gather_real(values: Any) -> Any:
+            return gather(pad(values, (0, size - len(values))))[:total] if values.dim() else gather(values)
+
+        accelerator.gather = gather_real
+        try:
+            loss, *outputs = predict(model, inputs, *args, **kwargs)
+        finally:
+            accelerator.gather = gather
+        counts.append(total)
+        losses.append(float(gather(loss.detach()[None] * own if own else torch.zeros_like(loss)[None]).sum()) / total)
+        return loss, *outputs
+
+    def log_by_rows(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        def mean(values: list[float]) -> float:
+            return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+
+        if counts and not trainer.model.training:
+            logs |= {"eval_loss": mean(losses)} if processes > 1 and "eval_loss" in logs else {}
+            metrics = trainer._metrics["eval"]
+            metrics |= {name: [mean(values)] for name, values in metrics.items() if len(values) == len(counts)}
+            counts.clear()
+            losses.clear()
+        log(logs, *args, **kwargs)
+
+    trainer.prediction_step, trainer.log = prediction_step, log_by_rows
+
+
+def _first_rows(value: Any, size: int, count: int) -> Any:
+    """The first `count` of `size` rows, or of chosen and of rejected rows."""
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return value
+    return value.reshape(-1, size, *value.shape[1:])[:, :count].reshape(-1, *value.shape[1:])
 
 
 def supports_packing(model: Any, train_set: Any) -> bool:

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from helpers.core import UserError
 from helpers.evaluation import statistics
-from helpers.evaluation.judges import model_pairs
-from helpers.evaluation.judgments import AnswerSet, Judgments, read_judgments
+from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
 from helpers.evaluation.results import Counts, PairwiseResults, RatingResults
 from helpers.evaluation.statistics import length_controlled, length_controlled_rate, mean_interval, sign_test
 from tests.evaluation.judging import answers_worth, better, judged, questions_of, results_of, rows_of

@@ -118,8 +118,8 @@ def test_adapted_experts_in_one_tensor_are_merged_by_peft(
 ) -> None:  # fmt: skip
     adapter = trained(tmp_path, kind, "all-linear", tokenizer, record)
     folder = merged(adapter, tmp_path)
-    size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) / 1e9
-    assert f"It takes {size:.2f} GB of memory" in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) / 1e6
+    assert f"It takes {size:.2f} MB of memory" in capsys.readouterr().out
     assert set(WeightFiles(folder)) == set(WeightFiles(tmp_path / "base"))
     policy = adapter.load_policy(LoadPrecision.from_run(adapter.run), "cpu")
     loaded = AutoModelForCausalLM.from_pretrained(folder)

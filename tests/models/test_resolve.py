@@ -19,12 +19,12 @@ from helpers.models import load_tokenizer, resolve, resolve_start
 from helpers.runs import checkpoints
 from helpers.runs.checkpoints import check_model_folder, read_run
 from helpers.runs.run import Run
-from tests.tiny import settings_of
+from tests.tiny import settings_of, weights
 
 
 def test_a_model_that_lacks_a_shard_says_which(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "model-00001-of-00002.safetensors").write_text(weights())
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(
@@ -48,7 +48,7 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "gone" / "adapter_config.json").write_text(adapter)
     with pytest.raises(UserError, match=r"adapter_config.json and no weights"):
         resolve.resolve_adapter(str(tmp_path / "gone"))
-    (tmp_path / "gone" / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "gone" / "adapter_model.safetensors").write_text(weights())
     gone = str(tmp_path / "gone")
     said = "nowhere' is neither a folder here nor a Hub id"
     with pytest.raises(UserError, match=f"{said}. Restore it, or repeat that run"):
@@ -98,9 +98,9 @@ def test_candidates_are_what_a_run_started_from_and_the_run(tmp_path: Path) -> N
         folder.mkdir()
         if name.endswith("full"):
             (folder / "config.json").write_text("{}")
-            (folder / "model.safetensors").write_bytes(b"x")
+            (folder / "model.safetensors").write_text(weights())
         else:
-            (folder / "adapter_model.safetensors").write_bytes(b"x")
+            (folder / "adapter_model.safetensors").write_text(weights())
             config = {"base_model_name_or_path": str(base), "revision": "v2", "peft_type": "LORA"}
             (folder / "adapter_config.json").write_text(json.dumps(config))
         record = {"step": name[:3], "status": "finished", "finished": "2026", "base_model": "org/m"}
@@ -228,8 +228,8 @@ def finished_run(folder: Path, step: str, files: dict[str, str], **record: objec
     return run
 
 
-ADAPTER = {"adapter_model.safetensors": "weights", "adapter_config.json": '{"peft_type": "LORA", "lora_alpha": 16}'}
-MODEL = {"config.json": "{}", "model.safetensors": "weights", "generation_config.json": "{}"}
+ADAPTER = {"adapter_model.safetensors": weights(), "adapter_config.json": '{"peft_type": "LORA", "lora_alpha": 16}'}
+MODEL = {"config.json": "{}", "model.safetensors": weights(), "generation_config.json": "{}"}
 
 
 @pytest.mark.parametrize("name", [*ADAPTER, *MODEL])
@@ -283,7 +283,7 @@ def test_long_hashing_is_announced_and_done_once(
     assert checkpoints._sha256.cache_info().misses == len(MODEL)
     check_model_folder(tmp_path / "run")
     assert checkpoints._sha256.cache_info().misses == len(MODEL)
-    assert f"Comparing 0.0 GB in {tmp_path / 'run'} with the hashes in its run.json." in capsys.readouterr().out
+    assert f"Comparing 0.00 MB in {tmp_path / 'run'} with the hashes in its run.json." in capsys.readouterr().out
 
 
 def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -297,9 +297,9 @@ def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     finished_run(outputs / "merged", "merge", MODEL)
     changes = [
         ("full", "config.json", " {}"),
-        ("sft", "adapter_model.safetensors", "weighty"),
+        ("sft", "adapter_model.safetensors", weights("y")),
         ("dpo", "adapter_config.json", text.replace("16", "61")),
-        ("merged", "model.safetensors", "weighty"),
+        ("merged", "model.safetensors", weights("y")),
     ]
     for name, file, content in changes:
         (outputs / name / file).write_text(content)
@@ -371,7 +371,7 @@ def test_a_checkpoint_is_named_and_its_run(status: str, fix: str, tmp_path: Path
 def test_an_adapter_on_an_adapter_or_as_a_model_is_named_with_the_next_step(tmp_path: Path) -> None:
     for name, base in (("first", "org/base"), ("second", str(tmp_path / "first")), ("both", "org/base")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_text("weights")
+        (tmp_path / name / "adapter_model.safetensors").write_text(weights())
         config = {"peft_type": "LORA", "base_model_name_or_path": base}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     for file, text in MODEL.items():

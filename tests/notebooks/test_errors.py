@@ -13,6 +13,7 @@ import pytest
 from helpers.models.hub_client import check_hub, describe_error
 from tests import fake_hub as local
 from tests.conftest import Project
+from tests.tiny import weights
 
 # Runs each command in one process as Python runs a script: an error goes to sys.excepthook, which gives the status.
 DRIVER = """
@@ -99,7 +100,7 @@ def test_each_mistake_is_one_line_and_nothing_is_written(
     shutil.copy(demo_folder / "tiny-mistral" / "config.json", bare)
     orphan = tmp_path / "orphan"
     orphan.mkdir()
-    (orphan / "adapter_model.safetensors").touch()
+    (orphan / "adapter_model.safetensors").write_text(weights())
     base = {
         "base_model_name_or_path": str(tmp_path / "gone"),
         "peft_type": "LORA",

@@ -54,5 +54,39 @@ def test_every_notebook_goes_on_where_the_outputs_were_moved_to(
     card = project.run("03_merge_push.py", *demo, *flags, HF_TOKEN="hf_x").stdout
     assert f"- {dpo_run} answered with weights float32, computed in float32, quantization 4-bit NF4, double" in card
     assert str(tmp_path) not in card.split("Would push")[1].split("Base model:")[0]
+    copied = Path(shutil.copytree(moved, tmp_path / "copied"))
     renamed = moved.rename(tmp_path / "renamed")
-    assert "is already finished" in project.run("04_vibes.py", *asked, "--output_dir", str(renamed)).stdout
+    for place in (renamed, copied):  # the judge's folder too, with the same results and report
+        again = [*demo, "--output_dir", str(place)]
+        assert "is already finished" in project.run("04_vibes.py", *asked, "--output_dir", str(place)).stdout
+        judged = ["--answers_dir", "asked", "--run_name", "judged"]
+        shown = project.run("05_judge.py", *again, *judged).stdout
+        assert "is already finished" in shown
+        assert results(shown) == results(said)
+        assert "is already finished" in project.run("03_merge_push.py", *again, "--run_name", "merged").stderr
+        (place / dpo_run / "report.html").unlink()
+        done = project.python("-m", "helpers", "report", str(place / dpo_run))
+        assert done.stdout == f"Report: {place / dpo_run / 'report.html'}\n"
+        assert (place / dpo_run / "report.html").read_text() == page
+
+
+def results(shown: str) -> list[str]:
+    """The tables of 05, without what it says of folders."""
+    return [line for line in shown.splitlines() if "%" in line]
+
+
+@pytest.mark.long
+def test_a_sweep_goes_on_where_its_outputs_were_moved_to(project: Project, sft_run: str, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(project.root / "outputs" / sft_run, old / sft_run)
+    words = ["-m", "helpers", "sweep", "notebooks/02_dpo.py", "--recipe", "recipes/demo.yaml", "--sft_run", sft_run,
+             "--dpo_beta", "0.1", "0.3", "--max_steps", "1", "--train_rows", "32", "--eval_rows", "8"]  # fmt: skip
+    first = project.python(*words, "--output_dir", str(old))
+    assert first.returncode == 0, first.stderr
+    new = old.rename(tmp_path / "new")
+    second = project.python(*words, "--output_dir", str(new))
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("is already finished") == 0  # of its runs, whose lines go to their logs
+    table = first.stdout.split("Held-out metrics")[1].replace(str(old), str(new))
+    assert second.stdout.split("Held-out metrics")[1] == table
+    assert all("is already finished" in log.read_text() for log in new.glob("sweep-*/*.log"))

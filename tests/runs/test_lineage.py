@@ -15,9 +15,9 @@ from helpers.models import resolve_models, resolve_start
 from helpers.runs.report import show_report
 from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
 from helpers.runs.start import start_run
-from tests.tiny import settings_of
+from tests.tiny import settings_of, weights
 
-BASE = {"config.json": "{}", "model.safetensors": "x"}
+BASE = {"config.json": "{}", "model.safetensors": weights()}
 
 
 def make(outputs: Path, name: str, step: str, base: str, parent: Run | None = None, full: bool = False) -> Run:
@@ -26,7 +26,7 @@ def make(outputs: Path, name: str, step: str, base: str, parent: Run | None = No
     settings.step = step
     run = start_run(settings, base, parent=parent)
     run.save()
-    files = BASE if full else {"adapter_model.safetensors": f"{name}"}
+    files = BASE if full else {"adapter_model.safetensors": weights(name)}
     if not full:
         trained_on = str(parent.folder) if parent and not parent.is_adapter else base
         config = {"base_model_name_or_path": trained_on, "peft_type": "LORA", "r": 8, "lora_alpha": 16,
@@ -34,7 +34,7 @@ def make(outputs: Path, name: str, step: str, base: str, parent: Run | None = No
         files |= {"adapter_config.json": json.dumps(config)}
     for file, text in files.items():
         (run.folder / file).write_text(text)
-    (run.folder / "weights.safetensors").write_text(name)
+    (run.folder / "weights.safetensors").write_text(weights(name))
     run.finish(metrics={"eval_loss": 0.5}, data={"read": 4, "kept": 4, "dropped": 0, "train": 3, "eval": 1})
     return run
 

@@ -84,9 +84,12 @@ def test_a_finished_or_refused_run_is_not_kept_locked(tmp_path: Path) -> None:
 
 
 def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    for name in (".run.json.4321", "run.json", ".keep"):
-        (tmp_path / "run" / name).touch()
+    places = tmp_path / "run", tmp_path / ".run.part"  # the folder of a run, and that of its unfinished merge
+    for place in places:
+        place.mkdir()
+        for name in (".run.json.4321", "run.json", ".keep"):
+            (place / name).touch()
     lock_folder(tmp_path / "run")
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", ".keep"}
+    for place in places:
+        assert {file.name for file in place.iterdir()} == {"run.json", ".keep"}
     unlock_folder(tmp_path / "run")

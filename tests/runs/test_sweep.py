@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -150,16 +151,20 @@ def test_a_sweep_that_is_killed_half_way_does_only_what_is_missing(tmp_path: Pat
 
 
 @posix
-def test_a_sweep_that_is_told_to_stop_tells_its_run_and_says_so_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_sweep_that_is_told_to_stop_tells_its_run_and_says_so_in_one_line(number: int, tmp_path: Path) -> None:
     words = ["--dpo_beta", "0.3", "0.5", "--wait_for", str(tmp_path / "never")]
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    process = subprocess.Popen(command(tmp_path, *words), env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # a job in the background ignores SIGINT
+    process = subprocess.Popen(
+        command(tmp_path, *words), env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     wait_for(lambda: (tmp_path / "pid").read_text(), process)
     run = int((tmp_path / "pid").read_text())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert said == "error: Stopped by SIGINT. Run the same command again to resume.\n"
+    assert process.returncode == 128 + number
+    assert said == f"error: Stopped by {signal.Signals(number).name}. Run the same command again to resume.\n"
     with pytest.raises(ProcessLookupError):
         os.kill(run, 0)
 
