@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -137,6 +138,9 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
     check_positions(json.loads(config.read_text()), values.get("max_length", 0))
     read_pretrained(AutoConfig, start.path, **loading)
     tokenizer = read_pretrained(AutoTokenizer, start.tokenizer, **loading)
+    with contextlib.suppress(UserError):  # a model need not have one
+        generation = json.loads(fetch_file(start.path, start.revision, "generation_config.json").read_text())
+        tokenizer.model_eos_token_id = generation.get("eos_token_id")
     for field in ("eos_token", "pad_token"):
         token = settings.trl.get(field)
         if token and token not in tokenizer.get_vocab():
