@@ -114,7 +114,7 @@ if settings.chat and not settings.dry_run:
 # %%
 show(f"{len(questions)} prompts for {', '.join(names)}")
 vibes_run = start_run(settings, base_model=model_refs[0].base, origin=generators.fingerprint(questions))
-vibes_run.set(models=names, prompts=len(questions), loading=generators.loading)
+vibes_run.set(models=names, prompts=len(questions), loading=generators.loading, weights=generators.weights)
 
 # %% [markdown]
 # ## Answers

@@ -41,7 +41,16 @@ LIBRARIES = (
     "transformers.integrations.mistral.tokenizer",  # 3 s of grammars, where mistral-common is installed
 )  # fmt: skip
 # Variables that are read while a program runs, not when a library is imported.
-HARMLESS = {"PYTHONPATH", "COLUMNS", "HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL", "PYTEST_CURRENT_TEST", "PWD"}
+HARMLESS = {
+    "PYTHONPATH",
+    "PYTORCH_ALLOC_CONF",
+    "COLUMNS",
+    "HF_TOKEN",
+    "OPENAI_API_KEY",
+    "OPENAI_BASE_URL",
+    "PYTEST_CURRENT_TEST",
+    "PWD",
+}
 HARMLESS_PREFIXES = ("SFT_", "DPO_", "MERGE_", "VIBES_", "JUDGE_", "PAIRS_", "WANDB_", "COV_")
 AT_MOST = 5  # warm processes at a time: each takes some 0.7 GB
 

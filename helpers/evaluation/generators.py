@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from helpers.core import CleanExit, SettingsError, Terminated, UserError, fingerprint, is_notebook, printable
+from helpers.core import (
+    CleanExit,
+    SettingsError,
+    Terminated,
+    UserError,
+    find_path,
+    fingerprint,
+    is_notebook,
+    printable,
+)
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
@@ -31,6 +40,7 @@ from helpers.models.chat import (
 )
 from helpers.models.plan import plan_as_trained, prepare_model
 from helpers.models.resolve import ModelRef, fetch_file, resolve_model
+from helpers.runs.run import read_run
 from helpers.settings.fields import RunSettings
 
 if TYPE_CHECKING:
@@ -173,6 +183,13 @@ class Generators:
         for name, (_, template) in self.tokenizers.items():
             rows[name]["chat template"] = template
         return {ref.name: rows[ref.name] for ref in self.models}
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The fingerprint of each model that a run has made, as in its run.json; other models are left out."""
+        folders = {ref.name: find_path(ref.adapter or ref.base) for ref in self._local}
+        records = {name: read_run(folder) for name, folder in folders.items() if folder}
+        return {name: record["fingerprint"] for name, record in records.items() if record.get("fingerprint")}
 
     @property
     def described(self) -> dict[str, Any]:

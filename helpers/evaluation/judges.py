@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
-from helpers.core import Row, SettingsError, UserError, fingerprint, printable, read_jsonl, short_path
+from helpers.core import Row, SettingsError, UserError, fingerprint, printable, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, ModelAnswers, resumable
 from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
@@ -23,6 +23,7 @@ from helpers.evaluation.judgments import (
     model_name,
     pair_row,
     rating_row,
+    read_calls,
     read_judgments,
     read_votes,
     tie_row,
@@ -275,24 +276,23 @@ class ModelJudge(Judge):
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
     def cached_calls(self) -> dict[str, Row]:
-        """The calls of all runs that have a verdict, by their hash; half a last line, or a broken file, is left out."""
-        s, rows = self.settings, list[Row]()
-        for file in sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []:
-            try:
-                rows += read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
-            except (UserError, OSError) as error:
-                print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
-        return {str(row.get("asked")): row for row in rows if _has_verdict(row)}
+        """The calls of all runs that have a verdict, by their hash."""
+        files = sorted(self.settings.output_dir.glob("[!.]*/calls.jsonl")) if self.settings.resume != "never" else []
+        return {str(row.get("asked")): row for file in files for row in read_calls(file)}
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
         cached = self.cached_calls()
-        left = [self.messages(match) for match in self.matches if self.request_hash(match) not in cached]
+        hashes = [self.request_hash(match) for match in self.matches]
+        asked = {one: match for one, match in zip(hashes, self.matches, strict=True) if one not in cached}
+        left = [self.messages(match) for match in asked.values()]
         tokens = sum(len(m["content"]) for messages in left for m in messages) // 4
         lines = [f"--- {m['role']} ---\n{m['content']}" for match in self.matches[:1] for m in self.messages(match)]
         lines += ["---", f"{len(left):,} calls like this one, about {tokens:,} tokens to read."]
-        if len(left) < len(self.matches):
-            lines.append(f"{len(self.matches) - len(left):,} more have been judged before.")
+        if before := sum(one in cached for one in hashes):
+            lines.append(f"{before:,} more have been judged before.")
+        if same := len(hashes) - before - len(left):
+            lines.append(f"{same:,} more are the same as one of them, and are not sent.")
         if self.ties:
             lines.append(f"{len(self.ties):,} comparisons are ties without a call, because the answers are the same.")
         return "\n".join([*lines, *self.notes()])
@@ -308,11 +308,13 @@ class ModelJudge(Judge):
         super().run(run)
         with resumable(run):
             self._reuse_calls(store)
-            missing = self._missing(store, s.retry_errors)[: s.max_calls or None]
-            rows = run_parallel(missing, lambda match: self._judge(match, endpoint), s.max_concurrency)
-            for row in tqdm(rows, total=len(missing), desc=self.name, unit="call"):
-                if row:
-                    store.add(row)
+            missing: dict[str, list[Row]] = {}  # the same prompt, of models with the same answers, is sent once
+            for match in self._missing(store, s.retry_errors):
+                missing.setdefault(self.request_hash(match), []).append(match)
+            calls = [*missing.values()][: s.max_calls or None]
+            rows = run_parallel(calls, lambda matches: self._judge(matches, endpoint), s.max_concurrency)
+            for of_call in tqdm(rows, total=len(calls), desc=self.name, unit="call"):
+                store.add(*of_call)
             refused = [row["refused"] for row in store.rows.values() if row.get("refused")]
             if refused and len(refused) == len(store.rows):
                 raise UserError(f"every call was refused: {refused[-1]} Give --retry_errors to ask again.")
@@ -351,11 +353,11 @@ class ModelJudge(Judge):
                 rows.append(row | match | {"winner": names.get(row["winner"], row["winner"])})
         store.add(*rows)
 
-    def _judge(self, match: Row, endpoint: Endpoint) -> Row | None:
-        """The row of a match; None once the budget is spent."""
-        s, messages = self.settings, self.messages(match)
+    def _judge(self, matches: list[Row], endpoint: Endpoint) -> list[Row]:
+        """The rows of matches with the same prompt; none once the budget is spent."""
+        s, messages = self.settings, self.messages(matches[0])
         if self._is_spent():
-            return None
+            return []
         refused: dict[str, str] = {}
         for _ in range(2):  # a reply without a verdict is asked for once more
             try:
@@ -363,13 +365,13 @@ class ModelJudge(Judge):
             except RequestRefused as error:  # for example too long: the others may be judged
                 reply, refused = Reply("", True, 0, 0), {"refused": str(error)}
             self.replies.append(reply)
-            winner = _winner(match, reply.text + "…" * (not reply.finished))  # the end of what was cut off is not one
-            if winner != "error" or refused or self._is_spent():
+            text = reply.text + "…" * (not reply.finished)  # the end of what was cut off is not a verdict
+            if _winner(matches[0], text) != "error" or refused or self._is_spent():
                 break
-        row = match | {"winner": winner, "finished": reply.finished, **refused}
-        row |= {"asked": self.request_hash(match), "user_prompt": messages[-1]["content"], "judgment": reply.text}
-        return row | {"tstamp": time.time(), "prompt_tokens": reply.prompt_tokens,
-                      "completion_tokens": reply.completion_tokens}  # fmt: skip
+        row = {"finished": reply.finished, **refused, "asked": self.request_hash(matches[0])}
+        row |= {"user_prompt": messages[-1]["content"], "judgment": reply.text, "tstamp": time.time()}
+        row |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+        return [match | {"winner": _winner(match, text)} | row for match in matches]
 
     def _rows(self, store: JsonlStore) -> list[Row]:
         """FastChat's rows of the finished judgments, in the order of the matches; a pair needs both of its orders."""
@@ -381,11 +383,6 @@ class ModelJudge(Judge):
             pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ] + self.ties  # fmt: skip
-
-
-def _has_verdict(row: Row) -> bool:
-    models, winner = row.get("models"), row.get("winner")
-    return isinstance(models, list) and (winner in [*models, "tie"] or isinstance(winner, int | float))
 
 
 def _call_key(row: Row) -> str:

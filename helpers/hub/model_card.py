@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers.core import SettingsError, UserError, find_path
 from helpers.runs.report import hide_paths
-from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, list_runs, read_run
+from helpers.runs.run import STEPS, Run, dataset_names, is_hub_id, lineage, list_runs, read_run
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 RELATION_TO_BASE = {"adapter": "adapter", "merged": "merge", "full": "finetune"}  # the Hub's `base_model_relation`
@@ -162,10 +162,13 @@ def _settings_table(run: dict[str, Any]) -> dict[str, str]:
 
 def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
-    names = {Path(run["folder"]).name for run in runs if run["step"] != "sft"}
-    judged = list_runs(Path(runs[0]["folder"]).parent, "judge") if runs else []
-    metrics = [run.record["metrics"] | {"loading": run.loading} for run in judged if run.finished]
-    pairs = [pair | {n: each[n] for n in ("judge", "loading")} for each in metrics for pair in each.get("pairs", [])]
-    comparison = next((pair for pair in pairs if pair["candidate"] in names), None)
-    texts = {n: hide_paths(str(comparison[n])) for n in ("judge", "baseline", "candidate")} if comparison else {}
-    return comparison and comparison | texts | {"notes": [hide_paths(note) for note in comparison.get("notes", [])]}
+    own = [Run(Path(run["folder"]), run) for run in runs if run["step"] != "sft"]
+    judged = [run for run in list_runs(Path(runs[0]["folder"]).parent, "judge") if run.finished] if runs else []
+    pairs = [(run, pair) for run in judged for pair in run.record["metrics"].get("pairs", [])]
+    found = next(((run, pair) for run, pair in pairs if run.is_of(pair["candidate"], own)), None)
+    if found is None:
+        return None
+    run, pair = found
+    texts = {n: hide_paths(str(pair[n])) for n in ("baseline", "candidate")}
+    texts["judge"] = hide_paths(str(run.record["metrics"]["judge"]))
+    return {**pair, **texts, "loading": run.loading, "notes": [hide_paths(note) for note in pair.get("notes", [])]}

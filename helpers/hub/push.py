@@ -27,6 +27,7 @@ from tenacity import RetryCallState, Retrying, stop_after_attempt
 from helpers.core import REPO, SettingsError, UserError, find_path, is_main_process, printable
 from helpers.hub.model_card import base_on_hub, complete_license, license_metadata, license_options, write_card
 from helpers.models.hub_client import describe_error, hf_token
+from helpers.runs.checkpoints import check_model_folder
 from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
 from helpers.settings.secrets import find_secrets
 
@@ -190,8 +191,10 @@ def prepare_push(
 ) -> tuple[list[Path], str]:
     """Return the files that a push would send and the text of the card; print each file with its size.
 
-    Raises UserError if there are no weights, the base is a local folder, or a file contains a secret or a local path.
+    Raises UserError if there are no weights, a finished run's files have changed, the base is a local folder, or a
+    file contains a secret or a local path.
     """
+    check_model_folder(folder)
     adapter, files = folder / "adapter_config.json", files_to_push(folder)
     local = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else ""
     if Path(local).is_absolute() or find_path(local):

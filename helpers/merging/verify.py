@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from helpers.core import UserError, read_jsonl
 from helpers.data.messages import Message
 from helpers.merging.merge import Adapter, MergedModel
-from helpers.merging.weights import StreamingMerger, WeightFiles
+from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, WeightFiles
 from helpers.models.chat import render
 from helpers.runs.run import Run
 
@@ -106,7 +106,11 @@ def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) ->
     judged: dict[str, Any] = {"max_kl": max_kl, "dtype": str(dtype).removeprefix("torch.")}
     device, computing = device_for(weights, precision.dtype)
     if not device:
-        return Verification(compare_layers(adapter.merger(precision, "dequantized"), merged.folder), **judged)
+        try:
+            return Verification(compare_layers(adapter.merger(precision, "dequantized"), merged.folder), **judged)
+        except UnsupportedAdapter as reason:  # PEFT has merged it, in less memory than a comparison takes
+            raise UserError(f"The merge cannot be verified: the model is too large to load here, and cannot be compared"
+                            f" layer by layer ({reason}). Use a machine with more memory.") from None  # fmt: skip
     conversations, tokenizer = held_out_prompts(adapter.run), adapter.tokenizer
     policy = adapter.load_policy(precision, device)
     if computing == torch.float32:

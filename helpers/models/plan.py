@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import (
-    SettingsError,
-    UserError,
-    find_path,
-    is_notebook,
-)
+from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
+
+from helpers.core import SettingsError, UserError, find_path, is_notebook, shorten
 from helpers.models.adapters import check_weights
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SELECTOR = "https://pytorch.org/get-started/locally/"
+CUDA_DRIVERS = {
+    13: 580,
+    12: 525,
+    11: 450,
+}  # major version of CUDA: of the oldest driver, on Linux (NVIDIA's CUDA notes)
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -93,8 +99,8 @@ def plan_model(
 
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
     bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
-    package, its kernel comes from the Hub if `kernels` is installed. A model without SDPA gets eager attention. Of
-    TRL's fields, `trl_args`, use_cpu, bf16 and fp16 matter. Raises UserError if the model needs a GPU that is missing.
+    package, attention is PyTorch's (SDPA), or eager for a model without that. Of TRL's fields, `trl_args`, use_cpu,
+    bf16 and fp16 matter. Raises UserError if the model needs a GPU that is missing or cannot be used.
     """
     import torch
 
@@ -102,14 +108,14 @@ def plan_model(
     use_cpu = given.get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
-    _check_machine(model_id, device)
+    _check_machine(model_id, device, is_forced=bool(use_cpu), is_trained=tuning != "none")
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     if quantization == "auto":
         quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
-        flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
+        flash = device == "cuda" and bf16 and has_flash_attention()
         attn_implementation = "flash_attention_2" if flash else "sdpa" if _has_sdpa(model_id) else "eager"
     if given.get("bf16") or given.get("fp16"):  # autocast to what the user says
         bf16, fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
@@ -168,26 +174,79 @@ def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig |
     )
 
 
-def _check_machine(model_id: str, device: str) -> None:
+def has_flash_attention() -> bool:
+    """Whether the package flash-attn is one that transformers takes, and can be imported."""
+    if not is_flash_attn_2_available():
+        return False
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # compiled for another PyTorch
+        print(f"note: flash-attn cannot be imported ({shorten(str(error))}). PyTorch's attention is used instead.")
+        return False
+    return True
+
+
+def _check_machine(model_id: str, device: str, is_forced: bool, is_trained: bool) -> None:
     """Refuse a model too large for a CPU, by the size in its name (Mixtral-8x7B), and several GPUs in one process.
 
-    With several GPUs, the Trainer would wrap the model in nn.DataParallel, which TRL does not support.
+    With several GPUs, the Trainer would wrap the model in nn.DataParallel, which TRL does not support. Where Triton
+    cannot compile, TRL's kernels are replaced by its PyTorch code.
     """
     import torch
 
     name = model_id.rpartition("/")[2].replace("_", "-")
     size = re.search(r"(?<![\w.])(?:(\d+)x)?(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", name) if device == "cpu" else None
     if size and int(size[1] or 1) * float(size[2]) > MAX_CPU_BILLIONS and find_path(model_id) is None:
-        raise UserError(
-            f"{model_id} needs a GPU (24 GB for the defaults) and this machine has none. Use "
-            '`--recipe recipes/demo.yaml` on a laptop; in a notebook, the line `recipe = "recipes/demo.yaml"`.'
-        )
-    if device == "cuda" and "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
+        why = "--use_cpu is set. Remove it." if is_forced else describe_missing_gpu()
+        raise UserError(f"{model_id} needs a GPU (24 GB for the defaults), and {why}")
+    if device == "cuda" and is_trained and "WORLD_SIZE" not in os.environ and (n := torch.cuda.device_count()) > 1:
         command = "notebooks/..." if is_notebook() else shlex.join(sys.argv)
         raise UserError(
             f"{n} GPUs are visible to one process. Set CUDA_VISIBLE_DEVICES=0 to use one of them, or use all with "
             f"`accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes {n} {command}`."
         )
+    if device == "cuda" and is_trained and (missing := missing_compiler()):
+        from trl.kernels import chunked_logprob
+
+        print(f"note: Triton cannot compile here without {missing}. TRL computes log-probabilities with PyTorch.")
+        chunked_logprob._TRITON_AVAILABLE = False
+
+
+def describe_missing_gpu() -> str:
+    """Why PyTorch has no GPU here, and what to do: a build without CUDA, an old driver, a hidden GPU, or none."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        gpu, driver = (word.strip() for word in found[0].rsplit(",", 1))
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError):
+        return (
+            "this machine has none. Use `--recipe recipes/demo.yaml` on a laptop; in a notebook, the line "
+            '`recipe = "recipes/demo.yaml"`.'
+        )
+    build, cuda = f"PyTorch {torch.__version__}", torch.version.cuda
+    if not cuda:
+        return f"{build} is a build without CUDA, so it cannot use the {gpu}. Install the build for CUDA: {SELECTOR}"
+    needed = next((driver for version, driver in CUDA_DRIVERS.items() if int(cuda.split(".")[0]) >= version), 0)
+    if int(driver.split(".")[0]) < needed:
+        return (
+            f"the driver of the {gpu} is {driver}, while {build} with CUDA {cuda} needs {needed} or newer. Update the "
+            f"driver, or install a build for an older CUDA: {SELECTOR}"
+        )
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {gpu}. Remove that variable, or set it to 0."
+    return f"PyTorch cannot use the {gpu}. Look at what `python -c 'import torch; torch.cuda.init()'` says."
+
+
+def missing_compiler() -> str:
+    """What Triton needs to compile its launcher (triton 3, runtime/build.py) and this machine lacks; "" if nothing."""
+    if sys.platform == "win32":  # PyTorch for Windows comes without Triton
+        return ""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), "")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "a C compiler" if not compiler else "" if header.is_file() else f"Python's headers ({header})"
 
 
 def prepare_model(

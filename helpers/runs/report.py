@@ -165,9 +165,10 @@ class RunContext(Run):
     @cached_property
     def comparisons(self) -> list[Run]:
         """The runs of 05_judge.py with this run, or a merge of it, among their models."""
-        names = {self.folder.resolve().name, *(run.name for run in self.merges)}
+        own = [Run(self.folder.resolve(), self.record), *self.merges]
         judged = list_runs(self.folder.resolve().parent, "judge")
-        return [run for run in judged if names & set((run.record.get("metrics") or {}).get("models") or ())]
+        models = [(run, (run.record.get("metrics") or {}).get("models") or ()) for run in judged]
+        return [run for run, names in models if any(run.is_of(name, own) for name in names)]
 
     def is_outdated(self, other: Run) -> bool:
         """Whether a merge or comparison was made before this run was trained again."""

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,21 @@ class Run:
     @property
     def loading(self) -> dict[str, dict[str, str]]:
         """How each model was loaded that 04_vibes.py asked; for a run of 05_judge.py, those of its answers."""
+        return self._of_answers("loading")
+
+    def _of_answers(self, key: str) -> dict[str, Any]:
         answers = Path(str(self.record.get("answers_dir") or "-")).name
-        return self.record.get("loading") or read_run(self.folder.parent / answers).get("loading") or {}
+        return self.record.get(key) or read_run(self.folder.parent / answers).get(key) or {}
+
+    def is_of(self, name: str, runs: Iterable[Run]) -> bool:
+        """Whether the model `name` of this comparison is one of `runs`, which may have been renamed since, or trained
+        again. Its weights tell, or the name if they were not recorded."""
+        weights, judged = self._of_answers("weights").get(name), str(self.record.get("finished", ""))
+        return any(
+            weights == run.record.get("fingerprint")
+            or (name == run.name and (not weights or judged < str(run.record.get("finished", ""))))
+            for run in runs
+        )
 
     @property
     def is_adapter(self) -> bool:
@@ -89,16 +102,16 @@ class Run:
         self.set(**fields)
         if is_main_process():
             self.lock()
-            folder = self.folder.resolve()  # which may be a link to another disk
+            place = self.folder.resolve()  # of a link to a folder, what it points to is replaced
             if self.overwrite:
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(place)
+            place.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
         self.overwrite = False
 
     def lock(self) -> None:
         """Keep other processes from writing to the folder. Raises UserError if one does, or did since `start_run`."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.resolve().parent.mkdir(parents=True, exist_ok=True)
         is_new = checkpoints.lock_folder(self.folder)
         if is_new and self.read is not None and self.read != read_run(self.folder):
             checkpoints.unlock_folder(self.folder)

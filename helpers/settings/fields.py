@@ -56,7 +56,10 @@ class RunSettings:
         """The settings that decide what a run computes."""
         names = trl_fields.NAMES["not_hashed"]
         excluded = f"{names['all']} {names.get(self.step, '')}".split()
-        return {name: value for name, value in self.values().items() if name not in excluded}
+        hashed = {name: value for name, value in self.values().items() if name not in excluded}
+        if "optim" in hashed:  # where its states are makes no difference
+            hashed["optim"] = str(hashed["optim"]).removeprefix("paged_")
+        return hashed
 
     def digest(self, *more: str) -> str:
         """Six hex digits of a hash over `hashed_settings()` and `more` (what the run starts from)."""

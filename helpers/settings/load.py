@@ -35,7 +35,7 @@ from helpers.core import (
     silence_other_processes,
 )
 from helpers.settings import trl_fields
-from helpers.settings.fields import SOURCE_ORDER, RunSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
 from helpers.settings.sources import (
     Words,
     env_name,
@@ -67,6 +67,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     """
     install_error_hook()
     silence_warnings()
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # long and short batches take turns
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     configure_kernel() if is_notebook() else silence_other_processes()
     if argv is None:
         argv = [] if is_notebook() else sys.argv[1:]
@@ -149,6 +151,8 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
             "WANDB_PROJECT"
         ):  # as in a plain use of transformers
             settings.override("environment WANDB_PROJECT", report_to="wandb")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(settings, TrainSettings):
+        raise SettingsError("this notebook runs in one process. Start it with `python`, without a launcher.")
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers sets it too, but only when the trainer's config is made
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,7 +66,8 @@ class PackingPlan:
 
 
 def _varlen_args(queries: list[int], keys: list[int], device: torch.device) -> dict[str, Any]:
-    """The borders and largest lengths of sequences, as transformers names them for flash-attention."""
+    """The borders and largest lengths of sequences, as transformers names them for flash-attention, in the order in
+    which PyTorch's `varlen_attn` takes them."""
     q, k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys))
     return {"cu_seq_lens_q": q, "cu_seq_lens_k": k, "max_length_q": max(queries), "max_length_k": max(keys)}
 
@@ -113,7 +115,7 @@ def register_attention(name: str) -> None:
     """Make attention of this name compute packed rows too; without a plan it is unchanged."""
     attention: Any = ALL_ATTENTION_FUNCTIONS[name]
     if not hasattr(attention, "supports_plans"):
-        attend: Any = packed_attention(attention, sdpa_packed if name == "sdpa" else flash_packed)
+        attend: Any = packed_attention(attention, torch_packed if name == "sdpa" else flash_packed)
         attend.supports_plans = True
         AttentionInterface.register(name, attend)
 
@@ -133,6 +135,37 @@ def packed_attention(attention: Attention, packed: Callable[..., torch.Tensor]) 
         return packed(one, plan, query, key, value, kwargs), None
 
     return attend
+
+
+def torch_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
+    """PyTorch's own attention: two calls of its flash kernel where there is one, or SDPA."""
+    dtype = varlen_dtype(q, v)
+    if dtype is None or kwargs.get("dropout"):
+        return sdpa_packed(one, plan, q, k, v, kwargs)
+    window = kwargs.get("sliding_window")
+    options: Any = {"scale": kwargs.get("scaling"), "window_size": (-1 if window is None else window - 1, 0)}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+
+    def call(*tensors: torch.Tensor, **borders: Any) -> torch.Tensor:
+        """Attention of tensors of (1, heads, tokens, size)."""
+        rows: list[Any] = [x[0].transpose(0, 1).to(dtype) for x in tensors]
+        return cast(torch.Tensor, varlen_attn(*rows, *borders.values(), **options))[None]
+
+    return flash_packed(call, plan, q, k, v, kwargs)
+
+
+def varlen_dtype(query: torch.Tensor, value: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which PyTorch's flash kernel for sequences of any length computes; None where it cannot.
+
+    It needs a GPU of compute capability 8, half precision, and heads of at most 256. Under autocast, queries and keys
+    may be in float32.
+    """
+    kind = query.device.type
+    if kind != "cuda" or torch.version.hip or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    is_possible = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= 256
+    return dtype if is_possible else None
 
 
 def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:

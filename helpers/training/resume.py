@@ -38,6 +38,7 @@ class ResumeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        unpage_loaded_states(kwargs.get("optimizer"))
         args.eval_on_start = self.eval_on_start and step == 0  # a resumed run has this evaluation
         try:
             saved = json.loads((self.folder / f"checkpoint-{step}" / PROGRESS).read_text()) if step else {}
@@ -106,3 +107,15 @@ class ResumeCallback(TrainerCallback):
                 "is_training": trainer.model.training,
             }
             write_json(self.folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+
+
+def unpage_loaded_states(optimizer: Any) -> None:
+    """Take bitsandbytes' mark of paged memory off the states that a checkpoint gave to `optimizer`.
+
+    A tensor keeps the mark in a file. Several processes load it straight onto their GPUs, as plain memory, and
+    bitsandbytes 0.50 then ends each of them at its next step (its issue 1708). A new optimizer has no state yet.
+    """
+    for state in (getattr(optimizer, "state", None) or {}).values():
+        for value in state.values():
+            if getattr(value, "is_paged", False):
+                value.is_paged = False

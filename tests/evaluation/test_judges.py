@@ -236,8 +236,26 @@ def test_answers_that_are_the_same_are_ties_without_a_call(tmp_path: Path, ids: 
         judgments.raise_if_incomplete()
         assert len(server.requests) == 10
     with judge_server(lambda messages: "[[7]]") as server:
-        judged(server, tmp_path / "rated" / "run", alike, mode="single")
-        assert len(server.requests) == 8  # each answer is rated
+        judge, judgments = judged(server, tmp_path / "rated" / "run", alike, mode="single")
+        assert len(server.requests) == 4  # one answer of two models is rated once
+        assert [(row["model"], row["score"]) for row in judgments.rows] == [("x", 7.0), ("y", 7.0)] * 4
+
+
+def test_a_prompt_that_several_comparisons_share_is_sent_once(tmp_path: Path) -> None:
+    texts = {"a": "worth 1", "b": "worth 1", "c": "worth 2"}
+    answers = AnswerSet(questions_of(2), {name: {i: [text] for i in (0, 1)} for name, text in texts.items()})
+    with judge_server(better) as server:
+        given = dict(models=("c", "a", "b"), baseline="c")
+        judge = make_judge(settings_for(tmp_path / "run", server.url, **given), answers)
+        shown = judge.preview()
+        assert "\n4 calls like this one, " in shown
+        assert shown.endswith("\n4 more are the same as one of them, and are not sent.")
+        _, judgments = judged(server, tmp_path / "run", answers, **given)
+        assert len(server.requests) == 4  # two questions in two orders, of a and b at once
+        assert judgments.remaining == 0
+        assert [(row["model_2"], row["g1_winner"], row["g2_winner"]) for row in judgments.rows] == [
+            ("a", "model_1", "model_1"), ("b", "model_1", "model_1"),
+        ] * 2  # fmt: skip
 
 
 def test_a_turn_is_the_same_if_all_before_it_are_too(tmp_path: Path) -> None:

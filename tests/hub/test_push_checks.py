@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from helpers.core import SettingsError, UserError
 from helpers.hub import check_push, push_before_merge
 from helpers.hub.model_card import license_metadata
 from helpers.hub.push import prepare_push, push_folder
+from helpers.runs.checkpoints import hash_model_files
 from tests import fake_hub as local
 from tests.conftest import REPO, code_cells
 from tests.hub.test_push import PushSettings
@@ -109,6 +112,19 @@ def test_both_repositories_are_checked_before_a_merge(online: local.Hub, model: 
         push_before_merge(PushSettings(tmp_path, push="both"), model)
     with pytest.raises(SettingsError, match="is not a repository's name"):
         push_before_merge(PushSettings(tmp_path, push="both", hub_repo_id="me/" + "x" * 95), model)
+
+
+def test_a_run_whose_files_have_changed_is_not_pushed(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(trained["adapter"], tmp_path / "dpo")
+    (folder / "run.json").write_text(json.dumps({
+        "step": "dpo", "status": "finished", "files": hash_model_files(folder), "base_model": "org/base",
+        "settings": {}, "metrics": {},
+    }))  # fmt: skip
+    prepare_push(folder, "me/name")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 999}))
+    with pytest.raises(UserError, match=r"is not as its run finished: adapter_config\.json has changed"):
+        prepare_push(folder, "me/name")
 
 
 LICENSES = {

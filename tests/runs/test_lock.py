@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from helpers.core import UserError
 from helpers.runs.checkpoints import lock_folder, unlock_folder
 from helpers.runs.run import Run
 from helpers.runs.start import start_run
-from tests.conftest import DPO, Project
 from tests.tiny import settings_of
 
 HOLD = """
@@ -96,37 +93,3 @@ def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     for place in places:
         assert {file.name for file in place.iterdir()} == {"run.json", ".keep"}
     unlock_folder(tmp_path / "run")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("apart", [0.0, 1.0, 4.0, 8.0])
-def test_of_two_starts_one_finishes_as_if_alone_and_the_other_says_so(
-    apart: float, project: Project, sft_run: str
-) -> None:
-    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
-    if not (project.root / "outputs" / "alone").exists():
-        project.run("02_dpo.py", *flags, "--run_name", "alone")
-    name = f"raced-{apart}"
-    done: list[Any] = []
-
-    def start(wait: float) -> None:
-        threading.Event().wait(wait)
-        command = project.command("02_dpo.py", *flags, "--run_name", name)
-        done.append(subprocess.run(command, cwd=project.root, env=project.env, capture_output=True, text=True))
-
-    threads = [threading.Thread(target=start, args=(wait,)) for wait in (0.0, apart)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    statuses = sorted(each.returncode for each in done)
-    record, alone = project.record(name), project.record("alone")
-    assert (record["status"], record["fingerprint"]) == ("finished", alone["fingerprint"])
-    logs = [len((project.root / "outputs" / run / "metrics.jsonl").read_text().splitlines()) for run in (name, "alone")]
-    assert logs[0] == logs[1]
-    (second,) = [each for each in done if each.returncode] or [max(done, key=lambda each: "already" in each.stderr)]
-    lines = [line for line in second.stderr.splitlines() if line.startswith("error: ") or "already" in line]
-    assert len(lines) == 1, second.stderr[-2000:]
-    assert statuses == [0, 1] or "is already finished" in lines[0]
-    assert "Traceback" not in second.stderr
-    assert os.listdir(project.root / "outputs" / name)

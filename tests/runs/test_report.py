@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.core import REPO, Interrupted, SettingsError, UserError, atomic_write
+from helpers.hub.model_card import write_card
 from helpers.runs import report
 from helpers.runs.report import format_value, hide_paths, save_partial_report
 from helpers.runs.run import Run, find_parent
@@ -435,6 +436,20 @@ def test_a_merge_or_comparison_of_other_weights_is_outdated(tmp_path: Path) -> N
     assert "This comparison is older than the run" in text["result"]
     assert text[""].count("outdated") == 2
     assert "03_merge_push.py --run PATH/TO/dpo" in text["next"]
+
+
+def test_a_comparison_is_of_the_weights_that_were_judged_whatever_the_run_is_called_now(tmp_path: Path) -> None:
+    weights = {"dpo": "w1", "merge": "w2"}
+    make(tmp_path / "vibes", {"step": "vibes", "weights": weights})
+    make(tmp_path / "judge", JUDGE | {"answers_dir": "outputs/vibes", "finished": "2026-03-01T00:00:00.000+00:00"})
+    renamed = make(tmp_path / "renamed", DPO | {"fingerprint": "w1"})
+    another = make(tmp_path / "dpo", DPO | {"fingerprint": "w3"})
+    assert "judge" in read(renamed).text["lineage"]
+    assert "judge" not in read(another).text["lineage"]
+    for folder, is_judged in ((renamed, True), (another, False)):
+        assert ("judged by gpt" in write_card(folder, "me/model")) is is_judged
+    again = make(tmp_path / "dpo", DPO | {"fingerprint": "w3", "finished": "2026-04-01T00:00:00.000+00:00"})
+    assert "This comparison is older than the run" in read(again).text["result"]
 
 
 def test_ratings_are_shown_where_models_were_rated(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from helpers.core import SettingsError
-from helpers.settings import load_settings
+from helpers.settings import RunSettings, load_settings
 from tests.settings.notebook import Settings, load
 
 
@@ -129,3 +132,32 @@ def test_early_stopping_saves_when_it_evaluates() -> None:
     assert load().early_stopping() == {}
     given = load("--early_stopping_patience", "2", "--save_steps", "50").early_stopping()
     assert (given["load_best_model_at_end"], given["eval_steps"], given["save_steps"]) == (True, 50, 50)
+
+
+def test_a_notebook_that_does_not_train_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Merging(RunSettings):
+        step: ClassVar[str] = "merge"
+
+    load_settings(Merging, {}, [])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    load_settings(Merging, {}, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=r"runs in one process\. Start it with `python`, without a launcher"):
+        load_settings(Merging, {}, [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="expandable segments are for Linux")
+@pytest.mark.parametrize(("name", "expected"), [
+    ("", "expandable_segments:True"), ("PYTORCH_CUDA_ALLOC_CONF", None), ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"),
+])  # fmt: skip
+def test_memory_on_a_gpu_is_in_segments_that_grow(
+    name: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")  # restored after the test
+        monkeypatch.delenv(each)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    load()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    PreTrainedTokenizerBase,
-)
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from helpers.training.prefix_sharing import PackingPlan, flash_packed, pack_pairs, packed_attention
+from helpers.training import prefix_sharing
+from helpers.training.prefix_sharing import PackingPlan, flash_packed, pack_pairs, packed_attention, torch_packed
 from tests.training.pairs import adapter, build, compare, step, train_with
 
 
@@ -117,3 +119,102 @@ def test_the_varlen_path_is_what_stock_computes(
         compare(stock, step(train_with("on", build(kind), tokenizer, tmp_path, adapter())))
     finally:
         AttentionInterface.register("sdpa", before)
+
+
+def weights(query: Any, key: Any, q: list[int], k: list[int], window: list[int], scale: Any) -> Iterator[Any]:
+    """Where each sequence's queries and keys are, and its attention weights (heads, queries, keys); causal at the lower
+    right, as in flash-attention."""
+    for (a, b), (c, d) in zip(itertools.pairwise(q), itertools.pairwise(k), strict=True):
+        own = torch.arange(b - a)[:, None] + (d - c) - (b - a)
+        seen = torch.arange(d - c) <= own
+        if window[0] >= 0:
+            seen &= torch.arange(d - c) >= own - window[0]
+        score = torch.einsum("ihd,jhd->hij", query[a:b], key[c:d]) * scale
+        yield slice(a, b), slice(c, d), score.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+@pytest.fixture
+def varlen_kernels() -> Iterator[None]:
+    """Kernels on the CPU for PyTorch's two operators of attention over sequences of any length."""
+    from torch.nn.attention import varlen
+
+    def forward(
+        query: Any, key: Any, value: Any, q: Any, k: Any, max_q: int, max_k: int, is_causal: bool = False,
+        scale: Any = None, window_size: Any = None, enable_gqa: bool = False, *unused: Any, **more: Any
+    ) -> Any:  # fmt: skip
+        assert is_causal == (tuple(window_size) == (-1, 0))
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        assert (max_q, max_k) == tuple(int(x.diff().max()) for x in (q, k))
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        out = torch.zeros_like(query)
+        for own, seen, weight in weights(query, key, q.tolist(), k.tolist(), window_size, scale):
+            out[own] = torch.einsum("hij,jhd->ihd", weight, value[seen])
+        return out, query.new_zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(
+        grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, q: Any, k: Any, max_q: int, max_k: int,
+        is_causal: bool, state: Any, scale: Any = None, window_size: Any = None, *unused: Any, **more: Any
+    ) -> Any:  # fmt: skip
+        shape = key.shape
+        key, value = (x.repeat_interleave(query.shape[1] // shape[1], 1) for x in (key, value))
+        of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
+        for own, seen, weight in weights(query, key, q.tolist(), k.tolist(), window_size, scale):
+            of_value[seen] += torch.einsum("hij,ihd->jhd", weight, grad[own])
+            of_weight = torch.einsum("ihd,jhd->hij", grad[own], value[seen])
+            of_score = weight * (of_weight - (of_weight * weight).sum(-1, keepdim=True)) * scale
+            of_query[own] += torch.einsum("hij,jhd->ihd", of_score, key[seen])
+            of_key[seen] += torch.einsum("hij,ihd->jhd", of_score, query[own])
+        return of_query, *(x.view(shape[0], shape[1], -1, shape[2]).sum(2) for x in (of_key, of_value))
+
+    with contextlib.ExitStack() as kernels:
+        for operator, kernel in ((varlen._varlen_attn, forward), (varlen._varlen_attn_backward, backward)):
+            operator.register_kernel("cpu")(kernel)
+            kernels.callback(operator.register_kernel("cpu"), operator._init_fn)
+        yield
+
+
+@pytest.mark.usefixtures("varlen_kernels")
+@pytest.mark.parametrize("lengths", [
+    [(40, 30, 20), (10, 25, 60)], [(5, 0, 4)], [(4, 2, 0), (3, 1, 1)], [(64, 1, 1)], [(3, 2, 0)],
+])  # fmt: skip
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+def test_pytorch_s_varlen_attention_equals_sdpa(
+    lengths: list[tuple[int, int, int]], window: int | None, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tokens = sum(map(sum, lengths))
+    inputs = [torch.randn(1, n, tokens, 16, dtype=torch.float64, requires_grad=True) for n in (*heads, heads[1])]
+    grad, results, masks = torch.randn(1, tokens, heads[0], 16, dtype=torch.float64), [], []
+
+    def one(q: Any, k: Any, v: Any, mask: Any = None, **unused: Any) -> Any:
+        masks.append(mask)
+        k, v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.3).transpose(1, 2)
+
+    for dtype in (None, torch.float64):
+        monkeypatch.setattr(prefix_sharing, "varlen_dtype", lambda *tensors, dtype=dtype: dtype)
+        calls, plan = len(masks), PackingPlan(lengths, torch.empty(0, dtype=torch.long))
+        out = torch_packed(one, plan, *inputs, {"sliding_window": window, "scaling": 0.3, "dropout": 0.0})
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+        assert (len(masks) > calls) is (dtype is None)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*results, strict=True))
+
+
+def test_where_pytorch_s_varlen_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dtype(kind: Any, size: int = 128, capability: tuple[int, int] = (8, 9), autocast: bool = False) -> Any:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        query = SimpleNamespace(device=torch.device("cuda"), shape=(1, 8, 5, size))
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            value = SimpleNamespace(dtype=kind, shape=query.shape)
+            return prefix_sharing.varlen_dtype(cast(Any, query), cast(Any, value))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    assert dtype(torch.bfloat16) == torch.bfloat16
+    assert dtype(torch.float16) == torch.float16
+    assert dtype(torch.float32, autocast=True) == torch.bfloat16
+    assert dtype(torch.float32) is None
+    assert dtype(torch.float16, capability=(7, 5)) is None  # a T4
+    assert dtype(torch.bfloat16, size=512) is None
+    assert prefix_sharing.varlen_dtype(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8)) is None

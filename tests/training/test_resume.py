@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.runs.checkpoints import MANIFEST, list_checkpoints
-from helpers.training.resume import PROGRESS
+from helpers.training.resume import PROGRESS, unpage_loaded_states
 from tests import warm
 from tests.conftest import DPO, Project
 
@@ -128,3 +128,27 @@ def test_weights_of_a_resumed_run_are_bitwise_equal(project: Project, undisturbe
     folder = project.root / "outputs"
     alone, killed = (load_file(folder / run / "adapter_model.safetensors") for run in ("left-alone", "killed-saved"))
     assert all(torch.equal(alone[name], killed[name]) for name in alone)
+
+
+def test_paged_optimizer_states_of_a_checkpoint_are_plain_memory(tmp_path: Path) -> None:
+    from bitsandbytes.functional import prefetch_tensor
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = PagedAdamW8bit([weight], lr=0.1)
+    states = {"state1": torch.zeros(64, 64, dtype=torch.uint8), "state2": torch.zeros(64, 64, dtype=torch.uint8)}
+    for value in states.values():
+        value.is_paged = True  # as bitsandbytes marks them on a GPU
+    optimizer.state[weight] = states | {"step": 3}
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = PagedAdamW8bit([weight], lr=0.1)
+    # the same device: nothing is copied, as in a launch of several processes, which load onto their GPUs
+    loaded.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
+    value = loaded.state[weight]["state1"]
+    assert value.is_paged
+    with pytest.raises(AttributeError, match="page_deviceid"):  # which ends a step
+        prefetch_tensor(value)
+    unpage_loaded_states(loaded)
+    assert not any(each.is_paged for name, each in loaded.state[weight].items() if name != "step")
+    assert loaded.state[weight]["step"] == 3
+    unpage_loaded_states(None)  # DeepSpeed's has no state of this kind
