@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from helpers.core import Row, SettingsError, UserError, fingerprint, printable, read_jsonl, short_path
+from helpers.core import Row, SettingsError, UserError, fingerprint, printable, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, resumable
 from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
@@ -23,6 +23,7 @@ from helpers.evaluation.judgments import (
     model_pairs,
     pair_row,
     rating_row,
+    read_calls,
     read_judgments,
     read_votes,
     tie_row,
@@ -265,14 +266,9 @@ class ModelJudge(Judge):
         return fingerprint(self.name, self.messages(match), self.settings.temperature)
 
     def cached_calls(self) -> dict[str, Row]:
-        """The calls of all runs that have a verdict, by their hash; half a last line, or a broken file, is left out."""
-        s, rows = self.settings, list[Row]()
-        for file in sorted(s.output_dir.glob("[!.]*/calls.jsonl")) if s.resume != "never" else []:
-            try:
-                rows += read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
-            except (UserError, OSError) as error:
-                print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
-        return {str(row.get("asked")): row for row in rows if _has_verdict(row)}
+        """The calls of all runs that have a verdict, by their hash."""
+        files = sorted(self.settings.output_dir.glob("[!.]*/calls.jsonl")) if self.settings.resume != "never" else []
+        return {str(row.get("asked")): row for file in files for row in read_calls(file)}
 
     def preview(self) -> str:
         """One complete prompt, and how many calls and tokens are left to send."""
@@ -377,11 +373,6 @@ class ModelJudge(Judge):
             pair_row(match, match["turn"], match["models"], [self.name, match["prompt"]], [one, two])
             for match, one, two in orders if one and two
         ] + self.ties  # fmt: skip
-
-
-def _has_verdict(row: Row) -> bool:
-    models, winner = row.get("models"), row.get("winner")
-    return isinstance(models, list) and (winner in [*models, "tie"] or isinstance(winner, int | float))
 
 
 def _call_key(row: Row) -> str:

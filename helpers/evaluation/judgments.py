@@ -214,6 +214,18 @@ def call_failure(call: Row) -> str:
     return "without a clear verdict" if call.get("finished", True) else "cut off before a verdict"
 
 
+def read_calls(file: Path) -> list[Row]:
+    """The calls with a verdict in another run's calls.jsonl, whose last line may be half written. A broken file is
+    printed and left out."""
+    try:
+        rows = read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
+    except (UserError, OSError) as error:
+        print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
+        return []
+    known = [(row, row.get("models"), row.get("winner")) for row in rows]
+    return [row for row, m, won in known if isinstance(m, list) and (won in [*m, "tie"] or isinstance(won, float))]
+
+
 def describe_self_judging(judge: str, models: Iterable[str]) -> list[str]:
     """A note if the judge is one of the models that it judges, by the last part of its name."""
     own = [name for name in models if name.casefold() == model_name(judge.casefold(), [name.casefold()])]

@@ -124,7 +124,7 @@ def check_weights(model: Any) -> None:
     Not known for a model that is stored quantized, and under ZeRO-3.
     """
     quantization = getattr(model.config, "quantization_config", None)
-    is_other = quantization and "bitsandbytes" not in str(getattr(quantization, "quant_method", ""))
+    is_other = quantization and not {"load_in_4bit", "load_in_8bit"} & set(dir(quantization))  # not of bitsandbytes
     weights = list(model.named_parameters())
     if is_other or getattr(model, "_are_weights_checked", False) or hasattr(weights[0][1], "ds_id"):
         return

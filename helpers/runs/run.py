@@ -104,10 +104,10 @@ class Run:
         self.set(**fields)
         if is_main_process():
             self.lock()
-            folder = self.folder.resolve()  # which may be a link to another disk
+            place = self.folder.resolve()  # of a link to a folder, what it points to is replaced
             if self.overwrite:
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(place)
+            place.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", self.record)
         self.overwrite = False
 

@@ -51,8 +51,6 @@ def start_run(
     checkpoints.check_writable(settings.output_dir, is_dry=settings.dry_run)
     origin = parent.record.get("fingerprint", "") if parent else origin
     folder = settings.output_dir / (settings.run_name or f"{settings.step}-{short}-{settings.digest(origin)}")
-    if folder.is_symlink() and not folder.exists():
-        raise SettingsError(f"{short_path(folder)} is a link to nothing. Restore its target, or delete the link.")
     if is_locked := folder.is_dir() and is_main_process() and not settings.dry_run:
         checkpoints.lock_folder(folder)
     record = read_run(folder)
