@@ -71,14 +71,17 @@ def describe_rendering(example: Example) -> str:
     return "\n".join([*names, json.dumps(variables, sort_keys=True)])
 
 
-def encode(tokenizer: Tokenizer, examples: list[Example], template: str = "") -> list[TokenIds | str]:
+def encode(
+    tokenizer: Tokenizer, examples: list[Example], template: str = "", validate: bool = False
+) -> list[TokenIds | str]:
     """Token ids of each example by column, or the reason why it cannot be used.
 
     Conversations are rendered with `template` (`marked_template`). Pairs are with the tokenizer's, whose prompt is that
     at generation; with `template` only those that it spoils. The ids of pairs are those of TRL 1.16's DPOTrainer
     (dpo_trainer.py, _prepare_dataset), which lets a completion begin where the tokens of the prompt and those of prompt
     and answer diverge. If that is before the end of the prompt, the prompt in training would differ from the one at
-    generation, and the pair cannot be used.
+    generation, and the pair cannot be used. With `validate`, a rendering that is not safe to train on is refused too
+    (`find_fault`).
     """
     is_pairs, own = bool(examples and examples[0].rejected), {"chat_template": template} if template else {}
     trained = [dataclasses.replace(example, options=example.options | own) for example in examples]
@@ -90,7 +93,7 @@ def encode(tokenizer: Tokenizer, examples: list[Example], template: str = "") ->
     encoded: list[TokenIds | str] = [""] * len(examples)
     for tried in tries:
         left = [i for i, ids in enumerate(encoded) if isinstance(ids, str)]
-        results = (_encode_pairs if is_pairs else _encode_conversations)(tokenizer, [tried[i] for i in left])
+        results = (_encode_pairs if is_pairs else _encode_conversations)(tokenizer, [tried[i] for i in left], validate)
         for i, ids in zip(left, results, strict=True):
             encoded[i] = (encoded[i] or ids) if isinstance(ids, str) else ids
     return [THOUGHTS_LOST if begun and ids == PROMPT_DIFFERS else ids for ids in encoded]
@@ -113,11 +116,11 @@ def _with_empty_thoughts(example: Example) -> Example:
     return dataclasses.replace(example, **sides)
 
 
-def _encode_conversations(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str]:
-    return [_encode_conversation(tokenizer, example) for example in examples]
+def _encode_conversations(tokenizer: Tokenizer, examples: list[Example], validate: bool) -> list[TokenIds | str]:
+    return [_encode_conversation(tokenizer, example, validate) for example in examples]
 
 
-def _encode_conversation(tokenizer: Tokenizer, example: Example) -> TokenIds | str:
+def _encode_conversation(tokenizer: Tokenizer, example: Example, validate: bool) -> TokenIds | str:
     options, template = example.options, example.options.get("chat_template", "")
     messages = [*fold_system_message(example.prompt, supports_system_role(tokenizer)), *example.chosen]
     if lacking := not_rendered(tokenizer, messages, options):
@@ -135,12 +138,12 @@ def _encode_conversation(tokenizer: Tokenizer, example: Example) -> TokenIds | s
     except UserError as error:
         return str(error)
     learned = [label for label in ids["labels"] if label != -100]
-    if fault := find_fault(tokenizer, messages, text, ids["input_ids"], learned):
+    if validate and (fault := find_fault(tokenizer, messages, text, ids["input_ids"], learned)):
         return UNSAFE.format(fault)
     return ids | ({"modification": EMPTY_THOUGHTS} if any(m["content"].startswith(EMPTY) for m in messages) else {})
 
 
-def _encode_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str]:
+def _encode_pairs(tokenizer: Tokenizer, examples: list[Example], validate: bool) -> list[TokenIds | str]:
     has_system_role, encoded = supports_system_role(tokenizer), list[TokenIds | str]()
     rendered = [_render_pair(tokenizer, example, has_system_role) for example in examples]
     ids = iter(tokenize(tokenizer, [text for pair in rendered if not isinstance(pair, str) for text, _ in pair]))
@@ -153,7 +156,7 @@ def _encode_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenId
         if not all(answer[:start] == prompt for answer in both):
             faults.append("first token of the answer merges with the prompt")
         for (text, messages), answer in zip(pair[1:], both, strict=True):
-            if fault := find_fault(tokenizer, messages, text, answer, answer[start:]):
+            if validate and (fault := find_fault(tokenizer, messages, text, answer, answer[start:])):
                 faults.append(UNSAFE.format(fault))
         columns: TokenIds = {"prompt_ids": prompt, "chosen_ids": both[0][start:], "rejected_ids": both[1][start:]}
         if any(messages[-1]["content"].startswith(EMPTY) for _, messages in pair[1:]):

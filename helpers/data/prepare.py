@@ -62,11 +62,13 @@ def tokenize_dataset(
     system_prompt: str = "",
     num_proc: int = 0,
     chat_template_kwargs: dict[str, Any] | None = None,
+    validate: bool = False,
 ) -> tuple[Dataset, Format]:
     """Prepare all rows, cached by content; returns them and their format. Raises UserError.
 
     Pairs have the columns prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids and margin, conversations have
-    messages, input_ids and labels. Both have tokens, prompt_hash and `row_report.INTERNAL_COLUMNS`.
+    messages, input_ids and labels. Both have tokens, prompt_hash and `row_report.INTERNAL_COLUMNS`. With `validate`,
+    rows that the chat template makes unsafe to train on are dropped.
     """
     pairing, row_format = pairing or PairingConfig(), choose_format(rows, data_format, use_pairs)
     if use_pairs and pairing.recommended and "status" not in rows.column_names:
@@ -79,6 +81,7 @@ def tokenize_dataset(
     row_format = dataclasses.replace(row_format, unused=unused_columns(rows, row_format, pairing))
     config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
     config |= {"options": chat_template_kwargs or {}, "template": marked_template(tokenizer)}
+    config["validate"] = validate
     fingerprint = content_fingerprint(rows, tokenizer, config)
     TOKENIZERS[fingerprint] = tokenizer
     try:
@@ -137,6 +140,7 @@ def _prepare_batch(
     system_prompt: str,
     options: dict[str, Any],
     template: str,
+    validate: bool,
     tokenizer_key: str,
 ) -> Any:
     """Prepare one batch of rows, as an Arrow table. What cannot be used has a drop_reason and no tokens."""
@@ -169,7 +173,7 @@ def _prepare_batch(
                 row["drop_reason"] = "control token in the text"
             else:
                 usable.append((row, example))
-    for (row, example), ids in zip(usable, encode(tokenizer, [e for _, e in usable], template), strict=True):
+    for (row, example), ids in zip(usable, encode(tokenizer, [e for _, e in usable], template, validate), strict=True):
         if isinstance(ids, str):
             row["drop_reason"] = ids
             continue

@@ -163,7 +163,7 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
     split, specs = config_from(settings, Split), parse_dataset_specs(settings)
     limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
     options = {"pairing": pairing, "system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
-    options["chat_template_kwargs"] = template_variables(settings)
+    options |= {"chat_template_kwargs": template_variables(settings), "validate": True}
     splits, formats, names = [], [], [Path(spec.id).name for spec in specs]
     has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
     for spec, short in zip(specs, names, strict=True):

@@ -245,7 +245,10 @@ class AnswerStore:
             for name in (name for name in names if answers[name].get(question["question_id"])):
                 own = answers[name][question["question_id"]]
                 cut = {"cut": [text.cut for text in own]} if any(text.cut for text in own) else {}
-                columns.append({"model": name, "answers": own} | cut)
+                thoughts = [text.thoughts for text in own]
+                columns.append(
+                    {"model": name, "answers": own} | cut | ({"thoughts": thoughts} if any(thoughts) else {})
+                )
             random.Random(f"{self.seed} {i}").shuffle(columns)
             shown.append(
                 {

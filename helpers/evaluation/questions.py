@@ -47,6 +47,7 @@ _BEGIN, _END = rf"(?:(?<!`)(?:{_BEGIN})|(?:{_BEGIN})(?!`))", rf"(?:(?<!`)(?:{_EN
 THOUGHTS = re.compile(rf"{_BEGIN}.*?{_END}|\A\s*Here is my thought process:.*?Here is my response:", re.S | re.I)
 THOUGHT_END = re.compile(_END, re.I)
 UNENDED_THOUGHT = re.compile(rf"^[ \t]*{_BEGIN}.*\Z", re.S | re.I | re.M)
+MARKS_OF_THOUGHTS = re.compile(rf"{_BEGIN}|{_END}", re.I)
 OPEN_THOUGHT = re.compile(rf"{_BEGIN}\s*\Z", re.I)  # at the end of a prompt
 
 
@@ -159,6 +160,14 @@ class Answer(str):
         answer = super().__new__(cls, strip_thoughts(raw if text is None else text))
         answer.raw, answer.cut, answer.refused = raw, cut, refused
         return answer
+
+    @property
+    def thoughts(self) -> str:
+        """What `raw` has besides the answer, without the marks of thoughts; "" for an answer without any."""
+        rest = (
+            "" if self.raw == self else self.raw.replace(str(self), "", 1) if not self else self.raw.rpartition(self)[0]
+        )
+        return MARKS_OF_THOUGHTS.sub("", rest).strip()
 
 
 def strip_thoughts(text: str) -> str:

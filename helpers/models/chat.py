@@ -315,7 +315,7 @@ def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: li
         ids, before = tokenize(tokenizer, [text, prompt])
         is_prefix = text.startswith(prompt) and ids[: len(before)] == before
         if fault := find_fault(tokenizer, messages, text, ids, ids[len(before) :]) or (
-            "" if is_prefix else PROMPT_DIFFERS
+            "" if is_prefix else UNLIKE_GENERATION
         ):
             raise UserError(f"{UNSAFE.format(fault)}. {suggest_template(tokenizer)} Text {text!r}, ids {ids}")
 

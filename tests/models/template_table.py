@@ -103,7 +103,7 @@ def prepare_row(tokenizer: Any, row: dict[str, Any], use_pairs: bool) -> tuple[d
         row = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")} | {
             "messages": row["prompt"] + row["chosen"]
         }
-    rows, report = prepare_rows(Dataset.from_list([row]), tokenizer, LengthLimits(), use_pairs)
+    rows, report = prepare_rows(Dataset.from_list([row]), tokenizer, LengthLimits(), use_pairs, validate=True)
     return (rows[0] if len(rows) else None), report
 
 
@@ -112,7 +112,7 @@ def drop_reasons(tokenizer: Any) -> dict[str, str]:
     rows, reasons = list(ROWS.values()), dict.fromkeys(ROWS, "")
     talks = [{k: v for k, v in row.items() if k != "rejected"} | {"completion": row["chosen"]} for row in rows]
     for use_pairs, each in ((False, [{k: v for k, v in row.items() if k != "chosen"} for row in talks]), (True, rows)):
-        prepared, _ = tokenize_dataset(Dataset.from_list(each), tokenizer, use_pairs, LengthLimits())
+        prepared, _ = tokenize_dataset(Dataset.from_list(each), tokenizer, use_pairs, LengthLimits(), validate=True)
         for kind, reason in zip(ROWS, prepared["drop_reason"], strict=True):
             reasons[kind] = reasons[kind] or reason
     return reasons

@@ -71,7 +71,7 @@ def test_pairs_have_the_tokens_of_trl(name: str, has_thoughts: bool) -> None:
     ]
     off = [{"prompt": [SYSTEM, *HISTORY], **ANSWERS, "chat_template_kwargs": {"enable_thinking": False}}]
     for rows in (mixed, off):
-        ours, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits())
+        ours, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits(), validate=True)
         assert dict(report.dropped) == {}
         assert [{side: row[side] for side in IDS} for row in ours] == trl_pairs(tokenizer, rows)
 
