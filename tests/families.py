@@ -19,10 +19,8 @@ VISION = {
     "gemma3": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
                "image_size": 32, "patch_size": 8},
     "qwen3_5": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64},
-    "mistral3": {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
-                 "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "head_dim": 16},
 }  # fmt: skip
-TEXT = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "mistral3": "ministral3"}
+TEXT = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 # Family → model_type, whether the embeddings are tied, and what differs from SHAPE.
 FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "Llama 3.1": ("llama", False, {"rope_parameters": {
@@ -34,7 +32,7 @@ FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "Mistral": ("mistral", False, {"sliding_window": None}),
     "Mistral 0.1 (sliding)": ("mistral", False, {"sliding_window": 8}),
     "Ministral": ("ministral", False, SLIDING),
-    "Ministral 3": ("mistral3", False, {}),
+    "Ministral 3 (text)": ("ministral3", False, {}),
     "Mixtral": ("mixtral", False, MOE),
     "Qwen2.5": ("qwen2", False, {}),
     "Qwen3 4B (tied)": ("qwen3", True, {}),

@@ -102,6 +102,7 @@ def plan_model(
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
     _check_machine(model_id, device)
+    model_class = _find_class(model_id)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -109,7 +110,9 @@ def plan_model(
         quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
-        attn_implementation = "flash_attention_2" if flash else "sdpa" if _has_sdpa(model_id) else "eager"
+        attn_implementation = (
+            "flash_attention_2" if flash else "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+        )
     if given.get("bf16") or given.get("fp16"):  # autocast to what the user says
         bf16, fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
     dtype = torch.float32 if tuning == "full" else compute
@@ -138,16 +141,21 @@ def plan_as_trained(model_id: str, recorded: Mapping[str, str], quantization: st
     return dataclasses.replace(plan, dtype=weights, quantization=config, bf16=bf16, fp16=fp16)
 
 
-def _has_sdpa(model_id: str) -> bool:
-    """Whether transformers' class of a model has scaled dot-product attention; True if its class is not known."""
+def _find_class(model_id: str) -> Any:
+    """The class with which transformers loads a text model; None if it is not known. Raises UserError if a model of
+    this type is no text model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (OSError, ValueError, KeyError):  # not cached, or needs remote code
-        return True
-    return bool(getattr(kind, "_supports_sdpa", True))
+    except (OSError, ValueError):  # not cached, or needs remote code
+        return None
+    if not (known := type(config) in MODEL_FOR_CAUSAL_LM_MAPPING) and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{model_id} is a model of type {config.model_type}, which transformers does not load as a text model. "
+            "Use a text model of the same family."
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
 
 
 def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:
