@@ -55,6 +55,7 @@ class Settings(RunSettings):
     trust_remote_code: bool = False  # run code that comes with a model
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the models; auto: as in their training
     chat_template: str = "auto"  # auto: each model's own, and for a base that of its policy; or a name or file as in 02
+    chat_template_kwargs: str = ""  # variables of the chat template as JSON; by default those of each model's training
     chat: bool = False  # chat with the last model instead
 
     prompts: tuple[str, ...] = ()  # prompts to answer; without prompts, file and dataset, 24 built-in ones

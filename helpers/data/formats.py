@@ -47,7 +47,7 @@ class Example:
     chosen: list[Message]
     rejected: list[Message] = dataclasses.field(default_factory=list)
     margin: float | None = None
-    tools: list[Any] | None = None  # what the assistant may call
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # tools, and variables of the chat template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,14 @@ def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Messa
     return messages
 
 
-def _tools(row: Row) -> list[Any] | None:
-    """The tools of a row: a list, or one tool, which may be written as text."""
-    tools = without_nulls(parse_text(row.get("tools")))
+def _template_options(row: Row) -> dict[str, Any]:
+    """The tools of a row, a list or one tool, and the variables that its chat template gets. Both may be JSON."""
+    tools, options = (without_nulls(parse_text(row.get(name))) for name in ("tools", "chat_template_kwargs"))
     if tools and not isinstance(tools, list | dict):
         raise unusable("tools", tools)
-    return ([tools] if isinstance(tools, dict) else tools) or None
+    if options and not isinstance(options, dict):
+        raise unusable("chat_template_kwargs", options)
+    return (options or {}) | ({"tools": [tools] if isinstance(tools, dict) else tools} if tools else {})
 
 
 def _number(value: Any) -> float | None:
@@ -130,7 +132,7 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, row: Row, margin: float | Non
         raise DropRow("prompts differ")
     if conversation_key(better[-1:]) == conversation_key(worse[-1:]):
         raise DropRow("chosen equals rejected")
-    return Example(better[:-1], better[-1:], worse[-1:], margin, _tools(row))
+    return Example(better[:-1], better[-1:], worse[-1:], margin, _template_options(row))
 
 
 def read_pair(row: Row, config: PairingConfig) -> list[Example]:
@@ -229,7 +231,7 @@ def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, 
     messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
         raise DropRow("no turn is learned")
-    return [Example(messages[:-1], messages[-1:], tools=_tools(row))]
+    return [Example(messages[:-1], messages[-1:], options=_template_options(row))]
 
 
 def _margin_error(margin: float | None, min_margin: float) -> str:
@@ -278,7 +280,7 @@ class Format:
         except DropRow as reason:
             return [str(reason)]
         if self.use == "chosen":
-            return [e if isinstance(e, str) else Example(e.prompt, e.chosen, tools=e.tools) for e in examples[:1]]
+            return [e if isinstance(e, str) else Example(e.prompt, e.chosen, options=e.options) for e in examples[:1]]
         return [e if isinstance(e, str) else _margin_error(e.margin, config.min_margin) or e for e in examples]
 
 

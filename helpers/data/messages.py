@@ -165,9 +165,10 @@ def conversation_key(messages: list[Message]) -> str:
     return "\x1f".join(keys)
 
 
-def conversation_hash(messages: list[Message]) -> str:
-    """The hash of `conversation_key` in 20 hex digits; "" for no messages."""
-    key = conversation_key(messages).encode("utf-8", "surrogatepass")
+def conversation_hash(messages: list[Message], options: dict[str, Any] | None = None) -> str:
+    """The hash of `conversation_key`, and of tools and variables, in 20 hex digits; "" for no messages."""
+    more = json.dumps(options, sort_keys=True, default=str) if options else ""
+    key = (conversation_key(messages) + more).encode("utf-8", "surrogatepass")
     return hashlib.sha1(key).hexdigest()[:20] if messages else ""
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import SettingsError, UserError, process_lock
+from helpers.data.encode import TokenIds, adapt_messages, describe_rendering, encode, template_options
 from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig
 from helpers.data.loading import choose_format, unused_columns
 from helpers.data.messages import Message, add_system_prompt, conversation_hash
 from helpers.models.chat import (
     encode_prompt,
     fold_system_message,
-    not_rendered,
-    render_all,
+    marked_template,
     special_token_pattern,
     supports_system_role,
-    tokenize,
-    tokenize_with_labels,
+    turn_ends,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +35,7 @@ SIDES = ("prompt", "chosen", "rejected")
 MANY_CHARACTERS = 100_000  # of a row, above which its length is bounded before it is tokenized
 TOO_LONG = "longer than max_length"
 PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
-NOT_RENDERED = "{}, which the chat template does not render"
 TRUNCATED_ANSWER = "answer truncated"
-TokenIds = dict[str, list[int]]  # by column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +61,7 @@ def tokenize_dataset(
     pairing: PairingConfig | None = None,
     system_prompt: str = "",
     num_proc: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Dataset, Format]:
     """Prepare all rows, cached by content; returns them and their format. Raises UserError.
 
@@ -80,6 +78,7 @@ def tokenize_dataset(
         raise SettingsError(f"--min_margin needs ratings, in columns such as {names}. Leave it out.")
     row_format = dataclasses.replace(row_format, unused=unused_columns(rows, row_format, pairing))
     config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
+    config |= {"options": chat_template_kwargs or {}, "template": marked_template(tokenizer)}
     fingerprint = content_fingerprint(rows, tokenizer, config)
     TOKENIZERS[fingerprint] = tokenizer
     try:
@@ -106,15 +105,14 @@ def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, A
     datasets makes such names by pickling, which for tokenizers changes from one process to the next.
     """
     here = Path(__file__).parent
-    code = [
-        file.read_text()
-        for file in (here / "messages.py", here / "formats.py", here / "prepare.py", here.parent / "models/chat.py")
-    ]
+    own = [here / f"{name}.py" for name in ("messages", "formats", "encode", "prepare")]
+    code = [file.read_text() for file in (*own, here.parent / "models/chat.py")]
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # left from an earlier call, and without effect here
         tokenizer.backend_tokenizer.no_padding()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     parts = [rows._fingerprint, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, config, *code]
+    parts.append(turn_ends(tokenizer))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -137,6 +135,8 @@ def _prepare_batch(
     limits: LengthLimits,
     pairing: PairingConfig,
     system_prompt: str,
+    options: dict[str, Any],
+    template: str,
     tokenizer_key: str,
 ) -> Any:
     """Prepare one batch of rows, as an Arrow table. What cannot be used has a drop_reason and no tokens."""
@@ -163,28 +163,31 @@ def _prepare_batch(
                 row |= {"drop_reason": TOO_LONG, "tokens": least}
                 continue
             row |= _hashes(example)
+            example = dataclasses.replace(example, options=template_options(tokenizer, example, options))
+            row["rendered_with"] = describe_rendering(example)
             if any(special.search(m["content"]) for side in SIDES for m in getattr(example, side)):
                 row["drop_reason"] = "control token in the text"
             else:
                 usable.append((row, example))
-    for (row, example), ids in zip(usable, encode(tokenizer, [e for _, e in usable]), strict=True):
+    for (row, example), ids in zip(usable, encode(tokenizer, [e for _, e in usable], template), strict=True):
         if isinstance(ids, str):
             row["drop_reason"] = ids
             continue
         try:
-            example, ids, row["drop_reason"], cut = apply_limits(tokenizer, example, ids, limits)
+            changed = ids.pop("modification", "")
+            example, ids, row["drop_reason"], cut = apply_limits(tokenizer, example, ids, limits, template)
         except UserError as error:
             raise UserError(f"row {row['source_index'] + 1} {error}") from None
         prompt = fold_system_message(example.prompt, has_system_role)
         folded = "" if prompt is example.prompt else "system message folded into the first user turn"
         tokens = _lengths(ids)[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(_lengths(ids))
-        row |= {"modification": "; ".join(filter(None, (folded, cut))), "tokens": tokens, **ids}
+        row |= {"modification": "; ".join(filter(None, (folded, changed, cut))), "tokens": tokens, **ids}
         row |= {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected, "margin": example.margin}
         row["messages"] = [*prompt, *example.chosen]
     text, token_ids = pa.string(), pa.list_(pa.int32())
     messages = pa.list_(pa.struct({"role": text, "content": text}))
     columns = {"source_index": pa.int64(), "drop_reason": text, "modification": text, "tokens": pa.int32()}
-    columns |= {f"{side}_hash": text for side in SIDES}
+    columns |= {"rendered_with": text, **{f"{side}_hash": text for side in SIDES}}
     if row_format.use == "pairs":
         columns |= {"margin": pa.float64(), **dict.fromkeys(SIDES, messages)}
         columns |= {f"{side}_ids": token_ids for side in SIDES}
@@ -225,53 +228,15 @@ def _longest_token(tokenizer_key: str) -> int:
 
 
 def _hashes(example: Example) -> dict[str, str]:
-    """Hashes of the sides. A complete conversation is hashed under chosen, and its prompt is its opening."""
+    """Hashes of the sides, with the tools and variables of a row. A complete conversation is hashed under chosen, and
+    its prompt is its opening."""
+    options, tools = example.options, {"tools": example.options.get("tools")} if "tools" in example.options else {}
     if example.rejected:
-        return {f"{side}_hash": conversation_hash(getattr(example, side)) for side in SIDES}
+        sides = {f"{side}_hash": conversation_hash(getattr(example, side), options) for side in SIDES}
+        return sides | {"prompt_hash": conversation_hash(example.prompt, tools)}
     opening = example.prompt[: 2 if example.prompt[0]["role"] == "system" else 1]
-    full = conversation_hash([*example.prompt, *example.chosen])
-    return {"prompt_hash": conversation_hash(opening), "chosen_hash": full, "rejected_hash": ""}
-
-
-def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[TokenIds | str]:
-    """Token ids of each example by column, or the reason why it cannot be used.
-
-    The ids of pairs are those of TRL 1.16's DPOTrainer (dpo_trainer.py, _prepare_dataset), which lets a completion
-    begin where the tokens of the prompt and those of prompt and answer diverge. If that is before the end of the
-    prompt, the prompt in training would differ from the one at generation, and the pair cannot be used.
-    """
-    has_system_role, encoded = supports_system_role(tokenizer), list[TokenIds | str]()
-    ids_or_reason: TokenIds | str
-    prompts = [fold_system_message(example.prompt, has_system_role) for example in examples]
-    tools = [example.tools for example in examples]
-    lacking = [not_rendered(tokenizer, [*e.prompt, *e.chosen, *e.rejected], e.tools) for e in examples]
-    if examples and not examples[0].rejected:
-        for prompt, example, lack in zip(prompts, examples, lacking, strict=True):
-            try:
-                ids_or_reason = tokenize_with_labels(tokenizer, [*prompt, *example.chosen], example.tools)
-            except UserError as error:
-                ids_or_reason = str(error)
-            encoded.append(NOT_RENDERED.format(lack) if lack else ids_or_reason)
-        return encoded
-    texts = render_all(tokenizer, prompts, prompt=True, tools=tools)
-    for side in SIDES[1:]:
-        talks = [[*p, *getattr(e, side)] for p, e in zip(prompts, examples, strict=True)]
-        texts += render_all(tokenizer, talks, tools=tools)
-    ids, count = tokenize(tokenizer, [text for text, _ in texts]), len(examples)
-    for i in range(count):
-        prompt_ids, chosen, rejected = ids[i::count]
-        start = len(prompt_ids)
-        (opening, _), *answers = texts[i::count]
-        reason = next((error for _, error in texts[i::count] if error), "")
-        if lacking[i]:
-            reason = NOT_RENDERED.format(lacking[i])
-        elif not reason and not all(answer.startswith(opening) for answer, _ in answers):
-            reason = "the chat template renders the prompt differently before an answer"
-        elif not reason and not chosen[:start] == rejected[:start] == prompt_ids:
-            reason = "first token of the answer merges with the prompt"
-        columns = {"prompt_ids": prompt_ids, "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
-        encoded.append(reason or columns)
-    return encoded
+    full = conversation_hash([*example.prompt, *example.chosen], options)
+    return {"prompt_hash": conversation_hash(opening, tools), "chosen_hash": full, "rejected_hash": ""}
 
 
 def _lengths(ids: TokenIds) -> tuple[int, int]:
@@ -280,7 +245,7 @@ def _lengths(ids: TokenIds) -> tuple[int, int]:
 
 
 def apply_limits(
-    tokenizer: Tokenizer, example: Example, ids: TokenIds, limits: LengthLimits
+    tokenizer: Tokenizer, example: Example, ids: TokenIds, limits: LengthLimits, template: str = ""
 ) -> tuple[Example, TokenIds, str, str]:
     """The example and its ids within the limits, the reason if it is dropped, and how it was modified.
 
@@ -297,12 +262,14 @@ def apply_limits(
         )
     if limits.overlong == "truncate_prompt":
         if is_conversation:
-            answer -= _prompt_length(tokenizer, example.prompt)
-        short = truncate_prompt(tokenizer, example.prompt, min(max_prompt, max_total - answer))
+            answer -= _prompt_length(tokenizer, example.prompt, example.options)
+        short = truncate_prompt(tokenizer, example.prompt, min(max_prompt, max_total - answer), example.options)
         shorter = dataclasses.replace(example, prompt=short)
-        encoded = encode(tokenizer, [shorter])[0] if shorter.prompt else ""
-        if not isinstance(encoded, str) and sum(_lengths(encoded)) <= max_total:
-            return shorter, encoded, "", "prompt truncated from the left"
+        encoded = encode(tokenizer, [shorter], template)[0] if shorter.prompt else ""
+        if not isinstance(encoded, str):
+            encoded.pop("modification", None)  # as of `ids`
+            if sum(_lengths(encoded)) <= max_total:
+                return shorter, encoded, "", "prompt truncated from the left"
     elif limits.overlong == "truncate_completion" and is_conversation:
         if any(label != -100 for label in ids["labels"][:max_total]):
             is_in_answer = ids["labels"][max_total] != -100
@@ -314,21 +281,24 @@ def apply_limits(
     return example, ids, TOO_LONG if total > max_total else PROMPT_TOO_LONG, ""
 
 
-def truncate_prompt(tokenizer: Tokenizer, prompt: list[Message], max_tokens: int) -> list[Message]:
-    """The end of a prompt, in at most `max_tokens` tokens; [] if nothing of the last turn fits.
+def truncate_prompt(
+    tokenizer: Tokenizer, prompt: list[Message], max_tokens: int, options: dict[str, Any] | None = None
+) -> list[Message]:
+    """The end of a prompt, rendered with `options` in at most `max_tokens` tokens; [] if nothing of the last turn fits.
 
     Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays.
     """
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
     users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]  # a prompt begins with one of them
-    fits = bisect.bisect_left(users[:-1], True, key=lambda i: _prompt_length(tokenizer, head + turns[i:]) <= max_tokens)
+    length = functools.partial(_prompt_length, tokenizer, options=options)
+    fits = bisect.bisect_left(users[:-1], True, key=lambda i: length(head + turns[i:]) <= max_tokens)
     turns = turns[users[fits] :]
     text, start, starts = turns[-1]["content"], 0, list(range(len(turns[-1]["content"])))
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = [begin for begin, _ in encoding["offset_mapping"]]
-    while (over := _prompt_length(tokenizer, head + turns) - max_tokens) > 0:
+    while (over := length(head + turns) - max_tokens) > 0:
         start += over
         if start >= len(starts):
             return []
@@ -340,5 +310,6 @@ def truncate_prompt(tokenizer: Tokenizer, prompt: list[Message], max_tokens: int
     return head + turns
 
 
-def _prompt_length(tokenizer: Tokenizer, prompt: list[Message]) -> int:
-    return len(encode_prompt(tokenizer, fold_system_message(prompt, supports_system_role(tokenizer))))
+def _prompt_length(tokenizer: Tokenizer, prompt: list[Message], options: dict[str, Any] | None = None) -> int:
+    folded = fold_system_message(prompt, supports_system_role(tokenizer))
+    return len(encode_prompt(tokenizer, adapt_messages(tokenizer, folded, options or {}), options))

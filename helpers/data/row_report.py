@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from helpers.core import SettingsError, UserError
+from helpers.data.encode import NOT_RENDERED
 from helpers.data.formats import PairingConfig
 from helpers.data.loading import load_rows, parse_dataset_specs, subsample
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, LengthLimits, tokenize_dataset
-from helpers.models.chat import VALIDATED_ROWS, validate_chat_template
+from helpers.models.chat import suggest_template
+from helpers.settings.fields import template_variables
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = 3  # row numbers that are shown for a reason
-INTERNAL_COLUMNS = ["source_index", "drop_reason", "modification", "chosen_hash", "rejected_hash"]
+INTERNAL_COLUMNS = ["source_index", "drop_reason", "modification", "rendered_with", "chosen_hash", "rejected_hash"]
 OTHERS_KEPT = "(other pairs of the row are kept)"
 Config = TypeVar("Config")
 
@@ -36,7 +38,8 @@ class RowReport:
     `examples` has up to three row numbers for each reason, counted from 1 and behind the dataset's name if there are
     several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has
     the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset. `unused` are the
-    columns, and keys of messages, that are not read; `hash` is one over the tokens of the rows.
+    columns, and keys of messages, that are not read; `hash` is one over the tokens of the rows. `rendered_with` counts
+    kept pairs and conversations with tools and thoughts, and by the variables of the chat template, as JSON.
     """
 
     read: int = 0
@@ -50,6 +53,7 @@ class RowReport:
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     flagged: Counter[str] = dataclasses.field(default_factory=Counter)
     dropped_pairs: Counter[str] = dataclasses.field(default_factory=Counter)
+    rendered_with: Counter[str] = dataclasses.field(default_factory=Counter)
     changed_rows: int = 0
     examples: dict[str, list[int | str]] = dataclasses.field(default_factory=dict)
     lengths: dict[str, list[int]] = dataclasses.field(default_factory=dict)
@@ -62,12 +66,18 @@ class RowReport:
             if len(examples := self.examples.setdefault(reason, [])) < EXAMPLES:
                 examples.append(row)
 
-    def check(self, strict: bool) -> None:
-        """Raise SettingsError if no row is left, or if `strict` and a row or pair was dropped."""
+    def check(self, strict: bool, tokenizer: Tokenizer | None = None) -> None:
+        """Raise SettingsError if no row is left, or if `strict` and a row or pair was dropped. It names a template that
+        is safe with `tokenizer` if the row's is at fault."""
         dropped = self.dropped + self.dropped_pairs
         if not self.kept or (strict and dropped):
             reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in dropped.items())
             rows = f"{self.dropped.total()} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
+            by_template = [reason for reason in dropped if "chat template" in reason]
+            if by_template and all(reason.endswith(NOT_RENDERED.format("")) for reason in by_template):
+                reasons += ". Use a Jinja file that renders it as `--chat_template FILE`, or remove it from the rows."
+            elif by_template and tokenizer:
+                reasons += f". {suggest_template(tokenizer)}"
             raise SettingsError(f"{rows} be used. {reasons}")
 
     @property
@@ -79,7 +89,8 @@ class RowReport:
     def as_dict(self) -> dict[str, Any]:
         """All counts, ready for JSON."""
         counts = {
-            name: getattr(self, name) for name in ("format", "hash", "unused", "read", "kept", "train", "eval", "sets")
+            name: getattr(self, name)
+            for name in ("format", "hash", "unused", "read", "kept", "train", "eval", "sets", "rendered_with")
         }
         counts["examples"] = self.examples
         return counts | {
@@ -102,6 +113,9 @@ class RowReport:
         table.add_row("kept", f"{self.kept:,}", "", style="bold")
         table.add_row("  train", f"{self.train:,}", "")
         table.add_row("  eval", f"{self.eval:,}", "")
+        for what, count in self.rendered_with.items():
+            if what != "{}":
+                table.add_row("  with " + what.strip("{}").replace('"', ""), f"{count:,}", "")
         return table
 
 
@@ -149,6 +163,7 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
     split, specs = config_from(settings, Split), parse_dataset_specs(settings)
     limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
     options = {"pairing": pairing, "system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
+    options["chat_template_kwargs"] = template_variables(settings)
     splits, formats, names = [], [], [Path(spec.id).name for spec in specs]
     has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
     for spec, short in zip(specs, names, strict=True):
@@ -163,7 +178,7 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
     report, train, held_out = deduplicate(splits)
     report.format = ", ".join(dict.fromkeys(map(str, formats)))
     report.unused = list(dict.fromkeys(name for row_format in formats for name in row_format.unused))
-    report.check(settings.strict)
+    report.check(settings.strict, tokenizer)
     if held_out is None:
         train, held_out = split_by_prompt(train, split)
     elif not len(train) or not len(held_out):
@@ -172,9 +187,6 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
         train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
         held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
     report.train, report.eval, report.hash = len(train), len(held_out), hash_tokens(train, held_out)
-    first = train.select(range(min(VALIDATED_ROWS, len(train))))
-    pairs = [row["prompt"] + row[side] for row in first for side in SIDES[1:]] if use_pairs else []
-    validate_chat_template(tokenizer, pairs or list(first["messages"]))
     return train, held_out, report
 
 
@@ -256,6 +268,7 @@ def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
     report.count(report.dropped, dropped["drop_reason"], dropped["row"])
     report.count(report.dropped_pairs, lost["drop_reason"] + f" {OTHERS_KEPT}", lost["row"])
     report.count(report.changed, changes["modification"], changes["row"])
+    report.rendered_with.update(name for names in kept["rendered_with"] for name in names.split("\n"))
     report.kept, report.changed_rows = report.read - len(dropped), len(changed)
     for reason in (TOO_LONG, PROMPT_TOO_LONG):
         report.lengths[reason] = pairs.loc[pairs["drop_reason"] == reason, "tokens"].astype(int).tolist()

@@ -87,10 +87,18 @@ class Endpoint(Generator):
     """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
-    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes.
+    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes. `body` is sent with
+    every request, besides OpenAI's arguments.
     """
 
-    def __init__(self, model: str, base_url: str = "", timeout: float = 120.0, tries: int = 6) -> None:
+    def __init__(
+        self,
+        model: str,
+        base_url: str = "",
+        timeout: float = 120.0,
+        tries: int = 6,
+        body: dict[str, Any] | None = None,
+    ) -> None:
         from openai import OpenAI
 
         url, key = base_url or os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "")
@@ -101,6 +109,7 @@ class Endpoint(Generator):
             fix = "set OPENAI_API_KEY in the environment or in .env, or --base_url to an OpenAI-compatible server"
             raise UserError(f"{model!r} at OpenAI needs a key: {fix}")
         self.model, self.where, self.tries = model, where or "api.openai.com", tries
+        self.body = body or {}
         self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
         self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
         self.supports_system: bool | None = None  # not known yet
@@ -172,9 +181,9 @@ class Endpoint(Generator):
         has_system, fold = messages[0]["role"] == "system", self.supports_system is False
         most = min(arguments.get("max_tokens", 0), self.most_written)
         while True:
-            given = arguments | ({"max_tokens": most} if most else {})
+            given = arguments | self.body | ({"max_tokens": most} if most else {})
             sent = {new: value for name, value in given.items() if (new := self.renamed.get(name, name))}
-            body = {name: value for name, value in sent.items() if name in BODY_ARGUMENTS}
+            body = {name: value for name, value in sent.items() if name in (*BODY_ARGUMENTS, *self.body)}
             options = {name: value for name, value in sent.items() if name not in body}
             options |= {"extra_body": body} if body else {}
             try:

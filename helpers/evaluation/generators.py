@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from helpers.core import CleanExit, SettingsError, Terminated, UserError, fingerprint, is_notebook, printable
+from helpers.core import CleanExit, SettingsError, Terminated, UserError, find_path, fingerprint, is_notebook, printable
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
@@ -31,7 +31,8 @@ from helpers.models.chat import (
 )
 from helpers.models.plan import plan_as_trained, prepare_model
 from helpers.models.resolve import ModelRef, fetch_file, resolve_model
-from helpers.settings.fields import RunSettings
+from helpers.runs.run import lineage, recorded_variables
+from helpers.settings.fields import RunSettings, template_variables
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +80,13 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class HFGenerator(Generator):
-    """A model on this machine, with or without an adapter. `autocast`: dtype that its training computed in."""
+    """A model on this machine, with or without an adapter. `autocast`: dtype that its training computed in;
+    `variables`: those of the chat template."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     autocast: torch.dtype | None = None
+    variables: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[Answer]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
@@ -93,7 +96,8 @@ class HFGenerator(Generator):
         set_seed(seed)
         kwargs = {"eos_token_id": eos_token_ids(self.tokenizer, self.model.generation_config)} | kwargs
         system = supports_system_role(self.tokenizer)
-        texts = [render(self.tokenizer, fold_system_message(talk, system), prompt=True) for talk in conversations]
+        talks = [fold_system_message(talk, system) for talk in conversations]
+        texts = [render(self.tokenizer, talk, prompt=True, options=self.variables) for talk in talks]
         inputs = self.tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
@@ -139,7 +143,12 @@ class Generators:
     def __init__(self, models: list[ModelRef], settings: Any) -> None:
         self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
-        self.endpoints = {model: Endpoint(model.base, model.base_url) for model in models if model.base_url}
+        given = template_variables(settings)
+        body = {"chat_template_kwargs": given} if given else {}
+        self.endpoints = {model: Endpoint(model.base, model.base_url, body=body) for model in models if model.base_url}
+        folders = {m.name: None if m.base_url else find_path(m.policy or m.adapter or m.base) for m in models}
+        trained_with = {n: recorded_variables(lineage(folder)) if folder else {} for n, folder in folders.items()}
+        self.variables = {name: variables | given for name, variables in trained_with.items()}
         self._local = [model for model in models if not model.base_url]
         self.plans = {m.name: plan_as_trained(m.base, m.plan, settings.quantization) for m in self._local}
         self._generator = HFGenerator(None, cast(Any, None))  # the one that holds the model in memory
@@ -169,6 +178,9 @@ class Generators:
                 row["quantization"] = f"as stored, {stored}"
         for name, (_, template) in self.tokenizers.items():
             rows[name]["chat template"] = template
+        for name, variables in self.variables.items():
+            if variables:
+                rows[name]["template variables"] = json.dumps(variables, ensure_ascii=False)
         return {ref.name: rows[ref.name] for ref in self.models}
 
     @property
@@ -235,7 +247,7 @@ class Generators:
             self._loaded = None
         compute = plan.as_dict()["computed in"] if ref.plan and (ref.adapter or ref.policy) else "float32"
         autocast = None if compute == "float32" else getattr(torch, compute)
-        self._generator = HFGenerator(model.eval(), tokenizer, autocast)
+        self._generator = HFGenerator(model.eval(), tokenizer, autocast, self.variables[ref.name])
         return self._generator
 
     def _take_off_adapter(self) -> Any:

@@ -14,7 +14,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers.core import SettingsError, UserError, find_path
 from helpers.runs.report import hide_paths
-from helpers.runs.run import STEPS, dataset_names, is_hub_id, lineage, list_runs, read_run
+from helpers.runs.run import (
+    STEPS,
+    dataset_names,
+    is_hub_id,
+    lineage,
+    list_runs,
+    read_run,
+    recorded_variables,
+    serve_options,
+)
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 RELATION_TO_BASE = {"adapter": "adapter", "merged": "merge", "full": "finetune"}  # the Hub's `base_model_relation`
@@ -94,6 +103,7 @@ def write_card(
     is_adapter = (folder / "adapter_config.json").is_file()
     kind = "adapter" if is_adapter else "merged" if read_run(folder).get("step") == "merge" else "full"
     dpo: dict[str, Any] = next((run for run in runs if run["step"] == "dpo"), {})
+    variables = recorded_variables(runs)
     files = {file.name for file in folder.iterdir()}
     try:
         card = ModelCard.from_template(
@@ -101,7 +111,7 @@ def write_card(
                       license_metadata(license_id, license_name, license_link)),
             template_path=str(TEMPLATE), repo_id=repo_id, kind=kind, runs=runs, dpo=dpo, files=files, step_names=STEPS,
             comparison=_newest_comparison(runs), dataset_names=dataset_names, settings_table=_settings_table,
-            md=markdown,
+            md=markdown, variables=variables, serve_options=serve_options(variables),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"The card of {repo_id} is not valid for the Hub: {error}") from None

@@ -24,7 +24,7 @@ from helpers.models.hub_client import describe_error
 from helpers.models.plan import prepare_model, quantization_config
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import hash_files, read_run
-from helpers.runs.run import Run, find_parent, find_run
+from helpers.runs.run import Run, find_parent, find_run, lineage, recorded_variables, serve_options
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
 
@@ -160,7 +160,8 @@ class MergedModel:
         """Commands that start a server; none for a part of a model, for which servers look for the others."""
         if self.is_text_part:
             return "not possible: this is the text part of a model that also has others"
-        return f"vllm serve {short_path(self.folder)}\n{'':15}transformers serve {short_path(self.folder)}"
+        options = serve_options(recorded_variables(lineage(self.run.folder)))
+        return f"vllm serve {short_path(self.folder)}{options}\n{'':15}transformers serve {short_path(self.folder)}"
 
     def finalize(self, verification: Any) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete

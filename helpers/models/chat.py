@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +26,16 @@ CHAT_TEMPLATES = ("mistral", "chatml", "tulu", "alpaca", "vicuna", "hh")
 TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}  # added to a tokenizer that lacks them
 TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokenizer's own end-of-sequence token
 REFUSED = "the chat template refuses a conversation"
+UNSAFE = "the chat template is not safe to train on: {}"
+UNLIKE_GENERATION = "the prompt at generation differs from the text before the answer in training"
+PROMPT_DIFFERS = "the chat template renders the prompt differently before an answer"
+TURN_DIFFERS = "the chat template renders turn {} differently in a longer conversation"
 MANY_TURNS = 16  # messages above which `tokenize_with_labels` renders parts of a conversation only
-XYZZY = {"name": "xyzzy", "description": "", "parameters": {"type": "object", "properties": {}}}  # a tool
-VALIDATED_ROWS = 16  # rows that `validate_chat_template` checks before training
 PROBE = [
     {"role": role, "content": text}
     for role, text in (("user", "Apples?"), ("assistant", "Two."), ("user", "Pears?"), ("assistant", "Three."))
 ]
+THOUGHT_MARK = re.compile(r"\W*think\W*", re.IGNORECASE)  # <think>, </think>, [THINK] ...
 
 
 def read_template(name: str) -> str:
@@ -72,38 +77,25 @@ def name_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 Messages = list[dict[str, Any]]
-Tools = list[Any] | None  # what an assistant may call, as in transformers
+TemplateOptions = Mapping[str, Any]  # further arguments of apply_chat_template: tools, and variables of the template
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: bool = False, tools: Tools = None) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: bool = False, options: TemplateOptions | None = None
+) -> str:
     """Render a conversation as text, special tokens included; `prompt` opens the assistant's turn at the end."""
+    with _template_errors():
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **(options or {}))
+        )
+
+
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
     try:
-        return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompt))
+        yield
     except Exception as error:  # jinja2's TemplateError, or whatever a template raises for unexpected messages
         raise UserError(f"{REFUSED}: {shorten(str(error))}") from None
-
-
-def render_all(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[Messages],
-    prompt: bool = False,
-    tools: Sequence[Tools] = (),
-) -> list[tuple[str, str]]:
-    """Render many conversations: the text and "", or "" and the reason why the template refuses it, for each.
-
-    `tools` are those of each conversation; empty if none has any.
-    """
-    with contextlib.suppress(Exception):  # see `render`
-        if not any(tools):
-            texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=prompt)
-            return [(str(text), "") for text in texts]
-    results = []
-    for messages, own_tools in itertools.zip_longest(conversations, tools):
-        try:
-            results.append((render(tokenizer, messages, prompt, own_tools), ""))
-        except UserError as error:
-            results.append(("", str(error)))
-    return results
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -116,24 +108,51 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions | None = None
+) -> list[int]:
     """Tokenize a conversation that the model is to answer."""
-    return tokenize(tokenizer, [render(tokenizer, messages, prompt=True)])[0]
+    return tokenize(tokenizer, [render(tokenizer, messages, prompt=True, options=options)])[0]
+
+
+def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template to train conversations with, which marks what is learned with {% generation %}: TRL's own for the
+    tokenizer's, or the tokenizer's. "" if neither does, or ends of turns are outside the marks."""
+    if name_template(tokenizer) in CHAT_TEMPLATES:  # without marks; TRL's import takes seconds
+        return ""
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
+
+    with contextlib.suppress(Exception):  # ValueError for an unknown template, and what templates raise for its probes
+        if template := get_training_chat_template(tokenizer):
+            return template
+    with contextlib.suppress(Exception):
+        if is_chat_template_stop_token_trained(tokenizer):
+            return str(tokenizer.get_chat_template())
+    return ""
 
 
 def tokenize_with_labels(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    options: TemplateOptions | None = None,
+    template: str = "",
 ) -> dict[str, list[int]]:
     """Tokenize a conversation. Labels are -100 except on every assistant turn and its end; a turn of weight 0 is not
     learned either.
 
-    An assistant turn is what its rendering adds to that of the prompt before it. Raises UserError if the template's
-    text does not only grow from turn to turn.
+    An assistant turn is what `template` marks (`marked_template`), without what the prompt at generation has of it; or
+    without marks, what its rendering adds to that of the prompt before it. Raises UserError if the text before the
+    last answer is not its prompt at generation, or without marks, if the text does not only grow from turn to turn.
     """
-    text = render(tokenizer, messages, tools=tools)
-    spans = _short_spans(tokenizer, messages, tools, text) if len(messages) > MANY_TURNS else None
-    spans = spans if spans is not None else _exact_spans(tokenizer, messages, tools, text)
-    ends = [end for i, span in spans.items() for end in span if messages[i].get("weight") != 0]
+    options = dict(options or {})
+    if template:
+        text, found = _marked_spans(tokenizer, messages, options | {"chat_template": template})
+    else:
+        text = render(tokenizer, messages, options=options)
+        spans = _short_spans(tokenizer, messages, options, text) if len(messages) > MANY_TURNS else None
+        spans = spans if spans is not None else _exact_spans(tokenizer, messages, options, text)
+        found = [span for i, span in spans.items() if messages[i].get("weight") != 0]
+    ends = [end for span in found for end in span]
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
@@ -147,24 +166,61 @@ def tokenize_with_labels(
     return {"input_ids": ids, "labels": np.where(learned, ids, -100).tolist()}
 
 
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and what is learned of it by the marks of the template, in characters."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def mark(talk: Messages) -> tuple[str, list[tuple[int, int]]]:
+        with _template_errors():
+            arguments: dict[str, Any] = {
+                "return_assistant_tokens_mask": True,
+                **tokenizer.special_tokens_map,
+                **options,
+            }
+            texts, spans = render_jinja_template([talk], **arguments)
+        return texts[0], spans[0]
+
+    text, spans = mark(messages)
+    if not text.startswith(render(tokenizer, messages[:-1], prompt=True, options=options)):
+        raise UserError(PROMPT_DIFFERS)
+    skipped = set[int]()
+    for i, message in enumerate(messages):
+        if message.get("weight") == 0:  # its spans are those that change with its text
+            other, changed = mark([*messages[:i], message | {"content": f"x{message['content']}"}, *messages[i + 1 :]])
+            pairs = enumerate(zip(spans, changed, strict=True))
+            skipped |= {n for n, (a, b) in pairs if text[slice(*a)] != other[slice(*b)]}
+    learned = [span for n, span in enumerate(spans) if n not in skipped]
+    for mode in ({}, {"enable_thinking": False}):  # a turn without thoughts begins as the prompt without them ends
+        plain, prompt = (render(tokenizer, PROBE[:1], prompt, mode | options) for prompt in (False, True))
+        same = next((i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b), len(plain))
+        cue = prompt[same:]
+        for n, (start, end) in enumerate(learned):
+            if cue and (at := text.find(cue, max(0, start - len(cue)), start + len(cue))) >= 0:
+                learned[n] = max(start, at + len(cue)), end
+    return text, learned
+
+
 def _exact_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions, text: str
 ) -> dict[int, tuple[int, int]]:
-    """Where each assistant turn starts and ends in `text`, in characters. It renders the conversation up to each turn,
-    so its time grows with the square of the turns."""
+    """Where each assistant turn that is learned starts and ends in `text`, in characters. It renders the conversation
+    up to each turn, so its time grows with the square of the turns."""
     spans = {}
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(tokenizer, messages[:i], prompt=True, tools=tools)
-            after = render(tokenizer, messages[: i + 1], tools=tools)
+        if message["role"] == "assistant" and message.get("weight") != 0:
+            before = render(tokenizer, messages[:i], prompt=True, options=options)
+            after = render(tokenizer, messages[: i + 1], options=options)
             if not (text.startswith(after) and after.startswith(before)):
-                raise UserError(f"the chat template renders turn {i} differently in a longer conversation")
+                is_last = i == len(messages) - 1
+                raise UserError(PROMPT_DIFFERS if is_last else TURN_DIFFERS.format(i))
             spans[i] = len(before), len(after)
     return spans
 
 
 def _short_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions, text: str
 ) -> dict[int, tuple[int, int]] | None:
     """As `_exact_spans`, in time that grows with the turns: each exchange is rendered behind the one before it only.
     None if these parts do not make up `text`, because the template looks further back."""
@@ -174,11 +230,11 @@ def _short_spans(
     spans, end, after, earlier = {}, 0, "", Messages()
     for start, stop in itertools.pairwise(starts):
         window = [*head, *earlier]
-        shift = end - len(render(tokenizer, window, tools=tools)) if earlier else 0
+        shift = end - len(render(tokenizer, window, options=options)) if earlier else 0
         for i in range(start, stop):
             if messages[i]["role"] == "assistant":
-                before = render(tokenizer, [*window, *messages[start:i]], prompt=True, tools=tools)
-                after = render(tokenizer, [*window, *messages[start : i + 1]], tools=tools)
+                before = render(tokenizer, [*window, *messages[start:i]], prompt=True, options=options)
+                after = render(tokenizer, [*window, *messages[start : i + 1]], options=options)
                 if not after.startswith(before):
                     return None
                 spans[i] = len(before) + shift, len(after) + shift
@@ -197,32 +253,8 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
 
 def supports_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template accepts a system message and renders its text."""
-    ((text, _),) = render_all(tokenizer, [[{"role": "system", "content": "Xyzzy."}, *PROBE[:1]]], prompt=True)
-    return "Xyzzy." in text
-
-
-def not_rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> str:
-    """What of a conversation the template leaves out of its text: tools, tool_calls, reasoning_content, or a tool's
-    answer; "" if it renders all."""
-    if tools and not _renders(tokenizer, PROBE[:1], "xyzzy", [{"type": "function", "function": XYZZY}]):
-        return "tools"
-    for message in messages:
-        call = {"type": "function", "function": {"name": "xyzzy", "arguments": {}}, "id": "xyzzy1234"}
-        probe = {"role": "assistant", "content": "", "tool_calls": [call]}
-        if "tool_calls" in message and not _renders(tokenizer, [*PROBE[:1], probe], "xyzzy"):
-            return "tool_calls"
-        answer = {"role": "tool", "content": "Plugh.", "tool_call_id": "xyzzy1234", "name": "xyzzy"}
-        if message["role"] == "tool" and not _renders(tokenizer, [*PROBE[:1], probe, answer], "Plugh."):
-            return "a tool's answer"
-        thought = {"role": "assistant", "content": "Two.", "reasoning_content": "Plugh."}
-        if "reasoning_content" in message and not _renders(tokenizer, [*PROBE[:1], thought], "Plugh."):
-            return "reasoning_content"
-    return ""
-
-
-def _renders(tokenizer: PreTrainedTokenizerBase, messages: Messages, word: str, tools: Tools = None) -> bool:
     with contextlib.suppress(UserError):
-        return word in render(tokenizer, messages, tools=tools)
+        return "Xyzzy." in render(tokenizer, [{"role": "system", "content": "Xyzzy."}, *PROBE[:1]], prompt=True)
     return False
 
 
@@ -235,36 +267,67 @@ def fold_system_message(messages: Messages, supported: bool = False) -> Messages
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern for text in a message that would be read as one of the tokenizer's control tokens."""
-    tokens = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
+    """A pattern for text in a message that would be read as one of the tokenizer's control tokens. Thoughts within a
+    message may have their marks."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
+    tokens = [re.escape(token) for token in tokens if not THOUGHT_MARK.fullmatch(token)]
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> None:
-    """Check on real conversations that the template is safe to train on.
+def find_fault(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str, ids: list[int], learned: Sequence[int]
+) -> str:
+    """Why the rendering of a conversation is not safe to train on, or "". `learned` are the last tokens of its ids.
 
-    It renders every turn, begins as the tokenizer begins other text, closes the answer with the end-of-sequence token,
-    and its prompt at generation is how the conversation begins. Raises UserError with the text and the ids.
+    It shows each message (of an assistant without its thoughts), begins as the tokenizer begins other text, and its
+    last answer ends with a token that ends generation; whitespace may follow.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    needs_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    bos, ends = tokenizer.bos_token_id, turn_ends(tokenizer)
+    if any(m["role"] != "tool" and m["content"].rpartition("</think>")[2].strip() not in text for m in messages):
+        return "a turn is missing"
+    if bos is not None and ids[:2] == [bos, bos]:
+        return "it has more than one beginning-of-sequence token"
+    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        return f"{tokenizer.bos_token} is missing, which this tokenizer puts before any other text"
+    last = next((i for i in reversed(learned) if i in ends or tokenizer.decode([i]).strip()), None)
+    if last not in ends:
+        names = " or ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
+        closing = "" if last is None else str(tokenizer.convert_ids_to_tokens(last))
+        is_special = closing in tokenizer.get_added_vocab()
+        fix = f"; `--eos_token '{closing}'` makes that its end" if is_special else ""
+        return f"the end of the answer is not learned: {names} does not close it{fix}"
+    return ""
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, where `load_tokenizer` has read it, and
+    the tokenizer's own."""
+    return eos_token_ids(tokenizer, SimpleNamespace(eos_token_id=getattr(tokenizer, "model_eos_token_id", None)))
+
+
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> None:
+    """Check on conversations that the template is safe to train on (see `find_fault`), and that the prompt at
+    generation is how they begin. Raises UserError with the text and the ids."""
     for messages in [*conversations, PROBE]:
         text, prompt = render(tokenizer, messages), render(tokenizer, messages[:-1], prompt=True)
         ids, before = tokenize(tokenizer, [text, prompt])
-        count = ids.count(bos) if bos != eos else int(ids[:1] == [bos]) + int(ids[:2] == [bos, bos])
-        if any(m["content"].strip() not in text for m in messages):
-            fault = "a turn is missing"
-        elif bos is not None and count > 1:
-            fault = "it has more than one beginning-of-sequence token"
-        elif needs_bos and not count:
-            fault = f"{tokenizer.bos_token} is missing, which this tokenizer puts before any other text"
-        elif not text.startswith(prompt) or ids[: len(before)] != before:
-            fault = "the prompt at generation differs from the text before the answer in training"
-        elif eos not in ids[len(before) :][-3:]:
-            fault = f"the end of the answer is not learned: {tokenizer.eos_token} does not close it"
-        else:
-            continue
-        raise UserError(
-            f"the chat template is not safe to train on: {fault}. Use another `--chat_template`, or a Jinja file. "
-            f"Text {text!r}, ids {ids}"
-        )
+        is_prefix = text.startswith(prompt) and ids[: len(before)] == before
+        if fault := find_fault(tokenizer, messages, text, ids, ids[len(before) :]) or (
+            "" if is_prefix else PROMPT_DIFFERS
+        ):
+            raise UserError(f"{UNSAFE.format(fault)}. {suggest_template(tokenizer)} Text {text!r}, ids {ids}")
+
+
+def suggest_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to use instead of the tokenizer's template: the first of CHAT_TEMPLATES that is safe with it. One whose
+    tokens it has comes first."""
+    vocabulary = tokenizer.get_vocab()
+    for name in sorted(
+        CHAT_TEMPLATES, key=lambda name: not all(t in vocabulary for t in TEMPLATE_TOKENS.get(name, ("",)))
+    ):
+        other = copy.deepcopy(tokenizer)
+        set_chat_template(other, name)
+        ids, before = tokenize(other, [render(other, PROBE), render(other, PROBE[:-1], prompt=True)])
+        if not find_fault(other, PROBE, render(other, PROBE), ids, ids[len(before) :]):
+            return f"Use `--chat_template {name}`, or a Jinja file."
+    return "Use another `--chat_template`, or a Jinja file."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -135,6 +136,9 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
     config = fetch_file(start.path, start.revision, "config.json")
     check_positions(json.loads(config.read_text()), values.get("max_length", 0))
     tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **loading)
+    with contextlib.suppress(UserError):  # a model need not have one
+        generation = json.loads(fetch_file(start.path, start.revision, "generation_config.json").read_text())
+        tokenizer.model_eos_token_id = generation.get("eos_token_id")
     for field in ("eos_token", "pad_token"):
         token = settings.trl.get(field)
         if token and token not in tokenizer.get_vocab():

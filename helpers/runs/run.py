@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import re
 import shlex
@@ -224,6 +225,20 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
         records.append(record | {"folder": str(parent), "parent_gone": missing_parent(parent, record)})
         parent = find_parent(parent, record)
     return records
+
+
+def recorded_variables(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The variables of the chat template that the rows of a training were rendered with, by its `lineage`: those of all
+    rows, or where rows differ, those of the settings."""
+    run = next((run for run in runs if run.get("data")), {})
+    kinds = [name for name in (run.get("data") or {}).get("rendered_with", {}) if name.startswith("{")]
+    text = kinds[0] if len(kinds) == 1 else (run.get("settings") or {}).get("chat_template_kwargs")
+    return dict(json.loads(text or "{}"))
+
+
+def serve_options(variables: dict[str, Any]) -> str:
+    """The option of `vllm serve` that sets variables of the chat template for all requests; "" without any."""
+    return f" --default-chat-template-kwargs {shlex.quote(json.dumps(variables))}" if variables else ""
 
 
 def find_parent(folder: Path, record: dict[str, Any]) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -24,6 +25,13 @@ OPTIMIZER_PACKAGES = {
     "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
     "schedule_free": "schedulefree", "stable_adamw": "optimi", "torch_4bit": "torchao", "torch_8bit": "torchao",
     "apex": "apex", "anyprecision": "torchdistx",
+}  # fmt: skip
+
+# Arguments of transformers' apply_chat_template that are no variables of the template; tools are a column of the rows.
+RENDERING_ARGUMENTS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
 }  # fmt: skip
 
 
@@ -89,6 +97,8 @@ class RunSettings:
         for interval, names in trl_fields.NAMES["ranges"].items():
             for name in filter(values.__contains__, names.split()):
                 check_range(name, values[name], interval)
+        if values.get("chat_template_kwargs"):  # one spelling, for the name of the run
+            self.chat_template_kwargs = json.dumps(template_variables(self), sort_keys=True)
 
     def rows_per_step(self) -> int:
         """Rows per optimizer step over all processes; 0 for a step that does not train."""
@@ -131,6 +141,7 @@ class TrainSettings(RunSettings):
     overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over a limit
     strict: bool = False  # stop if any row would be dropped
     chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh; a file
+    chat_template_kwargs: str = ""  # variables of the chat template, as JSON: {"enable_thinking": false}
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
     attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
@@ -288,6 +299,25 @@ def refuse_if(condition: Any, message: str) -> None:
     """Raise SettingsError with `message` if `condition` holds."""
     if condition:
         raise SettingsError(message)
+
+
+def template_variables(settings: Any) -> dict[str, Any]:
+    """The variables of the chat template that `--chat_template_kwargs` sets. Raises SettingsError."""
+    text = getattr(settings, "chat_template_kwargs", "")
+    try:
+        variables = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        variables = None
+    refuse_if(
+        not isinstance(variables, dict),
+        f"--chat_template_kwargs {shorten(text, 60)!r} is not a JSON object. "
+        'Give variables of the chat template, such as {"enable_thinking": false}.',
+    )
+    refuse_if(
+        taken := sorted({*variables} & RENDERING_ARGUMENTS),
+        f"--chat_template_kwargs {', '.join(taken)} is not a variable of a chat template. Remove it.",
+    )
+    return dict(variables)
 
 
 def check_range(name: str, value: Any, interval: str) -> None:
