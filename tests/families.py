@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,14 @@ def write_family(folder: Path, family: str, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def check_row(first: str, *cells: str) -> None:
+    """Compare a row of a table in docs/models.md; with DOCS_TABLE=1, write it first."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+    lines, row = page.read_text().splitlines(), f"| {' | '.join([first, *cells])} |"
+    (place,) = (i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    if os.environ.get("DOCS_TABLE"):
+        lines[place] = row
+        page.write_text("\n".join(lines) + "\n")
+    assert lines[place] == row

@@ -15,7 +15,7 @@ from helpers.models import memory
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
 from tests import fake_hub as local
 from tests.conftest import Project
-from tests.families import FAMILIES, SHAPE
+from tests.families import FAMILIES, SHAPE, check_row
 from tests.notebooks.test_data import DRIVER
 
 MISTRAL_7B = {
@@ -64,6 +64,7 @@ def test_a_published_config_gives_its_size_and_what_fits_24_gb(name: str) -> Non
     assert decoder.parameters == pytest.approx(PUBLISHED[name]["parameters"], rel=0.01)
     peak = memory_by_part(decoder, TrainingSpec(TODAY, "dpo", decoder))["peak"]
     assert (peak <= 24 * GB) == (not decoder.experts), peak  # experts are not quantized
+    check_row(name, f"{decoder.parameters / 1e9:.2f} B", f"{peak / GB:.1f} GB")
     full = TODAY | {"tuning": "full", "optim": "adamw_torch", "max_length": 4096}
     flags, lowered = suggest_changes(decoder, full, "dpo", 24 * GB)[0]
     assert (lowered <= 24 * GB) == (not decoder.experts), flags

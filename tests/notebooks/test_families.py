@@ -1,12 +1,11 @@
 """Each family that people align, as a tiny random model, through 01, 02, 03 and 04; docs/models.md has what came out.
 
-DOCS_TABLE=1 writes the rows of the table instead of comparing them.
+DOCS_TABLE=1 writes the rows of the table.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.core import read_jsonl
 from tests.conftest import REPO, Project
-from tests.families import FAMILIES, write_family
+from tests.families import FAMILIES, check_row, write_family
 from tests.notebooks.test_data import DRIVER
 
 PAGE = REPO / "docs" / "models.md"
@@ -107,14 +106,8 @@ def test_a_family_is_tuned_aligned_merged_and_answers(family: str, tmp_path: Pat
     check_same_curves(project)
     (sharing,), (merge,) = shared, merges
     sharing = "exact" if sharing == "on" else sharing.replace("off, because", "off:")
-    line = f"| {family} | {sharing} | {'by PEFT' if merge == 'PEFT' else 'one tensor at a time'} | "
-    line += f"{'stay tied' if tied else 'untied'} |"
-    lines = PAGE.read_text().splitlines()
-    (place,) = (i for i, each in enumerate(lines) if each.startswith(f"| {family} |"))
-    if os.environ.get("DOCS_TABLE"):
-        lines[place] = line
-        PAGE.write_text("\n".join(lines) + "\n")
-    assert lines[place] == line
+    merging = "by PEFT" if merge == "PEFT" else "one tensor at a time"
+    check_row(family, sharing, merging, "stay tied" if tied else "untied")
 
 
 def test_the_table_has_every_family() -> None:
