@@ -45,15 +45,15 @@ def run_jobs(project: Project, jobs: list[Job]) -> list[str]:
 def jobs_of(tuning: str, base: Path, demo: Path) -> list[Job]:
     """LoRA as published, 02 after 01, with shared prefixes and without; QLoRA with two tokens that ChatML adds."""
     data = {"dataset_id": demo / "preferences", "max_prompt_length": 150, "tuning": tuning}
-    start: dict[str, Any] = (
-        {"sft_run": "lora-sft"} if tuning == "lora" else {"model_id": base, "chat_template": "chatml"}
-    )
+    template = {} if tuning == "lora" else {"chat_template": "chatml"}
+    start = {"sft_run": "outputs/lora-sft"} if tuning == "lora" else {"model_id": base}
     sft = {"model_id": base, "dataset_id": demo / "instructions", "dataset_split": "train", "tuning": tuning}
-    names = ("", "-stock") if tuning == "lora" else ("",)
+    dpo = [FEW | template | start | data | {"run_name": tuning}]
+    if tuning == "lora":
+        dpo.append(dpo[0] | {"run_name": "lora-stock", "shared_prefix": "off"})
     return [
-        ("01_sft.py", FEW | start | sft | {"run_name": f"{tuning}-sft"}),
-        *(("02_dpo.py", FEW | start | data | {"run_name": tuning + name, "shared_prefix": "off" if name else "auto"})
-          for name in names),
+        ("01_sft.py", FEW | template | sft | {"run_name": f"{tuning}-sft"}),
+        *(("02_dpo.py", given) for given in dpo),
         ("03_merge_push.py", {"run": f"outputs/{tuning}", "run_name": f"{tuning}-merged"}),
         ("04_vibes.py", {"models": [f"outputs/{tuning}", f"outputs/{tuning}-merged"], "run_name": f"{tuning}-answers",
                          "prompts": ["What is 2 plus 3?", "Why?"], "max_new_tokens": 6}),
@@ -99,10 +99,9 @@ def test_a_family_is_tuned_aligned_merged_and_answers(family: str, tmp_path: Pat
         record = project.record(f"{tuning}-merged")
         assert record["metrics"]["kl"] < min(1e-5, record["verification"]["base alone"]["kl"])
         check_merged(project.root / "outputs" / f"{tuning}-merged", base, tied, tmp_path / f"again-{tuning}")
-        files = (project.root / "outputs" / f"{tuning}-answers" / "model_answer").glob(f"{tuning}*.jsonl")
-        answers = [[row["choices"][0]["turns"] for row in read_jsonl(file)] for file in files]
-        assert len(answers) >= 2
-        assert answers[-1] == answers[-2]
+        folder = project.root / "outputs" / f"{tuning}-answers" / "model_answer"
+        policy, merged = (read_jsonl(folder / f"{name}.jsonl") for name in (tuning, f"{tuning}-merged"))
+        assert [row["choices"][0]["turns"] for row in policy] == [row["choices"][0]["turns"] for row in merged]
     check_same_curves(project)
     (sharing,), (merge,) = shared, merges
     sharing = "exact" if sharing == "on" else sharing.replace("off, because", "off:")
