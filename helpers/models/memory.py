@@ -24,6 +24,8 @@ MIN_8BIT_SIZE = 4096  # parameters; bitsandbytes keeps the state of smaller weig
 LOGIT_TILE = (4096, 32768)  # rows and columns of logits in memory at a time (trl 1.16, kernels/chunked_logprob.py)
 # Families whose layers are listed here: importing torch and transformers takes longer than a dry run may.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+# Families whose experts, one tensor for all, have an adapter with "all-linear" (peft 0.21). They are never quantized.
+ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "minimax")
 
 
 class Linear(NamedTuple):
@@ -45,7 +47,8 @@ class Decoder:
 
     config: Any
     linears: list[Linear]
-    norms: int  # parameters outside linear layers, embeddings and LM head
+    norms: int  # parameters outside linear layers, embeddings and LM head; experts too
+    experts: list[Linear] = dataclasses.field(default_factory=list)  # all of a layer as one, as wide as their adapters
 
     @property
     def embeddings(self) -> int:
@@ -62,8 +65,9 @@ class Decoder:
         if isinstance(lora_target_modules, list):
             ends = tuple(f".{name}" for name in lora_target_modules)
             return [linear for linear in self.linears if f".{linear.name}".endswith(ends)]
-        every = lora_target_modules == "all-linear"
-        return [linear for linear in self.linears if every or re.fullmatch(lora_target_modules, linear.name)]
+        if lora_target_modules == "all-linear":
+            return self.linears + self.experts
+        return [linear for linear in self.linears if re.fullmatch(lora_target_modules, linear.name)]
 
 
 def read_decoder(config: Mapping[str, Any]) -> Decoder:
@@ -102,8 +106,8 @@ def _listed_layers(c: Any) -> tuple[list[Linear], int]:
     return linears, count * norms + hidden
 
 
-def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int]:
-    """Build the model on the meta device. Returns its text config, linear layers, and its other parameters."""
+def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int, list[Linear]]:
+    """Build the model on the meta device. Returns its text config, linear layers, other parameters, and experts."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -117,7 +121,13 @@ def _built_layers(config: Mapping[str, Any]) -> tuple[Any, list[Linear], int]:
             linears.append(Linear(name, inputs, outputs, module.bias is not None))
             layers.add(module)
     counted = {parameter for layer in layers for parameter in layer.parameters()}
-    return model.config.get_text_config(), linears, sum(p.numel() for p in {*model.parameters()} - counted)
+    experts = []
+    for name, weight in model.named_parameters() if model.config.model_type in ADAPTED_EXPERTS else ():
+        if weight.ndim == 3:  # experts, outputs, inputs; PEFT doubles the rank of gate_up_proj
+            count = len(weight) * (2 if name.endswith("gate_up_proj") else 1)
+            experts.append(Linear(name, count * weight.shape[2], count * weight.shape[1]))
+    others = sum(p.numel() for p in {*model.parameters()} - counted)
+    return model.config.get_text_config(), linears, others, experts
 
 
 class TrainingSpec:

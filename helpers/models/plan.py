@@ -109,6 +109,7 @@ def plan_model(
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
     _check_machine(model_id, device, is_forced=bool(use_cpu), is_trained=tuning != "none")
+    model_class = _find_class(model_id)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -116,7 +117,8 @@ def plan_model(
         quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and has_flash_attention()
-        attn_implementation = "flash_attention_2" if flash else "sdpa" if _has_sdpa(model_id) else "eager"
+        has_sdpa = getattr(model_class, "_supports_sdpa", True)
+        attn_implementation = "flash_attention_2" if flash else "sdpa" if has_sdpa else "eager"
     if given.get("bf16") or given.get("fp16"):  # autocast to what the user says
         bf16, fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
     dtype = torch.float32 if tuning == "full" else compute
@@ -145,16 +147,21 @@ def plan_as_trained(model_id: str, recorded: Mapping[str, str], quantization: st
     return dataclasses.replace(plan, dtype=weights, quantization=config, bf16=bf16, fp16=fp16)
 
 
-def _has_sdpa(model_id: str) -> bool:
-    """Whether transformers' class of a model has scaled dot-product attention; True if its class is not known."""
+def _find_class(model_id: str) -> Any:
+    """The class with which transformers loads a text model; None if it is not known. Raises UserError if a model of
+    this type is no text model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except Exception:  # not cached, needs remote code, or is broken: `load_tokenizer` says so
-        return True
-    return bool(getattr(kind, "_supports_sdpa", True))
+        return None
+    if not (known := type(config) in MODEL_FOR_CAUSAL_LM_MAPPING) and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{model_id} is a model of type {config.model_type}, which transformers does not load as a text model. "
+            "Use a text model of the same family."
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
 
 
 def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.core import SettingsError, read_jsonl, show
 from helpers.models import memory
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
 from tests import fake_hub as local
 from tests.conftest import Project
+from tests.families import FAMILIES, SHAPE, check_row
+from tests.notebooks.test_data import DRIVER
 
 MISTRAL_7B = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -48,6 +52,57 @@ def test_a_config_alone_gives_every_parameter_and_linear_layer(kind: str) -> Non
         name: (set(m.weight.shape), m.bias is not None) for name, m in linear.items()
     }
     assert len(decoder.targets(r".*\.0\..*")) == len([name for name in linear if ".0." in name])
+
+
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+TODAY = QLORA | {"lora_r": 32, "max_length": 2048, "gradient_accumulation_steps": 16}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_its_size_and_what_fits_24_gb(name: str) -> None:
+    decoder = read_decoder(PUBLISHED[name]["config"])
+    assert decoder.parameters == pytest.approx(PUBLISHED[name]["parameters"], rel=0.01)
+    peak = memory_by_part(decoder, TrainingSpec(TODAY, "dpo", decoder))["peak"]
+    assert (peak <= 24 * GB) == (not decoder.experts), peak  # experts are not quantized
+    check_row(name, f"{decoder.parameters / 1e9:.2f} B", f"{peak / GB:.1f} GB")
+    full = TODAY | {"tuning": "full", "optim": "adamw_torch", "max_length": 4096}
+    flags, lowered = suggest_changes(decoder, full, "dpo", 24 * GB)[0]
+    assert (lowered <= 24 * GB) == (not decoder.experts), flags
+    assert flags.startswith("--")
+
+
+def test_a_dry_run_of_a_published_model_needs_its_config_alone(project: Project, tmp_path: Path) -> None:
+    jobs = []
+    for name, published in PUBLISHED.items():
+        folder = tmp_path / name.rpartition("/")[2]
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(published["config"]))
+        jobs.append(["--recipe", "recipes/qwen3-4b.yaml", "--model_id", str(folder), "--dry_run"])
+    done = project.python("-c", DRIVER, input=json.dumps([("02_dpo.py", flags) for flags in jobs]))
+    shown = re.split("^ENDED .*\n", done.stdout, flags=re.MULTILINE)[:-1]
+    assert len(shown) == len(PUBLISHED), done.stdout + done.stderr
+    for (name, published), text in zip(PUBLISHED.items(), shown, strict=True):
+        has_experts = "expert" in str(published["config"])
+        assert ("fits into 24 GB" in text) == (not has_experts), (name, text)
+        assert ("Nothing makes it fit. It needs least with:" in text) == has_experts, (name, text)
+        assert "unknown" not in text, (name, text)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3 MoE"])
+def test_adapters_of_experts_are_counted(kind: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, _, more = FAMILIES[kind]
+    config = AutoConfig.for_model(model_type, **SHAPE, **more, vocab_size=100, pad_token_id=0)
+    decoder = read_decoder(json.loads(config.to_json_string()))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    counted = sum(memory.trained_sizes(decoder, TrainingSpec(QLORA | {"lora_r": 4}, "dpo", decoder)))
+    real = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    assert counted == pytest.approx(real, rel=0.03)  # all but the adapters of routers
+    assert decoder.parameters == sum(weight.numel() for weight in policy.base_model.parameters()) - real
 
 
 # Runs 02_dpo.py with the flags of each job, and prints what is allocated in the end: bytes by part.

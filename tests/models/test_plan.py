@@ -43,6 +43,12 @@ def test_the_plan_follows_the_tuning() -> None:
     assert models.plan_model("org/m", attn_implementation="eager").attn_implementation == "eager"
 
 
+def test_a_model_that_is_no_text_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    AutoConfig.for_model("mistral3").save_pretrained(tmp_path / "ministral")
+    with pytest.raises(UserError, match="of type mistral3, which transformers does not load as a text model"):
+        models.plan_model(str(tmp_path / "ministral"))
+
+
 class FakeGpu:
     """What plan_model asks PyTorch about a GPU; its answers are all that the plan can follow here."""
 
