@@ -64,6 +64,9 @@ class RunSettings:
         """The settings that decide what a run computes."""
         names = trl_fields.NAMES["not_hashed"]
         excluded = f"{names['all']} {names.get(self.step, '')}".split()
+        excluded += (
+            [] if getattr(self, "chat_template_kwargs", "") else ["chat_template_kwargs"]
+        )  # as before it was one
         return {name: value for name, value in self.values().items() if name not in excluded}
 
     def digest(self, *more: str) -> str:
