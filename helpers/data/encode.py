@@ -112,8 +112,8 @@ def _with_empty_thoughts(example: Example) -> Example:
         return [m | {"content": EMPTY + m["content"]} if e else m for m, e in zip(messages, empty, strict=True)]
 
     prompt = example.prompt if example.rejected else complete(example.prompt)
-    sides = {"prompt": prompt, "chosen": complete(example.chosen), "rejected": complete(example.rejected)}
-    return dataclasses.replace(example, **sides)
+    chosen, rejected = complete(example.chosen), complete(example.rejected)
+    return dataclasses.replace(example, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _encode_conversations(tokenizer: Tokenizer, examples: list[Example], validate: bool) -> list[TokenIds | str]:

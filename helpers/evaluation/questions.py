@@ -164,9 +164,7 @@ class Answer(str):
     @property
     def thoughts(self) -> str:
         """What `raw` has besides the answer, without the marks of thoughts; "" for an answer without any."""
-        rest = (
-            "" if self.raw == self else self.raw.replace(str(self), "", 1) if not self else self.raw.rpartition(self)[0]
-        )
+        rest = self.raw.rpartition(self)[0] if self else self.raw
         return MARKS_OF_THOUGHTS.sub("", rest).strip()
 
 

@@ -181,8 +181,8 @@ def _marked_spans(
                 **tokenizer.special_tokens_map,
                 **options,
             }
-            texts, spans = render_jinja_template([talk], **arguments)
-        return texts[0], spans[0]
+            rendered: Any = render_jinja_template([talk], **arguments)
+        return rendered[0][0], rendered[1][0]
 
     text, spans = mark(messages)
     if not text.startswith(render(tokenizer, messages[:-1], prompt=True, options=options)):
@@ -291,7 +291,7 @@ def find_fault(
         return "it has more than one beginning-of-sequence token"
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         return f"{tokenizer.bos_token} is missing, which this tokenizer puts before any other text"
-    last = next((i for i in reversed(learned) if i in ends or tokenizer.decode([i]).strip()), None)
+    last = next((i for i in reversed(learned) if i in ends or str(tokenizer.decode([i])).strip()), None)
     if last not in ends:
         names = " or ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
         closing = "" if last is None else str(tokenizer.convert_ids_to_tokens(last))

@@ -64,6 +64,8 @@ class RunSettings:
         """The settings that decide what a run computes."""
         names = trl_fields.NAMES["not_hashed"]
         excluded = f"{names['all']} {names.get(self.step, '')}".split()
+        if not getattr(self, "chat_template_kwargs", ""):  # older runs do not have it
+            excluded.append("chat_template_kwargs")
         hashed = {name: value for name, value in self.values().items() if name not in excluded}
         if "optim" in hashed:  # where its states are makes no difference
             hashed["optim"] = str(hashed["optim"]).removeprefix("paged_")
