@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     for name in [n for n in os.environ if n.startswith(("SFT_", "DPO_", "MERGE_", "VIBES_", "JUDGE_"))]:
         del os.environ[name]
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # ignored in a job of a shell in the background, and so in its children
+        if signal.getsignal(number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -194,7 +194,8 @@ def prepare_push(
     Raises UserError if there are no weights, a finished run's files have changed, the base is a local folder, or a
     file contains a secret or a local path.
     """
-    check_model_folder(folder)
+    if read_run(folder) or not (folder / "run.json").is_file():  # a broken run.json is only scanned
+        check_model_folder(folder)
     adapter, files = folder / "adapter_config.json", files_to_push(folder)
     local = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else ""
     if Path(local).is_absolute() or find_path(local):

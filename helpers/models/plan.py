@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
-
 from helpers.core import SettingsError, UserError, find_path, is_notebook, shorten
 from helpers.models.adapters import check_weights
 
@@ -183,6 +181,8 @@ def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig |
 
 def has_flash_attention() -> bool:
     """Whether the package flash-attn is one that transformers takes, and can be imported."""
+    from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
+
     if not is_flash_attn_2_available():
         return False
     try:

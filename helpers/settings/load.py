@@ -35,7 +35,7 @@ from helpers.core import (
     silence_other_processes,
 )
 from helpers.settings import trl_fields
-from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings
 from helpers.settings.sources import (
     Words,
     env_name,
@@ -151,7 +151,7 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
             "WANDB_PROJECT"
         ):  # as in a plain use of transformers
             settings.override("environment WANDB_PROJECT", report_to="wandb")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(settings, TrainSettings):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and settings.step not in trl_fields.CONFIGS:
         raise SettingsError("this notebook runs in one process. Start it with `python`, without a launcher.")
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers sets it too, but only when the trainer's config is made

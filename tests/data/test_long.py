@@ -66,7 +66,7 @@ def test_the_text_that_is_rendered_grows_with_the_turns(tokenizer: Any, monkeypa
 def test_a_huge_row_is_never_tokenized_whole(
     overlong: Any, reasons: dict[str, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.data import prepare
+    from helpers.data import encode
 
     longest: list[int] = []
     tokenize = chat.tokenize
@@ -76,7 +76,7 @@ def test_a_huge_row_is_never_tokenized_whole(
         return tokenize(tokenizer, texts)
 
     monkeypatch.setattr(chat, "tokenize", watch)
-    monkeypatch.setattr(prepare, "tokenize", watch)
+    monkeypatch.setattr(encode, "tokenize", watch)
     huge = "What is 3 plus 4? " * 20_000
     rows = [{"prompt": huge, "chosen": "5.", "rejected": "6."}, {"prompt": "a?", "chosen": huge, "rejected": "6."}]
     _, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits(64, 128, overlong))

@@ -136,7 +136,7 @@ def walk_to_the_merge(
     """Train an adapter by a recipe, merge it into both bases, and return what was verified, by base. With `env`, the
     base is org/KIND on its Hub."""
     kind, sft, dpo = MADE_OF[name]
-    run, recipe = f"{name.replace(' ', '-')}-{tuning}", f"recipes/{name.partition(' ')[0]}.yaml"
+    run, recipe = f"{name.replace(' ', '-')}-{tuning}{'-online' * bool(env)}", f"recipes/{name.partition(' ')[0]}.yaml"
     given = {"recipe": recipe, "tuning": tuning, "max_steps": 6, "max_length": 200, "completion_tokens": 4,
              "per_device_train_batch_size": 2, "learning_rate": 0.02, "warmup_steps": 0, "eval_strategy": "no",
              "save_strategy": "no"}  # fmt: skip
@@ -173,14 +173,12 @@ def test_qlora_by_the_recipe_of_pythia_is_merged_into_both_bases(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tuning", ["qlora", "lora"])
 @pytest.mark.parametrize("name", [name for name in WALKED if name != "pythia-2.8b-hh"])
-def test_adapters_by_every_other_recipe_are_merged(
-    name: str, tuning: str, models: dict[str, Path], project: Project, tmp_path: Path
+def test_lora_by_every_other_recipe_is_merged(
+    name: str, models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:
-    records = walk_to_the_merge(models, project, tmp_path, name, tuning)
-    exact = records["dequantized" if tuning == "qlora" else "original"]
-    assert exact["metrics"]["kl"] < min(1e-6, exact["verification"]["base alone"]["kl"])
+    (record,) = walk_to_the_merge(models, project, tmp_path, name, "lora").values()
+    assert record["metrics"]["kl"] < min(1e-6, record["verification"]["base alone"]["kl"])
 
 
 LOAD_BACK = """
@@ -203,8 +201,17 @@ for model in (merged, policy):
     print(json.dumps(answers))
 """
 RULES = """
-def compare(a, b, question):
-    return "tie" if len(a) == len(b) else "a" if len(a) < len(b) else "b"
+import dataclasses
+
+@dataclasses.dataclass
+class Score:
+    is_short: bool
+
+def score(answer, question):
+    return Score(len(answer) < 20)
+
+def compare(first, second, question):
+    return "tie" if len(first) == len(second) else "win" if len(second) < len(first) else "loss"
 """
 PROMPTS = ["What is 2 plus 3?", "Name a fruit.", "Why?"]
 
@@ -218,7 +225,7 @@ def test_the_road_of_every_recipe_ends_on_the_hub_with_the_trained_policy(
     hub.add("models", f"org/{kind}", {file.name: file.read_bytes() for file in models[kind].iterdir()})
     online = hub_env | {"HF_TOKEN": local.TOKEN}
     walk_to_the_merge(models, project, tmp_path, name, "qlora", **online)
-    run, recipe = f"{name.replace(' ', '-')}-qlora", f"recipes/{name.partition(' ')[0]}.yaml"
+    run, recipe = f"{name.replace(' ', '-')}-qlora-online", f"recipes/{name.partition(' ')[0]}.yaml"
     (project.root / "my_rules.py").write_text(RULES)
     given = ["--recipe", recipe, "--run_name"]
     folders = [f"outputs/{run}{part}" for part in ("", "-dequantized", "-original")]
