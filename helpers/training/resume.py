@@ -71,6 +71,7 @@ class ResumeCallback(TrainerCallback):
         if trainer.state.global_step >= trainer.state.max_steps or any(out_of_patience):
             trainer.control.should_training_stop = True
         else:
+            set_sampler_epoch(kwargs["train_dataloader"], kwargs["epoch"])
             self.run_epoch(**kwargs)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -107,6 +108,19 @@ class ResumeCallback(TrainerCallback):
                 "is_training": trainer.model.training,
             }
             write_json(self.folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+
+
+def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
+    """Give an epoch that is resumed in its middle the order of rows that it had.
+
+    There transformers 5.23 (trainer.py, _run_epoch) wraps the sampler to skip batches, and then does not reach it: any
+    epoch but the first was resumed in the order of the first, so that it met some rows twice and others never.
+    """
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 def unpage_loaded_states(optimizer: Any) -> None:

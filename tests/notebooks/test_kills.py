@@ -36,14 +36,14 @@ TRAINING = [
     "transformers.trainer:Trainer._save_rng_state 2", "helpers.runs.checkpoints:write_json 1",
     "transformers.trainer:Trainer._save_checkpoint 3", "helpers.training.resume:ResumeCallback.on_save 3",
     "helpers.training.callbacks:CheckpointCallback.on_save 3", "transformers.trainer:rotate_checkpoints 1",
-    "transformers.trainer:Trainer._finalize_training 1", "transformers.trainer:Trainer.evaluate 2",
+    "transformers.trainer:Trainer._finalize_training 1", "transformers.trainer:Trainer.evaluate 1",
     "helpers.runs.curves:final_metrics 1", "helpers.models.adapters:save_model 1", "helpers.runs.run:Run.finish 1",
     "helpers.runs.checkpoints:hash_files 1", "helpers.runs.curves:Curves.read 1", "helpers.runs.report:show_report 1",
 ]  # fmt: skip
 MORE = {
     "01_sft.py": TRAINING,
     "02_dpo.py": TRAINING,
-    "03_merge_push.py": ["safetensors.torch:save_file 1", "helpers.runs.run:Run.finish 1"],
+    "03_merge_push.py": ["helpers.runs.run:Run.finish 1"],
     "04_vibes.py": ["helpers.evaluation.answers:JsonlStore.add 1", "helpers.evaluation.answers:JsonlStore.add 4",
                     "helpers.runs.run:Run.finish 1"],
     "05_judge.py": ["helpers.runs.run:Run.finish 1", "helpers.core:atomic_write 2"],
