@@ -28,6 +28,7 @@ class ResumeCallback(TrainerCallback):
         self.trainer, self.folder = trainer, folder
         self.eval_on_start = trainer.args.eval_on_start
         self.evaluation_due = False  # an evaluation of this step has not come to its end
+        self.order = ""  # PyTorch's random state at the start of the epoch
         self.seconds, self.started = 0.0, 0.0  # of training before the resume; when this start began
         self.run_epoch, trainer._run_epoch = trainer._run_epoch, self._run_epoch
 
@@ -54,7 +55,7 @@ class ResumeCallback(TrainerCallback):
         if saved:
             trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
         self.seconds, self.started = saved.get("seconds", 0.0), time.monotonic()
-        self.evaluation_due = saved.get("evaluation_due", False)
+        self.evaluation_due, self.order = saved.get("evaluation_due", False), saved.get("order", "")
 
     def _early_stopping(self) -> list[Any]:
         return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
@@ -71,8 +72,28 @@ class ResumeCallback(TrainerCallback):
         if trainer.state.global_step >= trainer.state.max_steps or any(out_of_patience):
             trainer.control.should_training_stop = True
         else:
-            set_sampler_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+            self._restore_order(**kwargs)
             self.run_epoch(**kwargs)
+
+    def _restore_order(
+        self,
+        epoch: int,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+        resume_from_checkpoint: Any,
+        **_: Any,
+    ) -> None:
+        """Give an epoch that is resumed in its middle the order of rows that it had.
+
+        A sampler that groups rows by length draws the order from PyTorch's random state at the start of an epoch, which
+        transformers does not save: some rows would be met twice and others never.
+        """
+        if epoch == epochs_trained and resume_from_checkpoint is not None:
+            if steps_trained_in_current_epoch == 0:
+                self.trainer._load_rng_state(resume_from_checkpoint)
+            elif self.order:
+                torch.set_rng_state(torch.tensor(list(bytes.fromhex(self.order)), dtype=torch.uint8))
+        self.order = bytes(torch.get_rng_state().tolist()).hex()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.evaluation_due = control.should_evaluate
@@ -105,22 +126,10 @@ class ResumeCallback(TrainerCallback):
                 "metrics": trainer._metrics["train"],
                 "seconds": self.seconds + time.monotonic() - self.started,
                 "evaluation_due": self.evaluation_due,
+                "order": self.order,
                 "is_training": trainer.model.training,
             }
             write_json(self.folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
-
-
-def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
-    """Give an epoch that is resumed in its middle the order of rows that it had.
-
-    There transformers 5.23 (trainer.py, _run_epoch) wraps the sampler to skip batches, and then does not reach it: any
-    epoch but the first was resumed in the order of the first, so that it met some rows twice and others never.
-    """
-    sampler = getattr(dataloader, "batch_sampler", None)
-    while sampler is not None:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 def unpage_loaded_states(optimizer: Any) -> None:
