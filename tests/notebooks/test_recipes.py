@@ -335,7 +335,9 @@ def test_commands_of_the_systems_that_it_grew_from_run(
     commands = []
     for text in texts:
         notebook, *words = [str(paths.get(word, word)) for word in shlex.split(text)]
-        commands.append((notebook, words))
+        # one step of warm-up would be all that nine pairs give, and an adapter that has learned nothing is not merged
+        more = ["--gradient_accumulation_steps", "1"] if text == DPO_004 else []
+        commands.append((notebook, words + more))
     ended, said = run_all(project, commands)
     assert ended == ["well"] * len(commands)
     for text, lines in zip(texts, said, strict=True):
