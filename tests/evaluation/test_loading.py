@@ -79,7 +79,7 @@ def ask_alone(ref: ModelRef) -> list[str]:
     return HFGenerator(model.eval(), own).generate(TALKS, **GREEDY)
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.long)])
 def test_whatever_was_loaded_before_a_model_answers_as_it_does_alone(models: Path, order: int) -> None:
     names, base = [*ADAPTERS, "chatml"][::order], ModelRef("base", str(models / "base"))
     adapters = {name: resolve_adapter(str(models / name)) for name in names}

@@ -207,6 +207,7 @@ def answer(model: Any, tokenizer: Any) -> list[int]:
     return tokens
 
 
+@pytest.mark.long
 def test_the_files_listed_arrive_and_load_with_the_same_answers(
     online: local.Hub, trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

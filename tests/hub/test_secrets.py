@@ -183,6 +183,7 @@ def test_texts_of_models_may_have_examples_of_passwords(tmp_path: Path) -> None:
     assert find_secrets([tmp_path / "completions.jsonl"]) == []
 
 
+@pytest.mark.long
 def test_the_demo_and_tokenizers_of_this_environment_have_no_secret(demo_folder: Path) -> None:
     mistral = pytest.importorskip("mistral_common")
     files = [f for f in demo_folder.rglob("*") if f.suffix in (".json", ".jsonl", ".jinja", ".safetensors")]

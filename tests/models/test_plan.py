@@ -89,8 +89,8 @@ def install(folder: Path, name: str, module: str, version: str, code: str = "") 
 @pytest.mark.parametrize(("package", "code", "attention"), [
     (("flash-attn", "flash_attn", "2.8.3"), "", "flash_attention_2"),
     (("flash-attn", "flash_attn", "2.8.3"), "raise ImportError('undefined symbol: _ZN3c10')", "sdpa"),
-    (("flash-attn", "flash_attn", "2.3.0"), "", "sdpa"),  # transformers takes none before 2.3.3
-    (("kernels", "kernels", "0.17.2"), "", "sdpa"),
+    pytest.param(("flash-attn", "flash_attn", "2.3.0"), "", "sdpa", marks=pytest.mark.long),  # older than 2.3.3
+    pytest.param(("kernels", "kernels", "0.17.2"), "", "sdpa", marks=pytest.mark.long),
     (("kernels", "kernels", "0.18.2"), "", "sdpa"),  # a kernel of the Hub is used only if it is named
 ])  # fmt: skip
 def test_flash_attention_is_used_where_transformers_takes_it_and_it_can_be_imported(

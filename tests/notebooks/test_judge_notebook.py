@@ -91,6 +91,7 @@ def answered(project: Project, dpo_run: str, bench: Path) -> str:
     return "bench-answers"
 
 
+@pytest.mark.long
 def test_mt_bench_runs_from_its_own_files_and_a_second_run_asks_nothing(
     project: Project, dpo_run: str, bench: Path, answered: str
 ) -> None:

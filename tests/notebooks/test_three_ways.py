@@ -178,6 +178,7 @@ def test_an_executed_notebook_shows_its_pictures_and_replaces_the_live_one(mille
     assert "3,000" in account
 
 
+@pytest.mark.long
 def test_weights_and_biases_gets_rows_settings_samples_and_curves_and_no_token(
     project: Project, milled: Milled
 ) -> None:

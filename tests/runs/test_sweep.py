@@ -128,6 +128,7 @@ def test_no_line_of_a_run_is_lost_to_who_reads_along(
 
 
 @posix
+@pytest.mark.long
 def test_a_sweep_that_is_killed_half_way_does_only_what_is_missing(tmp_path: Path) -> None:
     words = ["--dpo_beta", "0.1", "0.3", "0.5", "--wait_for", str(tmp_path / "go")]
     env = os.environ | {"PYTHONPATH": str(REPO)}

@@ -59,6 +59,7 @@ def test_two_processes_evaluate_as_one(notebook: str, rows: int, project: Projec
             assert after[key] == pytest.approx(before[key], abs=2e-5), key
 
 
+@pytest.mark.long
 def test_a_last_batch_that_is_short_counts_by_its_rows(project: Project, demo_folder: Path) -> None:
     one = evaluate(project, demo_folder, "by-4", 1, "02_dpo.py", 9)
     other = evaluate(project, demo_folder, "by-9", 1, "02_dpo.py", 9, "--per_device_eval_batch_size", "9")
