@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +66,16 @@ def lock_folder(folder: Path) -> bool:
     if file in _locks:
         return False
     lock = filelock.FileLock(file, timeout=0)
+    owner = b""
     try:
+        owner = file.read_bytes() if file.is_file() else b""  # an attempt to lock it empties the file
         lock.acquire()
+        file.write_text(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%F %T} UTC")
     except filelock.Timeout:
-        raise UserError(f"{short_path(folder)} is in use by {_owner(folder)}. Wait for its end, or stop it.") from None
+        with contextlib.suppress(OSError):
+            file.write_bytes(owner)
+        who = owner.decode(errors="replace") or "another process"
+        raise UserError(f"{short_path(folder)} is in use by {who}. Wait for its end, or stop it.") from None
     except OSError as error:
         raise explain_failure(error, folder) or error from None
     _locks[file] = lock
@@ -92,15 +101,6 @@ def _lock_file(folder: Path) -> Path:
     """Next to the folder, because a merge in `.NAME.part` replaces the folder NAME: both have the same lock."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name.removeprefix('.').removesuffix('.part')}.lock")
-
-
-def _owner(folder: Path) -> str:
-    """The process that its run.json names."""
-    try:
-        process = json.loads((folder / "run.json").read_text("utf-8"))["process"]
-        return f"process {process['pid']} on {process['host']} since {process['since']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
 
 
 def write_manifest(checkpoint: Path) -> None:

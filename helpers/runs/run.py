@@ -162,7 +162,6 @@ class Run:
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished, with a fingerprint of the weights in its folder and hashes of a model's files."""
         self.record.pop("error", None)
-        self.record.pop("process", None)
         weights: list[Path] = []
         if is_main_process():
             checkpoints.remove_quarantined(self.folder)

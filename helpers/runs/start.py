@@ -110,7 +110,6 @@ def _enter(
         processes=processes,
         rows_per_step=rows,
         data_files=files,
-        process={"pid": os.getpid(), "host": platform.node(), "since": utc_now()[:19].replace("T", " ") + " UTC"},
         versions=_package_versions(),
         commit=_git_commit(),
     )

@@ -46,4 +46,4 @@ def test_of_two_starts_one_finishes_as_if_alone_and_the_other_says_so(
         (line,) = [line for line in refused[0].stderr.splitlines() if line.startswith("error: ")]
         assert "is in use by process" in line or "was written by another process meanwhile" in line
     else:  # the first had finished when the second came
-        assert sum("is already finished" in each.stderr for each in done) == 1, printed
+        assert sum("is already finished" in each.stdout + each.stderr for each in done) == 1, printed

@@ -17,7 +17,7 @@ KEYS = ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewar
 COMMON = ["--recipe", "recipes/demo.yaml", "--setup_module", "", "--max_steps", "2", "--train_rows", "60",
           "--eval_steps", "1", "--save_steps", "1", "--per_device_train_batch_size", "2",
           "--per_device_eval_batch_size", "4", "--completion_steps", "0",
-          "--warmup_steps", "0"]  # fmt: skip
+          "--warmup_steps", "0", "--train_sampling_strategy", "random"]  # fmt: skip
 DPO = [*COMMON, "--sft_run", "", "--loss_type", "sigmoid", "--tuning", "lora", "--learning_rate", "1e-3"]
 SFT = [*COMMON, "--tuning", "lora", "--learning_rate", "1e-3"]
 
