@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -156,7 +155,11 @@ def test_a_sweep_that_is_killed_half_way_does_only_what_is_missing(tmp_path: Pat
 def test_a_sweep_that_is_told_to_stop_tells_its_run_and_says_so_in_one_line(number: int, tmp_path: Path) -> None:
     words = ["--dpo_beta", "0.3", "0.5", "--wait_for", str(tmp_path / "never")]
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # a job in the background ignores SIGINT
+
+    def heard() -> None:  # a job in the background ignores SIGINT, and a run that ends early SIGTERM and SIGHUP
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
     process = subprocess.Popen(
         command(tmp_path, *words), env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     )
