@@ -67,10 +67,10 @@ def lock_folder(folder: Path) -> bool:
         return False
     lock = filelock.FileLock(file, timeout=0)
     owner = b""
+    with contextlib.suppress(OSError):  # Windows lets no other process read it
+        owner = file.read_bytes()  # an attempt to lock it empties the file
     try:
-        owner = file.read_bytes() if file.is_file() else b""  # an attempt to lock it empties the file
         lock.acquire()
-        file.write_text(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%F %T} UTC")
     except filelock.Timeout:
         with contextlib.suppress(OSError):
             file.write_bytes(owner)
@@ -79,6 +79,8 @@ def lock_folder(folder: Path) -> bool:
     except OSError as error:
         raise explain_failure(error, folder) or error from None
     _locks[file] = lock
+    with contextlib.suppress(OSError):
+        file.write_text(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%F %T} UTC")
     remove_drafts(folder)
     remove_drafts(folder.with_name(f".{folder.name}.part"))  # of a merge
     return True

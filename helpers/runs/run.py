@@ -77,7 +77,7 @@ class Run:
         again. Its weights tell, or the name if they were not recorded."""
         weights, judged = self._of_answers("weights").get(name), str(self.record.get("finished", ""))
         return any(
-            weights == run.record.get("fingerprint")
+            (weights and weights == run.record.get("fingerprint"))
             or (name == run.name and (not weights or judged < str(run.record.get("finished", ""))))
             for run in runs
         )

@@ -14,9 +14,9 @@ from helpers.core import UserError, read_jsonl
 from recipes import smollm2
 from tests import fake_hub as local
 from tests.conftest import REPO, Project
+from tests.training.pairs import check_same_logs
 
 RECIPE = "recipes/smollm2-135m.yaml"
-TIMES = ("runtime", "per_second", "seconds", "_time")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -98,15 +98,8 @@ def test_the_recipe_aligns_merges_and_compares_a_model_that_speaks_english(proje
         record = project.record(run)
         assert (record["data"]["read"], record["data"]["kept"]) == (64, 64)
         histories[mode] = read_jsonl(project.root / "outputs" / run / "metrics.jsonl")
-    assert len(histories["on"]) == len(histories["off"]) >= 5
-    compared = 0
-    for on, off in zip(histories["on"], histories["off"], strict=True):
-        assert set(on) == set(off)
-        for name, value in off.items():
-            if isinstance(value, float | int) and not any(word in name for word in TIMES):
-                assert on[name] == pytest.approx(value, abs=2e-4, rel=1e-3), (name, off.get("step"))
-                compared += 1
-    assert compared > 60
+    assert len(histories["on"]) >= 5
+    assert check_same_logs(histories["on"], histories["off"], 2e-4) > 60
     project.run("03_merge_push.py", *recipe, "--run", "outputs/real-on", "--run_name", "real-merged")
     merged = project.record("real-merged")
     assert merged["metrics"]["kl"] < 1e-6 < merged["verification"]["base alone"]["kl"]

@@ -448,6 +448,9 @@ def test_a_comparison_is_of_the_weights_that_were_judged_whatever_the_run_is_cal
     assert "judge" not in read(another).text["lineage"]
     for folder, is_judged in ((renamed, True), (another, False)):
         assert ("judged by gpt" in write_card(folder, "me/model")) is is_judged
+    unfinished = make(tmp_path / "unfinished", {"step": "dpo", "status": "running"})
+    make(tmp_path / "older", JUDGE)  # of answers whose weights are not recorded
+    assert "older" not in read(unfinished).text.get("lineage", "")
     again = make(tmp_path / "dpo", DPO | {"fingerprint": "w3", "finished": "2026-04-01T00:00:00.000+00:00"})
     assert "This comparison is older than the run" in read(again).text["result"]
 

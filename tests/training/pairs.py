@@ -24,6 +24,7 @@ from helpers.models.adapters import upcast_adapter
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 VOCABULARY = 300
+TIMES = ("runtime", "per_second", "seconds", "_time")  # parts of names of logged times
 
 
 LENGTHS = ((20, 3, 9, 14), (1, 0, 5, 30), (40, 0, 12, 1), (7, 2, 2, 2))  # of prompts, shared beginnings, both answers
@@ -141,3 +142,16 @@ def exactly(dtype: torch.dtype) -> Iterator[None]:
         if dtype == torch.float64:
             patch.setattr(utils, "_ChunkedLogProbFunction", ExactHead)
         yield
+
+
+def check_same_logs(first: list[dict[str, Any]], second: list[dict[str, Any]], tolerance: float) -> int:
+    """Every number that two runs have logged is the same, times apart. Returns how many were compared."""
+    assert len(first) == len(second)
+    compared = 0
+    for one, two in zip(first, second, strict=True):
+        assert set(one) == set(two)
+        for name, value in two.items():
+            if isinstance(value, float | int) and not any(word in name for word in TIMES):
+                assert one[name] == pytest.approx(value, abs=tolerance, rel=1e-3), (name, two.get("step"))
+                compared += 1
+    return compared
