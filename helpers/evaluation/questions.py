@@ -57,7 +57,7 @@ def read_questions(settings: Any) -> list[Question]:
     --rows takes the first so many, 0 takes all. Raises UserError for a source without questions, or a repeated id.
     """
     if settings.prompts_file:
-        source, rows = f"--prompts_file {settings.prompts_file!r}", _read_file(settings.prompts_file)
+        source, rows = f"--prompts_file {settings.prompts_file!r}", _read_file("--prompts_file", settings.prompts_file)
     elif settings.dataset_id:
         source, split = f"--dataset_id {settings.dataset_id!r}", settings.dataset_split
         dataset = load_rows(DatasetSpec(settings.dataset_id, split=split or "train", any_split=not split))
@@ -75,8 +75,13 @@ def find_input(flag: str, name: str, kind: str = "file") -> Path:
     return path
 
 
-def _read_file(name: str) -> list[Row]:
-    path = find_input("--prompts_file", name)
+def read_question_file(flag: str, name: str) -> list[Question]:
+    """The questions of the file that a flag names. Raises UserError as `read_questions`."""
+    return _parse_rows(_read_file(flag, name), f"{flag} {name!r}")
+
+
+def _read_file(flag: str, name: str) -> list[Row]:
+    path = find_input(flag, name)
     kind = file_type(path)
     if kind == "jsonl" and path.suffix == ".jsonl":
         return read_jsonl(path)
@@ -175,13 +180,14 @@ def strip_thoughts(text: str) -> str:
     return text if answer == text and text.strip() else answer.strip()
 
 
-def answer_turns(row: Row) -> list[Answer]:
-    """The answers in a row of FastChat's model_answer, one per turn. Raises UserError for any other row.
+def answer_turns(row: Row, index: int = 0) -> list[Answer]:
+    """The answers in a row of FastChat's model_answer, one per turn, of the choice `index`. Raises UserError for any
+    other row.
 
     Ours may also have the raw texts, if they differ, and which are `cut`.
     """
     with contextlib.suppress(LookupError, TypeError, ValueError):
-        choice = row["choices"][0]
+        choice = row["choices"][index]
         turns = choice["turns"]
         raw, cut = choice.get("raw", turns), choice.get("cut", [False] * len(turns))
         if isinstance(turns, list) and all(isinstance(text, str) for text in [*turns, *raw]):
