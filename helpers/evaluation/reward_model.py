@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import UserError, printable
+from helpers.core import Row, UserError, printable
 from helpers.data.messages import Message
+from helpers.evaluation.answers import JsonlStore
+from helpers.evaluation.judgments import AnswerSet, pair_row, tie_row
+from helpers.evaluation.questions import NOTHING_ANSWERED, Question
 from helpers.models.adapters import display_name, load_adapter, read_pretrained
 from helpers.models.chat import TemplateOptions, fold_system_message, render, supports_system_role, tokenize
 from helpers.models.plan import plan_model, prepare_model
@@ -17,7 +23,7 @@ from helpers.models.resolve import ModelRef, fetch_file, resolve_adapter, resolv
 if TYPE_CHECKING:
     from helpers.models.plan import LoadPlan
 
-ADVICE = "Use a model that was trained with one score, such as those of TRL's RewardTrainer."
+SCORER_NEEDED = "Use a model that was trained with one score, such as those of TRL's RewardTrainer."
 
 
 class RewardModel:
@@ -43,9 +49,9 @@ class RewardModel:
             self.config.num_labels = 1
         elif labels != 1:
             what = f"a classifier with {labels} labels" if is_classifier else f"no classifier ({kind})"
-            raise UserError(f"{self.name} is {what}, not a reward model. {ADVICE}")
+            raise UserError(f"{self.name} is {what}, not a reward model. {SCORER_NEEDED}")
         if not self.tokenizer.chat_template:
-            raise UserError(f"{self.name} is without a chat template. {ADVICE}")
+            raise UserError(f"{self.name} is without a chat template. {SCORER_NEEDED}")
         self._has_system_role = supports_system_role(self.tokenizer)
 
     @property
@@ -98,7 +104,7 @@ class RewardModel:
         config = self.model.config.get_text_config()
         width, known, used = max(map(len, rows)), self._padding, {i for row in rows for i in row}
         pad = known if known is not None else next(i for i in range(len(used) + 1) if i not in used)
-        config.pad_token_id = pad  # without one of its own, the model refuses batches; any that is not in the rows does
+        config.pad_token_id = pad  # the model refuses batches without it; any id that no row has will do
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
         return [float(logit) for logit in self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()]
@@ -120,9 +126,9 @@ class RewardModel:
             if not name.startswith(f"{model.base_model_prefix}."):
                 saved = next((weight for key, weight in own.items() if key.endswith(f".{name}")), None)
                 if saved is None:
-                    raise UserError(f"{self.name} is without weights of its head ({name}). {ADVICE}")
+                    raise UserError(f"{self.name} is without weights of its head ({name}). {SCORER_NEEDED}")
                 if len(saved) != 1:
-                    raise UserError(f"{self.name} is an adapter with {len(saved)} labels, not 1. {ADVICE}")
+                    raise UserError(f"{self.name} is an adapter with {len(saved)} labels, not 1. {SCORER_NEEDED}")
                 model.get_parameter(name)._is_hf_initialized = True  # load_adapter will fill it
         prepare_model(model, self.tokenizer, ref.adapter)
         if ref.adapter:
@@ -143,3 +149,49 @@ def _find_model(name: str) -> ModelRef:
     except UserError:  # a model
         return ModelRef(name, resolve_model(name))
     return resolve_adapter(name)
+
+
+def judge_by_scores(
+    reward: RewardModel, answers: AnswerSet, pairs: Sequence[tuple[str, ...]], file: Path
+) -> tuple[list[Row], str]:
+    """Rows of pairwise judgments, in which the answer with the higher score wins, and the mean scores in words.
+
+    Each turn that both models of a pair have answered is compared. Scores are stored in `file` as they are computed.
+    """
+    from tqdm.auto import tqdm
+
+    matches = [
+        (question, turn, pair) for question in answers.questions for pair in pairs
+        for turn in range(1, 1 + min(len(answers.answers[m].get(question["question_id"], ())) for m in pair))
+    ]  # fmt: skip
+    if not matches:
+        raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
+    store = JsonlStore(file, lambda row: (row["model"], row["question_id"], row["turn"]))
+    talks = {(m, q["question_id"], t): _conversation(q, answers.answers[m][q["question_id"]][:t])
+             for q, t, pair in matches for m in pair}  # fmt: skip
+    missing = sorted(talks.keys() - store.rows.keys(), key=lambda key: (-len(str(talks[key])), str(key)))
+    for start in tqdm(range(0, len(missing), reward.batch_size), desc=reward.name, unit="batch"):
+        keys = missing[start : start + reward.batch_size]
+        scored = zip(keys, reward.score([talks[key] for key in keys]), strict=True)
+        store.add(*({"model": m, "question_id": i, "turn": t, "score": score} for (m, i, t), score in scored))
+    rows, judge, by_model = list[Row](), ["reward model", reward.name], defaultdict[str, list[float]](list)
+    for question, turn, pair in matches:
+        scores = [store.rows[model, question["question_id"], turn]["score"] for model in pair]
+        if answers.is_same(question["question_id"], pair, turn):
+            rows.append(tie_row(question, turn, pair, judge))
+        else:
+            is_tie = math.isclose(*scores, rel_tol=1e-6, abs_tol=1e-6)  # the same text in batches of other widths
+            winner = "tie" if is_tie else pair[scores[1] > scores[0]]
+            rows.append(pair_row(question, turn, pair, judge, [{"winner": winner}] * 2) | {"scores": scores})
+    for row in store.rows.values():
+        by_model[row["model"]].append(row["score"])
+    means = [f"{name} {statistics.fmean(by_model[name]):.3f}" for name in answers.answers if name in by_model]
+    return rows, f"Mean score: {', '.join(means)}."
+
+
+def _conversation(question: Question, answers: list[str]) -> list[Message]:
+    """A question's turns with the answers to them."""
+    talk: list[Message] = [{"role": "system", "content": question["system"]}] if question.get("system") else []
+    for asked, answer in zip(question["turns"], answers, strict=False):
+        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}]
+    return talk

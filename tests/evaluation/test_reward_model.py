@@ -17,8 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from helpers.core import UserError
+from helpers.core import SettingsError, UserError, read_jsonl
+from helpers.evaluation.judges import make_judge
+from helpers.evaluation.judgments import AnswerSet
+from helpers.evaluation.results import PairwiseResults
 from helpers.evaluation.reward_model import RewardModel
+from helpers.runs.run import Run
+from tests.evaluation.judging import settings_for
 from tests.families import FAMILIES, SHAPE
 
 Talk = list[dict[str, Any]]
@@ -203,3 +208,76 @@ def test_a_conversation_that_is_too_long_and_a_score_that_is_no_number_are_refus
         reward.model.score.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"scores of .*nan contain NaN or Inf \(8 of 8, the first for "):
         reward.score(TALKS)
+
+
+def judged_by(model: Path, answers: AnswerSet, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+    judge = make_judge(settings_for(folder, judge_model="", reward_model=str(model)), answers)
+    return judge, judge.run(Run(folder, {})).rows
+
+
+@pytest.fixture
+def answers() -> AnswerSet:
+    """Four questions, one of them of two turns: a is shorter twice, b once, they are the same once, or b has none."""
+    questions = [{"question_id": i, "category": "general", "turns": ["Add 2 and 3."]} for i in range(5)]
+    questions[1] |= {"turns": ["Add 2 and 3.", "And 4."], "system": "Be short."}
+    five = [" ".join(["five"] * words) for words in range(30)]
+    a = {0: [five[1]], 1: [five[2], five[20]], 2: [five[3]], 3: [five[4]], 4: [five[1]]}
+    b = {0: [five[9]], 1: [five[18], five[1]], 2: [five[1]], 3: [five[4]]}
+    return AnswerSet(questions, {"a": a, "b": b})
+
+
+def test_as_a_judge_the_higher_score_wins_and_every_score_is_a_plain_loop_s(
+    short_is_better: Path, answers: AnswerSet, tmp_path: Path
+) -> None:
+    judge, rows = judged_by(short_is_better, answers, tmp_path / "run")
+    model, own = load(short_is_better)
+    scores = {(r["model"], r["question_id"], r["turn"]): r["score"] for r in read_jsonl(tmp_path / "run/scores.jsonl")}
+    for (name, i, turn), score in scores.items():
+        question, texts = answers.questions[i], answers.answers[name][i]
+        talked: Talk = [{"role": "system", "content": "Be short."}] if i == 1 else []
+        for asked, text in zip(question["turns"][:turn], texts, strict=False):
+            talked += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+        assert [score] == pytest.approx(scores_alone(model, own, [talked]), abs=1e-5)
+    assert len(scores) == 10  # of the models, questions and turns that are compared
+    assert [(row["question_id"], row["turn"], row["g1_winner"], row["g2_winner"]) for row in rows][::3] == [
+        (0, 1, "model_1", "model_1"), (2, 1, "model_2", "model_2"),
+    ]  # fmt: skip
+    for row in rows:
+        one, two = (scores[row[side], row["question_id"], row["turn"]] for side in ("model_1", "model_2"))
+        assert row["g1_winner"] == ("tie" if row["question_id"] == 3 else "model_1" if one > two else "model_2")
+    assert [row["question_id"] for row in rows if row.get("identical")] == [3]
+    judgments = judge.run(Run(tmp_path / "run", {}))
+    results = PairwiseResults.from_judgments(judgments, answers)
+    assert results.judge == f"reward model {short_is_better}"
+    assert results.pairs[0].consistency is None  # there is no order
+    assert results.pairs[0].counts.total == 5
+    means = [sum(s for (n, _, _), s in scores.items() if n == name) / 5 for name in "ab"]
+    assert f"Mean score: a {means[0]:.3f}, b {means[1]:.3f}." in results.notes()
+
+
+def test_a_stopped_judge_scores_only_what_is_left(
+    short_is_better: Path, answers: AnswerSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = judged_by(short_is_better, answers, tmp_path / "whole")
+    kept = (tmp_path / "whole" / "scores.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "scores.jsonl").write_text("".join(kept[:6]) + kept[6][:20])
+    scored: list[int] = []
+    score = RewardModel.score
+    monkeypatch.setattr(RewardModel, "score", lambda self, talks: scored.append(len(talks)) or score(self, talks))
+    _, rows = judged_by(short_is_better, answers, tmp_path / "stopped")
+    assert sum(scored) == 4
+    for row, other in zip(rows, expected, strict=True):
+        assert row.get("scores", []) == pytest.approx(other.get("scores", []), abs=1e-5)
+        assert row["g1_winner"] == other["g1_winner"]
+
+
+def test_a_reward_model_does_not_rate_and_needs_answers_to_compare(
+    short_is_better: Path, answers: AnswerSet, tmp_path: Path
+) -> None:
+    given = {"judge_model": "", "reward_model": str(short_is_better)}
+    with pytest.raises(SettingsError, match="--mode single rates answers from 1 to 10; --reward_model compares them"):
+        make_judge(settings_for(tmp_path, mode="single", **given), answers)
+    nothing = AnswerSet(answers.questions, {"a": {0: ["x"]}, "b": {}})
+    with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
+        make_judge(settings_for(tmp_path / "run", **given), nothing).run(Run(tmp_path / "run", {}))
