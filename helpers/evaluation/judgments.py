@@ -30,7 +30,14 @@ from helpers.core import (
     write_json,
 )
 from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
-from helpers.evaluation.questions import Question, answer_turns, find_input, read_answer_files, read_bench
+from helpers.evaluation.questions import (
+    NOTHING_ANSWERED,
+    Question,
+    answer_turns,
+    find_input,
+    read_answer_files,
+    read_bench,
+)
 from helpers.runs.checkpoints import load_record
 from helpers.runs.run import Run, find_run
 
@@ -379,5 +386,5 @@ def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -
         raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Without it, judge with "
                             "--votes FILE or --judge_model NAME.") from None  # fmt: skip
     if not rows:
-        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
+        raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
     return Judgments(f"rules {module}", rows, scores)
