@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from helpers.core import CleanExit, SettingsError, fingerprint, import_user_module, short_path
+from helpers.core import CleanExit, Row, SettingsError, UserError, fingerprint, import_user_module, short_path
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
 from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import OUTCOMES
+from helpers.evaluation.reward_model import RewardModel
 from helpers.evaluation.samples import VERDICTS, SampleStore, prompt_messages
-from helpers.runs.run import Run
+from helpers.runs.run import Run, list_runs
 
 SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
 CHUNK = 64  # answers that are scored and stored at a time
@@ -79,10 +80,11 @@ class Scorer:
         from tqdm.auto import tqdm
 
         assert self.function
-        store, files = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"]), list[Path]()
-        if self.settings.resume != "never":
-            files = sorted(self.settings.output_dir.glob("[!.]*/scores.jsonl"))
-        known = {key: row for file in files for key, row in JsonlStore(file, lambda row: row["asked"]).rows.items()}
+        store = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"])
+        known: dict[Any, Row] = {}
+        for other in list_runs(self.settings.output_dir, "pairs") if self.settings.resume != "never" else []:
+            with contextlib.suppress(UserError):  # a broken file
+                known |= JsonlStore(other.folder / "scores.jsonl", lambda row: row["asked"]).rows
         questions = {q["question_id"]: q for q in answers.questions}
         asked = {
             (i, name): (questions[i], turns[0]) for name, own in answers.answers.items() for i, turns in own.items()
@@ -223,8 +225,6 @@ def _to_number(score: Any, module: str) -> float:
 
 
 def _reward_model(settings: Any) -> Scorer:
-    from helpers.evaluation.reward_model import RewardModel
-
     model = RewardModel(
         settings.reward_model, settings.reward_quantization, settings.batch_size, settings.trust_remote_code
     )
