@@ -153,8 +153,10 @@ def _find_folder(settings: Any) -> Path | None:
     name = settings.answers_dir
     if settings.from_judgments and not name:
         source = find_verdicts(settings)
+        source = source if source.is_dir() else source.parent
+        source = source.parent if source.name == "model_judgment" else source
         recorded = Path(str(read_run(source).get("answers_dir") or "-"))
-        beside = [source.parent / recorded.name, find_path(str(recorded)), source, source.parent]
+        beside = [source.parent / recorded.name, find_path(str(recorded)), source]
         folder = next((p for p in beside if p and (p / "model_answer").is_dir()), None)
         if folder is None:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")

@@ -33,10 +33,10 @@ def score(answer, question):
 """
 
 
-def made(folder: Path, *words: str) -> tuple[PairSet, Run]:
-    """What 06 does with existing answers."""
+def made(folder: Path, *words: str, name: str = "pairs-x") -> tuple[PairSet, Run]:
+    """What 06 does with existing answers, in the run `name`."""
     settings = pairs_settings(folder, *words)
-    prompts, scorer, run = find_prompts(settings), make_scorer(settings), Run(folder / "outputs" / "pairs-x", {})
+    prompts, scorer, run = find_prompts(settings), make_scorer(settings), Run(folder / "outputs" / name, {})
     samples = prompts.open_store(run.folder, settings)
     samples.take(prompts.answers)
     scored = scorer.run(samples, run)
@@ -230,7 +230,7 @@ def test_a_judge_that_compares_is_asked_in_both_orders_and_told_from_itself(tmp_
     with judge_server(lambda messages: "[[A]]") as server:  # always the first
         flags[-1] = server.url
         flags[-3] = "first"
-        first, _ = made(tmp_path, *flags, "--mode", "pairwise")
+        first, _ = made(tmp_path, *flags, "--mode", "pairwise", name="pairs-y")
     assert first.metrics["consistency"] == 0.0
     assert first.dropped == {"all answers have the same score": 1}
 
@@ -243,7 +243,7 @@ def test_a_second_scorer_is_compared_on_some_prompts(tmp_path: Path, rules: str)
         with pytest.raises(SettingsError, match="--judge_module and --judge_model exclude each other"):
             made(tmp_path, *flags)
         pairs, _ = made(tmp_path, *flags, "--second_scorer", "judge_model", "--second_rows", "3")
-        assert len(server.requests) == 2  # the prompts differ by their number, which the judge is not shown
+        assert len(server.requests) == 3 * 2
     assert len(pairs.pairs) == 4
     assert pairs.metrics["second"] == {"scorer": "judge", "disagrees": 3}
     assert "judge disagrees on 3 of these pairs." in pairs.notes()
@@ -316,7 +316,7 @@ def test_a_file_of_fastchats_is_read_with_the_answers_beside_it(tmp_path: Path) 
         pairs, _ = made(tmp_path, "--from_judgments", source)
         assert of(pairs) == [(0, "x", "z"), (1, "w", "y")]
     write_rows(bench / "model_judgment" / "gpt-4_single.jsonl", [])
-    with pytest.raises(UserError, match="needs one file of judgments, and has gpt-4_pair.jsonl, gpt-4_single.jsonl"):
+    with pytest.raises(UserError, match=r"needs one file of judgments, and has gpt-4_pair\.jsonl, gpt-4_s"):
         made(tmp_path, "--from_judgments", str(bench))
 
 
