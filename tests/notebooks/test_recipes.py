@@ -189,7 +189,7 @@ from helpers.models.plan import quantization_config
 prompts, repo = json.loads(sys.argv[1]), sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(repo)
 merged = AutoModelForCausalLM.from_pretrained(repo)
-options = {"quantization_config": quantization_config("4bit", torch.float32), "dtype": torch.float32}
+options = {"quantization_config": quantization_config("4", torch.float32), "dtype": torch.float32}
 policy = AutoPeftModelForCausalLM.from_pretrained(repo + "-adapter", **options)
 for model in (merged, policy):
     answers = []
@@ -234,21 +234,10 @@ def test_the_road_of_every_recipe_ends_on_the_hub_with_the_trained_policy(
     project.run("05_judge.py", *given, f"{run}-judged", "--answers_dir", f"outputs/{run}-answers", "--judge_module",
                 "my_rules", **online)  # fmt: skip
     assert project.record(f"{run}-judged")["status"] == "finished"
-    push = [
-        "--run",
-        f"outputs/{run}",
-        "--merge_base",
-        "dequantized",
-        "--max_kl",
-        "50",
-        "--push_to_hub",
-        "--push",
-        "both",
-    ]
     repo = f"me/{kind}-{len(name)}"
-    project.run(
-        "03_merge_push.py", *given, f"{run}-dequantized", *push, "--hub_repo_id", repo, "--license", "mit", **online
-    )
+    merge = ["--run", f"outputs/{run}", "--merge_base", "dequantized", "--max_kl", "50"]
+    push = ["--push_to_hub", "--push", "both", "--hub_repo_id", repo, "--license", "mit"]
+    project.run("03_merge_push.py", *given, f"{run}-dequantized", *merge, *push, **online)
     files = project.root / "outputs" / f"{run}-answers" / "model_answer"
     answers = {file.stem: [json.loads(line)["choices"][0]["turns"][0] for line in file.read_text().splitlines()]
                for file in files.glob("*.jsonl")}  # fmt: skip
