@@ -28,6 +28,7 @@ FLAGS = {
     "03_merge_push.py": DEMO,
     "04_vibes.py": [*DEMO, "--rows", "6", "--batch_size", "2", "--do_sample"],
     "05_judge.py": [*DEMO, "--answers_dir", "outputs/asked"],
+    "06_pairs.py": [*DEMO, "--rows", "6", "--num_samples", "2", "--batch_size", "2", "--judge_module", "by_length"],
 }
 # Besides the calls of test_signals, where a signal would be kept until a step ends.
 TRAINING = [
@@ -47,6 +48,8 @@ MORE = {
     "04_vibes.py": ["helpers.evaluation.answers:JsonlStore.add 1", "helpers.evaluation.answers:JsonlStore.add 4",
                     "helpers.runs.run:Run.finish 1"],
     "05_judge.py": ["helpers.runs.run:Run.finish 1", "helpers.core:atomic_write 2"],
+    "06_pairs.py": ["helpers.evaluation.answers:JsonlStore.add 1", "helpers.evaluation.answers:JsonlStore.add 5",
+                    "helpers.runs.run:Run.finish 1"],
 }  # fmt: skip
 AFTER_TOO = {"transformers.trainer:Trainer._save_checkpoint", "helpers.runs.run:Run.finish",
              "helpers.merging.merge:write_merged", "helpers.evaluation.answers:JsonlStore.add"}  # fmt: skip
@@ -97,6 +100,7 @@ def test_killed_at_a_call_it_ends_as_if_left_alone(
     notebook: str, target: str, count: str, project: Project, undisturbed: Any
 ) -> None:
     expected = undisturbed(notebook)
+    prepare(project, notebook)
     name = f"killed-{notebook[:2]}-{hashlib.sha256(f'{target}{count}'.encode()).hexdigest()[:6]}"
     flags = [*FLAGS[notebook], "--run_name", name]
     assert stop(project, notebook, target, count, signal.SIGKILL, *flags).returncode == -signal.SIGKILL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ FLAGS = {
     "03_merge_push.py": DEMO,
     "04_vibes.py": [*DEMO, "--rows", "6", "--batch_size", "2"],
     "05_judge.py": [*DEMO, "--answers_dir", "outputs/asked"],
+    "06_pairs.py": [*DEMO, "--rows", "6", "--num_samples", "2", "--batch_size", "2", "--judge_module", "by_length"],
 }
 # Where each notebook is told to stop: the call that does not come to its end, and the number of that call.
 CALLS = {
@@ -49,9 +51,13 @@ CALLS = {
         "helpers.evaluation.judgments:find_answers 1", "helpers.evaluation.judges:Judge.run 1",
         "helpers.evaluation.judgments:Judgments.save 1",
     ],
+    "06_pairs.py": [
+        "helpers.evaluation.samples:find_prompts 1", "helpers.evaluation.scores:Scorer.score 1",
+        "helpers.evaluation.generators:HFGenerator.sample 2", "helpers.evaluation.pairs:PairSet.save 1",
+    ],
 }  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ALL_THREE = ("Trainer.training_step", "merge:write_merged", "HFGenerator.generate", "Judge.run")
+ALL_THREE = ("Trainer.training_step", "merge:write_merged", "HFGenerator.generate", "Judge.run", "HFGenerator.sample")
 # Each call with one of the signals in turn; the work itself, and where a quick test needs it, with all three.
 CASES = [(notebook, *call.split(), number) for notebook, calls in CALLS.items() for place, call in enumerate(calls)
          for number in (SIGNALS if call.split()[0].endswith(ALL_THREE) else SIGNALS[place % 3 :][:1])]  # fmt: skip
@@ -60,7 +66,11 @@ QUICK = {("01_sft.py", "helpers.settings.load:show", signal.SIGINT),
 
 
 def prepare(project: Project, notebook: str) -> None:
-    """05 judges the newest answers: let there be some."""
+    """05 judges the newest answers: let there be some. 06 uses the answers of other runs again: let there be none."""
+    if notebook == "06_pairs.py":
+        (project.root / "by_length.py").write_text("def score(answer, question):\n    return len(answer)\n")
+        for folder in (project.root / "outputs").glob("[!.]*-06*"):
+            shutil.rmtree(folder)
     if notebook == "05_judge.py" and not (project.root / "outputs" / "asked").exists():
         project.run("04_vibes.py", *FLAGS["04_vibes.py"], "--run_name", "asked")
 
