@@ -135,10 +135,11 @@ show(results.figure(), save_as=judge_run.folder / "results.png")
 if (answers.folder / "answers.html").is_file():
     print(f"Page: {short_path(answers.folder / 'answers.html')}")
 print(f"Results: {short_path(judge_run.folder / 'results.png')}")
-if answers.answers:
+runs = [path for name in answers.answers if (path := settings.output_dir / name).is_dir()]
+if runs:
     source = f"--recipe {quoted(settings.recipe)}" if settings.recipe else "--prompts_file FILE"
-    policy = settings.output_dir / list(answers.answers)[-1]
-    print(f"Another round: python notebooks/06_pairs.py --models {quoted(policy)} {source}")
-    print(f"or of these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
+    print(f"Another round: python notebooks/06_pairs.py --models {quoted(runs[-1])} {source}")
+if answers.answers:
+    print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
 show_report(*(settings.output_dir / name for name in answers.answers))
 verdicts.raise_if_incomplete()

@@ -7,7 +7,7 @@ import json
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_pairs_of_an_endpoint_are_the_next_round_s_data(
     folder = project.root / "outputs" / "round"
     asked = [r for r in server.requests if "rate" not in r["messages"][0]["content"]]
     assert Counter(r.get("n") for r in asked) == {4: 10, None: 10}  # the empty one is asked for again
-    assert judged(server) == {text: 1 for text in judged(server)}
+    assert judged(server) == dict.fromkeys(judged(server), 1)
     rows, control = (read_jsonl(folder / f"{name}.jsonl") for name in ("preferences", "control"))
     data = project.record("round")["data"]
     assert data["read"] == 11
