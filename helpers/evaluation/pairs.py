@@ -1,4 +1,4 @@
-"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control beside them."""
+"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control."""
 
 from __future__ import annotations
 

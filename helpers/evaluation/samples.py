@@ -156,8 +156,8 @@ def _find_folder(settings: Any) -> Path | None:
         source = source if source.is_dir() else source.parent
         source = source.parent if source.name == "model_judgment" else source
         recorded = Path(str(read_run(source).get("answers_dir") or "-"))
-        beside = [source.parent / recorded.name, find_path(str(recorded)), source]
-        folder = next((p for p in beside if p and (p / "model_answer").is_dir()), None)
+        places = [source.parent / recorded.name, find_path(str(recorded)), source]
+        folder = next((p for p in places if p and (p / "model_answer").is_dir()), None)
         if folder is None:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
         return folder.resolve()
@@ -264,7 +264,7 @@ class SampleStore(AnswerStore):
     def _ask(
         self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
     ) -> list[list[Answer]]:
-        """Each answer has a seed of its own, from the prompt and its number."""
+        """Each answer has its own seed, from the prompt and its number."""
         seeds = [
             [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
             for q in batch
