@@ -169,4 +169,4 @@ pairs.save(pairs_run)
 # would write itself, and its gradient says little about them.
 
 # %%
-pairs.print_next(settings, prompts, pairs_run)
+pairs.print_next(settings, prompts, run=pairs_run)
