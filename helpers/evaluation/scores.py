@@ -64,8 +64,10 @@ class Scorer:
         return Text(f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else ""))
 
     def run(self, samples: SampleStore, run: Run) -> Scored | None:
-        """Score all answers, and those to some prompts with the second scorer."""
-        answers = samples.answer_set
+        """Score all answers with a text, and those to some prompts with the second scorer."""
+        found = samples.answer_set
+        texts = {n: {i: own[i] for i in own if own[i][0].strip()} for n, own in found.answers.items()}
+        answers = dataclasses.replace(found, answers=texts)
         scored = self.score(answers, run)
         if self.second:
             count = min(self.settings.second_rows, len(answers.questions))
@@ -86,10 +88,7 @@ class Scorer:
             with contextlib.suppress(UserError):  # a broken file
                 known |= JsonlStore(other.folder / "scores.jsonl", lambda row: row["asked"]).rows
         questions = {q["question_id"]: q for q in answers.questions}
-        asked = {
-            (i, name): (questions[i], turns[0]) for name, own in answers.answers.items() for i, turns in own.items()
-            if turns[0].strip()
-        }  # fmt: skip
+        asked = {(i, n): (questions[i], turns[0]) for n, own in answers.answers.items() for i, turns in own.items()}
         keys = {place: fingerprint(self.identity, prompt_messages(q), q, text) for place, (q, text) in asked.items()}
         unique = {key: asked[place] for place, key in keys.items()}
         store.add(*(known[key] for key in unique if key in known and key not in store.rows))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
 from helpers.evaluation.pairs import PairSet, make_pairs
@@ -17,6 +18,7 @@ from helpers.evaluation.scores import Scored, make_scorer
 from helpers.runs.run import Run
 from tests.evaluation.judging import better, export, rows_of, vote
 from tests.evaluation.rounds import pairs_settings, write_answers, write_rows
+from tests.evaluation.test_reward_model import load, scores_alone, write_model
 from tests.judge_server import judge_server
 
 NO_MODELS: Any = SimpleNamespace(tokenizers={}, variables={})
@@ -249,6 +251,25 @@ def test_a_second_scorer_is_compared_on_some_prompts(tmp_path: Path, rules: str)
     assert "judge disagrees on 3 of these pairs." in pairs.notes()
     with pytest.raises(SettingsError, match="--second_scorer reward_model needs --reward_model"):
         made(tmp_path, "--answers_dir", str(folder), "--judge_module", rules, "--second_scorer", "reward_model")
+
+
+def test_a_reward_model_scores_as_a_plain_loop_over_the_answers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = write_model(tmp_path / "reward", tokenizer, pad_token_id=tokenizer.pad_token_id)
+    answers = [["five", "five is it", "five is it and so on and so on"], ["and so on", "it"]]
+    folder = write_answers(tmp_path / "given", {"m": answers})
+    pairs, run = made(tmp_path, "--answers_dir", str(folder), "--reward_model", str(model), "--batch_size", "2")
+    loaded, own = load(model)
+    for i, texts in enumerate(answers):
+        talks = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": t}] for t in texts]
+        expected = dict(zip(texts, scores_alone(loaded, own, talks), strict=True))
+        (pair,) = [p for p in pairs.pairs if p.question["question_id"] == i]
+        assert pair.chosen.text == max(expected, key=expected.get)  # type: ignore[arg-type]
+        assert pair.rejected.text == min(expected, key=expected.get)  # type: ignore[arg-type]
+        for side in (pair.chosen, pair.rejected):
+            assert side.score == pytest.approx(expected[side.text], abs=1e-5)
+    assert {row["scorer"] for row in read_jsonl(run.folder / "scores.jsonl")} == {pairs.scorer}
 
 
 def test_without_a_scorer_nothing_starts(tmp_path: Path, rules: str) -> None:
