@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from helpers.core import Row, UserError, atomic_write, find_path, read_jsonl
+from helpers.core import Row, UserError, atomic_write, find_path
 from helpers.data.encode import not_rendered
 from helpers.data.messages import Message
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.judgments import AnswerSet, read_judgments, read_votes
+from helpers.evaluation.judgments import AnswerSet, read_votes
 from helpers.evaluation.questions import Answer, Question
-from helpers.evaluation.samples import Prompts, SampleStore, find_judgments, prompt_messages
-from helpers.evaluation.scores import Scored
+from helpers.evaluation.samples import Prompts, SampleStore, prompt_messages
+from helpers.evaluation.scores import Scored, read_given_judgments
 from helpers.runs.checkpoints import quoted, read_run
 from helpers.runs.run import PAIR_FILES, Run
 
@@ -291,10 +291,9 @@ Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two
 
 def _read_ratings(settings: Any) -> Scored | None:
     """Ratings of the first turns as scores; None if the judgments are comparisons."""
-    file = find_judgments(settings)
-    if "score" not in next(iter(read_jsonl(file)), {}):
+    judgments = read_given_judgments(settings)
+    if judgments.mode != "single":
         return None
-    judgments = read_judgments(str(file), "single", flag="--from_judgments")
     scores: dict[Any, dict[str, float]] = {}
     for row in judgments.rows:
         if row["turn"] == 1 and row["score"] != -1:
@@ -310,7 +309,7 @@ def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:
     if settings.from_votes:
         scorer, rows = "human", read_votes(settings.from_votes, answers)
     else:
-        judgments = read_judgments(str(find_judgments(settings)), "pairwise", flag="--from_judgments")
+        judgments = read_given_judgments(settings)
         scorer, rows = judgments.judge, judgments.rows
     found: dict[str, dict[tuple[str, str], Counter[str]]] = {}
     for row in rows:

@@ -12,15 +12,24 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from helpers.core import CleanExit, Row, SettingsError, UserError, fingerprint, import_user_module, short_path
+from helpers.core import (
+    CleanExit,
+    Row,
+    SettingsError,
+    UserError,
+    fingerprint,
+    import_user_module,
+    read_jsonl,
+    short_path,
+)
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
-from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs
+from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import OUTCOMES
 from helpers.evaluation.reward_model import RewardModel
-from helpers.evaluation.samples import VERDICTS, SampleStore, prompt_messages
+from helpers.evaluation.samples import VERDICTS, SampleStore, find_judgments, prompt_messages
 from helpers.runs.run import Run, list_runs
 
 SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
@@ -151,6 +160,13 @@ class GivenVerdicts(Scorer):
         return None
 
 
+def read_given_judgments(settings: Any) -> Judgments:
+    """The judgments that --from_judgments names: ratings, or comparisons. Raises UserError."""
+    file = find_judgments(settings)
+    mode = "single" if "score" in next(iter(read_jsonl(file)), {}) else "pairwise"
+    return read_judgments(str(file), mode, flag="--from_judgments")
+
+
 class VotePage(Scorer):
     """People, who vote on a page for the best answer to each prompt."""
 
@@ -170,6 +186,8 @@ def make_scorer(settings: Any, second: str = "") -> Scorer:
     `second` names the setting of a scorer instead.
     """
     if any(getattr(settings, name) for name in VERDICTS):
+        if settings.from_judgments:
+            read_given_judgments(settings)  # before anything is written
         return GivenVerdicts("the verdicts that are given", settings)
     given = [name for name in SCORERS if getattr(settings, name) and name != settings.second_scorer]
     highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]

@@ -265,6 +265,7 @@ JSON_FILE = {name: fault for name, fault in JSON.items() if name != "mark"}
 TRAIN = ["02_dpo.py", "--model_id", "BASE", *SHORT, "--dataset_id"]
 JUDGE = ["05_judge.py", "--answers_dir", "WORLD/asked"]
 RULED = [*JUDGE, "--judge_module", "recipes.demo.questions"]
+PAIRS = ["06_pairs.py", "--judge_module", "recipes.demo.questions"]
 # The command, the file that is broken, and its faults.
 OTHERS: list[tuple[list[str], str, dict[str, Callable[[bytes], bytes]]]] = [
     ([*TRAIN, "WORLD/pairs.jsonl"], "pairs.jsonl", LINES),
@@ -295,6 +296,19 @@ OTHERS: list[tuple[list[str], str, dict[str, Callable[[bytes], bytes]]]] = [
     (["03_merge_push.py", "--run", "WORLD/run"], "run/run.json", RUN),
     (["02_dpo.py", "--sft_run", "WORLD/run", *SHORT], "run/run.json", RUN),
     (["04_vibes.py", "--models", "WORLD/run", *ASKED], "run/run.json", RUN),
+    ([*PAIRS, "--models", "BASE", "--prompts_file", "WORLD/questions.jsonl"], "questions.jsonl", LINES),
+    ([*PAIRS, "--models", "BASE", "--prompts", "Why?", "--exclude", "WORLD/questions.jsonl"], "questions.jsonl", LINES),
+    ([*PAIRS, "--models", "WORLD/run", "--prompts", "Why?"], "run/run.json", RUN),
+    ([*PAIRS, "--answers_dir", "WORLD/asked"], "asked/question.jsonl", LINES),
+    ([*PAIRS, "--answers_dir", "WORLD/asked"], "asked/model_answer/a.jsonl",
+     {n: f for n, f in LINES.items() if n != "empty"}),
+    (["06_pairs.py", "--answers_dir", "WORLD/asked", "--from_votes", "WORLD/votes.json"], "votes.json", JSON_FILE),
+    (["06_pairs.py", "--answers_dir", "WORLD/asked", "--from_judgments", "WORLD/judgments.jsonl"], "judgments.jsonl",
+     LINES),
+    (["06_pairs.py", "--answers_dir", "WORLD/asked", "--judge_module", "corrupt_rules"], "corrupt_rules.py",
+     {name: CODE[name] for name in CODE if name != "half"}),  # of which half can be imported, and is a score() still
+    ([*PAIRS, "--models", "BASE", "--prompts", "Why?", "--chat_template", "WORLD/template.jinja"],
+     "template.jinja", JINJA),
 ]  # fmt: skip
 OTHER_CASES = [(words, file, fault) for words, file, faults in OTHERS for fault in faults]
 QUICK_OTHERS = {("pairs.jsonl", "deep"), ("recipe.yaml", "list"), ("asked/model_answer/a.jsonl", "utf-16"),
