@@ -115,7 +115,7 @@ class PairSet:
     def _by_length(self) -> list[Row]:
         """The answers in thirds by length: the mean score, and how many were chosen and rejected."""
         rows = [c for c in self.scored if c.score is not None]
-        ends = np.quantile([len(c.text) for c in rows], [1 / 3, 2 / 3]) if rows else []
+        ends = np.quantile([len(c.text) for c in rows] or [0], [1 / 3, 2 / 3])
         thirds: dict[str, list[Candidate]] = {name: [] for name in THIRDS}
         for c in rows:
             thirds[THIRDS[int(np.searchsorted(ends, len(c.text)))]].append(c)
@@ -269,7 +269,7 @@ def _pairs_of_scores(
         both = [(a, b) for a, b in both if a is best_one]
         both = [draw.choice(both) if settings.pairing == "best_vs_random" else max(both, key=lambda ab: _margin(*ab))]
     kept = [(a, b) for a, b in both if _margin(a, b) >= settings.min_score_margin]
-    if kept:
+    if 0 < len(kept) < len(both):
         lost[MARGIN] += len(both) - len(kept)
     return [Pair(question, a, b, scored.scorer) for a, b in kept] or MARGIN
 
