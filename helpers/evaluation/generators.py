@@ -141,7 +141,7 @@ class Generators:
     """
 
     def __init__(self, models: list[ModelRef], settings: Any) -> None:
-        self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
+        self.models, self.settings = models, settings
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         given = template_variables(settings)
         body = {"chat_template_kwargs": given} if given else {}
@@ -154,6 +154,10 @@ class Generators:
         self._generator = HFGenerator(None, cast(Any, None))  # the one that holds the model in memory
         self._loaded: Any = None  # what its base is
         self._untouched: dict[str, tuple[int, int]] = {}  # the base's `_tensor_versions` as it was loaded
+
+    @functools.cached_property
+    def sampling(self) -> dict[str, Any]:
+        return generation_kwargs(self.settings)
 
     def __rich__(self) -> Any:
         from rich.table import Table
