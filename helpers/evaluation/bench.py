@@ -63,7 +63,7 @@ class Bench:
         how = SimpleNamespace(
             trust_remote_code=False, quantization="auto", chat_template="auto", chat_template_kwargs="", seed=0
         )
-        self.generators = Generators(refs, how)
+        self.generators = Generators(refs, how, sampling={})
         self.models, self.limit = [ref.name for ref in refs], settings.limit
         self.name = f"lm-eval {' '.join(self.specs)}"
         contents = [Path(spec).read_text("utf-8") if Path(spec).is_file() else spec for spec in self.specs.values()]
