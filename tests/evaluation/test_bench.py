@@ -33,9 +33,9 @@ def test_the_paired_interval_is_that_of_a_table_worked_by_hand() -> None:
     assert (found["questions"], found["better"], found["worse"]) == (20, 6, 1)
     assert (found["before"], found["after"], found["difference"]) == (0.5, 0.75, 0.25)
     assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)  # at most one of seven, on both sides
-    # Clopper and Pearson for 6 of 7: 7 p^6 (1 - p) + p^7 = 0.025 at 0.421281, and p^7 = 0.975 at 0.996390
+    # Clopper and Pearson for 6 of 7: 7 p^6 (1 - p) + p^7 = 0.025 at 0.4212768, and p^7 = 0.975 at 0.996390
     assert found["interval"] == pytest.approx(
-        ((2 * 0.421281 - 1) * 7 / 20, (2 * 0.975 ** (1 / 7) - 1) * 7 / 20), abs=1e-6
+        ((2 * 0.4212768 - 1) * 7 / 20, (2 * 0.975 ** (1 / 7) - 1) * 7 / 20), abs=1e-6
     )
     turned = compare_right(after, before)
     assert turned["interval"] == pytest.approx((-found["interval"][1], -found["interval"][0]))
@@ -119,7 +119,7 @@ def test_lm_eval_counts_what_a_plain_loop_counts_and_the_report_says_what_got_wo
     before = set((tmp_path / "outputs").rglob("*"))
     ended, _ = run_all(project, [("05_judge.py", [*flags]), *(("05_judge.py", words) for words in refused)])
     for text, expected in zip(ended, (
-        "CleanExit", "UserError: ", "SettingsError: --bench asks the models. Remove --answers_dir and --bench_dir, and",
+        "well", "UserError: ", "SettingsError: --bench asks the models. Remove --answers_dir and --bench_dir, and",
         "SettingsError: --mode single rates answers from 1 to 10; --bench compares them.", "SettingsError: ",
         "CleanExit: Dry run", "UserError: --bench 'nowhere.yaml' is not a file",
         "SettingsError: --bench compares models, and there is one: start. Add one to --models.",
@@ -176,8 +176,8 @@ def test_without_lm_eval_one_line_says_how_to_install_it(monkeypatch: pytest.Mon
 
 def test_bench_without_names_means_ifeval_and_gsm8k() -> None:
     (cell,) = (c for c in code_cells(REPO / "notebooks" / "05_judge.py") if "parameters" in c.metadata.get("tags", []))
-    space: dict[str, Any] = {"__name__": __name__}
-    exec(cell.source, space)
+    space: dict[str, Any] = {}
+    exec(compile(cell.source, "Settings", "exec", dont_inherit=True), space)
     for words, expected in ((["--bench"], ("ifeval", "gsm8k")), (["--bench", "mmlu"], ("mmlu",)), ([], ())):
         assert load_settings(space["Settings"], {}, words).bench == expected
 
