@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 INSTALL = '`--bench` needs the package lm-eval. Install it with `pip install "lm-eval[hf,ifeval]"`.'
 BATCH, SHOWN = 8, 5  # requests at a time; questions that are shown of those that got worse, for each task
-METHOD = (
+BENCH_METHOD = (
     "A question counts as right by the first metric of the task that is 0 or 1 for each of them, after the last of its "
     "filters. p: exact McNemar test, of the questions that only one model answers right. Interval of the difference: "
     "Clopper and Pearson's of their share, times how many they are."
@@ -180,7 +180,7 @@ class BenchResults:
         return cls(judgments.judge, models, tasks, worse)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"method": METHOD}
+        return dataclasses.asdict(self) | {"method": BENCH_METHOD}
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -200,7 +200,7 @@ class BenchResults:
         if self.worse:
             texts = [(f"{r['task']}: {r['question']}", r["target"], r["before"], r["after"]) for r in self.worse]
             parts += [make_table(["what got worse", "right", "before", "after"], texts, show_lines=True), ""]
-        return Group(*parts, Text(METHOD, style="dim"))
+        return Group(*parts, Text(BENCH_METHOD, style="dim"))
 
     def figure(self) -> Figure:
         """The accuracies of each pair on each task, before and after."""

@@ -165,10 +165,8 @@ def test_variables_of_the_template_reach_04_a_server_the_card_and_the_serve_comm
     own.chat_template = own.chat_template + "{% if enable_thinking is false %}no{% endif %}"
     tiny_mistral(len(own)).save_pretrained(tmp_path / "m")
     own.save_pretrained(tmp_path / "m")
-    data = {"rendered_with": {given: 4}}
-    write_json(
-        tmp_path / "m" / "run.json", {"step": "dpo", "status": "finished", "base_model": "org/base", "data": data}
-    )
+    record = {"step": "dpo", "status": "finished", "base_model": "org/base", "settings": {}}
+    write_json(tmp_path / "m" / "run.json", record | {"data": {"rendered_with": {given: 4}}})
     ref = ModelRef("m", str(tmp_path / "m"))
     for words, expected in (([], VARIABLES), (["--chat_template_kwargs", '{"enable_thinking": true}'],
                                               {"enable_thinking": True})):  # fmt: skip
