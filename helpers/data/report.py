@@ -152,7 +152,7 @@ def held_out_prompt(row: Row) -> Row:
         return {"prompt": row["prompt"], "ids": row["prompt_ids"]}
     learned = [label != -100 for label in row["labels"]]
     starts = [i for i, is_learned in enumerate(learned) if is_learned and not (i and learned[i - 1])]
-    return {"prompt": row["messages"][:-1], "ids": row["input_ids"][: starts[-1]]}
+    return {"prompt": row["messages"][:-1], "ids": row["input_ids"][: max(starts, default=None)]}
 
 
 def read_texts(rows: Dataset) -> DataFrame:

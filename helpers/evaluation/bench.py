@@ -60,6 +60,8 @@ class Bench:
             raise SettingsError(f"--bench needs models that are loaded here, and {remote[0]} is behind an endpoint.")
         if len(refs) < 2:
             raise SettingsError(f"--bench compares models, and there is one: {refs[0].name}. Add one to --models.")
+        for name in self.specs:  # before anything is written
+            self._load(name)
         how = SimpleNamespace(
             trust_remote_code=False, quantization="auto", chat_template="auto", chat_template_kwargs="", seed=0
         )
@@ -90,6 +92,15 @@ class Bench:
         rows = [self.store.rows[model, task] for task in self.specs for model in self.models]
         return BenchJudgments(self.name, [], answered=rows)
 
+    def _load(self, task: str) -> dict[str, Any]:
+        """The parts of a task, with their questions. Raises UserError."""
+        try:
+            return dict(self.manager.load([self.specs[task]])["tasks"])
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # of a file, the Hub, or a package that the task needs
+            raise UserError(f"--bench {task} cannot be loaded: {describe_error(error).rstrip('.')}.") from None
+
     def _ask(self, task: str, generator: HFGenerator) -> Row:
         """The metric of a task, and for each of its questions whether the answer is right."""
         from lm_eval.evaluator import simple_evaluate
@@ -100,12 +111,7 @@ class Bench:
             generator.model, tokenizer=generator.tokenizer, batch_size=BATCH, think_end_token=ends_thought,
             mixed_precision_dtype=generator.autocast, chat_template_args=generator.variables,
         )  # fmt: skip
-        try:
-            tasks: Any = self.manager.load([self.specs[task]])["tasks"]
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # of a file, the Hub, or a package that the task needs
-            raise UserError(f"--bench {task} cannot be loaded: {describe_error(error)}.") from None
+        tasks = self._load(task)
         found: Any = simple_evaluate(
             model, tasks=[*tasks.values()], limit=self.limit or None, apply_chat_template=True, bootstrap_iters=0,
             task_manager=self.manager,

@@ -111,10 +111,13 @@ def test_lm_eval_counts_what_a_plain_loop_counts_and_the_report_says_what_got_wo
     assert [(row["question"], row["before"].strip()) for row in metrics["worse"]] == [(questions[9], said[0][9])]
     assert (folder / "results.png").stat().st_size > 5000
     assert not (folder / "model_judgment").exists()
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(task.read_text().replace("questions.jsonl", "nowhere.jsonl"))
     refused = [
         here, [*flags, "--answers_dir", str(tmp_path)], [*flags, "--mode", "single"], [*flags, "--judge_model", "m"],
         [*flags, "--dry_run", "--limit", "3"], ["--bench", "nowhere.yaml", *flags[2:]],
         [*here, "--models", str(start)], [*here, "--models", str(start), "m@http://127.0.0.1:9"],
+        ["--bench", str(broken), *flags[2:]],
     ]  # fmt: skip
     before = set((tmp_path / "outputs").rglob("*"))
     ended, _ = run_all(project, [("05_judge.py", [*flags]), *(("05_judge.py", words) for words in refused)])
@@ -124,6 +127,7 @@ def test_lm_eval_counts_what_a_plain_loop_counts_and_the_report_says_what_got_wo
         "CleanExit: Dry run", "UserError: --bench 'nowhere.yaml' is not a file",
         "SettingsError: --bench compares models, and there is one: start. Add one to --models.",
         "SettingsError: --bench needs models that are loaded here, and m is behind an endpoint.",
+        "UserError: --bench broken cannot be loaded: ",
     ), strict=True):  # fmt: skip
         assert text.startswith(expected), text
     assert "exclude each other" in ended[4]
