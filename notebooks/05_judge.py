@@ -24,6 +24,7 @@
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one complete prompt, and how many calls
 # python notebooks/05_judge.py --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B        # a reward model
 # python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people's votes on the page of 04_vibes.py
+# python notebooks/05_judge.py --bench --models latest --limit 100     # IFEval and GSM8K before and after, by lm-eval
 # python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, with the answers in mt_bench/
 # ```
 #
@@ -50,7 +51,8 @@ class Settings(RunSettings):
     """Judge models' answers: who wins, by how much, and how sure that is."""
 
     step: ClassVar[str] = "judge"  # start of the run's name, prefix of variables, section of a recipe
-    exclusive: ClassVar = (("judge_model", "reward_model", "votes", "judge_module", "judgments"),)  # give one
+    exclusive: ClassVar = (("judge_model", "reward_model", "votes", "judge_module", "judgments", "bench"),)  # give one
+    bare: ClassVar = {"bench": ["ifeval", "gsm8k"]}  # what --bench without names means
 
     mode: Literal["pairwise", "single"] = "pairwise"  # pairwise: compare two answers; single: rate each from 1 to 10
     answers_dir: str = "latest"  # a finished run of 04_vibes.py (latest: the newest), or a folder of model_answer files
@@ -65,6 +67,8 @@ class Settings(RunSettings):
     votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
     judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
     judgments: str = ""  # instead of a model: a FastChat model_judgment file, whose verdicts are only counted
+    bench: tuple[str, ...] = ()  # instead: tasks of lm-eval or their YAML files, which --models answer
+    limit: int = 0  # number of questions of each task of bench, from the first; 0: all
     judge_prompts: str = ""  # file in the layout of FastChat's judge_prompts.jsonl; by default bench_dir's, or built-in
 
     temperature: float = 0.0  # temperature of the judge
@@ -86,8 +90,8 @@ settings = load_settings(Settings, globals())
 # ## Answers and judge
 #
 # A pair of models is compared only on questions that both have answered. The judge is a model, a reward model, people
-# (votes), rules, or a file of judgments. `--dry_run` prints a preview of the judge's work, and `start_run` then ends
-# the notebook.
+# (votes), rules, or a file of judgments. With `--bench`, the models answer tasks that have right answers. `--dry_run`
+# prints a preview of the judge's work, and `start_run` then ends the notebook.
 
 # %%
 from helpers.core import short_path, show
@@ -141,5 +145,5 @@ if runs:
     print(f"Another round: python notebooks/06_pairs.py --models {quoted(runs[-1])} {source}")
 if answers.answers:
     print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
-show_report(*(settings.output_dir / name for name in answers.answers))
+show_report(*(settings.output_dir / name for name in results.models))
 verdicts.raise_if_incomplete()

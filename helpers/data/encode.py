@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TokenIds = dict[str, Any]  # by column; of a changed example also its "modification"
 LAST_LEARNED = "only the last answer is learned: the chat template renders earlier ones differently"
-THOUGHTS_LOST = "the chat template begins with thoughts at generation, and leaves them out of an answer"
+THOUGHTS_LOST = "the chat template begins with thoughts at generation, but not in training: use another --chat_template"
 EMPTY, EMPTY_THOUGHTS = "<think>\n\n</think>\n\n", "empty thoughts added: the chat template begins with thoughts"
 NOT_RENDERED = "{}, which the chat template does not render"
 XYZZY = {"name": "xyzzy", "description": "", "parameters": {"type": "object", "properties": {}}}  # a tool

@@ -93,7 +93,7 @@ def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Messa
     return messages
 
 
-def _template_options(row: Row) -> dict[str, Any]:
+def row_template_options(row: Row) -> dict[str, Any]:
     """The tools of a row, a list or one tool, and the variables that its chat template gets. Both may be JSON."""
     tools, options = (without_nulls(parse_text(row.get(name))) for name in ("tools", "chat_template_kwargs"))
     if tools and not isinstance(tools, list | dict):
@@ -132,7 +132,7 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, row: Row, margin: float | Non
         raise DropRow("prompts differ")
     if conversation_key(better[-1:]) == conversation_key(worse[-1:]):
         raise DropRow("chosen equals rejected")
-    return Example(better[:-1], better[-1:], worse[-1:], margin, _template_options(row))
+    return Example(better[:-1], better[-1:], worse[-1:], margin, row_template_options(row))
 
 
 def read_pair(row: Row, config: PairingConfig) -> list[Example]:
@@ -231,7 +231,7 @@ def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, 
     messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
         raise DropRow("no turn is learned")
-    return [Example(messages[:-1], messages[-1:], options=_template_options(row))]
+    return [Example(messages[:-1], messages[-1:], options=row_template_options(row))]
 
 
 def _margin_error(margin: float | None, min_margin: float) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from jinja2 import Environment
 
-from helpers.core import BLUE, GREY, ORANGE, is_main_process, new_figure, short_path, show, write_json
+from helpers.core import BLUE, GREY, ORANGE, Row, is_main_process, new_figure, short_path, show, write_json
 from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
@@ -86,11 +86,9 @@ class DataReport:
     def of(cls, train_set: Dataset, eval_set: Dataset, row_report: RowReport, max_length: int = 0) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` returned, for the same `max_length`."""
         train, held_out = read_texts(train_set), read_texts(eval_set)
-        is_pairs = "prompt" in eval_set.column_names
-        first = eval_set[:SAVED_PROMPTS]["prompt" if is_pairs else "messages"]
-        prompts = first if is_pairs else [talk[:-1] for talk in first]
+        prompts = [held_out_prompt(row) for row in eval_set.select(range(min(SAVED_PROMPTS, len(eval_set)))).to_list()]
         findings = find_data_issues(train, held_out, row_report, max_length)
-        return cls(row_report, train, held_out, max_length, findings, list(prompts))
+        return cls(row_report, train, held_out, max_length, findings, prompts)
 
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -141,10 +139,20 @@ class DataReport:
     def save(self, folder: Path) -> None:
         """Write data_report.png, data_report.json, and held_out.jsonl with prompts to verify a merge on."""
         if is_main_process():
-            lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self.prompts]
+            lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in self.prompts]
             (folder / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             self.figure.savefig(folder / "data_report.png", dpi=120)
             write_json(folder / "data_report.json", self.as_dict())
+
+
+def held_out_prompt(row: Row) -> Row:
+    """The prompt of a row in words, and its tokens in training, with all that the template was given: tools, calls and
+    variables. Of a conversation, what is before its last answer."""
+    if "messages" not in row:
+        return {"prompt": row["prompt"], "ids": row["prompt_ids"]}
+    learned = [label != -100 for label in row["labels"]]
+    starts = [i for i, is_learned in enumerate(learned) if is_learned and not (i and learned[i - 1])]
+    return {"prompt": row["messages"][:-1], "ids": row["input_ids"][: max(starts, default=None)]}
 
 
 def read_texts(rows: Dataset) -> DataFrame:

@@ -27,7 +27,15 @@ from helpers.core import (
     short_path,
 )
 from helpers.data.messages import Message
-from helpers.evaluation.questions import Answer, Question, answer_turns, file_name_key, file_owner, question_turns
+from helpers.evaluation.questions import (
+    Answer,
+    Question,
+    answer_turns,
+    file_name_key,
+    file_owner,
+    question_options,
+    question_turns,
+)
 from helpers.runs.run import Run
 
 ModelAnswers = dict[str, dict[Any, list[Any]]]  # model → question_id → its answers (Answer or str), one per turn
@@ -105,7 +113,8 @@ class Generator:
     """Generates answers to conversations."""
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str]:
-        """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s."""
+        """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s, and where a
+        question has tools, `options`: what the chat template is given for each conversation."""
         raise NotImplementedError
 
     def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
@@ -242,8 +251,10 @@ class AnswerStore:
         shown = self.questions[step // 2 :: step][:rows]
         columns = [{q["question_id"]: q["turns"] for q in shown}, *map(self.answers, names)]
         cells = [[column.get(q["question_id"], ["(no answer)"]) for column in columns] for q in shown]
+        thoughts = [["\n\n".join(filter(None, (getattr(t, "thoughts", "") for t in turns))) for turns in row]
+                    for row in cells]  # fmt: skip
         notes = [note for name in names if (note := describe_counts(name, self.count(name)))]
-        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells], notes)
+        return SideBySide(["prompt", *names], [[_join(turns) for turns in row] for row in cells], notes, thoughts)
 
     def write_vote_page(self, names: list[str], title: str, settings: dict[str, Any]) -> str:
         """Write answers.html, a page to read and vote on that makes no network request, and return its id.
@@ -272,7 +283,8 @@ class AnswerStore:
                     "id": i,  # as JSON, which the export repeats: JavaScript would round a long number
                     "name": str(question["question_id"]),
                     "category": question.get("category") or "",
-                    "turns": question_turns(question),
+                    "turns": question_turns(question, with_tools=False),
+                    "tools": json.dumps(question["tools"], indent=2) if question.get("tools") else "",
                     "reference": question.get("reference") or [],
                     "columns": columns,
                 }
@@ -307,7 +319,9 @@ def _play(batch: list[Question], generator: Generator, seed: int, kwargs: dict[s
         active = [i for i, turns in enumerate(answers) if not (turns and turns[-1].refused)]
         for i in active:
             talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
-        texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs) if active else []
+        options = [question_options(batch[i]) for i in active]
+        more = {"options": options} if any(options) else {}
+        texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs, **more) if active else []
         for i, text in zip(active, texts, strict=True):
             answers[i].append(text if isinstance(text, Answer) else Answer(text))
             talks[i].append({"role": "assistant", "content": str(answers[i][-1])})
@@ -336,20 +350,33 @@ def describe_counts(name: str, counts: dict[str, int]) -> str:
 
 @dataclasses.dataclass
 class SideBySide:
-    """A row per prompt with each model's answer: a table in a terminal, HTML in a notebook."""
+    """A row per prompt with each model's answer: a table in a terminal, HTML in a notebook. `thoughts` of the cells are
+    folded in HTML, and counted in a terminal."""
 
     head: list[str]
     rows: list[list[str]]
     notes: list[str] = dataclasses.field(default_factory=list)
+    thoughts: list[list[str]] = dataclasses.field(default_factory=list)
 
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.text import Text
 
-        return Group(make_table(self.head, self.rows, show_lines=True), *map(Text, self.notes))
+        rows = [[f"{describe_thoughts(thought)} {text}".strip() for text, thought in cells] for cells in self._cells()]
+        return Group(make_table(self.head, rows, show_lines=True), *map(Text, self.notes))
 
     def _repr_html_(self) -> str:
-        return render_template("side_by_side.jinja", head=self.head, rows=self.rows, notes=self.notes)
+        rows = [[(text, thought, describe_thoughts(thought)) for text, thought in cells] for cells in self._cells()]
+        return render_template("side_by_side.jinja", head=self.head, rows=rows, notes=self.notes)
+
+    def _cells(self) -> list[list[tuple[str, str]]]:
+        thoughts = self.thoughts or [[""] * len(row) for row in self.rows]
+        return [list(zip(*pair, strict=True)) for pair in zip(self.rows, thoughts, strict=True)]
+
+
+def describe_thoughts(text: str) -> str:
+    """A short mark in place of thoughts; "" for none."""
+    return f"(thought: {len(text.split()):,} words)" if text else ""
 
 
 def make_table(head: list[str], rows: Iterable[Iterable[Any]], show_lines: bool = False) -> Any:

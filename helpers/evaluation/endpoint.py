@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -123,14 +123,21 @@ class Endpoint(Generator):
         self._lock, self._printed = threading.RLock(), set[str]()
         self._refusals, self._has_answered = 0, False
 
-    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[Answer]:
-        """The conversations of a batch are sent at the same time."""
+    def generate(
+        self,
+        conversations: list[list[Message]],
+        seed: int = 0,
+        options: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[Answer]:
+        """The conversations of a batch are sent at the same time, each with the tools in its `options`."""
         arguments = _to_openai(kwargs) | {"seed": seed}
         answers = [Answer("")] * len(conversations)
 
         def answer(i: int) -> None:
             try:
-                answers[i] = self.ask(conversations[i], **arguments).answer
+                reply = self.ask(conversations[i], **arguments, **(options[i] if options else {}))
+                answers[i] = reply.answer
             except RequestRefused as error:
                 answers[i] = Answer("", refused=str(error))
 
@@ -328,14 +335,17 @@ def _raise_error_within(reply: Any) -> None:
 
 
 def _read_message(message: Any) -> tuple[str, str, str]:
-    """The text of a message, its thoughts and its refusal. The content may be a list of parts of several types."""
+    """The text of a message with its tool calls, its thoughts and its refusal. The content may be a list of parts of
+    several types."""
     thoughts = next((text for key in THOUGHT_KEYS if (text := _join_parts(getattr(message, key, None)))), "")
     parts = message.content if isinstance(message.content, list) else [message.content]
     kinds = [str(part.get("type")) if isinstance(part, dict) else "text" for part in parts]
     texts = list(zip(kinds, map(_join_parts, parts), strict=True))
     thoughts += "".join(text for kind, text in texts if re.search("think|reason", kind))
     refusal = getattr(message, "refusal", None) or "".join(text for kind, text in texts if kind == "refusal")
-    return "".join(text for kind, text in texts if not re.search("think|reason|refusal", kind)), thoughts, refusal
+    text = "".join(text for kind, text in texts if not re.search("think|reason|refusal", kind))
+    calls = [json.dumps({"name": c.function.name, "arguments": c.function.arguments}) for c in message.tool_calls or []]
+    return "\n".join([text, *(f"<tool_call>{call}</tool_call>" for call in calls)]).strip("\n"), thoughts, refusal
 
 
 def _join_parts(part: Any) -> str:

@@ -9,7 +9,7 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
 from helpers.models.adapters import load_adapter, read_pretrained
 from helpers.models.chat import (
     CHAT_TEMPLATES,
+    TemplateOptions,
     eos_token_ids,
     fold_system_message,
     name_template,
@@ -106,7 +107,13 @@ class HFGenerator(Generator):
     autocast: torch.dtype | None = None
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> list[Answer]:
+    def generate(
+        self,
+        conversations: list[list[Message]],
+        seed: int = 0,
+        options: Sequence[TemplateOptions] | None = None,
+        **kwargs: Any,
+    ) -> list[Answer]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
         import torch
         from transformers import set_seed
@@ -115,7 +122,8 @@ class HFGenerator(Generator):
         kwargs = {"eos_token_id": eos_token_ids(self.tokenizer, self.model.generation_config)} | kwargs
         system = supports_system_role(self.tokenizer)
         talks = [fold_system_message(talk, system) for talk in conversations]
-        texts = [render(self.tokenizer, talk, prompt=True, options=self.variables) for talk in talks]
+        given = [self.variables | dict(own) for own in options or [{}] * len(talks)]
+        texts = [render(self.tokenizer, talk, True, own) for talk, own in zip(talks, given, strict=True)]
         inputs = self.tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
@@ -170,8 +178,9 @@ class Generators:
     Raises SettingsError or UserError for arguments that are refused, a bad endpoint, or a model that cannot run here.
     """
 
-    def __init__(self, models: list[ModelRef], settings: Any) -> None:
-        self.models, self.settings, self.sampling = models, settings, generation_kwargs(settings)
+    def __init__(self, models: list[ModelRef], settings: Any, sampling: dict[str, Any] | None = None) -> None:
+        self.models, self.settings = models, settings
+        self.sampling = generation_kwargs(settings) if sampling is None else sampling
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         given = template_variables(settings)
         body = {"chat_template_kwargs": given} if given else {}

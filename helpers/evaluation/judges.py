@@ -12,6 +12,7 @@ from typing import Any
 from helpers.core import Row, SettingsError, UserError, fingerprint, printable, short_path
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore, resumable
+from helpers.evaluation.bench import Bench
 from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (
     AnswerSet,
@@ -32,7 +33,7 @@ from helpers.evaluation.questions import JudgePrompts, strip_thoughts
 from helpers.evaluation.reward_model import RewardModel, judge_by_scores
 from helpers.runs.run import Run
 
-JUDGE_FLAGS = ("judge_model", "reward_model", "votes", "judge_module", "judgments")
+JUDGE_FLAGS = ("judge_model", "reward_model", "votes", "judge_module", "judgments", "bench")
 # [[A]], [[ 9/10 ]], [[Assistant B]] ...; its last bracket may be missing at the end of a reply. [[1]](url) is a link.
 BRACKETED = re.compile(r"\[\s*\[([^\[\]]{1,60})\](?:\s*\](?!\()|\W*\Z)")
 VERDICT = re.compile(
@@ -193,16 +194,18 @@ class Judge:
         return self.judgments
 
 
-def make_judge(settings: Any, answers: AnswerSet) -> Judge:
+def make_judge(settings: Any, answers: AnswerSet) -> Judge | Bench:
     """The judge that the settings of 05_judge.py name. Raises SettingsError without one, or if it cannot rate."""
     flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
     if flag is None:
         raise SettingsError(
             "no judge is set. Give --judge_model NAME (with --base_url for your own server), --reward_model MODEL, "
-            "--votes FILE or --judge_module MODULE."
+            "--votes FILE, --judge_module MODULE or --bench TASK."
         )
-    if settings.mode == "single" and flag in ("reward_model", "votes", "judge_module"):
+    if settings.mode == "single" and flag in ("reward_model", "votes", "judge_module", "bench"):
         raise SettingsError(f"--mode single rates answers from 1 to 10; --{flag} compares them. Remove one of them.")
+    if flag == "bench":
+        return Bench(settings)
     if flag == "judgments":
         return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers)
     pairs = model_pairs(answers.answers, settings.mode, model_name(settings.baseline, answers.answers))

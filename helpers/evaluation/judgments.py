@@ -97,6 +97,8 @@ def find_answers(settings: Any) -> AnswerSet:
 
     --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
     """
+    if settings.bench:  # the models are asked themselves
+        return AnswerSet([], {}, settings.output_dir)
     bench = find_input("--bench_dir", settings.bench_dir, "folder").resolve() if settings.bench_dir else None
     if settings.judgments and not bench and not settings.is_set("answers_dir"):  # the file has all there is to count
         print(printable(f"Judgments: {settings.judgments}"))
@@ -164,8 +166,9 @@ class Judgments:
         """Write model_judgment/JUDGE_pair.jsonl or JUDGE_single.jsonl as FastChat does, results.json, and run.json."""
         kind = "single" if any("score" in row for row in self.rows) else "pair"
         file = run.folder / "model_judgment" / f"{safe_file_name(self.judge)}_{kind}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if self.rows:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         metrics = results.as_dict()
         write_json(run.folder / "results.json", metrics)
         if self.remaining or self._is_unreadable:

@@ -13,6 +13,7 @@ import numpy as np
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row, new_figure
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table, render_template
+from helpers.evaluation.bench import BenchJudgments, BenchResults
 from helpers.evaluation.judgments import AnswerSet, Judgments, describe_self_judging
 
 if TYPE_CHECKING:
@@ -299,8 +300,10 @@ class RatingResults:
 
 def summarize_judgments(
     judgments: Judgments, answers: AnswerSet, mode: str, seed: int = 0
-) -> PairwiseResults | RatingResults:
-    """The results of judgments of --mode pairwise or single."""
+) -> PairwiseResults | RatingResults | BenchResults:
+    """The results of judgments of --mode pairwise or single, or of tasks."""
+    if isinstance(judgments, BenchJudgments):
+        return BenchResults.from_judgments(judgments)
     return (RatingResults if mode == "single" else PairwiseResults).from_judgments(judgments, answers, seed)
 
 

@@ -19,11 +19,10 @@ from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import AutoModelForCausalLM
 
 from helpers.core import UserError, read_jsonl
-from helpers.data.messages import Message
 from helpers.merging.merge import Adapter, MergedModel
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, WeightFiles
-from helpers.models.chat import render
-from helpers.runs.run import Run
+from helpers.models.chat import encode_prompt
+from helpers.runs.run import Run, lineage, recorded_variables
 
 MAX_CONVERSATIONS = 16
 MAX_TOKENS = 1024  # of a conversation
@@ -111,32 +110,38 @@ def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) ->
         except UnsupportedAdapter as reason:  # PEFT has merged it, in less memory than a comparison takes
             raise UserError(f"The merge cannot be verified: the model is too large to load here, and cannot be compared"
                             f" layer by layer ({reason}). Use a machine with more memory.") from None  # fmt: skip
-    conversations, tokenizer = held_out_prompts(adapter.run), adapter.tokenizer
+    prompts = held_out_prompts(adapter.run, adapter.tokenizer)
     policy = adapter.load_policy(precision, device)
     if computing == torch.float32:
         compute_in_float32(policy)
     computing = policy.get_base_model().dtype
-    trained = last_logits(policy, tokenizer, conversations)
+    trained = last_logits(policy, prompts)
     with policy.disable_adapter():
-        base = last_logits(policy, tokenizer, conversations)
+        base = last_logits(policy, prompts)
     del policy
     clear_device_cache(garbage_collection=True)
     options: Any = {"device_map": {"": device}, "trust_remote_code": adapter.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=computing, **options).eval()
-    exact = last_logits(model, tokenizer, conversations)
+    exact = last_logits(model, prompts)
     metrics = compare_logits(trained, exact)
     rows = {f"merged into {merged.merge_base}": metrics, BASE: compare_logits(trained, base)}
     if computing == torch.float32 != dtype:
-        rounded = last_logits(model.to(dtype), tokenizer, conversations[:MAX_ROUNDED])
+        rounded = last_logits(model.to(dtype), prompts[:MAX_ROUNDED])
         rows[COMPUTED + judged["dtype"]] = compare_logits(exact[:MAX_ROUNDED], rounded)
     return Verification(metrics, rows, **judged)
 
 
-def held_out_prompts(run: Run) -> list[list[Message]]:
-    """Prompts of the run's evaluation rows, or five questions if there are none."""
+def held_out_prompts(run: Run, tokenizer: Any) -> list[list[int]]:
+    """The tokens of prompts of the run's evaluation rows, or of five questions if there are none.
+
+    They are those of training. Older runs did not save them; these prompts and the questions are rendered with the
+    variables of the chat template in training.
+    """
     file = run.folder / "held_out.jsonl"
     rows = read_jsonl(file)[:MAX_CONVERSATIONS] if file.is_file() else []
-    return [row["prompt"] for row in rows] or [[{"role": "user", "content": question}] for question in QUESTIONS]
+    rows = rows or [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    variables = recorded_variables(lineage(run.folder))
+    return [row.get("ids") or encode_prompt(tokenizer, row["prompt"], variables) for row in rows]
 
 
 def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> tuple[str, Any]:
@@ -173,12 +178,11 @@ def compute_in_float32(model: torch.nn.Module) -> None:
             weight.data = weight.data.float()
 
 
-def last_logits(model: Any, tokenizer: Any, conversations: list[list[Message]]) -> list[torch.Tensor]:
-    """The float32 logits at the last positions of each conversation, (tokens, vocabulary), computed without padding."""
+def last_logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The float32 logits at the last positions of each prompt, (tokens, vocabulary), computed without padding."""
     logits = []
-    for messages in conversations:
-        text = render(tokenizer, messages, prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -MAX_TOKENS:]
+    for prompt in prompts:
+        ids = torch.tensor([prompt[-MAX_TOKENS:]])
         with torch.inference_mode():
             logits.append(model(input_ids=ids.to(model.device)).logits[0, -MAX_POSITIONS:].float().cpu())
     return logits

@@ -41,6 +41,7 @@ class RunSettings:
 
     step: ClassVar[str] = ""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of settings of which only one can be used
+    bare: ClassVar[dict[str, list[str]]] = {}  # what a flag means that is given without a value
 
     recipe: str = ""  # YAML file of settings; recipes/demo.yaml runs without a GPU
     output_dir: Path = Path("outputs")  # folder of all runs

@@ -50,7 +50,7 @@ from helpers.settings.sources import (
     to_cli_tokens,
 )
 
-RUN_CODE = ("setup_module", "trust_remote_code", "judge_module")  # settings that run code of others
+RUN_CODE = ("setup_module", "trust_remote_code", "judge_module", "bench")  # settings that run code of others
 TEXTS = (
     "prompts",
     "dataset_id",
@@ -116,7 +116,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     for layer in SOURCE_ORDER:  # the lowest first
         for name, words in given.get(layer, {}).items():
             sources[name] = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
-            values[name] = words
+            values[name] = words or cls.bare.get(name, [])
     values = {name: parse_value(types[name], name, words, sources[name]) for name, words in values.items()}
     settings = cls(**{name: value for name, value in values.items() if name in own})
     settings.trl = {name: value for name, value in values.items() if name not in own}

@@ -22,6 +22,7 @@ from helpers.data.prepare import LengthLimits
 from helpers.data.report import (
     DataReport,
     find_data_issues,
+    held_out_prompt,
     length_bias,
     main,
     near_ties,
@@ -215,3 +216,13 @@ def test_a_mistake_of_the_command_is_one_line() -> None:
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()
     assert (done.returncode, line) == (1, "error: 'no/such/model' is neither a folder here nor a Hub id")
+
+
+def test_held_out_prompts_keep_the_tokens_that_they_have_in_training() -> None:
+    """With tools, calls and variables of the template, which their texts do not have."""
+    asked, said = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
+    pair = {"prompt": [asked], "chosen": [said], "prompt_ids": [5, 6, 7]}
+    assert held_out_prompt(pair) == {"prompt": [asked], "ids": [5, 6, 7]}
+    ids, labels = [1, 2, 3, 4, 5, 6, 7, 8], [-100, -100, 3, -100, -100, 6, 7, -100]
+    talk = {"messages": [asked, said, asked, said], "input_ids": ids, "labels": labels}
+    assert held_out_prompt(talk) == {"prompt": [asked, said, asked], "ids": [1, 2, 3, 4, 5]}

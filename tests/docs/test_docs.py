@@ -87,6 +87,8 @@ PAIRS = "tests/notebooks/test_pairs_notebook.py"
 # Commands that only go through their parser, and the test that runs a similar one.
 READ = {
     "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/notebooks/test_judge_notebook.py",
+    "notebooks/05_judge.py --bench --models outputs/dpo-... --limit 200": "tests/evaluation/test_bench.py",
+    "notebooks/05_judge.py --bench gsm8k my_task.yaml --models outputs/dpo-...": "tests/evaluation/test_bench.py",
     "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/hub/test_push.py",
     "notebooks/02_dpo.py --dataset_id latest-pairs": PAIRS,
     "notebooks/06_pairs.py --prompts_file prompts.jsonl --judge_module my_rules --control": PAIRS,

@@ -53,6 +53,7 @@ def found_in(folder: Path, **given: Any) -> AnswerSet:
         "models": (),
         "bench_dir": "",
         "baseline": "",
+        "bench": (),
     }
     return find_answers(SimpleNamespace(**values | given, output_dir=folder, is_set=lambda name: True))
 

@@ -118,7 +118,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
 
     def found(**given: Any) -> Any:
         values: dict[str, Any] = {"answers_dir": "latest", "judgments": "", "models": (), "judge_prompts": ""}
-        values |= {"bench_dir": "", "baseline": ""} | given
+        values |= {"bench_dir": "", "baseline": "", "bench": ()} | given
         return find_answers(SimpleNamespace(**values, output_dir=tmp_path, is_set=lambda name: name in given))
 
     result = found(bench_dir=str(bench))

@@ -98,7 +98,7 @@ def test_thoughts_of_a_server_are_kept_raw_and_left_out(
 
 
 def found_in(folder: Path) -> AnswerSet:
-    values = {"answers_dir": str(folder), "judgments": "", "models": (), "bench_dir": "", "baseline": ""}
+    values = {"answers_dir": str(folder), "judgments": "", "models": (), "bench_dir": "", "baseline": "", "bench": ()}
     return find_answers(SimpleNamespace(**values, output_dir=folder, is_set=lambda name: True))
 
 

@@ -264,7 +264,12 @@ def test_a_stopped_judge_scores_only_what_is_left(
     (tmp_path / "stopped" / "scores.jsonl").write_text("".join(kept[:6]) + kept[6][:20])
     scored: list[int] = []
     score = RewardModel.score
-    monkeypatch.setattr(RewardModel, "score", lambda self, talks: scored.append(len(talks)) or score(self, talks))
+
+    def count(self: RewardModel, talks: Any, options: Any) -> list[float]:
+        scored.append(len(talks))
+        return score(self, talks, options)
+
+    monkeypatch.setattr(RewardModel, "score", count)
     _, rows = judged_by(short_is_better, answers, tmp_path / "stopped")
     assert sum(scored) == 4
     for row, other in zip(rows, expected, strict=True):

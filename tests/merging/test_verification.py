@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -32,6 +33,7 @@ from helpers.merging.verify import (
 from helpers.merging.weights import (
     StreamingMerger,
 )
+from helpers.models.chat import encode_prompt
 from helpers.runs.run import Run, read_run
 from tests.merging.models import LORA, build, our_merge, save, tensors
 from tests.tiny import tiny_mistral
@@ -157,13 +159,13 @@ def test_a_merge_of_before_is_verified_by_its_record(tmp_path: Path) -> None:
 def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -> None:
     from peft import LoraConfig, get_peft_model
 
-    talks = [[{"role": "user", "content": "What is 2 plus 3?"}], [{"role": "user", "content": "And 4?"}]]
-    base = last_logits(tiny_mistral(len(tokenizer)), tokenizer, talks)
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in ("What is 2 plus 3?", "And?")]
+    base = last_logits(tiny_mistral(len(tokenizer)), prompts)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     policy = get_peft_model(tiny_mistral(len(tokenizer)), config)
-    adapted = last_logits(policy, tokenizer, talks)
+    adapted = last_logits(policy, prompts)
     assert [logits.shape[1] for logits in adapted] == [len(tokenizer)] * 2
-    same = compare_logits(adapted, last_logits(policy.merge_and_unload(), tokenizer, talks))
+    same = compare_logits(adapted, last_logits(policy.merge_and_unload(), prompts))
     other = compare_logits(adapted, base)
     assert same["max_abs"] < 1e-4
     assert same["top1"] == 1
@@ -175,8 +177,28 @@ def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x0c"])
-def test_line_separators_in_a_held_out_prompt_do_not_break_the_verification(mark: str, tmp_path: Path) -> None:
+def test_line_separators_in_a_held_out_prompt_do_not_break_the_verification(
+    mark: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     prompt = [{"role": "user", "content": f"one{mark}two"}]
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n"] * 2
     (tmp_path / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
-    assert held_out_prompts(Run(tmp_path, {})) == [prompt, prompt]
+    assert held_out_prompts(Run(tmp_path, {}), tokenizer) == [encode_prompt(tokenizer, prompt)] * 2
+
+
+def test_prompts_to_verify_on_are_those_of_training_or_rendered_with_its_variables(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ messages[0].content }}{{ mode }}"
+    talk, variables = [{"role": "user", "content": "Say"}], {"mode": " so"}
+    data = {"rendered_with": {json.dumps(variables): 2}}
+    (tmp_path / "run.json").write_text(json.dumps({"step": "dpo", "data": data}))
+    run, file = Run(tmp_path, {}), tmp_path / "held_out.jsonl"
+    file.write_text(json.dumps({"prompt": talk, "ids": [5, 6]}) + "\n" + json.dumps({"prompt": talk}) + "\n")
+    rendered = own("Say so", add_special_tokens=False)["input_ids"]
+    assert held_out_prompts(run, own) == [[5, 6], rendered]
+    file.unlink()
+    asked = held_out_prompts(run, own)  # five questions
+    assert len(asked) == 5
+    assert all(ids[-1] == rendered[-1] for ids in asked)

@@ -132,7 +132,7 @@ def test_a_template_that_always_thinks_gets_empty_thoughts_where_there_are_none(
     assert tokenizer.decode(pair["chosen_ids"]) == "Let me see.\n</think>\n\nBecause.<｜end▁of▁sentence｜>"
     _, report = prepare_row(tokenizer_of("deepseekv3"), ROWS["plain"], use_pairs=True)
     assert list(report.dropped) == [
-        "the chat template begins with thoughts at generation, and leaves them out of an answer"
+        "the chat template begins with thoughts at generation, but not in training: use another --chat_template"
     ]
 
 
