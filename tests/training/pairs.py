@@ -71,7 +71,8 @@ def exact_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def adapter(**more: Any) -> LoraConfig:
-    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **more)
+    given = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False} | more
+    return LoraConfig(**given)
 
 
 def train_with(

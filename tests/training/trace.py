@@ -34,7 +34,8 @@ from trl import DPOConfig
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from helpers.training import prefix_sharing, trainer as training
+from helpers.training import prefix_sharing
+from helpers.training import trainer as training
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 ITEM, BY_MASK = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.index.Tensor
