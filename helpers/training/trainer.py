@@ -20,7 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.core import SettingsError, UserError, shorten
-from helpers.training.prefix_sharing import pack_pairs, register_attention
+from helpers.training.prefix_sharing import PACKED, pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
@@ -265,8 +265,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             "the data has images": self._is_vision_dataset,
             "the model has an auxiliary loss over all tokens of a row": self.aux_loss_enabled,
             f"layers of type {', '.join(sorted(kinds))} are not supported": bool(kinds),
-            f"{attention} attention is not supported, only sdpa and flash-attention": attention != "sdpa"
-            and "flash" not in attention,
+            f"{attention} attention is not supported, only sdpa, eager and flash-attention": "flash" not in attention
+            and attention not in PACKED,
             "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
             and model.active_peft_config.is_prompt_learning,
             "sequences are split over devices": self.accelerator.parallelism_config is not None,

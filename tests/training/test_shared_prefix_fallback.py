@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
-from helpers.core import SettingsError, UserError
+from helpers.core import SettingsError, UserError, read_jsonl
+from tests.conftest import REPO
 from tests.families import FAMILIES, SHAPE
 from tests.training.pairs import (
     FAULTS,
@@ -107,12 +110,15 @@ def test_the_tolerance_is_what_computing_single_rows_changes(
 def test_where_it_does_not_apply_one_line_says_why(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stock = step(train_with("off", build(attention="eager"), tokenizer, tmp_path, adapter()))
+    given = {"disable_dropout": False}
+    stock = step(train_with("off", build(), tokenizer, tmp_path, adapter(), **given))
     capsys.readouterr()
-    compare(stock, step(train_with("auto", build(attention="eager"), tokenizer, tmp_path, adapter())))
-    assert "Shared prefix: off, because eager attention is not supported, only sdpa" in capsys.readouterr().out
-    with pytest.raises(UserError, match="`--shared_prefix on` is not possible because eager attention is not"):
-        train_with("on", build(attention="eager"), tokenizer, tmp_path, adapter())
+    compare(stock, step(train_with("auto", build(), tokenizer, tmp_path, adapter(), **given)))
+    assert "Shared prefix: off, because dropout would be the same for both answers" in capsys.readouterr().out
+    model = build()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="`--shared_prefix on` is not possible because flex_attention attention is not"):
+        train_with("on", model, tokenizer, tmp_path, adapter())
 
 
 def test_a_model_that_does_not_pass_the_plan_on_goes_on_as_stock(
@@ -199,3 +205,27 @@ def test_the_check_leaves_rotary_embeddings_that_follow_the_length_as_they_were(
         assert int(model.model.rotary_emb.max_seq_len_cached) == 30
         found.append(step(trainer))
     compare(*found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("equal", [False, True], ids=["padded", "of equal lengths"])
+def test_real_weights_in_bfloat16_share_and_each_fault_is_refused(
+    equal: bool, real_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of equal lengths, rows alone are what they are in the batch, so that no rounding is measured."""
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    data = []
+    for row in read_jsonl(REPO / "recipes" / "smollm2" / "pairs.jsonl")[4:6]:
+        talk = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        answers = [tokenizer(row[name] + tokenizer.eos_token)["input_ids"] for name in ("chosen", "rejected")]
+        length = 40 - len(prompt) if equal else None
+        chosen, rejected = ((answer * 9)[:length] if equal else answer for answer in answers)
+        data.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    model = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16)
+    given = {"per_device_train_batch_size": 2}
+    peft = adapter(init_lora_weights=True)
+    trainer = train_with("on", model, tokenizer, tmp_path, peft, Dataset.from_list(data), **given)
+    printed, accepted = faults_accepted(trainer, capsys)
+    assert printed.startswith("Shared prefix: on, ")
+    assert not accepted, printed

@@ -15,7 +15,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import pytest
@@ -43,13 +43,22 @@ BLOCK = 512  # bytes: PyTorch's allocator on a GPU rounds up to them
 Lengths = list[tuple[int, int, int]]  # tokens of prompt, chosen and rejected answer
 
 
+class Call(NamedTuple):
+    """A call of attention: its kernel, whether with a mask, with GQA, and with as many queries as keys."""
+
+    kernel: str
+    mask: bool
+    gqa: bool
+    square: bool
+
+
 @dataclasses.dataclass
 class Traced:
-    """Bytes held at the peak, and before the step; which attention was called, and whether with a mask and GQA."""
+    """Bytes held at the peak, and before the step; how often attention was called; bytes at the peak by origin."""
 
     peak: int
     before: int
-    attention: Counter[tuple[str, bool, bool]]
+    calls: Counter[Call]
     at_peak: dict[str, int]
 
 
@@ -100,14 +109,14 @@ def _positions(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(calls: Counter[tuple[str, bool, bool]], varlen: bool, triton: bool) -> Iterator[None]:
-    """Choose kernels as on a GPU, and count calls of attention: kernel, whether with a mask, whether with GQA."""
+def as_on_a_gpu(calls: Counter[Call], varlen: bool, triton: bool) -> Iterator[None]:
+    """Choose kernels as on a GPU of compute capability 8 in half precision, and count calls of attention."""
     ops = torch.ops.aten
 
     def attend(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
                scale: Any = None, enable_gqa: bool = False) -> Any:  # fmt: skip
         kernel = "flash" if attn_mask is None else "math" if enable_gqa else "efficient"
-        calls[kernel, attn_mask is not None, enable_gqa] += 1
+        calls[Call(kernel, attn_mask is not None, enable_gqa, q.shape[2] == k.shape[2])] += 1
         if kernel == "flash":
             return ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
         bias = torch.zeros((), dtype=q.dtype).expand(attn_mask.shape) + torch.empty(attn_mask.shape, dtype=q.dtype)
@@ -117,7 +126,7 @@ def as_on_a_gpu(calls: Counter[tuple[str, bool, bool]], varlen: bool, triton: bo
         return ops._scaled_dot_product_efficient_attention(q, k, v, bias, grad, 0.0, is_causal, scale=scale)[0]
 
     def varlen_attention(*args: Any, **kwargs: Any) -> Any:
-        calls["varlen", False, kwargs["enable_gqa"]] += 1
+        calls[Call("varlen", False, kwargs["enable_gqa"], len(args[0]) == len(args[1]))] += 1
         return varlen_attn(*args, **kwargs)
 
     def dequantized(ctx: Any, a: Any, b: Any, out: Any = None, bias: Any = None, quant_state: Any = None) -> Any:
@@ -205,7 +214,7 @@ def trace_step(
         lengths: of the pairs of the micro-batch.
         given: arguments of DPOConfig, and of the trainer.
     """
-    calls = Counter[tuple[str, bool, bool]]()
+    calls = Counter[Call]()
     full, tracker = values["tuning"] == "full", Tracker()
     dtype = torch.float32 if full else torch.bfloat16
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
