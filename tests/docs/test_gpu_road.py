@@ -12,7 +12,7 @@ import pytest
 from tests import fake_hub as local
 from tests.conftest import REPO, Project
 from tests.models.test_memory import MISTRAL_7B
-from tests.notebooks.test_data import DRIVER
+from tests.notebooks.test_errors import DRIVER
 
 SECTION = (REPO / "README.md").read_text().partition("## On your own GPU")[2].partition("\n## ")[0]
 COMMANDS = [line.split()[1:] for line in re.findall(r"^python notebooks/.*?(?=  |$)", SECTION, re.MULTILINE)]
@@ -41,7 +41,7 @@ def walk(
     smi = folder / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho '{GPU}, {driver}'\n" if driver else "#!/bin/sh\nexit 9\n")
     smi.chmod(0o755)
-    jobs = [[words[0].removeprefix("notebooks/"), words[1:]] for words in commands]
+    jobs = [[words[0].removeprefix("notebooks/"), *words[1:]] for words in commands]
     env["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
     done = project.python("-c", MACHINE.format(cuda=cuda, count=count) + DRIVER, input=json.dumps(jobs), **env)
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
