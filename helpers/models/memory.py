@@ -249,13 +249,20 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     width = {(2, False): 24, (4, False): 17, (2, True): 22, (4, True): 27}[spec.compute, spec.full] - 8 * (not is_gated)
     adapters = spec.compute * spec.rank * len(spec.targets) / layers
     layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
-    # temporary, within one layer; a 4-bit weight is dequantized after its inputs are kept
-    work = spec.compute * inner * (2 if spec.full else 3) + (0 if spec.compute == 2 else 12 * hidden)
-    weight = spec.compute * max((linear.weights for linear in decoder.linears), default=0) if spec.bits < 16 else 0
-    temporary = max(spec.tokens * work, spec.tokens * spec.compute * inner + weight)
+    temporary = _temporary(decoder, spec)
     if not spec.checkpointing:
-        return spec.tokens * (layers * layer + 6 * hidden + spec.compute * inner) + temporary + casts
+        return spec.tokens * (layers * layer + 6 * hidden) + temporary + casts
     return spec.tokens * (_kept(decoder, spec) + layer) + temporary + casts / layers
+
+
+def _temporary(decoder: Decoder, spec: TrainingSpec) -> float:
+    """Bytes in use within one layer. A 4-bit weight is dequantized after the inputs of its layer are kept."""
+    inner = max((linear.outputs for linear in decoder.linears), default=0)
+    work = spec.compute * inner * (2 if spec.full else 3) + (
+        0 if spec.compute == 2 else 12 * decoder.config.hidden_size
+    )
+    weight = spec.compute * max((linear.weights for linear in decoder.linears), default=0) if spec.bits < 16 else 0
+    return float(max(spec.tokens * work, spec.tokens * spec.compute * inner + weight))
 
 
 def _casts(decoder: Decoder, spec: TrainingSpec) -> float:
@@ -280,9 +287,9 @@ def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     if not spec.on_gpu:
         tile += 28.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
     head = spec.tokens * width * (22 if spec.full else 20) + tile
-    if not spec.checkpointing:  # all that is kept, and the casts of a reference that is trained nowhere
-        return head + (casts if spec.reference else 0.0)
     gradient = 4.0 * decoder.embeddings if spec.full else 0.0
+    if not spec.checkpointing:
+        return max(0.0, head + gradient - _temporary(decoder, spec))
     head += spec.tokens * _kept(decoder, spec) + max(casts, gradient)
     return max(0.0, head - activation_bytes(decoder, spec))
 

@@ -78,6 +78,15 @@ def test_each_missing_prerequisite_is_one_line_and_nothing_is_downloaded(
         for words, line in zip(commands, walk(project, tmp_path, commands, **machine, **hub_env), strict=True):  # type: ignore[arg-type]
             print(words, line)
             assert message in line, (words, line)
+    answers = tmp_path / "answers" / "model_answer"
+    answers.mkdir(parents=True)
+    (answers.parent / "question.jsonl").write_text('{"question_id": 1, "turns": ["Why?"]}\n')
+    for name in ("before", "after"):
+        row = {"question_id": 1, "model_id": name, "choices": [{"index": 0, "turns": [f"Because {name}."]}]}
+        (answers / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    judge = [[*COMMANDS[4], "--answers_dir", str(answers.parent)]]
+    (line,) = walk(project, tmp_path, judge, **ready, OPENAI_API_KEY="", **hub_env)  # type: ignore[arg-type]
+    assert "set OPENAI_API_KEY in the environment or in .env" in line
     for name in MODELS:
         hub.fail[name] = 403, {"X_Error_Code": "GatedRepo"}
     for line in walk(project, tmp_path, train, **ready, **hub_env):  # type: ignore[arg-type]

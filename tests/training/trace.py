@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig
 from trl.kernels import chunked_logprob
-from trl.trainer import utils
+from trl.trainer import dpo_trainer, utils
 
 from helpers.training import prefix_sharing
 from helpers.training import trainer as training
@@ -148,6 +148,7 @@ def as_on_a_gpu(calls: Counter[Call], varlen: bool, triton: bool) -> Iterator[No
         patch.setitem(functional.name2qmap, "dynamic", functional.create_dynamic_map())
         patch.setattr(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None)
         patch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
+        patch.setattr(dpo_trainer, "get_peft_model", get_policy)
         patch.setattr(training, "HEAD_TOKENS", chunked_logprob.TOKEN_CHUNK_SIZE)
         patch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", chunked_logprob.TOKEN_CHUNK_SIZE)
         if triton:
@@ -161,22 +162,24 @@ def as_on_a_gpu(calls: Counter[Call], varlen: bool, triton: bool) -> Iterator[No
 
 
 def fake_model(config: dict[str, Any], values: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A policy, or base and adapter, as 02 would load it."""
+    """A model as 02 would load it."""
     model: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**config), dtype=dtype, attn_implementation="sdpa"
     )
-    if values["tuning"] == "full":
-        return model
-    model.requires_grad_(False)
     if values["tuning"] == "qlora":
+        model.requires_grad_(False)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
                 model.set_submodule(name, in_4_bits(layer))
-        model.is_loaded_in_4bit = True  # PEFT reads it
-    targets = values["lora_target_modules"]
-    lora = LoraConfig(r=values["lora_r"], target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    policy = get_peft_model(model, lora)
-    model.is_loaded_in_4bit = False  # TRL would round the adapter, which `prepare_trainer` takes back
+    return model
+
+
+def get_policy(model: Any, config: LoraConfig) -> Any:
+    """The model with an adapter. TRL does not learn of its 4 bits, and so does not round the adapter to bfloat16, which
+    `prepare_trainer` takes back."""
+    model.is_loaded_in_4bit = any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
+    policy = get_peft_model(model, config)
+    model.is_loaded_in_4bit = False
     return policy
 
 
@@ -232,9 +235,13 @@ def trace_step(
             tracker.label = "reference"
             reference = fake_model(config, values, dtype) if full else None
             tracker.label = "trainer"
+            lora = LoraConfig(
+                r=values["lora_r"], target_modules=values["lora_target_modules"], task_type="CAUSAL_LM",
+                init_lora_weights=False,
+            )  # fmt: skip
             trainer = SharedPrefixDPOTrainer(
                 model=model, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer,
-                shared_prefix="on" if shared else "off",
+                peft_config=None if full else lora, shared_prefix="on" if shared else "off",
             )  # fmt: skip
             trainer._is_compared, trainer.current_gradient_accumulation_steps = True, 2
             trainer.model = trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
