@@ -69,14 +69,12 @@ def test_each_missing_prerequisite_is_one_line_and_nothing_is_downloaded(
         (train, {"driver": "580.65.06", "cuda": None, "count": 0}, f"so it cannot use the {GPU}. Install the build"),
         (train, {"driver": "535.183.01", "cuda": "13.0", "count": 0}, "needs 580 or newer. Update the driver"),
         (train, ready | {"count": 8}, "8 GPUs are visible to one process. Set CUDA_VISIBLE_DEVICES=0 to use one"),
-        (COMMANDS[1:2], ready, "02_dpo.py"),
-        (COMMANDS[2:3], ready, "03_merge"),
-        (COMMANDS[3:4], ready, "04_vibes"),
-        (COMMANDS[4:], ready, "05_judge"),
+        (COMMANDS[1:2], ready, "There is no finished sft run in outputs. Run `python notebooks/01_sft.py`"),
+        (COMMANDS[2:4], ready, "There is no finished dpo run in outputs. Run `python notebooks/02_dpo.py`"),
+        (COMMANDS[4:], ready, "Run `python notebooks/04_vibes.py`"),
     ]  # fmt: skip
     for commands, machine, message in missing:
         for words, line in zip(commands, walk(project, tmp_path, commands, **machine, **hub_env), strict=True):  # type: ignore[arg-type]
-            print(words, line)
             assert message in line, (words, line)
     answers = tmp_path / "answers" / "model_answer"
     answers.mkdir(parents=True)
@@ -90,9 +88,7 @@ def test_each_missing_prerequisite_is_one_line_and_nothing_is_downloaded(
     for name in MODELS:
         hub.fail[name] = 403, {"X_Error_Code": "GatedRepo"}
     for line in walk(project, tmp_path, train, **ready, **hub_env):  # type: ignore[arg-type]
-        print(line)
         assert "HF_TOKEN" in line
     downloads = [request for request in hub.requests if "/resolve/" in request and not request.endswith(".json")]
-    print(hub.requests)
     assert not downloads
     assert not (project.root / "outputs").exists()
