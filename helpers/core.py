@@ -20,6 +20,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
+output_dir: Path | None = None  # --output_dir, once settings are loaded
 
 
 class UserError(Exception):
@@ -220,12 +221,24 @@ def silence_other_processes() -> None:
 
 
 def find_path(name: str) -> Path | None:
-    """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id."""
+    """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id.
+
+    What a setup module wrote to --output_dir, because the repository cannot be written, is found as outputs/...
+    """
     with contextlib.suppress(OSError, RuntimeError):  # too long for a file name, or ~ of an unknown user
-        for start in (Path.cwd(), REPO):
-            if name and (start / Path(name).expanduser()).exists():
-                return start / Path(name).expanduser()
+        for place in (Path.cwd() / Path(name).expanduser(), REPO / Path(name).expanduser(), writable_output(name)):
+            if name and place.exists():
+                return place
     return None
+
+
+def writable_output(name: Path | str) -> Path:
+    """Where `outputs/...` of a recipe lies: in the repository, or in --output_dir if the repository is read-only."""
+    path = REPO / name
+    is_writable = os.access(next(parent for parent in path.parents if parent.exists()), os.W_OK)
+    if is_writable or output_dir is None or not Path(name).is_relative_to("outputs"):
+        return path
+    return output_dir / Path(name).relative_to("outputs")
 
 
 def short_path(path: Path | str) -> str:

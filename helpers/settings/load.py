@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from helpers import core
 from helpers.core import (
     REPO,
     SettingsError,
@@ -134,6 +135,7 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
     for name in [name for name, kind in own.items() if kind is Path]:
         is_typed = settings.sources[name].startswith(("flag", "environment"))  # else relative to the repository
         setattr(settings, name, (Path.cwd() if is_typed else REPO) / getattr(settings, name))
+    core.output_dir = settings.output_dir
     for group in settings.exclusive:
         given = [name for name in group if getattr(settings, name) and settings.layer(name)]
         highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]

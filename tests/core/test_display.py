@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.text import Text
 
+from helpers import core
 from helpers.core import find_path, new_figure, printable, shorten, show
 
 
@@ -34,6 +36,23 @@ def test_a_name_that_no_file_can_have_is_not_found_and_is_shortened() -> None:
     assert find_path("~nobody-of-that-name/x") is None
     assert find_path(str(Path(__file__))) == Path(__file__)
     assert shorten("x" * 5000) == "x" * 199 + "…"
+
+
+def test_a_read_only_clone_finds_in_the_output_folder_what_a_recipe_calls_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, elsewhere, here = tmp_path / "clone", tmp_path / "elsewhere", tmp_path / "here"
+    for folder in (clone, elsewhere / "made", here):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(core, "REPO", clone)
+    monkeypatch.setattr(core, "output_dir", elsewhere)
+    assert (core.writable_output("outputs/made"), find_path("outputs/made")) == (clone / "outputs" / "made", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(clone))
+    assert (core.writable_output("outputs/made"), find_path("outputs/made")) == (elsewhere / "made",) * 2
+    assert core.writable_output("recipes/x") == clone / "recipes" / "x"
+    (here / "outputs" / "made").mkdir(parents=True)  # the current folder comes first, as for every path
+    assert find_path("outputs/made") == here / "outputs" / "made"
 
 
 @pytest.mark.parametrize("name", [r"a$\foo$b", "$x_$", "100 $ and 5 $", "a_b^c", "[red]x[/]"])

@@ -117,6 +117,21 @@ def test_the_recipe_aligns_merges_and_compares_a_model_that_speaks_english(proje
 
 
 @pytest.mark.long
+def test_the_recipe_teaches_the_chosen_answers_before_it_aligns(project: Project) -> None:
+    steps = ["--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--completion_steps", "0"]
+    few = ["--recipe", RECIPE, "--eval_rows", "8", *steps]
+    project.run("01_sft.py", *few, "--run_name", "real-sft")
+    metrics = project.record("real-sft")["metrics"]
+    history = read_jsonl(project.root / "outputs" / "real-sft" / "metrics.jsonl")
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < losses[0] < 3.0  # it knows English: a model of random weights has 10.8
+    assert metrics["eval_loss"] < 3.0
+    project.run("02_dpo.py", *few, "--sft_run", "outputs/real-sft", "--run_name", "real-both")
+    record = project.record("real-both")
+    assert (record["parent"], record["status"]) == ("real-sft", "finished")
+
+
+@pytest.mark.long
 def test_the_recipe_takes_the_same_model_from_the_hub(
     project: Project, real_model: Path, hub: local.Hub, hub_env: dict[str, str]
 ) -> None:

@@ -50,8 +50,11 @@ CALLS = {
         "helpers.evaluation.judgments:Judgments.save 1",
     ],
 }  # fmt: skip
-CASES = [(notebook, *call.split(), number) for notebook, calls in CALLS.items() for call in calls
-         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ALL_THREE = ("Trainer.training_step", "merge:write_merged", "HFGenerator.generate", "Judge.run")
+# Each call with one of the signals in turn; the work itself, and where a quick test needs it, with all three.
+CASES = [(notebook, *call.split(), number) for notebook, calls in CALLS.items() for place, call in enumerate(calls)
+         for number in (SIGNALS if call.split()[0].endswith(ALL_THREE) else SIGNALS[place % 3 :][:1])]  # fmt: skip
 QUICK = {("01_sft.py", "helpers.settings.load:show", signal.SIGINT),
          ("04_vibes.py", "helpers.evaluation.generators:HFGenerator.generate", signal.SIGTERM)}  # fmt: skip
 
