@@ -86,6 +86,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     class Measure(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step == 2 and case["resume"] == "interrupt":  # its checkpoint is complete
+                raise KeyboardInterrupt
             if state.global_step == 1:
                 torch.cuda.synchronize() if gpu else None
                 found["start"] = time.monotonic(), state.num_input_tokens_seen
@@ -97,10 +99,6 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
                 seconds, tokens = time.monotonic() - found["start"][0], state.num_input_tokens_seen - found["start"][1]
                 found.update(seconds_per_step=seconds / (STEPS - 1), tokens_per_second=tokens / seconds)
 
-        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if case["resume"] == "interrupt":
-                raise KeyboardInterrupt
-
     if case["notebook"] == "04_vibes.py":
         models = str(folder / "model"), str(folder / "out" / "ours-1")
         words = ["--models", *models, "--output_dir", str(folder / "out"), "--max_new_tokens", "32",
@@ -111,7 +109,7 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     sys.argv = [case["notebook"], *words]
     try:
         notebook = runpy.run_path(str(REPO / "notebooks" / case["notebook"]), run_name="__main__")
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:  # as the interrupt of this script ends a notebook
         if case["resume"] != "interrupt":
             raise
         notebook = {}
