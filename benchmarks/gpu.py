@@ -5,7 +5,7 @@ with the lengths of UltraFeedback. For each it prints tokens per second, the pea
 --dry_run for the same batch, and the line of the first batch's check. Then a run is interrupted after a checkpoint and
 resumed, and 04_vibes.py answers with the base and the policy, whose peak must be that of one model.
 
-Every measurement is a process of its own. Results are written to results/gpu-<machine>.json after each.
+Each measurement is a fresh process. Results are written to results/gpu-<machine>.json after each.
 """
 
 from __future__ import annotations

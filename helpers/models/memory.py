@@ -189,9 +189,7 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
         "gradients": gradients / (spec.processes if spec.stage >= 2 else 1),
         "optimizer": (states + 4 * mixed * count) / (spec.processes if spec.stage >= 1 else 1),
         "reference": weights if spec.reference else 0.0,
-        "activations": activation_bytes(decoder, spec),
-        "logits": logit_bytes(decoder, spec),
-    }
+    } | dict(zip(("activations", "logits"), step_bytes(decoder, spec), strict=True))
     return parts | {"peak": sum(parts.values())}
 
 
@@ -232,9 +230,14 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
     return states * size * ((1 + 4 / 256) if in_8bit else 4.0)  # 8-bit states have a constant per 256
 
 
-def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """What autograd keeps in the first layer's backward: traced in tests/training/trace.py for bfloat16 (TRL 1.16)."""
-    casts = _casts(decoder, spec)
+def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
+    """Activations in the backward of a layer, and what the LM head, at another time, takes above them: often nothing.
+
+    TRL 1.16 scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile. The numbers
+    for bfloat16 are traced in tests/training/trace.py.
+    """
+    # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
+    casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
     layers, hidden = int(decoder.config.num_hidden_layers), int(decoder.config.hidden_size)
     inner = max((linear.outputs for linear in decoder.linears), default=hidden)  # the width of the MLP
     is_gated = any("gate" in linear.name for linear in decoder.linears)
@@ -249,49 +252,21 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
     width = {(2, False): 24, (4, False): 17, (2, True): 22, (4, True): 27}[spec.compute, spec.full] - 8 * (not is_gated)
     adapters = spec.compute * spec.rank * len(spec.targets) / layers
     layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
-    temporary = _temporary(decoder, spec)
-    if not spec.checkpointing:
-        return spec.tokens * (layers * layer + 6 * hidden) + temporary + casts
-    return spec.tokens * (_kept(decoder, spec) + layer) + temporary + casts / layers
-
-
-def _temporary(decoder: Decoder, spec: TrainingSpec) -> float:
-    """Bytes in use within one layer. A 4-bit weight is dequantized after the inputs of its layer are kept."""
-    inner = max((linear.outputs for linear in decoder.linears), default=0)
-    work = spec.compute * inner * (2 if spec.full else 3) + (
-        0 if spec.compute == 2 else 12 * decoder.config.hidden_size
-    )
+    # temporary, within one layer; a 4-bit weight is dequantized after its inputs are kept
+    work = spec.compute * inner * (2 if spec.full else 3) + (0 if spec.compute == 2 else 12 * hidden)
     weight = spec.compute * max((linear.weights for linear in decoder.linears), default=0) if spec.bits < 16 else 0
-    return float(max(spec.tokens * work, spec.tokens * spec.compute * inner + weight))
-
-
-def _casts(decoder: Decoder, spec: TrainingSpec) -> float:
-    """Copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already."""
-    is_cast = spec.compute == 2 and not (spec.full and spec.stage)
-    return 2.0 * sum(trained_sizes(decoder, spec)) if is_cast else 0.0
-
-
-def _kept(decoder: Decoder, spec: TrainingSpec) -> float:
-    """Bytes a token that checkpointing keeps: the input of each layer, and the ends of the model."""
-    width = int(decoder.config.hidden_size)
-    return float(int(decoder.config.num_hidden_layers) * width * (4 if spec.full else spec.compute) + 6 * width)
-
-
-def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """What the LM head takes above `activation_bytes`, which it does not meet: often nothing.
-
-    TRL scores answers in tiles and never has all logits in memory. A CPU has several copies of a tile.
-    """
-    rows, width, casts = min(spec.tokens, LOGIT_TILE[0]), int(decoder.config.hidden_size), _casts(decoder, spec)
-    tile = float(rows * LOGIT_TILE[1] * spec.compute)
+    temporary = max(spec.tokens * work, spec.tokens * spec.compute * inner + weight)
+    rows = min(spec.tokens, LOGIT_TILE[0])
+    head = spec.tokens * hidden * (22.0 if spec.full else 20.0) + rows * LOGIT_TILE[1] * spec.compute
     if not spec.on_gpu:
-        tile += 28.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
-    head = spec.tokens * width * (22 if spec.full else 20) + tile
-    gradient = 4.0 * decoder.embeddings if spec.full else 0.0
+        head += 28.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
+    gradient = 4.0 * decoder.embeddings if spec.full else 0.0  # of the LM head
     if not spec.checkpointing:
-        return max(0.0, head + gradient - _temporary(decoder, spec))
-    head += spec.tokens * _kept(decoder, spec) + max(casts, gradient)
-    return max(0.0, head - activation_bytes(decoder, spec))
+        activations = spec.tokens * (layers * layer + 6 * hidden) + temporary + casts
+        return activations, max(0.0, head + gradient - temporary)
+    kept = spec.tokens * hidden * (layers * (4 if spec.full else spec.compute) + 6)
+    activations = kept + spec.tokens * layer + temporary + casts / layers
+    return activations, max(0.0, kept + head + max(casts, gradient) - activations)
 
 
 def suggest_changes(
