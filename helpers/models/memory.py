@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,8 +234,8 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
 def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
     """Activations in the backward of a layer, and what the LM head, at another time, takes above them: often nothing.
 
-    TRL 1.16 scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile. The numbers
-    for bfloat16 are traced in tests/training/trace.py.
+    TRL 1.16 scores answers in tiles and never has all logits in memory; without Triton, there are several copies of
+    a tile. The numbers for bfloat16 are traced in tests/training/trace.py.
     """
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
@@ -258,7 +259,7 @@ def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
     temporary = max(spec.tokens * work, spec.tokens * spec.compute * inner + weight)
     rows = min(spec.tokens, LOGIT_TILE[0])
     head = spec.tokens * hidden * (22.0 if spec.full else 20.0) + rows * LOGIT_TILE[1] * spec.compute
-    if not spec.on_gpu:
+    if not spec.on_gpu or sys.platform == "win32":
         head += 28.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
     gradient = 4.0 * decoder.embeddings if spec.full else 0.0  # of the LM head
     if not spec.checkpointing:

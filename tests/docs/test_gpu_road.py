@@ -52,6 +52,7 @@ def walk(
     return [line for (line,) in lines]
 
 
+@pytest.mark.long
 def test_each_missing_prerequisite_is_one_line_and_nothing_is_downloaded(
     project: Project, hub: local.Hub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
