@@ -249,8 +249,9 @@ def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
         attention = 14 * query + 4 * spec.length
     else:
         attention = spec.compute * (4 * query + spec.length)
-    # the residual stream and both norms, which are computed in float32
-    width = {(2, False): 24, (4, False): 17, (2, True): 22, (4, True): 27}[spec.compute, spec.full] - 8 * (not is_gated)
+    # the residual stream and both norms, which are computed in float32, and with checkpointing gradients of these
+    width = {(2, False): 20, (4, False): 17, (2, True): 22, (4, True): 27}[spec.compute, spec.full] - 8 * (not is_gated)
+    width += 4 * (spec.checkpointing and spec.compute == 2 and not spec.full)
     adapters = spec.compute * spec.rank * len(spec.targets) / layers
     layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
     # temporary, within one layer; a 4-bit weight is dequantized after its inputs are kept
