@@ -265,7 +265,8 @@ def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
     gradient = 4.0 * decoder.embeddings if spec.full else 0.0  # of the LM head
     if not spec.checkpointing:
         activations = spec.tokens * (layers * layer + 6 * hidden) + temporary + casts
-        return activations, max(0.0, head + gradient - temporary)
+        more = max(gradient, casts if spec.reference else 0.0)  # the reference's casts
+        return activations, max(0.0, head + more - temporary)
     kept = spec.tokens * hidden * (layers * (4 if spec.full else spec.compute) + 6)
     activations = kept + spec.tokens * layer + temporary + casts / layers
     return activations, max(0.0, kept + head + max(casts, gradient) - activations)

@@ -165,7 +165,7 @@ def fake_model(config: dict[str, Any], values: dict[str, Any], dtype: torch.dtyp
     """A model as 02 would load it."""
     model: Any = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**config), dtype=dtype, attn_implementation="sdpa"
-    )
+    ).eval()
     if values["tuning"] == "qlora":
         model.requires_grad_(False)
         for name, layer in list(model.named_modules()):
