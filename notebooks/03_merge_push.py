@@ -55,6 +55,7 @@ class Settings(RunSettings):
     merge_base: Literal["auto", "original", "dequantized"] = "auto"  # weights to merge into; auto: those of training
     merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the result; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
+    attn_implementation: str = "auto"  # of the models that are compared; auto: sdpa, or eager for a model without it
     max_shard_size: str = "2GB"  # maximum size of a file of weights
     max_kl: float = 0.01  # maximum KL divergence from the trained policy, in nats; above it, the merge is deleted
 

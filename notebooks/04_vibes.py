@@ -54,6 +54,7 @@ class Settings(RunSettings):
     base_url: str = ""  # OpenAI-compatible endpoint of all models
     trust_remote_code: bool = False  # run code that comes with a model
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the models; auto: as in their training
+    attn_implementation: str = "auto"  # auto: as in their training; or sdpa, eager, flash_attention_2, a Hub kernel
     chat_template: str = "auto"  # auto: each model's own, and for a base that of its policy; or a name or file as in 02
     chat_template_kwargs: str = ""  # variables of the chat template as JSON; by default those of each model's training
     chat: bool = False  # chat with the last model instead

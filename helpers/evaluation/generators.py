@@ -189,7 +189,8 @@ class Generators:
         trained_with = {n: recorded_variables(lineage(folder)) if folder else {} for n, folder in folders.items()}
         self.variables = {name: variables | given for name, variables in trained_with.items()}
         self._local = [model for model in models if not model.base_url]
-        self.plans = {m.name: plan_as_trained(m.base, m.plan, settings.quantization) for m in self._local}
+        how = settings.quantization, getattr(settings, "attn_implementation", "auto")
+        self.plans = {m.name: plan_as_trained(m.base, m.plan, *how) for m in self._local}
         self._generator = HFGenerator(None, cast(Any, None))  # the one that holds the model in memory
         self._loaded: Any = None  # what its base is
         self._untouched: dict[str, tuple[int, int]] = {}  # the base's `_tensor_versions` as it was loaded

@@ -65,6 +65,13 @@ class Adapter:
     run: Run  # that trained it; for an adapter from elsewhere only its fingerprint is known
     base_model_id: str = ""
     trust_remote_code: bool = False
+    attn_implementation: str = "auto"
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained` of a model that is compared."""
+        attention = {} if self.attn_implementation == "auto" else {"attn_implementation": self.attn_implementation}
+        return attention | {"trust_remote_code": self.trust_remote_code}
 
     @functools.cached_property
     def ref(self) -> ModelRef:
@@ -113,8 +120,7 @@ class Adapter:
     def load_policy(self, precision: LoadPrecision, device: str, dequantize: bool = False) -> Any:
         """Load the base as in training, or dequantized after that, with the adapter on it."""
         options = {"dtype": precision.dtype, "quantization_config": precision.quantization, "device_map": {"": device}}
-        code = self.trust_remote_code
-        base = AutoModelForCausalLM.from_pretrained(self.base_folder, trust_remote_code=code, **options)
+        base = AutoModelForCausalLM.from_pretrained(self.base_folder, **self.loading, **options)
         check_weights(base)
         if dequantize and precision.quantization:
             base = base.dequantize(precision.dtype)
@@ -137,7 +143,7 @@ def find_adapter(settings: Any) -> Adapter:
     else:
         run = find_run(settings.output_dir, settings.run, "dpo")
         source = run.folder
-    return Adapter(source, run, settings.base_model_id, settings.trust_remote_code)
+    return Adapter(source, run, settings.base_model_id, settings.trust_remote_code, settings.attn_implementation)
 
 
 def local_folder(model: str, revision: str = "") -> Path:

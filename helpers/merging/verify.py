@@ -120,7 +120,7 @@ def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) ->
         base = last_logits(policy, prompts)
     del policy
     clear_device_cache(garbage_collection=True)
-    options: Any = {"device_map": {"": device}, "trust_remote_code": adapter.trust_remote_code}
+    options: Any = {"device_map": {"": device}} | adapter.loading
     model = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=computing, **options).eval()
     exact = last_logits(model, prompts)
     metrics = compare_logits(trained, exact)

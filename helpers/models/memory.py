@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,7 +152,8 @@ class TrainingSpec:
         self.optimizer = str(values.get("optim", "paged_adamw_8bit" if self.on_gpu and not engine else "adamw_torch"))
         self.frozen_copy = trained_further and dpo  # of the adapter, as the reference
         self.reference = self.full and dpo and not values.get("precompute_ref_log_probs", False)
-        self.flash = "flash" in values["attn_implementation"]
+        is_shared = dpo and self.on_gpu and values.get("shared_prefix", "off") != "off"
+        self.varlen = is_shared or "flash" in values["attn_implementation"]
         self.stage = _stage(values, engine)  # of ZeRO; FSDP shards like stage 3
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -188,9 +190,7 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
         "gradients": gradients / (spec.processes if spec.stage >= 2 else 1),
         "optimizer": (states + 4 * mixed * count) / (spec.processes if spec.stage >= 1 else 1),
         "reference": weights if spec.reference else 0.0,
-        "activations": activation_bytes(decoder, spec),
-        "logits": logit_bytes(decoder, spec),
-    }
+    } | dict(zip(("activations", "logits"), step_bytes(decoder, spec), strict=True))
     return parts | {"peak": sum(parts.values())}
 
 
@@ -231,33 +231,45 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
     return states * size * ((1 + 4 / 256) if in_8bit else 4.0)  # 8-bit states have a constant per 256
 
 
-def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """What autograd keeps in traces of TRL 1.16: the larger of the end of the forward pass and the first backward."""
+def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
+    """Activations in the backward of a layer, and what the LM head, at another time, takes above them: often nothing.
+
+    TRL 1.16 scores answers in tiles and never has all logits in memory; without Triton, there are several copies of
+    a tile. The numbers for bfloat16 are traced in tests/training/trace.py.
+    """
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
     layers, hidden = int(decoder.config.num_hidden_layers), int(decoder.config.hidden_size)
     inner = max((linear.outputs for linear in decoder.linears), default=hidden)  # the width of the MLP
     is_gated = any("gate" in linear.name for linear in decoder.linears)
     query, key_value, _ = _head_widths(decoder.config)
-    attention = spec.compute * 2 * (key_value if spec.flash else query)  # keys and values, by head
-    # the residual stream and both norms, which are computed in float32
-    width = {(2, False): 24, (4, False): 25, (2, True): 33, (4, True): 35}[spec.compute, spec.full] - 8 * (not is_gated)
+    if spec.varlen:  # queries, outputs, and keys and values of prefixes and of tails
+        attention = spec.compute * (2 * query + 4 * key_value)
+    elif spec.full and spec.compute == 2:  # float32 but for values; keys and values repeated by head; and a mask
+        attention = 14 * query + 4 * spec.length
+    else:
+        attention = spec.compute * (4 * query + spec.length)
+    # the residual stream and both norms, which are computed in float32, and with checkpointing gradients of these
+    width = {(2, False): 20, (4, False): 17, (2, True): 22, (4, True): 27}[spec.compute, spec.full] - 8 * (not is_gated)
+    width += 4 * (spec.checkpointing and spec.compute == 2 and not spec.full)
     adapters = spec.compute * spec.rank * len(spec.targets) / layers
     layer = attention + spec.compute * inner * (4 if is_gated else 2) + width * hidden + adapters
-    work, ends = spec.compute * (4 * inner + 2 * hidden), 6 * hidden  # `work` is temporary, within one layer
+    # temporary, within one layer; a 4-bit weight is dequantized after its inputs are kept
+    work = spec.compute * inner * (2 if spec.full else 3) + (0 if spec.compute == 2 else 12 * hidden)
+    weight = spec.compute * max((linear.weights for linear in decoder.linears), default=0) if spec.bits < 16 else 0
+    temporary = max(spec.tokens * work, spec.tokens * spec.compute * inner + weight)
+    rows = min(spec.tokens, LOGIT_TILE[0])
+    head = spec.tokens * hidden * (22.0 if spec.full else 20.0) + rows * LOGIT_TILE[1] * spec.compute
+    if not spec.on_gpu or sys.platform == "win32":
+        head += 28.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
+    gradient = 4.0 * decoder.embeddings if spec.full else 0.0  # of the LM head
     if not spec.checkpointing:
-        return spec.tokens * (layers * layer + ends + work) + casts
-    kept = layers * hidden * (4 if spec.full else spec.compute) + ends
-    return max(spec.tokens * (kept + work) + casts, spec.tokens * (kept + layer + work) + casts / layers)
-
-
-def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """TRL scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile."""
-    rows, width = min(spec.tokens, LOGIT_TILE[0]), int(decoder.config.hidden_size)
-    tile = float(rows * LOGIT_TILE[1] * spec.compute)
-    if not spec.on_gpu:
-        tile += 16.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
-    return tile + 6.0 * spec.tokens * width + (4.0 * decoder.embeddings if spec.full else 0)
+        activations = spec.tokens * (layers * layer + 6 * hidden) + temporary + casts
+        more = max(gradient, casts if spec.reference else 0.0)  # the reference's casts
+        return activations, max(0.0, head + more - temporary)
+    kept = spec.tokens * hidden * (layers * (4 if spec.full else spec.compute) + 6)
+    activations = kept + spec.tokens * layer + temporary + casts / layers
+    return activations, max(0.0, kept + head + max(casts, gradient) - activations)
 
 
 def suggest_changes(

@@ -126,21 +126,23 @@ def plan_model(
     return LoadPlan(device, dtype, config, attn_implementation, bf16, fp16)
 
 
-def plan_as_trained(model_id: str, recorded: Mapping[str, str], quantization: str = "auto") -> LoadPlan:
+def plan_as_trained(
+    model_id: str, recorded: Mapping[str, str], quantization: str = "auto", attn_implementation: str = "auto"
+) -> LoadPlan:
     """Plan how `model_id` answers: as in its training, by the plan that its run `recorded` (`LoadPlan.as_dict`).
 
-    What is not recorded, and what this machine lacks, is planned for this machine. `quantization` other than "auto"
-    replaces the recorded one; without either, weights are loaded as they are.
+    What is not recorded, and what this machine lacks, is planned for this machine. `quantization` and
+    `attn_implementation` other than "auto" replace the recorded ones; without either, weights are loaded as they are.
     """
     import torch
 
-    plan = plan_model(model_id, "none", "none")
+    plan = plan_model(model_id, "none", "none", attn_implementation)
     known = plan.as_dict() | dict(recorded) | ({} if quantization == "auto" else {"quantization": quantization})
     weights, compute = getattr(torch, known["weights"]), getattr(torch, known["computed in"])
     if plan.fp16 and torch.bfloat16 in (weights, compute):
         weights = compute = plan.dtype
     is_here = known["device"] == plan.device and known["attention"] != "flash_attention_2"  # may not be installed
-    if is_here or known["attention"] in ("eager", "sdpa"):
+    if attn_implementation == "auto" and (is_here or known["attention"] in ("eager", "sdpa")):
         plan = dataclasses.replace(plan, attn_implementation=known["attention"])
     config, halves = quantization_config(known["quantization"][:1], compute), (torch.bfloat16, torch.float16)
     bf16, fp16 = (compute is half for half in halves)

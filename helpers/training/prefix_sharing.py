@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 Attention = Callable[..., tuple[torch.Tensor, None]]
 
@@ -113,11 +115,17 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
 
 def register_attention(name: str) -> None:
     """Make attention of this name compute packed rows too; without a plan it is unchanged."""
-    attention: Any = ALL_ATTENTION_FUNCTIONS[name]
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention)
     if not hasattr(attention, "supports_plans"):
-        attend: Any = packed_attention(attention, torch_packed if name == "sdpa" else flash_packed)
+        attend: Any = packed_attention(attention, PACKED.get(name, flash_packed))
         attend.supports_plans = True
         AttentionInterface.register(name, attend)
+
+
+def eager_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The eager attention of the module's model, which transformers keeps in the model's file, not by name."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
+    return own(module, *args, **kwargs)
 
 
 def packed_attention(attention: Attention, packed: Callable[..., torch.Tensor]) -> Attention:
@@ -188,6 +196,17 @@ def sdpa_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: 
     return torch.cat(parts, 1)
 
 
+def eager_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
+    """The calls of `sdpa_packed`, with the mask of each in numbers: eager attention sees all where it has none."""
+
+    def call(q: Any, k: Any, v: Any, mask: Any = None) -> torch.Tensor:
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        return one(q, k, v, q.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(q.dtype).min))
+
+    return sdpa_packed(call, plan, q, k, v, kwargs)
+
+
 def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k: Any, v: Any, kwargs: Any) -> Any:
     """Two calls for all pairs. The causal mask is aligned at the lower right, so a tail sees all of its prefix."""
     kwargs.pop("position_ids", None)  # the borders of sequences are explicit
@@ -198,3 +217,6 @@ def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k:
     if second:
         parts.append(one(tails, k.index_select(2, keys), v.index_select(2, keys), **second))
     return torch.cat(parts, 1)
+
+
+PACKED = {"sdpa": torch_packed, "eager": eager_packed}  # by name of attention; all others are flash-attention

@@ -164,6 +164,10 @@ def test_a_run_answers_as_its_policy_did_and_its_base_as_the_reference(
     assert f"weights {weights}" in generators.described["model dpo"]
     plain = Generators(resolve_models((str(run),), tmp_path), settings_of("--quantization", "none"))
     assert {row["quantization"] for row in plain.loading.values()} == {"none"}
+    other = "eager" if attention == "sdpa" else "sdpa"
+    asked = Generators(resolve_models((str(run),), tmp_path), settings_of("--attn_implementation", other))
+    assert {row["attention"] for row in asked.loading.values()} == {other}
+    assert {g.model.config._attn_implementation for _, g in asked.load()} == {other}
 
 
 def test_a_merge_is_loaded_as_it_is_stored_and_its_base_like_it(models: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -196,6 +200,8 @@ def test_what_this_machine_lacks_is_planned_for_it() -> None:
         assert plan_as_trained("org/m", there | {"attention": attention}).attn_implementation == "sdpa"
     plan = plan_as_trained("org/m", there | {"attention": "eager"})
     assert (plan.attn_implementation, plan.dtype, plan.bf16) == ("eager", torch.bfloat16, True)
+    plan = plan_as_trained("org/m", there | {"attention": "eager"}, attn_implementation="sdpa")
+    assert plan.attn_implementation == "sdpa"
 
 
 def test_the_base_is_asked_in_its_policy_s_template_and_each_template_is_printed(

@@ -156,6 +156,18 @@ def test_a_merge_of_before_is_verified_by_its_record(tmp_path: Path) -> None:
     assert printed(verify_merge(merge_adapter(Adapter(tmp_path, layers), output=layers), Adapter(tmp_path, layers)))
 
 
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_the_policy_is_compared_with_the_attention_that_is_asked_for(
+    attention: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base, folder = save(tmp_path, build(), LORA)
+    tokenizer.save_pretrained(folder)
+    adapter = Adapter(folder, Run(folder, {}), str(base), attn_implementation=attention)
+    policy = adapter.load_policy(LoadPrecision(), "cpu")
+    assert policy.get_base_model().config._attn_implementation == ("sdpa" if attention == "auto" else attention)
+    assert adapter.loading.get("attn_implementation", "auto") == attention  # of the merge, too
+
+
 def test_a_merge_is_compared_by_its_logits(tokenizer: PreTrainedTokenizerBase) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -55,7 +55,7 @@ def test_a_config_alone_gives_every_parameter_and_linear_layer(kind: str) -> Non
 
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-TODAY = QLORA | {"lora_r": 32, "max_length": 2048, "gradient_accumulation_steps": 16}
+TODAY = QLORA | {"shared_prefix": "auto", "lora_r": 32, "max_length": 2048, "gradient_accumulation_steps": 16}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -304,7 +304,7 @@ def changed_runs(outputs: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, file, content in changes:
         (outputs / name / file).write_text(content)
     settings = SimpleNamespace(output_dir=outputs, max_shard_size="2GB", adapter="", run="dpo", base_model_id="")
-    settings.trust_remote_code = False
+    settings.trust_remote_code, settings.attn_implementation = False, "auto"
 
     def start(*flags: str) -> str:
         return resolve_start(settings_of(outputs, *flags)).path
@@ -340,6 +340,7 @@ def test_a_checkpoint_is_named_and_its_run(status: str, fix: str, tmp_path: Path
             for file, text in files.items():
                 (tmp_path / name / place / file).write_text(text)
     settings = SimpleNamespace(output_dir=tmp_path, max_shard_size="2GB", base_model_id="", trust_remote_code=False)
+    settings.attn_implementation = "auto"
     lora, full = (str(tmp_path / name / "checkpoint-4") for name in ("lora", "full"))
     broken = str(tmp_path / "full" / "broken-checkpoint-6")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from transformers import (
 from trl import DPOConfig
 from trl.trainer import utils
 
+from helpers.core import UserError
 from helpers.models.adapters import upcast_adapter
+from helpers.training import trainer as shared_prefix
+from helpers.training.prefix_sharing import PackingPlan, pack_pairs
 from helpers.training.trainer import SharedPrefixDPOTrainer
 
 VOCABULARY = 300
@@ -67,7 +71,8 @@ def exact_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def adapter(**more: Any) -> LoraConfig:
-    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **more)
+    given = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False} | more
+    return LoraConfig(**given)
 
 
 def train_with(
@@ -155,3 +160,69 @@ def check_same_logs(first: list[dict[str, Any]], second: list[dict[str, Any]], t
                 assert one[name] == pytest.approx(value, abs=tolerance, rel=1e-3), (name, two.get("step"))
                 compared += 1
     return compared
+
+
+TAILS = PackingPlan.tails
+
+
+def _rejected_sees_chosen(self: PackingPlan) -> Iterator[tuple[int, int]]:
+    for row, _ in TAILS(self):
+        yield row, self.sizes[row]
+
+
+def _prompt_token_is_lost(self: PackingPlan) -> Iterator[tuple[int, int]]:
+    for row, seen in TAILS(self):
+        yield row, seen - 1
+
+
+def _positions_go_on(*words: Any) -> Any:
+    batch = pack_pairs(*words)
+    return dataclasses.replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
+
+
+def _positions_off_by_one(*words: Any) -> Any:
+    batch = pack_pairs(*words)
+    tails = torch.arange(batch.input_ids.shape[1]) >= sum(batch.plan.sizes[: len(batch.plan.lengths)])
+    return dataclasses.replace(batch, position_ids=batch.position_ids + tails)
+
+
+# Faults of a packed row: what is replaced, and by what.
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "rejected attends to chosen": (PackingPlan, "tails", _rejected_sees_chosen),
+    "positions are not restarted": (shared_prefix, "pack_pairs", _positions_go_on),
+    "positions are off by one": (shared_prefix, "pack_pairs", _positions_off_by_one),
+    "the last prompt token is lost": (PackingPlan, "tails", _prompt_token_is_lost),
+}
+
+
+def faults_accepted(trainer: SharedPrefixDPOTrainer, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
+    """What the check of a first batch prints for the right packed row, and for each fault that it accepts.
+
+    TRL's own log-probabilities, which no fault changes, are computed once.
+    """
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    sharing, compute = trainer.sharing, trainer._log_probs
+    assert sharing is not None
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def log_probs(model: Any, ids: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        key = (id(model), *ids.flatten().tolist())
+        if sharing.enabled or key not in known:
+            found = compute(model, ids, *tensors)
+            return found if sharing.enabled else known.setdefault(key, found)
+        return known[key]
+
+    accepted = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_log_probs", log_probs)
+        trainer._check_first_batch(trainer.model, batch)
+        (printed,) = capsys.readouterr().out.splitlines()[-1:]
+        for name, fault in FAULTS.items():
+            trainer._is_compared, trainer.shared_prefix, sharing.enabled = False, "on", True
+            with pytest.MonkeyPatch.context() as seeded:
+                seeded.setattr(*fault)
+                sharing.pack = functools.lru_cache(maxsize=1)(shared_prefix.pack_pairs)
+                with contextlib.suppress(UserError):
+                    trainer._check_first_batch(trainer.model, batch)
+                    accepted[name] = capsys.readouterr().out
+    return printed, accepted

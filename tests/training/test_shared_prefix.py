@@ -64,6 +64,30 @@ def test_layers_of_several_kinds_as_gemma_has_them(tokenizer: PreTrainedTokenize
     compare(*found)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mistral", "gpt_neox"])
+def test_eager_attention_soft_capped_with_sinks_or_plain(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The families whose attention PyTorch's does not compute, and others where eager attention is asked for."""
+    more = {
+        "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+        "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.0},
+    }
+    windows = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]} if kind in more else {}
+    heads = {} if kind == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, **heads, **windows, **more.get(kind, {}),
+    )  # fmt: skip
+    found = []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        targets = {"target_modules": ["q_proj", "v_proj"]} if kind == "gpt_oss" else {}
+        found.append(step(train_with(mode, model, tokenizer, tmp_path, adapter(**targets))))
+    compare(*found)
+
+
 def test_layers_with_windows_of_their_own_and_rows_that_are_cut(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
