@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from peft import PeftModel
 from torch.nn.functional import pad
 
 from helpers.core import UserError
+from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
 from helpers.models.plan import sharding_engine
 from helpers.runs.run import Run
+from helpers.settings.fields import TrainSettings
 from helpers.training.prefix_sharing import pack_pairs
 from helpers.training.trainer import PER_TOKEN, PrefixSharing, SharedPrefixDPOTrainer
 
@@ -339,6 +342,22 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         for work in works:
             work.wait()
         self._set_budget(int(budget))
+
+
+def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
+    """The value of --tokens_per_microbatch; of "auto", what the estimate allows in the memory that `model` leaves."""
+    values, device = settings.values(), model.device
+    if values["tokens_per_microbatch"] != "auto":
+        return int(values["tokens_per_microbatch"])
+    if device.type != "cuda":
+        return CPU_TOKENS
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = USED_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
+    values["gradient_accumulation_steps"] = settings.accumulation_steps()
+    decoder = read_decoder(json.loads(model.config.to_json_string()))
+    spec = TrainingSpec(values, settings.step, decoder)
+    parts = memory_by_part(decoder, spec)
+    return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"])
 
 
 def uncut_reason(model: Any, args: Any) -> str:
