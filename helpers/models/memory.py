@@ -215,9 +215,8 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec, tokens: int = 0) -> dic
 def largest_microbatch(decoder: Decoder, spec: TrainingSpec, limit: float) -> int:
     """The most tokens at a time that need at most `limit` bytes, at least those of one pair and at most of a step."""
     tokens = range(spec.pair, spec.pairs * spec.pair + 1)
-    return tokens[
-        max(0, bisect.bisect_right(tokens, limit, key=lambda n: memory_by_part(decoder, spec, n)["peak"]) - 1)
-    ]
+    fitting = bisect.bisect_right(tokens, limit, key=lambda each: memory_by_part(decoder, spec, each)["peak"])
+    return tokens[max(0, fitting - 1)]
 
 
 def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:

@@ -71,7 +71,7 @@ class PairBatch:
                 part.append(pair)
             else:
                 parts.append([pair])
-        return parts
+        return [sorted(part) for part in parts]
 
     def groups(self, by_batch: bool) -> dict[int, list[list[int]]]:
         """The pairs that may share a part, by the size of their batches: of all batches of a size, or of each alone."""
