@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from helpers.core import UserError
-from helpers.training.microbatches import PAIR_LOSSES, MicroBatchDPOTrainer, PairBatch
+from helpers.runs.run import Run
+from helpers.training.microbatches import PAIR_LOSSES, MicroBatchDPOTrainer, PairBatch, uncut_reason
 from tests.training.pairs import VOCABULARY, adapter, build, exactly
 
 # of prompts, shared beginnings, both answers
@@ -219,3 +221,51 @@ def test_parts_are_full_and_every_pair_is_in_one() -> None:
     assert [batch.tokens(part, True) for part in batch.cut(106, True, range(7))] == [106, 92, 54]
     assert len(batch.cut(1, True, range(7))) == 7
     assert batch.cut(180, False, range(7)) == [[2], [4, 6], [0, 1], [3, 5]]
+
+
+def test_the_reference_of_evaluation_pairs_is_computed_once(tokenizer: Any, tmp_path: Path) -> None:
+    given = STEPS | {"per_device_eval_batch_size": 3}
+    with exactly(torch.float64):
+        plain = trainer_of(tokenizer, tmp_path, 0, **given)
+        cut = trainer_of(tokenizer, tmp_path, 90, **given)
+        passes, found = forwards(cut), []
+        for trainer in (plain, cut):
+            first = trainer.evaluate()
+            before = len(passes)
+            trainer.train()
+            trained, second = len(passes), trainer.evaluate()
+            found.append([first, second])
+            assert first["eval_rewards/margins"] != second["eval_rewards/margins"]
+    ours = len(passes) - trained
+    assert ours == len(cut._references) + 1 == 4 or ours == 5  # the policy alone, of 3 batches
+    assert before > 2 * ours  # with the reference, and the comparison with TRL
+    for one, two in zip(*found, strict=True):
+        for name in set(one) - {n for n in one if n.endswith(("runtime", "per_second"))}:
+            assert two[name] == pytest.approx(one[name], rel=1e-6, abs=1e-9), name
+
+
+def test_a_smaller_budget_is_kept_in_the_run(tokenizer: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(tokenizer, tmp_path, 100, **STEPS | {"gradient_checkpointing": False, "max_steps": 1})
+    trainer._is_compared = True
+    run = Run(tmp_path / "run", {"step": "dpo", "status": "running"})
+    trainer.keep_budget(run)
+    Failing(trainer, "backward", 2)
+    trainer.train()
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["tokens_per_microbatch"]
+    assert 0 < found == trainer._budget < 100
+    resumed = trainer_of(tokenizer, tmp_path, 100, **STEPS)
+    resumed.keep_budget(run)
+    assert resumed._budget == found
+
+
+def test_what_needs_the_whole_batch_is_not_cut(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with exactly(torch.float64):
+        whole, cut = (step(trainer_of(tokenizer, tmp_path, budget, loss_type=["aot"])) for budget in (0, 20))
+    check_equal(whole, cut)
+    assert "Micro-batches: off, because the loss aot compares all pairs of a batch." in capsys.readouterr().out
+    model, args = build(), DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    assert uncut_reason(model, args) == ""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert uncut_reason(model, args) == "DeepSpeed and FSDP need as many passes in every process"
