@@ -39,8 +39,7 @@ WAYS = {
     "16 micro-batches of one pair": (1, 0, True),
     "micro-batches of 2,048 tokens": (1, 2048, True),
     "micro-batches of 4,096 tokens": (1, 4096, True),
-    "micro-batches of 8,192 tokens": (1, 8192, True),
-} | {f"TRL, batches of {size}": (size, 0, False) for size in (1, 2, 4, 8, 16)}
+} | {f"TRL, batches of {size}": (size, 0, False) for size in (1, 2, 4, 16)}
 TABLE = re.compile(r"(?<=<!-- microbatches -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

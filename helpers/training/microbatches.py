@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -354,9 +353,13 @@ def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = USED_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
     values["gradient_accumulation_steps"] = settings.accumulation_steps()
-    decoder = read_decoder(json.loads(model.config.to_json_string()))
+    config = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    try:
+        decoder = read_decoder(config)
+    except (KeyError, ValueError, TypeError, AttributeError):  # an unknown architecture
+        return CPU_TOKENS
     spec = TrainingSpec(values, settings.step, decoder)
-    parts = memory_by_part(decoder, spec)
+    parts = memory_by_part(decoder, spec)  # weights and reference are loaded
     return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"])
 
 

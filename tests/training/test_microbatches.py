@@ -5,16 +5,26 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoConfig
 from trl import DPOConfig
 
 from helpers.core import UserError
+from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder
 from helpers.runs.run import Run
-from helpers.training.microbatches import PAIR_LOSSES, MicroBatchDPOTrainer, PairBatch, uncut_reason
+from helpers.training.microbatches import (
+    PAIR_LOSSES,
+    MicroBatchDPOTrainer,
+    PairBatch,
+    microbatch_tokens,
+    uncut_reason,
+)
+from tests.models.test_memory import QLORA
 from tests.training.pairs import VOCABULARY, adapter, build, exactly
 
 # of prompts, shared beginnings, both answers
@@ -269,3 +279,24 @@ def test_what_needs_the_whole_batch_is_not_cut(
     assert uncut_reason(model, args) == ""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert uncut_reason(model, args) == "DeepSpeed and FSDP need as many passes in every process"
+
+
+def test_auto_fills_the_memory_that_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("mistral", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+    values = QLORA | {"gradient_accumulation_steps": 16, "memory_gb": 24.0, "tokens_per_microbatch": "auto"}
+    settings: Any = SimpleNamespace(values=lambda: dict(values), step="dpo", accumulation_steps=lambda: 16)
+    model = SimpleNamespace(config=config, device=torch.device("cpu"))
+    assert microbatch_tokens(settings, model) == 4096
+    model.device = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3 * GB)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * GB)
+    found = []
+    for free in (4, 6, 8, 70):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free * GB, 80 * GB))
+        found.append(microbatch_tokens(settings, model))
+        decoder = read_decoder(config.to_dict())
+        parts = memory_by_part(decoder, TrainingSpec(values, "dpo", decoder), found[-1])
+        assert parts["peak"] - parts["weights"] <= 0.9 * (free + 1) * GB
+    assert 2 * 1512 < found[0] < found[1] < found[2] < found[3] == 16 * 2 * 1512
+    values["tokens_per_microbatch"] = 1234
+    assert microbatch_tokens(settings, model) == 1234
