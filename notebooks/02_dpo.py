@@ -67,6 +67,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     learning_rate: float = 5e-5  # peak learning rate; for full tuning use 5e-7 to 1e-6
     per_device_train_batch_size: int = 1  # pairs per device and batch
     gradient_accumulation_steps: int = 16  # batches per optimizer step
+    tokens_per_microbatch: Literal["auto"] | int = "auto"  # tokens computed at a time; auto: what fits; 0: a batch
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # the adapter's output is scaled by lora_alpha / lora_r
@@ -121,7 +122,7 @@ from trl import DPOConfig
 from helpers.data import DataReport, load_preferences, show_example
 from helpers.models import load_adapter, load_tokenizer, lora_module_args, prepare_model, save_model
 from helpers.runs import Curves, final_metrics, show_report
-from helpers.training import SharedPrefixDPOTrainer, prepare_trainer
+from helpers.training import MicroBatchDPOTrainer, microbatch_tokens, prepare_trainer
 
 # %% [markdown]
 # ## Data
@@ -228,11 +229,13 @@ elif not training_args.precompute_ref_log_probs:
 # ## Trainer
 #
 # The trainer is TRL's `DPOTrainer` on tokenized pairs. It computes a prompt once per pair, and compares its first batch
-# with TRL's own computation. `prepare_trainer` adds logs, curves, diagnostics, sampled answers and safe checkpoints. It
-# also keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
+# with TRL's own computation. It computes the pairs of an optimizer step together, as many at a time as fit into memory.
+# Gradients are those of the batches that you ask for. `prepare_trainer` adds logs, curves, diagnostics, sampled answers
+# and safe checkpoints. It also keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small
+# updates away.
 
 # %%
-trainer = SharedPrefixDPOTrainer(
+trainer = MicroBatchDPOTrainer(
     model=model,
     ref_model=reference,
     args=training_args,
@@ -241,6 +244,7 @@ trainer = SharedPrefixDPOTrainer(
     processing_class=tokenizer,
     peft_config=peft_config,
     shared_prefix=settings.shared_prefix,
+    tokens_per_microbatch=microbatch_tokens(settings, model),
 )
 prepare_trainer(trainer, run, settings=settings, eval_set=eval_set)
 

@@ -48,9 +48,11 @@ def estimate_workload(settings: Any, start: Start) -> str:
         kept, tokens = kept + len(lengths) * share, tokens + sum(lengths) * share
         has_eval_split = has_eval_split or bool(spec.eval_split)
     mean = tokens / max(1.0, kept)
+    evaluated = float(split.eval_rows)
     if not has_eval_split:  # as split_by_prompt does
         quarter = max(1.0, split.eval_fraction * kept)
-        kept -= min(split.eval_rows, max(quarter, kept // 4)) if split.eval_rows else quarter
+        evaluated = min(split.eval_rows, max(quarter, kept // 4)) if split.eval_rows else quarter
+        kept -= evaluated
     if kept < 1:
         raise UserError("none of the sampled rows can be used. Run `python -m helpers data` to see why.")
     trained = min(split.train_rows or math.inf, kept)
@@ -60,7 +62,29 @@ def estimate_workload(settings: Any, start: Start) -> str:
     note = f" ({note})" if note else ""
     tokens = steps / epoch * trained * mean
     work = f"About {round(trained):,} rows to train on, {steps:,} steps, {tokens:,.0f} tokens{note}."
-    return work + _describe_time(settings, tokens)
+    return (
+        work
+        + _describe_evaluation(settings, steps, evaluated, steps / epoch * trained)
+        + _describe_time(settings, tokens)
+    )
+
+
+def _describe_evaluation(settings: Any, steps: int, evaluated: float, trained: float) -> str:
+    """A line with the number of evaluations and their share of the computation; "" without one.
+
+    A forward pass counts 1 a row, and the reference's of an evaluation row is needed once. A row that is trained on
+    takes a forward pass, another with checkpointing, a backward pass (2 with all weights) and the reference's.
+    """
+    trl, is_dpo = settings.trl, settings.step == "dpo"
+    every = trl.get("eval_steps", 0.2)
+    count = steps // math.ceil(every * steps if every < 1 else every)
+    count = {"no": 0, "epoch": math.ceil(settings.num_train_epochs)}.get(str(trl.get("eval_strategy")), count)
+    count += bool(trl.get("eval_on_start", is_dpo)) if count else 0
+    if not count or evaluated < 1:
+        return ""
+    own = evaluated * (count + is_dpo)
+    all_of_it = own + trained * (2 + trl.get("gradient_checkpointing", True) + (settings.tuning == "full") + is_dpo)
+    return f"\nEvaluation: {count} times {round(evaluated):,} rows, {own / all_of_it:.0%} of the computation."
 
 
 def _describe_time(settings: Any, tokens: float) -> str:

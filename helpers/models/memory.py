@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import dataclasses
 import json
 import math
@@ -27,6 +29,8 @@ LOGIT_TILE = (4096, 32768)  # rows and columns of logits in memory at a time (tr
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 # Families whose experts, one tensor for all, have an adapter with "all-linear" (peft 0.21). They are never quantized.
 ADAPTED_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "minimax")
+USED_SHARE = 0.9  # of the memory: fragments of it cannot be used
+CPU_TOKENS = 4096  # of a micro-batch on a CPU, by default: more are not faster
 
 
 class Linear(NamedTuple):
@@ -147,7 +151,6 @@ class TrainingSpec:
         self.modules_to_save = tuple(values["lora_modules_to_save"])
         self.batch = int(values["per_device_train_batch_size"])
         self.length = int(values["max_length"] or getattr(decoder.config, "max_position_embeddings", 0))
-        self.tokens = (2 if dpo else 1) * self.batch * self.length
         self.checkpointing = values.get("gradient_checkpointing", True)
         self.optimizer = str(values.get("optim", "paged_adamw_8bit" if self.on_gpu and not engine else "adamw_torch"))
         self.frozen_copy = trained_further and dpo  # of the adapter, as the reference
@@ -156,6 +159,17 @@ class TrainingSpec:
         self.varlen = is_shared or "flash" in values["attn_implementation"]
         self.stage = _stage(values, engine)  # of ZeRO; FSDP shards like stage 3
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        losses, engine = {*values.get("loss_type", ())}, engine or values.get("deepspeed") or values.get("fsdp")
+        is_cut = dpo and not engine and not losses & {"aot", "aot_unpaired"}
+        self.budget = values.get("tokens_per_microbatch", 0) if is_cut else 0  # auto; 0: a batch
+        is_pooled = self.budget and "sft" not in losses
+        self.pairs = self.batch * (int(values["gradient_accumulation_steps"]) if is_pooled else 1)
+        self.pair = (2 if dpo else 1) * self.length  # tokens of a pair, or of a conversation
+        self.tokens = self.pairs * self.pair  # at a time
+        if self.budget == "auto" and self.on_gpu:
+            self.tokens = largest_microbatch(decoder, self, USED_SHARE * values["memory_gb"] * GB)
+        elif self.budget:
+            self.tokens = min(self.tokens, max(self.pair, CPU_TOKENS if self.budget == "auto" else self.budget))
 
 
 def _stage(values: Mapping[str, Any], engine: str) -> int:
@@ -172,8 +186,10 @@ def _stage(values: Mapping[str, Any], engine: str) -> int:
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
+def memory_by_part(decoder: Decoder, spec: TrainingSpec, tokens: int = 0) -> dict[str, float]:
     """Bytes on one device by part; `peak` is their sum. benchmarks/memory.py compares them with real runs."""
+    spec = copy.copy(spec)
+    spec.tokens = tokens or spec.tokens
     trained, embeddings = trained_sizes(decoder, spec), 0
     if spec.full or any("embed" in name for name in spec.modules_to_save):
         embeddings = decoder.embeddings
@@ -188,10 +204,18 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec) -> dict[str, float]:
         "weights": weights,
         "adapter": adapter * (2 if spec.frozen_copy else 1),
         "gradients": gradients / (spec.processes if spec.stage >= 2 else 1),
+        "buckets": gradients if spec.processes > 1 and not spec.stage else 0.0,
         "optimizer": (states + 4 * mixed * count) / (spec.processes if spec.stage >= 1 else 1),
         "reference": weights if spec.reference else 0.0,
     } | dict(zip(("activations", "logits"), step_bytes(decoder, spec), strict=True))
     return parts | {"peak": sum(parts.values())}
+
+
+def largest_microbatch(decoder: Decoder, spec: TrainingSpec, limit: float) -> int:
+    """The most tokens at a time that need at most `limit` bytes, at least those of one pair and at most of a step."""
+    tokens = range(spec.pair, spec.pairs * spec.pair + 1)
+    fitting = bisect.bisect_right(tokens, limit, key=lambda each: memory_by_part(decoder, spec, each)["peak"])
+    return tokens[max(0, fitting - 1)]
 
 
 def weight_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
@@ -221,12 +245,10 @@ def trained_sizes(decoder: Decoder, spec: TrainingSpec) -> list[int]:
 
 
 def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float:
-    """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW.
-
-    Embeddings never have 8-bit states (transformers 5.23, trainer.py, create_optimizer).
-    """
+    """Bytes of the optimizer's state for a weight of `size` parameters; an unknown optimizer counts as AdamW."""
     name = spec.optimizer.removeprefix("paged_")
     states = next((n for prefix, n in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
+    # embeddings never have 8-bit states (transformers 5.23, trainer.py, create_optimizer)
     in_8bit = "8bit" in name and size >= MIN_8BIT_SIZE and not embedding
     return states * size * ((1 + 4 / 256) if in_8bit else 4.0)  # 8-bit states have a constant per 256
 
@@ -275,10 +297,8 @@ def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
 def suggest_changes(
     decoder: Decoder, values: dict[str, Any], step: str, limit: float, trained_further: bool = False
 ) -> list[tuple[str, float]]:
-    """Flags that reduce the peak to `limit` bytes, each with its peak, the harmless ones first.
-
-    These are every kind of change that is enough alone, else one combination, else all changes together.
-    """
+    """Flags that reduce the peak to `limit` bytes, each with its peak, the harmless ones first: every kind of change
+    that is enough alone, else one combination, else all changes together."""
 
     def peak(change: dict[str, Any]) -> float:
         return memory_by_part(decoder, TrainingSpec(values | change, step, decoder, trained_further))["peak"]
@@ -302,7 +322,9 @@ def _changes(values: Mapping[str, Any], spec: TrainingSpec) -> Iterator[list[dic
     if not spec.checkpointing:
         yield [{"gradient_checkpointing": True}]
     batches = [{"per_device_train_batch_size": spec.batch >> i} for i in range(1, spec.batch.bit_length())]
-    if not values["global_batch_size"]:  # which would set the accumulation itself
+    if spec.budget:
+        batches = [{"tokens_per_microbatch": "auto"}][spec.budget == "auto" :]
+    elif not values["global_batch_size"]:  # which would set the accumulation itself
         rows = values["gradient_accumulation_steps"] * spec.batch
         batches = [b | {"gradient_accumulation_steps": math.ceil(rows / n)} for b in batches for n in b.values()]
     yield batches
@@ -344,7 +366,7 @@ class MemoryEstimate:
 def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     """Estimate what `settings` need on one GPU with bfloat16, or on a CPU with `--use_cpu`. Raises UserError."""
     values, lines = settings.values(), list[str]()
-    settings.accumulation_steps()  # raises if they contradict each other
+    values["gradient_accumulation_steps"] = settings.accumulation_steps()  # raises if they contradict each other
     config, folder = fetch_file(start.model, start.revision, "config.json"), find_path(start.model)
     if folder and (missing := missing_weights(folder)):
         lines = [f"The weights are not here yet: {folder.name} {missing}."]
@@ -368,9 +390,15 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     pages = ", which may page to the CPU" if "paged" in spec.optimizer else ""
     known = spec.optimizer.removeprefix("paged_").startswith(tuple(OPTIMIZER_STATES))
     shape = f"batch {spec.batch}, {spec.length:,} tokens"
+    if spec.budget:
+        largest = largest_microbatch(decoder, spec, USED_SHARE * limit)
+        count, shape = math.ceil(spec.pairs / (largest // spec.pair)), f"micro-batches of {spec.tokens:,} tokens"
+        step = f"a step of {spec.pairs} pairs takes {count} or fewer" if count > 1 else "all pairs of a step"
+        lines += [f"The largest --tokens_per_microbatch that fits is {largest:,}: {step}."] if fits else []
     notes = {
         "weights": plain if spec.full else {4: "4-bit NF4", 8: "8-bit"}.get(spec.bits, plain),
         "adapter": "and its frozen copy, the reference" if spec.frozen_copy else f"rank {spec.rank}",
+        "buckets": "of DistributedDataParallel",
         "optimizer": spec.optimizer + (pages if known else ", counted as AdamW"),
         "activations": shape if spec.checkpointing else f"{shape}, no checkpointing",
         "reference": "another copy of the weights",

@@ -45,6 +45,7 @@ MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*config.json", "
 RECORD: dict[str, Any] = {
     "step": "", "status": "", "finished": "", "order": 0, "base_model": "", "settings": {}, "hashed_settings": {},
     "metrics": {}, "data": {}, "fingerprint": "", "files": {}, "plan": {}, "models": [], "loading": {}, "page": "",
+    "tokens_per_microbatch": 0,
 }  # fmt: skip
 SLOW_BYTES = 2e9  # to hash; that takes seconds
 OUT_OF_MEMORY_ERRORS = ("memoryerror", "outofmemory", "out of memory", "can't allocate memory")

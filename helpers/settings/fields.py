@@ -330,7 +330,7 @@ def check_range(name: str, value: Any, interval: str) -> None:
     """Raise SettingsError if a number, or one of a list, is outside `interval`, such as "[0, 1)". NaN always is."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     for number in value if isinstance(value, list | tuple) else [value]:
-        if number is None or (name == "max_steps" and number == -1):  # -1: as many as the epochs have
+        if number in (None, "auto") or (name == "max_steps" and number == -1):  # -1: as many as the epochs have
             continue
         is_low = not (number >= low if interval[0] == "[" else number > low)
         is_high = not (number <= high if interval[-1] == "]" else number < high)

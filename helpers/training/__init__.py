@@ -6,6 +6,7 @@ __all__, __getattr__ = lazy_door(
     __name__,
     {
         "trainer": ["SharedPrefixDPOTrainer", "supports_packing"],
+        "microbatches": ["MicroBatchDPOTrainer", "microbatch_tokens"],
         "callbacks": ["prepare_trainer"],
         "prefix_sharing": ["pack_pairs"],
     },

@@ -37,6 +37,7 @@ from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
 from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
 from helpers.training.diagnostics import diagnose
+from helpers.training.microbatches import MicroBatchDPOTrainer
 from helpers.training.resume import ResumeCallback
 from helpers.training.trainer import count_rows_once
 
@@ -62,6 +63,8 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     if settings.values()["tuning"] != "full" and settings.adapter_dtype == "fp32":
         upcast_adapter(trainer.model)
     count_rows_once(trainer)
+    if isinstance(trainer, MicroBatchDPOTrainer):
+        trainer.keep_budget(run)
     run.when_stopped = save_partial_report
     shows_progress = trainer.pop_callback(ProgressCallback) is not None
     if is_main_process():

@@ -268,10 +268,11 @@ def test_the_suggestions_are_those_of_the_diagnostics() -> None:
 def test_the_design_page_names_every_overridden_method_of_trl() -> None:
     from trl import DPOTrainer
 
+    from helpers.training.microbatches import MicroBatchDPOTrainer
     from helpers.training.trainer import SharedPrefixDPOTrainer, TokenizedDPOTrainer
 
     text = (REPO / "docs" / "design.md").read_text()
-    for ours in (TokenizedDPOTrainer, SharedPrefixDPOTrainer):
+    for ours in (TokenizedDPOTrainer, SharedPrefixDPOTrainer, MicroBatchDPOTrainer):
         methods = [name for name in vars(ours) if callable(vars(ours)[name]) and hasattr(DPOTrainer, name)]
         assert methods
         for name in methods:

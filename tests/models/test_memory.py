@@ -6,6 +6,7 @@ import json
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -213,6 +214,32 @@ def test_advice_names_what_alone_makes_it_fit_and_else_several_together() -> Non
     assert suggest_changes(decoder, full, "dpo", 100 * GB)[0][0] == "--precompute_ref_log_probs True"
 
 
+def test_micro_batches_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = read_decoder(MISTRAL_7B)
+    auto = QLORA | {"tokens_per_microbatch": "auto", "gradient_accumulation_steps": 16}
+    found = []
+    for size in (16, 24, 80):
+        spec = TrainingSpec(auto | {"memory_gb": size}, "dpo", decoder)
+        found.append(spec.tokens)
+        limit = memory.USED_SHARE * size * GB
+        assert memory_by_part(decoder, spec)["peak"] <= limit
+        if size < 80:
+            assert memory_by_part(decoder, spec, spec.tokens + 1)["peak"] > limit
+    assert 2 * 1512 < found[0] < found[1] < found[2] == 16 * 2 * 1512  # all pairs of a step
+    assert TrainingSpec(auto | {"memory_gb": 4}, "dpo", decoder).tokens == 2 * 1512  # a pair is not cut
+    fixed = auto | {"tokens_per_microbatch": 8000, "memory_gb": 24}
+    assert TrainingSpec(fixed, "dpo", decoder).tokens == 8000
+    assert suggest_changes(decoder, fixed | {"memory_gb": 16}, "dpo", 16 * GB)[0][0] == "--tokens_per_microbatch auto"
+    assert TrainingSpec(fixed | {"tokens_per_microbatch": 0}, "dpo", decoder).tokens == 2 * 1512  # a batch
+    assert TrainingSpec(fixed | {"loss_type": ("aot",)}, "dpo", decoder).tokens == 2 * 1512
+    alone = memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    together = memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))
+    assert together["buckets"] == together["gradients"] == pytest.approx(together["peak"] - alone["peak"])
+    monkeypatch.setattr(memory, "sys", SimpleNamespace(platform="win32"))  # where PyTorch has no Triton
+    assert memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))["logits"] > alone["logits"] + GB
+
+
 def dry_run(
     project: Project, notebook: str, *words: str, status: int = 0, real: bool = False, **env: str
 ) -> tuple[str, str, float]:
@@ -235,6 +262,7 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         assert set(parts) == {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
         assert parts["weights"] == ["4.13", "GB"]
         assert "fits into 24 GB" in out
+        assert re.search(r"The largest --tokens_per_microbatch that fits is 1\d,\d+: a step of 16 pairs takes", out)
         assert "Unknown steps and tokens: org/pairs has not been downloaded yet." in out
         assert "Dry run: outputs/dpo-large-7b-" in said
         fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
@@ -303,6 +331,8 @@ def test_several_sets_and_long_prompts_are_counted_as_they_are_trained(
     words += ["--gradient_accumulation_steps", "1"]
     out, _, _ = dry_run(project, "02_dpo.py", *words, "--overlong", "truncate_prompt")
     assert "About 70 rows to train on, 7 steps, " in out
+    # steps 0, 2, 4 and 6 and the reference, of 10 rows; 70 rows of 4 passes each
+    assert "Evaluation: 4 times 10 rows, 15% of the computation." in out
     _, said, _ = dry_run(project, "02_dpo.py", *words, status=1)
     assert "none of the sampled rows can be used" in said
 

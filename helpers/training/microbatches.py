@@ -1,0 +1,397 @@
+"""The batches of an optimizer step in micro-batches of at most so many tokens, with the same gradient (TRL 1.16)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
+from torch.nn.functional import pad
+
+from helpers.core import UserError
+from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
+from helpers.models.plan import sharding_engine
+from helpers.runs.run import Run
+from helpers.settings.fields import TrainSettings
+from helpers.training.prefix_sharing import pack_pairs
+from helpers.training.trainer import PER_TOKEN, PrefixSharing, SharedPrefixDPOTrainer
+
+# Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
+PAIR_LOSSES = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "sigmoid_norm",
+}  # fmt: skip
+
+
+class PairBatch:
+    """Batches of TRL's collator as one of B pairs, (2B, L), with (prefix, chosen, rejected) tokens of each pair."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        self.sizes = [len(batch["input_ids"]) // 2 for batch in batches]
+        self.width = max(batch["input_ids"].shape[1] for batch in batches)
+        columns = {name: [batch[name] for batch in batches] for name in batches[0]}
+        self.inputs = {name: self._concatenate(values) for name, values in columns.items()}
+        self.failed = set[int]()  # pairs that did not fit into memory alone
+        self.lengths = pack_pairs(*(self.inputs[n] for n in ("input_ids", "attention_mask", "input_ids"))).plan.lengths
+
+    def _concatenate(self, values: list[Any]) -> Any:
+        """Chosen rows of all batches, then rejected ones, padded on the right; or one value a pair."""
+        if len(values) == 1 or not isinstance(values[0], torch.Tensor) or not values[0].dim():
+            return values[0]
+        if values[0].dim() == 1:
+            return torch.cat(values)
+        halves = [pad(value, (0, self.width - value.shape[1])).chunk(2) for value in values]
+        return torch.cat([half[side] for side in (0, 1) for half in halves])
+
+    def tokens(self, part: list[int], packed: bool) -> int:
+        """Tokens that a model computes for the pairs `part`: packed, or padded to their longest row."""
+        lengths = [self.lengths[pair] for pair in part]
+        return sum(map(sum, lengths)) if packed else 2 * len(part) * max(p + max(c, r) for p, c, r in lengths)
+
+    def cut(self, budget: int, packed: bool, pairs: Iterable[int]) -> list[list[int]]:
+        """Split `pairs` into few parts of at most `budget` tokens, or of one pair.
+
+        The longest pair that is left goes where it has room: packed, into any part; padded, next to the one before it.
+        """
+        parts: list[list[int]] = []
+        for pair in sorted(pairs, key=lambda i: -self.tokens([i], packed)):
+            options = parts if packed else parts[-1:]
+            room = (part for part in options if self.tokens([*part, pair], packed) <= budget)
+            if (part := next(room, None)) is not None:
+                part.append(pair)
+            else:
+                parts.append([pair])
+        return [sorted(part) for part in parts]
+
+    def groups(self, by_batch: bool) -> dict[int, list[list[int]]]:
+        """The pairs that may share a part, by the size of their batches: of all batches of a size, or of each alone."""
+        groups: dict[int, list[list[int]]] = {}
+        for end, size in zip(itertools.accumulate(self.sizes), self.sizes, strict=True):
+            pairs = list(range(end - size, end))
+            if by_batch or size not in groups:
+                groups.setdefault(size, []).append(pairs)
+            else:
+                groups[size][0] += pairs
+        return groups
+
+    def rows(self, part: list[int]) -> torch.Tensor:
+        """The rows of the pairs `part`: their chosen answers, then their rejected ones."""
+        rows = [*part, *(pair + len(self.lengths) for pair in part)]
+        return torch.tensor(rows, device=self.inputs["input_ids"].device)
+
+    def take(self, part: list[int], values: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The pairs `part` of `values`, by default of the batch, without columns of padding."""
+        rows, width = self.rows(part), max(p + max(c, r) for p, c, r in (self.lengths[pair] for pair in part))
+        taken = dict(self.inputs if values is None else values)
+        for name, value in taken.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                taken[name] = value[rows][:, :width] if value.dim() > 1 else value[rows[: len(part)]]
+        return taken
+
+    def join(self, outputs: Iterable[tuple[list[int], Any]]) -> SimpleNamespace:
+        """The outputs of a model for the batch, of those for its parts; zeros where there was padding."""
+        joined: dict[str, Any] = {}
+        for part, output in outputs:
+            for name in PER_TOKEN:
+                if (value := getattr(output, name, None)) is not None:
+                    whole = joined.setdefault(name, value.new_zeros(2 * len(self.lengths), self.width - 1))
+                    whole[self.rows(part), : value.shape[1]] = value.detach()
+        return SimpleNamespace(**joined)
+
+
+class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
+    """SharedPrefixDPOTrainer that computes at most `tokens_per_microbatch` tokens at a time, and 0 any number.
+
+    The batches of an optimizer step are computed together, in the step's last batch, with the gradient, loss and
+    metrics of all their pairs. A micro-batch that does not fit into memory is computed again in smaller ones, down to
+    one pair. The reference's log-probabilities of evaluation batches are computed once.
+    """
+
+    def __init__(self, *, model: Any, args: Any, tokens_per_microbatch: int = 0, **kwargs: Any) -> None:
+        self._budget, self._run = tokens_per_microbatch, cast(Run | None, None)
+        self._waiting: list[dict[str, Any]] = []  # batches of this optimizer step
+        self._outputs: list[Any] | None = None  # of the policy, for each micro-batch, while gradients are computed
+        self._is_inner = False  # within a micro-batch, or in what is computed of all of them
+        self._references: dict[bytes, Any] = {}  # log-probabilities by evaluation batch
+        if self._budget and (reason := uncut_reason(model, args)):
+            self._budget = 0
+            print(f"Micro-batches: off, because {reason}.")
+        elif self._budget:
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            args.precompute_ref_batch_size = args.precompute_ref_batch_size or rows
+            if args.per_device_eval_batch_size == args.per_device_train_batch_size:
+                args.per_device_eval_batch_size = rows
+        super().__init__(model=model, args=args, **kwargs)
+
+    def keep_budget(self, run: Run) -> None:
+        """Use the budget that `run` had before it was resumed, and record a smaller one."""
+        self._run, known = run, run.record.get("tokens_per_microbatch")
+        self._budget = min(self._budget, known or self._budget)
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.sharing is not None and self.sharing.enabled
+
+    def _shrink(self, tokens: int, batch: PairBatch, part: list[int]) -> None:
+        """Halve the budget after `part` did not fit into memory. Raises UserError if it is a pair that fails again."""
+        clear_device_cache(garbage_collection=True)
+        if len(part) == 1 and part[0] in batch.failed:
+            raise UserError(
+                f"{self._name(batch.take(part)['input_ids'][0].tolist())}, of {tokens:,} tokens, is too large for the "
+                "memory of this device. Lower --max_length, or see `--dry_run` for what else makes it fit."
+            )
+        batch.failed.update(part if len(part) == 1 else [])
+        self._set_budget(max(1, min(tokens, self._budget) // 2))
+        print(
+            f"Out of memory: a micro-batch of {tokens:,} tokens is computed again. --tokens_per_microbatch is "
+            f"{self._budget:,} from now on.",
+            flush=True,
+        )
+
+    def _set_budget(self, budget: int) -> None:
+        if budget != self._budget:
+            self._budget = budget
+            if self._run is not None:
+                self._run.save(tokens_per_microbatch=budget)
+
+    def _name(self, ids: list[int]) -> str:
+        """What to call the pair whose chosen row has these tokens."""
+        for kind, rows in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
+            for number, row in enumerate(rows or (), 1):
+                chosen = [*row["prompt_ids"], *row["chosen_ids"]]
+                if chosen == ids[: len(chosen)]:
+                    return f"Row {number:,} of the {kind} pairs"
+        return "A pair"
+
+    def _each(
+        self, batch: PairBatch, packed: bool, compute: Callable[[list[int]], Any]
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Each micro-batch of a pass without gradients and what `compute` returns for it."""
+        parts = batch.cut(self._budget, packed, range(len(batch.lengths)))
+        while parts:
+            result = None
+            with contextlib.suppress(torch.OutOfMemoryError):  # nothing keeps its tensors
+                result = compute(parts[0])
+            if result is None:
+                self._shrink(batch.tokens(parts[0], packed), batch, parts[0])
+                parts = batch.cut(self._budget, packed, itertools.chain(*parts))
+            else:
+                yield parts.pop(0), result
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        compute = super().compute_ref_log_probs
+        if not self._budget:
+            return compute(model, inputs)
+        batch, whole = PairBatch([inputs]), None
+        each = self._each(batch, self._is_packed, lambda part: torch.stack(compute(model, batch.take(part))))
+        for part, found in each:
+            whole = found.new_empty(2, len(batch.lengths)) if whole is None else whole
+            whole[:, part] = found
+        return whole
+
+    def _check_first_batch(self, model: Any, inputs: Any) -> None:
+        """Compare the first micro-batch with TRL, padded as TRL has it; a smaller one if it does not fit."""
+        if self._is_inner or self.sharing is None or self._is_compared:
+            return
+        if not self._budget:
+            return super()._check_first_batch(model, inputs)
+        batch, check = PairBatch([inputs]), super()._check_first_batch
+
+        def compare(part: list[int]) -> bool:
+            try:
+                check(model, batch.take(part))
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:  # which wait for this one
+                    raise UserError("The first micro-batch is too large. Lower --tokens_per_microbatch.") from error
+                self._is_compared, cast(PrefixSharing, self.sharing).enabled = False, True
+                raise
+            return True
+
+        next(self._each(batch, False, compare))
+
+    def _add_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its reference's log-probabilities; those of an evaluation batch are computed once."""
+        if "ref_chosen_logps" in inputs:
+            return inputs
+        key = b""
+        if not self.model.training and not self.args.sync_ref_model:
+            content = torch.stack([inputs[name].long() for name in ("input_ids", "attention_mask", "completion_mask")])
+            key = hashlib.blake2b(content.cpu().numpy().tobytes()).digest() + str(content.shape).encode()
+        is_known = key in self._references
+        if key and (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # all processes compute, or none
+            is_known = all(gather_object([is_known]))
+        found = self._references[key] if is_known else self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        if key:
+            self._references[key] = found
+        return {**inputs, "ref_chosen_logps": found[0], "ref_rejected_logps": found[1]}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._waiting.clear()  # of a step that was interrupted
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if not self._budget:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._waiting.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)  # the step's last batch has the loss of all
+        batch, done = PairBatch(self._waiting), None
+        self._waiting.clear()
+        model.train()
+        self._check_first_batch(model, batch.inputs)
+        batch.inputs = self._add_reference(batch.inputs)
+        while done is None:
+            done = self._accumulate(model, batch, num_items_in_batch)
+        loss, outputs = done
+        with torch.no_grad(), self.compute_loss_context_manager():  # for metrics
+            self._compute_whole(lambda **_: batch.join(outputs), batch.inputs)
+        if self.accelerator.num_processes > 1:
+            self._average_gradients(model)
+        return loss
+
+    def _accumulate(
+        self, model: Any, batch: PairBatch, count: Any
+    ) -> tuple[torch.Tensor, list[tuple[list[int], Any]]] | None:
+        """Compute a step's gradients; returns its loss, and the policy's outputs. None if a micro-batch did not fit."""
+        step, losses, self._outputs = super().training_step, [], []
+        groups, parts = batch.groups(by_batch="sft" in self.loss_types), []
+        for size, pairs in ((size, pairs) for size, each in groups.items() for pairs in each):
+            for part in batch.cut(self._budget, self._is_packed, pairs):
+                inputs, parts, is_done = batch.take(part), [*parts, part], False
+                with contextlib.suppress(torch.OutOfMemoryError), self._apart(batch, part, pairs, size):
+                    with self.accelerator.no_sync(model):
+                        losses.append(step(model, inputs, count))
+                    is_done = True
+                if not is_done:  # a backward pass that failed has added some of its gradients
+                    self._outputs = None
+                    model.zero_grad()
+                    self._shrink(batch.tokens(part, self._is_packed), batch, part)
+                    return None
+        outputs, self._outputs = self._outputs, None
+        return torch.stack(losses).sum(), list(zip(parts, outputs, strict=True))
+
+    @contextlib.contextmanager
+    def _apart(self, batch: PairBatch, part: list[int], pairs: list[int], size: int) -> Iterator[None]:
+        """Give the losses of `part` their share of a batch's, and keep its metrics from logs and other processes."""
+        shares = dict.fromkeys(PAIR_LOSSES, len(part) / size)
+        if "sft" in self.loss_types:  # `pairs` are a batch
+            labels = batch.inputs["completion_mask"][: len(batch.lengths), 1:].sum(1)
+            shares["sft"] = int(labels[part].sum()) / int(labels[pairs].sum())
+        # without the mean of no tokens, which is NaN
+        types = [name for name in self.loss_types if shares[name]]
+        weights = [shares[n] * w for n, w in zip(self.loss_types, self.loss_weights, strict=True) if shares[n]]
+        metrics, tokens = {"train": defaultdict[str, Any](list)}, self._total_train_tokens
+        try:
+            with (
+                _replaced(self.accelerator, gather=_same, gather_for_metrics=_same),
+                _replaced(self, loss_types=types, loss_weights=weights, _metrics=metrics),
+                _replaced(self, precompute_ref_logps=True, _is_inner=True),
+            ):
+                yield
+        finally:
+            self._total_train_tokens = tokens
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if self._outputs is not None:
+            return super()._compute_loss(functools.partial(self._record, model, self._outputs), inputs, return_outputs)
+        if torch.is_grad_enabled():
+            return super()._compute_loss(model, inputs, return_outputs)
+        self._check_first_batch(model, inputs)
+        inputs = self._add_reference(inputs)
+        if not self._budget or return_outputs:
+            return self._compute_whole(model, inputs, return_outputs)
+        batch = PairBatch([inputs])
+
+        def forward(**kwargs: Any) -> SimpleNamespace:
+            return batch.join(self._each(batch, self._is_packed, lambda part: model(**batch.take(part, kwargs))))
+
+        return self._compute_whole(forward, inputs)
+
+    def _compute_whole(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+        """TRL's loss and metrics of a batch that has its reference's log-probabilities."""
+        with _replaced(self, _is_inner=True, precompute_ref_logps=True):
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    def _record(self, model: Any, outputs: list[Any], **kwargs: Any) -> Any:
+        output = model(**kwargs)
+        values = ((name, getattr(output, name, None)) for name in PER_TOKEN)
+        outputs.append(SimpleNamespace(**{name: value.detach() for name, value in values if value is not None}))
+        return output
+
+    def _average_gradients(self, model: Any) -> None:
+        """Average gradients over processes, after each has summed up its own, and agree on the smallest budget.
+
+        DistributedDataParallel would do it in the last backward pass, which could then not be repeated in one process.
+        """
+        budget = torch.tensor(self._budget, device=self.accelerator.device)
+        works = [torch.distributed.all_reduce(budget, torch.distributed.ReduceOp.MIN, async_op=True)]
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad /= self.accelerator.num_processes
+            works.append(torch.distributed.all_reduce(weight.grad, async_op=True))
+        for work in works:
+            work.wait()
+        self._set_budget(int(budget))
+
+
+def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
+    """The value of --tokens_per_microbatch; of "auto", what the estimate allows in the memory that `model` leaves."""
+    values, device = settings.values(), model.device
+    if values["tokens_per_microbatch"] != "auto":
+        return int(values["tokens_per_microbatch"])
+    if device.type != "cuda":
+        return CPU_TOKENS
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = USED_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)
+    values["gradient_accumulation_steps"] = settings.accumulation_steps()
+    config = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    try:
+        decoder = read_decoder(config)
+    except (KeyError, ValueError, TypeError, AttributeError):  # an unknown architecture
+        return CPU_TOKENS
+    spec = TrainingSpec(values, settings.step, decoder)
+    parts = memory_by_part(decoder, spec)  # weights and reference are loaded
+    return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"])
+
+
+def uncut_reason(model: Any, args: Any) -> str:
+    """Why a batch cannot be computed in parts with the gradient of the whole, or ""."""
+    text = model.config.get_text_config()
+    router = getattr(text, "router_aux_loss_coef", 0.0) if args.router_aux_loss_coef is None else 1.0
+    whole = [name for name in args.loss_type if name not in PAIR_LOSSES | {"sft"}]
+    reasons = {
+        "DeepSpeed and FSDP need as many passes in every process": args.deepspeed or args.fsdp or sharding_engine(),
+        "sequences are split over devices": args.parallelism_config is not None,
+        f"the loss {', '.join(whole)} compares all pairs of a batch": whole,
+        "the loss sft cannot be weighted": "sft" in args.loss_type and args.use_weighting,
+        "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
+        f"{args.optim} updates weights in the backward pass": "lomo" in str(args.optim),
+        "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
+        and model.active_peft_config.is_prompt_learning,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+@contextlib.contextmanager
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+def _same(values: Any) -> Any:
+    return values
