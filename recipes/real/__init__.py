@@ -16,9 +16,10 @@ SENTENCE_END = re.compile(r"[.!?]+[\"'\u2019\u201d)]*(?=\s|$)")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|Dr|Mr|Mrs|Ms|St)\.(?=\s)")
 MARKUP = re.compile(r"\n|[*#`|_\u2022]|^\W*(?:\d+\.|-)\s")
 REFUSAL = re.compile(r"\b(?:sorry|apologi[sz]e|i (?:can't|cannot|am unable|don't have)|as an ai)\b")
-SMALL = """a an and are as at be been but by can could did do does for from had has have he her his how i if in into is
-it its me my not of on or our she should so some than that the their them then there these they this those to very was
-we were what when where which who why will with would you your"""
+SMALL = """a an and answer are as at be been but by can could did do does for from had has have he her his how i if in
+into is it its keep me most my not of on one or our plain please sentence sentences she should so some than that the
+their them then there these they this those to two very was we were what when where which who why will with would you
+your"""
 SMALL_WORDS = frozenset(SMALL.split())
 
 
