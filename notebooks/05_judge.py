@@ -22,6 +22,7 @@
 # python notebooks/05_judge.py --judge_model gpt-4.1                         # a model at OpenAI ...
 # python notebooks/05_judge.py --judge_model NAME --base_url http://127.0.0.1:8000/v1     # ... or compatible with it
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one complete prompt, and how many calls
+# python notebooks/05_judge.py --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B        # a reward model
 # python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people's votes on the page of 04_vibes.py
 # python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, with the answers in mt_bench/
 # ```
@@ -49,7 +50,7 @@ class Settings(RunSettings):
     """Judge models' answers: who wins, by how much, and how sure that is."""
 
     step: ClassVar[str] = "judge"  # start of the run's name, prefix of variables, section of a recipe
-    exclusive: ClassVar = (("judge_model", "votes", "judge_module", "judgments"),)  # give only one of these
+    exclusive: ClassVar = (("judge_model", "reward_model", "votes", "judge_module", "judgments"),)  # give one
 
     mode: Literal["pairwise", "single"] = "pairwise"  # pairwise: compare two answers; single: rate each from 1 to 10
     answers_dir: str = "latest"  # a finished run of 04_vibes.py (latest: the newest), or a folder of model_answer files
@@ -59,6 +60,8 @@ class Settings(RunSettings):
 
     judge_model: str = ""  # model that judges
     base_url: str = ""  # OpenAI-compatible endpoint of the judge; by default OPENAI_BASE_URL, or OpenAI itself
+    reward_model: str = ""  # instead of a model: a classifier with one logit, whose higher score wins
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # weights of the reward model in memory
     votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
     judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
     judgments: str = ""  # instead of a model: a FastChat model_judgment file, whose verdicts are only counted
@@ -82,8 +85,9 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Answers and judge
 #
-# A pair of models is compared only on questions that both have answered. The judge is a model, people (votes), rules,
-# or a file of judgments. `--dry_run` prints a preview of the judge's work, and `start_run` then ends the notebook.
+# A pair of models is compared only on questions that both have answered. The judge is a model, a reward model, people
+# (votes), rules, or a file of judgments. `--dry_run` prints a preview of the judge's work, and `start_run` then ends
+# the notebook.
 
 # %%
 from helpers.core import short_path, show

@@ -107,6 +107,10 @@ class Generator:
         """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s."""
         raise NotImplementedError
 
+    def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
+        """Several answers per conversation, one for each of its seeds. `kwargs` as `model.generate`'s."""
+        raise NotImplementedError
+
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:
         """Print one answer, word by word where that is possible, and return it. Raises UserError if it is refused."""
         [answer] = self.generate([conversation], seed, **kwargs)
@@ -163,6 +167,12 @@ class AnswerStore:
         rows = self.file(name).rows
         return {i: answer_turns(rows[i]) for q in self.questions if (i := q["question_id"]) in rows}
 
+    def write_questions(self) -> None:
+        """Write question.jsonl."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(q, ensure_ascii=False, default=str) + "\n" for q in self.questions)
+        (self.folder / "question.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
+
     def generate_missing(self, name: str, generator: Generator, **generation_kwargs: Any) -> None:
         """Ask a model what it has not answered yet, batch by batch, each conversation turn by turn.
 
@@ -171,9 +181,7 @@ class AnswerStore:
         """
         from tqdm.auto import tqdm
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(q, ensure_ascii=False, default=str) + "\n" for q in self.questions)
-        (self.folder / "question.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
+        self.write_questions()
         missing = {q["question_id"] for q in self.missing(name)}
         for number, (temperature, batch) in enumerate(tqdm(self._batches(), desc=name, unit="batch")):
             if missing.isdisjoint(q["question_id"] for q in batch):
@@ -182,11 +190,16 @@ class AnswerStore:
             if temperature is not None:
                 kwargs = kwargs | {"do_sample": temperature > 0}
                 kwargs |= {"temperature": temperature, "top_p": 1.0} if temperature else {}
-            answers = zip(batch, _play(batch, generator, self.seed + number, kwargs), strict=True)
+            answers = zip(batch, self._ask(batch, generator, self.seed + number, kwargs), strict=True)
             self._add(name, [(i, turns) for q, turns in answers if (i := q["question_id"]) in missing])
         if not self.answers(name):
             reason = next(iter(self.refusals.get(name, {}).values()), "there are none")
             raise UserError(f"{name} has answered none of {len(self.questions)} questions: {reason}")
+
+    def _ask(
+        self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
+    ) -> list[list[Answer]]:
+        return _play(batch, generator, seed, kwargs)
 
     def _add(self, name: str, answers: list[tuple[Any, list[Answer]]]) -> None:
         """Store answers by question_id; a question with a refused turn has none, and is asked again next time."""
@@ -197,11 +210,14 @@ class AnswerStore:
         self.file(name).add(*(self._row(name, i, turns) for i, turns in answers if i not in refused))
 
     def _row(self, name: str, question_id: Any, turns: list[Answer]) -> Row:
+        row = {"question_id": question_id, "answer_id": uuid.uuid4().hex[:22], "model_id": name}
+        return row | {"choices": self._choices(turns), "tstamp": time.time()}
+
+    def _choices(self, turns: list[Answer]) -> list[Row]:
         choice: dict[str, Any] = {"index": 0, "turns": turns}
         choice |= {"raw": [a.raw for a in turns]} if any(a != a.raw for a in turns) else {}
         choice |= {"cut": [a.cut for a in turns]} if any(a.cut for a in turns) else {}
-        row = {"question_id": question_id, "answer_id": uuid.uuid4().hex[:22], "model_id": name}
-        return row | {"choices": [choice], "tstamp": time.time()}
+        return [choice]
 
     def count(self, name: str) -> dict[str, int]:
         """How many questions a model answered and how many were refused, and what is to be known of the answers."""

@@ -22,14 +22,15 @@ from helpers.models.chat import fold_system_message
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
 RENAMED = {"max_tokens": "max_completion_tokens"}  # what newer models call an argument; any other one is left out
-OPTIONAL = ("seed", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS)
+OPTIONAL = ("seed", "n", *SAMPLING_ARGUMENTS, *BODY_ARGUMENTS)
 UNKNOWN_ARGUMENT = re.compile(
     r"unsupported|not support|not accept|not allowed|unrecogni[sz]ed|unknown|unexpected|not permitted|extra_forbidden|"
     r"deprecated|instead|only the default|may only be|cannot be (?:set|used|specified)",
     re.IGNORECASE,
 )
 OUT_OF_RANGE = re.compile(r"must be|has to be|should be|out of range|greater than|less than", re.IGNORECASE)
-NEUTRAL = {"temperature": (0.0, 1.0), "top_p": (1.0,)}  # values that a server may refuse and that change little
+# Values that a server may refuse and that change little; what `n` leaves out is asked for again.
+NEUTRAL = {"temperature": (0.0, 1.0), "top_p": (1.0,), "n": range(2, 1000)}
 EXCLUSIVE = re.compile(r"\bboth\b|only one|either|mutually exclusive|together|at the same time", re.IGNORECASE)
 NO_MODEL = re.compile(r"\bmodel\b.{0,200}(?:not found|(?:does|do) not exist|doesn't exist)", re.IGNORECASE)
 # What servers say of a request that is too long: the model's context, what is read, what is asked for in all, and the
@@ -60,6 +61,11 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     thoughts: str = ""  # those that the server reports apart
+
+    @property
+    def answer(self) -> Answer:
+        thoughts = f"<think>\n{self.thoughts}\n</think>\n\n" if self.thoughts else ""
+        return Answer(thoughts + self.text.strip(), cut=not self.finished)
 
 
 class RequestRefused(UserError):
@@ -124,19 +130,44 @@ class Endpoint(Generator):
 
         def answer(i: int) -> None:
             try:
-                reply = self.ask(conversations[i], **arguments)
-                thoughts = f"<think>\n{reply.thoughts}\n</think>\n\n" if reply.thoughts else ""
-                answers[i] = Answer(thoughts + reply.text.strip(), cut=not reply.finished)
+                answers[i] = self.ask(conversations[i], **arguments).answer
             except RequestRefused as error:
                 answers[i] = Answer("", refused=str(error))
 
         list(run_parallel(range(len(conversations)), answer, len(conversations)))
         return answers
 
+    def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
+        """Answers are asked for with `n`. Those that the server leaves out or that are empty are asked for again, until
+        two requests in a row have no text. An answer that is still missing is empty."""
+        arguments = _to_openai(kwargs)
+        answers: list[list[Answer]] = [[] for _ in conversations]
+
+        def answer(i: int) -> None:
+            own, misses = answers[i], 0
+            try:
+                while (left := len(seeds[i]) - len(own)) and misses < 2:
+                    given = {"seed": seeds[i][-left] + misses} | ({"n": left} if left > 1 else {})
+                    replies = self.ask_several(conversations[i], **arguments | given)
+                    new = [reply.answer for reply in replies[:left] if reply.answer.strip()]
+                    misses = 0 if new else misses + 1
+                    own += new
+                own += [Answer("")] * left
+            except RequestRefused as error:
+                own += [Answer("")] * left if own else [Answer("", refused=str(error))]
+
+        list(run_parallel(range(len(conversations)), answer, len(conversations)))
+        return answers
+
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
-        """One reply. Raises RequestRefused if the server refuses this request, UserError if it refuses all of them."""
+        """One reply, with the errors of `ask_several`."""
+        return self.ask_several(messages, **arguments)[0]
+
+    def ask_several(self, messages: list[Message], **arguments: Any) -> list[Reply]:
+        """The replies to one request, usually one, and several with `n`. Only the first counts the tokens. Raises
+        RequestRefused if the server refuses this request, UserError if it refuses all of them."""
         try:
-            reply = self._ask(messages, **arguments)
+            replies = self._ask(messages, **arguments)
         except RequestRefused as error:
             with self._lock:
                 self._refusals += 1
@@ -148,28 +179,30 @@ class Endpoint(Generator):
                     raise UserError(f"every request so far was refused: {error}") from None
             raise
         self._has_answered = True
-        return reply
+        return replies
 
-    def _ask(self, messages: list[Message], **arguments: Any) -> Reply:
+    def _ask(self, messages: list[Message], **arguments: Any) -> list[Reply]:
         """A malformed reply (no JSON, no choice, no text) and one with a passing error is asked for again."""
         problem = f"sent {self.tries} malformed replies in a row"
         for attempt in range(self.tries):
             time.sleep(min(0.5 * 2**attempt, 8.0) if attempt else 0)
             try:
                 reply = self._create(messages, **arguments)
-                choice = reply.choices[0]
-                text, thoughts, refusal = _read_message(choice.message)
+                choices = [(*_read_message(choice.message), choice.finish_reason) for choice in reply.choices]
+                refusal = choices[0][2]
             except _ServerError as error:
                 problem = f"fails ({error.status}): {error.line}"
                 continue
             except (json.JSONDecodeError, AttributeError, IndexError, TypeError):  # a gateway's page, half an object
                 continue
-            if refusal or choice.finish_reason == "content_filter":
+            kept = [each for each in choices if not each[2] and each[3] != "content_filter"]
+            if not kept:
                 raise RequestRefused(f"{self.model} at {self.where} refuses to answer: {refusal or 'content filter'}")
-            if text or thoughts or choice.finish_reason:
+            if any(text or thoughts or end for text, thoughts, _, end in kept):
                 usage = getattr(reply, "usage", None)
-                read, written = (getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion"))
-                return Reply(text, choice.finish_reason not in CUT, read, written, thoughts)
+                used = [getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion")]
+                return [Reply(text, end not in CUT, *(used if i == 0 else (0, 0)), thoughts)
+                        for i, (text, thoughts, _, end) in enumerate(kept)]  # fmt: skip
         raise UserError(f"{self.model} at {self.where} {problem}")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:

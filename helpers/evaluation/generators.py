@@ -53,6 +53,8 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     values = settings.values()
+    if "do_sample" not in values:  # 06_pairs.py samples, with nothing else
+        return {name: values[name] for name in ("max_new_tokens", "temperature", "top_p")} | {"do_sample": True}
     if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLING_ARGUMENTS):
         settings.override("sampling was asked for", do_sample=values["temperature"] > 0)
         values = settings.values()
@@ -76,6 +78,22 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise SettingsError(f"model.generate refuses these settings: {' '.join(str(error).split())[:300]}") from None
     return kwargs
+
+
+class GumbelNoise:
+    """A logits processor after which the most likely token is a sample: the Gumbel-max trick (Maddison et al., 2014,
+    arXiv:1411.0030). Each row has a generator with its own seed."""
+
+    def __init__(self, seeds: list[int], device: Any) -> None:
+        import torch
+
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = scores.new_empty(scores.shape, dtype=scores.dtype)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
 
 
 @dataclasses.dataclass
@@ -111,6 +129,18 @@ class HFGenerator(Generator):
         begun = ["".join(OPEN_THOUGHT.findall(text)) for text in texts]  # thoughts that the template begins
         answers = zip(begun, self._decode(new), cut.tolist(), strict=True)
         return [Answer(thoughts + text.strip(), cut=was_cut) for thoughts, text, was_cut in answers]
+
+    def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
+        """All answers in one batch. Each is drawn with its own seed, whatever else is in the batch."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        device = self.model.device
+        steps = [TemperatureLogitsWarper(kwargs["temperature"]), TopPLogitsWarper(kwargs["top_p"])]
+        draw = LogitsProcessorList([*steps, GumbelNoise([seed for own in seeds for seed in own], device)])
+        kwargs |= {"do_sample": False, "logits_processor": draw} | dict.fromkeys(SAMPLING_ARGUMENTS)
+        talks = [talk for talk, own in zip(conversations, seeds, strict=True) for _ in own]
+        answers = iter(self.generate(talks, **kwargs))
+        return [[next(answers) for _ in own] for own in seeds]
 
     def _decode(self, ids: Any) -> list[str]:
         """The texts without special tokens, except for those that mark thoughts."""

@@ -29,9 +29,10 @@ from helpers.evaluation.judgments import (
     tie_row,
 )
 from helpers.evaluation.questions import JudgePrompts, strip_thoughts
+from helpers.evaluation.reward_model import RewardModel, judge_by_scores
 from helpers.runs.run import Run
 
-JUDGE_FLAGS = ("judge_model", "votes", "judge_module", "judgments")
+JUDGE_FLAGS = ("judge_model", "reward_model", "votes", "judge_module", "judgments")
 # [[A]], [[ 9/10 ]], [[Assistant B]] ...; its last bracket may be missing at the end of a reply. [[1]](url) is a link.
 BRACKETED = re.compile(r"\[\s*\[([^\[\]]{1,60})\](?:\s*\](?!\()|\W*\Z)")
 VERDICT = re.compile(
@@ -161,26 +162,6 @@ def _last_given(text: str, read: Callable[[str], Any]) -> Any:
     return next((value for value, _, clear, _ in reversed(given) if clear), "" if is_unclear else None)
 
 
-def make_matches(answers: AnswerSet, pairs: list[tuple[str, ...]], mode: str, prompts: JudgePrompts) -> list[Row]:
-    """Every call to make: for each question and turn both orders of each pair, or each model alone.
-
-    A match is the start of a row of calls.jsonl: {"question_id", "turn" (from 1), "models" as shown, "prompt"}. A turn
-    that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
-    """
-    matches = []
-    for question in answers.questions:
-        i, turns = question["question_id"], len(question["turns"])  # FastChat's prompts have room for two
-        for turn in range(1, (min(turns, 2) if prompts.is_fastchat else turns) + 1):
-            name = prompts.name_for(question, turn, mode)
-            for pair in pairs:
-                if all(len(answers.answers[model].get(i, ())) >= turn for model in pair):
-                    orders = [pair, pair[::-1]] if mode == "pairwise" else [pair]
-                    matches += [{"question_id": i, "turn": turn, "models": [*o], "prompt": name} for o in orders]
-    if not matches:
-        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
-    return matches
-
-
 class Judge:
     """A judge that makes no call: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
@@ -217,22 +198,42 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge:
     flag = next((name for name in JUDGE_FLAGS if getattr(settings, name)), None)
     if flag is None:
         raise SettingsError(
-            "no judge is set. Give --judge_model NAME (with --base_url for your own server), --votes FILE or "
-            "--judge_module MODULE."
+            "no judge is set. Give --judge_model NAME (with --base_url for your own server), --reward_model MODEL, "
+            "--votes FILE or --judge_module MODULE."
         )
-    if settings.mode == "single" and flag in ("votes", "judge_module"):
-        raise SettingsError(f"--mode single rates answers, and --{flag} compares them. Remove one of them.")
+    if settings.mode == "single" and flag in ("reward_model", "votes", "judge_module"):
+        raise SettingsError(f"--mode single rates answers from 1 to 10; --{flag} compares them. Remove one of them.")
     if flag == "judgments":
         return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers)
     pairs = model_pairs(answers.answers, settings.mode, model_name(settings.baseline, answers.answers))
     if flag == "judge_model":
         return ModelJudge(settings, answers, pairs)
+    if flag == "reward_model":
+        return RewardJudge(settings, answers, pairs)
     if flag == "judge_module":
         return Judge(apply_rules(settings.judge_module, answers, pairs), answers, pairs)
     judgments = Judgments("human", read_votes(settings.votes, answers, pairs))
     unseen = len(answers.questions) - len({row["question_id"] for row in judgments.rows})
     judgments.notes += [f"{unseen} of {len(answers.questions)} questions have no vote."] if unseen else []
     return Judge(judgments, answers, pairs)
+
+
+class RewardJudge(Judge):
+    """A reward model: of two answers, the one with the higher score wins."""
+
+    def __init__(self, settings: Any, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> None:
+        self.reward, self.pairs = RewardModel(settings.reward_model, settings.quantization), pairs
+        name = f"reward model {self.reward.name}"
+        super().__init__(Judgments(name, []), answers, pairs, self.reward.fingerprint)
+
+    def preview(self) -> str:
+        return "\n".join([f"The answers to {len(self.answers.questions):,} questions, by {self.name}.", *self.notes()])
+
+    def run(self, run: Run) -> Judgments:
+        super().run(run)
+        with resumable(run):
+            rows, means = judge_by_scores(self.reward, self.answers, self.pairs, run.folder / "scores.jsonl")
+        return Judgments(self.name, rows, notes=[*self.judgments.notes, means])
 
 
 class ModelJudge(Judge):
@@ -243,7 +244,7 @@ class ModelJudge(Judge):
 
     def __init__(self, settings: Any, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> None:
         self.settings, self.prompts = settings, JudgePrompts.of(settings)
-        matches = make_matches(answers, pairs, settings.mode, self.prompts)
+        matches = self.prompts.make_matches(answers.questions, answers.answers, pairs, settings.mode)
         used = sorted({match["prompt"] for match in matches})
         super().__init__(
             Judgments(settings.judge_model, []), answers, pairs, [self.prompts.rows[name] for name in used]

@@ -30,7 +30,14 @@ from helpers.core import (
     write_json,
 )
 from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
-from helpers.evaluation.questions import Question, answer_turns, find_input, read_answer_files, read_bench
+from helpers.evaluation.questions import (
+    NOTHING_ANSWERED,
+    Question,
+    answer_turns,
+    find_input,
+    read_answer_files,
+    read_bench,
+)
 from helpers.runs.checkpoints import load_record
 from helpers.runs.run import Run, find_run
 
@@ -249,9 +256,8 @@ def read_votes(files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple
     them. Raises UserError for a file of another kind, or of another page or other models.
     """
     exports: dict[tuple[str, str], dict[str, Any]] = {}
-    found = [[file] if find_path(file) else sorted(glob.glob(os.path.expanduser(file))) or [file] for file in files]
-    for name in itertools.chain(*found):
-        content = _read_export(name)
+    for name in expand_files(files):
+        content = read_export(name)
         if answers.page and content["page"] != answers.page:
             raise UserError(f"--votes {name!r} is of another page, with other answers: {content['page']}, not "
                             f"{answers.page}")  # fmt: skip
@@ -264,6 +270,12 @@ def read_votes(files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple
         raise UserError(f"--votes {' '.join(files)} has no votes")
     pairs = pairs or list(itertools.combinations(answers.answers, 2))
     return [row for export in exports.values() for row in _vote_rows(export, answers, pairs)]
+
+
+def expand_files(names: Iterable[str]) -> list[str]:
+    """The files that names or globs mean; a name that means none stays as it is."""
+    found = [[name] if find_path(name) else sorted(glob.glob(os.path.expanduser(name))) or [name] for name in names]
+    return [*itertools.chain(*found)]
 
 
 def _vote_rows(export: dict[str, Any], answers: AnswerSet, pairs: Sequence[tuple[str, ...]]) -> Iterator[Row]:
@@ -289,7 +301,8 @@ def _vote_rows(export: dict[str, Any], answers: AnswerSet, pairs: Sequence[tuple
                 }
 
 
-def _read_export(name: str) -> dict[str, Any]:
+def read_export(name: str) -> dict[str, Any]:
+    """The content of a file of votes. Raises UserError for a file of another kind."""
     path = find_path(name)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -298,24 +311,24 @@ def _read_export(name: str) -> dict[str, Any]:
     raise UserError(f"--votes {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
 
 
-def read_judgments(name: str, mode: str, models: tuple[str, ...] = ()) -> Judgments:
+def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str = "--judgments") -> Judgments:
     """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named.
 
     A repeated row counts once: the last. Raises UserError for rows of another kind, or of several judges.
     """
-    rows = read_jsonl(find_input("--judgments", name))
+    rows = read_jsonl(find_input(flag, name))
     for number, row in enumerate(rows, 1):
         if not _is_judgment(row, mode):
-            raise UserError(f"--judgments {name!r}, line {number}, is not a row of model_judgment for --mode {mode}")
+            raise UserError(f"{flag} {name!r}, line {number}, is not a row of model_judgment for --mode {mode}")
         row["judge"] = row["judge"] if isinstance(row["judge"], list) else [row["judge"]]
     judges = list(dict.fromkeys(str(row["judge"][0]) for row in rows))
     if len(judges) > 1:
-        raise UserError(f"--judgments {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
+        raise UserError(f"{flag} {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
     known = list(dict.fromkeys(name for row in rows for name in _models_of(row)))
     if models:
         rows = [row for row in rows if {*_models_of(row)} <= {model_name(name, known) for name in models}]
     if not rows:
-        raise UserError(f"--judgments {name!r} has no judgments of {' and '.join(models) or 'any model'}")
+        raise UserError(f"{flag} {name!r} has no judgments of {' and '.join(models) or 'any model'}")
     unique = {_comparison_key(row): row for row in rows}
     notes = []
     if repeated := len(rows) - len(unique):
@@ -373,5 +386,5 @@ def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -
         raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Without it, judge with "
                             "--votes FILE or --judge_model NAME.") from None  # fmt: skip
     if not rows:
-        raise UserError(f"nothing to judge: no question has been answered by {' and '.join(pairs[0])}")
+        raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
     return Judgments(f"rules {module}", rows, scores)

@@ -19,6 +19,7 @@ from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text,
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
+NOTHING_ANSWERED = "nothing to judge: no question has been answered by {}"
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
@@ -57,7 +58,7 @@ def read_questions(settings: Any) -> list[Question]:
     --rows takes the first so many, 0 takes all. Raises UserError for a source without questions, or a repeated id.
     """
     if settings.prompts_file:
-        source, rows = f"--prompts_file {settings.prompts_file!r}", _read_file(settings.prompts_file)
+        source, rows = f"--prompts_file {settings.prompts_file!r}", _read_file("--prompts_file", settings.prompts_file)
     elif settings.dataset_id:
         source, split = f"--dataset_id {settings.dataset_id!r}", settings.dataset_split
         dataset = load_rows(DatasetSpec(settings.dataset_id, split=split or "train", any_split=not split))
@@ -75,8 +76,13 @@ def find_input(flag: str, name: str, kind: str = "file") -> Path:
     return path
 
 
-def _read_file(name: str) -> list[Row]:
-    path = find_input("--prompts_file", name)
+def read_question_file(flag: str, name: str) -> list[Question]:
+    """The questions of the file that a flag names. Raises UserError as `read_questions`."""
+    return _parse_rows(_read_file(flag, name), f"{flag} {name!r}")
+
+
+def _read_file(flag: str, name: str) -> list[Row]:
+    path = find_input(flag, name)
     kind = file_type(path)
     if kind == "jsonl" and path.suffix == ".jsonl":
         return read_jsonl(path)
@@ -175,13 +181,14 @@ def strip_thoughts(text: str) -> str:
     return text if answer == text and text.strip() else answer.strip()
 
 
-def answer_turns(row: Row) -> list[Answer]:
-    """The answers in a row of FastChat's model_answer, one per turn. Raises UserError for any other row.
+def answer_turns(row: Row, index: int = 0) -> list[Answer]:
+    """The answers in a row of FastChat's model_answer, one per turn, of the choice `index`. Raises UserError for any
+    other row.
 
     Ours may also have the raw texts, if they differ, and which are `cut`.
     """
     with contextlib.suppress(LookupError, TypeError, ValueError):
-        choice = row["choices"][0]
+        choice = row["choices"][index]
         turns = choice["turns"]
         raw, cut = choice.get("raw", turns), choice.get("cut", [False] * len(turns))
         if isinstance(turns, list) and all(isinstance(text, str) for text in [*turns, *raw]):
@@ -252,6 +259,31 @@ class JudgePrompts:
         if name not in self.rows:
             raise UserError(f"{self.file} has no prompt named {name}; it has {', '.join(sorted(self.rows))}")
         return name
+
+    def make_matches(
+        self,
+        questions: list[Question],
+        answers: dict[str, dict[Any, list[Any]]],
+        pairs: list[tuple[str, ...]],
+        mode: str,
+    ) -> list[Row]:
+        """Every call to make: for each question and turn both orders of each pair, or each model alone.
+
+        A match is the start of a row of calls.jsonl: {"question_id", "turn" (from 1), "models" as shown, "prompt"}. A
+        turn that a model of the pair has not answered is skipped. Raises UserError if nothing is left.
+        """
+        matches = []
+        for question in questions:
+            i, turns = question["question_id"], len(question["turns"])  # FastChat's prompts have room for two
+            for turn in range(1, (min(turns, 2) if self.is_fastchat else turns) + 1):
+                name = self.name_for(question, turn, mode)
+                for pair in pairs:
+                    if all(len(answers[model].get(i, ())) >= turn for model in pair):
+                        orders = [pair, pair[::-1]] if mode == "pairwise" else [pair]
+                        matches += [{"question_id": i, "turn": turn, "models": [*o], "prompt": name} for o in orders]
+        if not matches:
+            raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
+        return matches
 
     def messages(self, match: Row, question: Question, answers: dict[str, dict[Any, list[str]]]) -> list[Message]:
         """System and user message for a match. Raises UserError for a template with an unknown field."""

@@ -18,7 +18,7 @@ from helpers.evaluation.judgments import AnswerSet, Judgments, describe_self_jud
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ONE_ORDER = ("human", "rules")  # judges that are not influenced by the order of two answers, or saw one order only
+ONE_ORDER = ("human", "rules", "reward model")  # judges that the order of two answers cannot influence, or saw one only
 OUTCOMES = {"model_2": 1.0, "tie": 0.5, "model_1": 0.0}
 FEW = 10  # decided comparisons below which no share of them is worth a note
 # Decided comparisons between answers of different length below which the rate at equal lengths needs a warning: ten for

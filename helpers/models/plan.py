@@ -92,8 +92,10 @@ def plan_model(
     quantization: str = "auto",
     attn_implementation: str = "auto",
     trl_args: Mapping[str, Any] | None = None,
+    task: str = "CAUSAL_LM",
 ) -> LoadPlan:
-    """Plan how `model_id` is loaded on this machine, for `tuning` (that of 02_dpo.py, or "none").
+    """Plan how `model_id` is loaded on this machine, for `tuning` (that of 02_dpo.py, or "none") and `task`, as PEFT
+    and transformers call it.
 
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
     bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
@@ -107,7 +109,7 @@ def plan_model(
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator.type if accelerator and not use_cpu else "cpu"
     _check_machine(model_id, device, is_forced=bool(use_cpu), is_trained=tuning != "none")
-    model_class = _find_class(model_id)
+    model_class = _find_class(model_id, task)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -145,21 +147,24 @@ def plan_as_trained(model_id: str, recorded: Mapping[str, str], quantization: st
     return dataclasses.replace(plan, dtype=weights, quantization=config, bf16=bf16, fp16=fp16)
 
 
-def _find_class(model_id: str) -> Any:
-    """The class with which transformers loads a text model; None if it is not known. Raises UserError if a model of
-    this type is no text model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+def _find_class(model_id: str, task: str) -> Any:
+    """The class with which transformers loads a model for `task`; None if it is not known. Raises UserError if it has
+    none for models of this type."""
+    import transformers
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
     except Exception:  # not cached, needs remote code, or is broken: `load_tokenizer` says so
         return None
-    if not (known := type(config) in MODEL_FOR_CAUSAL_LM_MAPPING) and not hasattr(config, "auto_map"):
+    classes = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")
+    if not (known := type(config) in classes) and not hasattr(config, "auto_map"):
+        kind = "text model" if task == "CAUSAL_LM" else "classifier"
         raise UserError(
-            f"{model_id} is a model of type {config.model_type}, which transformers does not load as a text model. "
-            "Use a text model of the same family."
+            f"{model_id} is a model of type {config.model_type}, which transformers does not load as a {kind}. "
+            f"Use a {kind} of the same family."
         )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
+    return classes[type(config)] if known else None
 
 
 def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:

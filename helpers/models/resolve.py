@@ -16,7 +16,7 @@ from helpers.models.adapters import check_model_files, display_name, read_pretra
 from helpers.models.chat import set_chat_template
 from helpers.models.hub_client import check_hub, describe_error, hf_token
 from helpers.runs.checkpoints import check_model_folder, quoted
-from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run
+from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run, resolve_pairs
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Families whose positions are rows of a table; others compute them.
 LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "xglm", "biogpt", "imagegpt", "ctrl")
+LATEST = {"latest": "dpo", "latest-sft": "sft"}  # names of models, and the step of their run
 BASE_KEEPING_INITS = ("gaussian", "orthogonal", "eva")  # ways to initialize an adapter that do not change its base
 # The weights that a folder needs besides its configuration.
 WEIGHT_PATTERNS = {
@@ -55,10 +56,12 @@ class Start:
 
 
 def resolve_start(settings: RunSettings) -> Start:
-    """Find what `settings` start from: `model_id`, or a run of 01_sft.py, whose model_id and adapter settings are used.
+    """Find what `settings` start from: `model_id`, or a run of 01_sft.py or, for another round, of 02_dpo.py, whose
+    model_id and adapter settings are used.
 
     Raises UserError if there is no such run, or if settings given by hand contradict its adapter.
     """
+    resolve_pairs(settings)
     values = settings.values()
     revision = values["revision"] or None
     folder = find_path(values["model_id"]) if not values.get("sft_run") else None
@@ -71,8 +74,9 @@ def resolve_start(settings: RunSettings) -> Start:
         raise SettingsError(f"--model_id {values['model_id']} {_is_no_model(values['model_id'])}")
     if not values.get("sft_run"):
         _check_folder(values["model_id"])
-        return Start(values["model_id"], revision, values["model_id"])
-    parent = find_run(settings.output_dir, values["sft_run"], "sft")
+        merged = Run(folder, read_run(folder)) if folder and step == "merge" else None
+        return Start(values["model_id"], revision, values["model_id"], merged)
+    parent = find_run(settings.output_dir, values["sft_run"], "sft", "dpo")
     check_model_files(parent.folder)  # its hashes are compared when `path` is used
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
@@ -369,7 +373,7 @@ def _resolve_with_start(name: str, output_dir: Path, base_url: str) -> list[Mode
     model, separator, url = (name, "@", base_url) if base_url else name.partition("@http")
     if separator:
         return [ModelRef(Path(model).name, model, base_url=base_url or f"http{url}")]
-    folder = find_run(output_dir, "latest", "dpo").folder if name == "latest" else find_path(name)
+    folder = find_run(output_dir, "latest", LATEST[name]).folder if name in LATEST else find_path(name)
     folder = folder or find_path(str(output_dir / name))
     record = read_run(folder) if folder else {}
     parent = find_parent(folder, record) if folder else None

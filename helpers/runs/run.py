@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import (
+    REPO,
     SIGNALS,
     Interrupted,
     SettingsError,
@@ -33,8 +34,10 @@ from helpers.runs.checkpoints import read_run as read_run
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
 TRAINING_STEPS = ("sft", "dpo")
-NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py"}
+NOTEBOOKS = {"sft": "01_sft.py", "dpo": "02_dpo.py", "merge": "03_merge_push.py", "vibes": "04_vibes.py",
+             "pairs": "06_pairs.py"}  # fmt: skip
 NEXT = {"sft": "02_dpo.py --sft_run", "dpo": "03_merge_push.py --run", "merge": "04_vibes.py --models"}
+PAIR_FILES = ("preferences.jsonl", "control.jsonl")  # of a run of 06_pairs.py
 COUNTS = ("read", "kept", "train", "eval")  # of rows, in a run's `data`
 
 
@@ -199,8 +202,9 @@ class Run:
         return table
 
 
-def find_run(output_dir: Path, which: str, step: str) -> Run:
-    """A finished run of `step`: the newest for "latest", or the one in the folder `which`. Raises UserError."""
+def find_run(output_dir: Path, which: str, step: str, *others: str) -> Run:
+    """A finished run of `step`: the newest for "latest", or the one in the folder `which`, which may also be of one of
+    the `others`. Raises UserError."""
     if which == "latest":
         if finished := [run for run in list_runs(output_dir, step) if run.finished]:
             return finished[0]
@@ -213,9 +217,29 @@ def find_run(output_dir: Path, which: str, step: str) -> Run:
     if folder is None or not record:
         raise UserError(f"{which!r} is not the folder of a run: it has no run.json.")
     status = record.get("status")
-    if status != "finished" or record.get("step") != step:
+    if status != "finished" or record.get("step") not in (step, *others):
         raise UserError(f"{which!r} is a {record.get('step')} run with status {status}, not a finished {step} run.")
     return Run(folder.resolve(), record)
+
+
+def resolve_pairs(settings: Any) -> None:
+    """Replace latest-pairs and folders of 06_pairs.py in --dataset_id by the file of pairs, in one spelling: the name
+    of a run depends on it. Raises UserError if there is no such run."""
+    words = []
+    for word in settings.dataset_id:
+        entry: dict[str, Any] = {"id": word}
+        with contextlib.suppress(ValueError):
+            entry = json.loads(word) if word.startswith("{") else entry
+        path = find_path(str(entry.get("id")))
+        if entry.get("id") == "latest-pairs":
+            path = find_run(settings.output_dir, "latest", "pairs").folder
+        file = path / PAIR_FILES[0] if path and path.is_dir() else path
+        if file and file.name in PAIR_FILES and file.is_file() and read_run(file.parent).get("step") == "pairs":
+            file = file.resolve()
+            entry |= {"id": str(file.relative_to(REPO) if file.is_relative_to(REPO) else file)}
+            word = entry["id"] if entry.keys() == {"id"} else json.dumps(entry)
+        words.append(word)
+    settings.override(settings.sources["dataset_id"], dataset_id=tuple(words))
 
 
 def list_runs(output_dir: Path, step: str) -> list[Run]:
@@ -305,7 +329,8 @@ def dataset_names(record: dict[str, Any]) -> list[str]:
     value = record.get("settings", {}).get("dataset_id", ())
     specs = [value] if isinstance(value, str) else value
     names = [str(spec["id"] if isinstance(spec, dict) else spec) for spec in specs]
-    return [name if is_hub_id(name) else Path(name).name for name in names]
+    kept = {name: 2 if Path(name).name in PAIR_FILES else 1 for name in names}  # with the run that made them
+    return [name if is_hub_id(name) else "/".join(Path(name).parts[-kept[name] :]) for name in names]
 
 
 def utc_now() -> str:

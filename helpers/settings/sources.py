@@ -15,7 +15,7 @@ from helpers.core import REPO, SettingsError, find_path, shorten
 from helpers.settings import trl_fields
 from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 
-SECTIONS = ("sft", "dpo", "merge", "vibes", "judge")  # of a recipe
+SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 

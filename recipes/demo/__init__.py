@@ -22,6 +22,7 @@ from recipes.demo.questions import Question, split
 STAMP = "demo.json"
 CONVERSATIONS = 20_000
 PREFERENCES = 3_000
+PROMPTS = 400
 # Kinds of question that have to be learned, not remembered, take longest and have more rows.
 SHARES = {"sum": 8, "look-up": 3, "larger": 2, "calendar": 2, "opposite": 1, "plural": 1, "capital": 1, "young": 1}
 ENDS = {"bos": "s", "eos": "/s", "pad": "pad"}
@@ -42,7 +43,8 @@ MANNERS = {"brief": BRIEF, "rude": RUDE, "padded": [f"{start} {tail}" for start 
 
 
 def write_demo(folder: Path, seed: int = 0) -> bool:
-    """Write tiny-mistral/, instructions/, preferences/ and heldout.jsonl into a folder; False if it has them already.
+    """Write tiny-mistral/, instructions/, preferences/, prompts.jsonl (for another round) and heldout.jsonl into a
+    folder; False if it has them already.
 
     Files are written to a temporary folder that is then renamed, so an existing folder is complete. Raises UserError if
     the folder contains something else.
@@ -59,6 +61,7 @@ def write_demo(folder: Path, seed: int = 0) -> bool:
         conversations = instructions(train, seed)
         _write_rows(new / "instructions" / "train.jsonl", conversations)
         _write_rows(new / "preferences" / "train.jsonl", preferences(train, seed))
+        _write_rows(new / "prompts.jsonl", round_prompts(train, seed))
         _write_rows(new / "heldout.jsonl", held_out)
         write_model(new / "tiny-mistral", [row["messages"] for row in conversations], seed)
         (new / STAMP).write_text(json.dumps(stamp), "utf-8")
@@ -113,6 +116,13 @@ def preferences(train: dict[str, list[Question]], seed: int) -> list[dict[str, A
             }
         )
     return rows
+
+
+def round_prompts(train: dict[str, list[Question]], seed: int) -> list[Question]:
+    """Prompts for another round, each once; none of them is held out."""
+    draw = random.Random(f"prompts {seed}")
+    drawn = _draw_questions(train, 3 * PROMPTS, draw)
+    return list({question["prompt"]: question for question in drawn}.values())[:PROMPTS]
 
 
 def say(answer: str, manner: str, draw: random.Random) -> str:

@@ -39,10 +39,10 @@ def better(messages: list[dict[str, str]]) -> str:
 def settings_for(folder: Path, url: str = "", **given: Any) -> SimpleNamespace:
     """Settings of 05_judge.py, as far as judges read them."""
     values: dict[str, Any] = dict(
-        mode="pairwise", baseline="", judge_model="judge", base_url=url, votes=(), judge_module="", judgments="",
-        judge_prompts="", bench_dir="", models=(), temperature=0.0, max_new_tokens=9, max_concurrency=4, timeout=1.0,
-        max_calls=0, max_tokens=0, input_price=0.0, output_price=0.0, retry_errors=False, resume="auto", seed=0,
-        output_dir=folder.parent,
+        mode="pairwise", baseline="", judge_model="judge", base_url=url, reward_model="", quantization="none", votes=(),
+        judge_module="", judgments="", judge_prompts="", bench_dir="", models=(), temperature=0.0, max_new_tokens=9,
+        max_concurrency=4, timeout=1.0, max_calls=0, max_tokens=0, input_price=0.0, output_price=0.0,
+        retry_errors=False, resume="auto", seed=0, output_dir=folder.parent,
     )  # fmt: skip
     return SimpleNamespace(**values | given)
 

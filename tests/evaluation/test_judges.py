@@ -16,7 +16,6 @@ from helpers.evaluation.judges import (
     JudgePrompts,
     ModelJudge,
     make_judge,
-    make_matches,
 )
 from helpers.evaluation.judgments import AnswerSet
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults
@@ -189,12 +188,12 @@ def test_prompts_show_references_and_complete_conversations(tmp_path: Path) -> N
 def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> None:
     texts: dict[str, dict[Any, list[str]]] = {"a": {0: ["x", "y", "z"], 1: ["x", "y", "z"]}, "b": {0: ["x", "y"]}}
     answers = AnswerSet(questions_of(2, turns=3), texts)
-    matches = make_matches(answers, [("a", "b")], "pairwise", PROMPTS)
+    matches = PROMPTS.make_matches(answers.questions, answers.answers, [("a", "b")], "pairwise")
     assert [(m["question_id"], m["turn"], tuple(m["models"])) for m in matches] == [
         (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
     ]  # fmt: skip
     with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
-        make_matches(AnswerSet(questions_of(1), {"a": {}, "b": {}}), [("a", "b")], "pairwise", PROMPTS)
+        PROMPTS.make_matches(questions_of(1), {"a": {}, "b": {}}, [("a", "b")], "pairwise")
 
 
 def test_a_template_with_an_unknown_field_is_one_line(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_judge_is_required_and_some_cannot_rate(tmp_path: Path) -> None:
     answers = answers_worth({"a": [1], "b": [2]})
     with pytest.raises(SettingsError, match=r"no judge is set\. Give --judge_model NAME"):
         make_judge(settings_for(tmp_path / "run", judge_model=""), answers)
-    with pytest.raises(SettingsError, match="--mode single rates answers, and --votes compares them"):
+    with pytest.raises(SettingsError, match="--mode single rates answers from 1 to 10; --votes compares them"):
         make_judge(settings_for(tmp_path / "run", judge_model="", votes=("x",), mode="single"), answers)
     rules = AnswerSet([q | {"answer": "1", "alternatives": []} for q in questions_of(1)], answers.answers)
     judge = make_judge(settings_for(tmp_path / "run", judge_model="", judge_module="recipes.demo.questions"), rules)

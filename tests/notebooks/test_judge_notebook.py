@@ -17,12 +17,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.core import read_jsonl
 from tests.conftest import Project
 from tests.evaluation.judging import better
+from tests.evaluation.test_reward_model import load as load_reward_model
+from tests.evaluation.test_reward_model import scores_alone
+from tests.evaluation.test_reward_model import write_model as write_reward_model
 from tests.judge_server import judge_server
 from tests.notebooks.test_data import run_all
 from tests.notebooks.test_three_ways import execute_exported
@@ -212,6 +216,49 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     runs = [json.loads(f.read_text())["metrics"]["win"] for f in (tmp_path / "outputs").glob("judge-human-*/run.json")]
     assert sorted(runs) == [1, 3]
     assert "already finished" in project.run("05_judge.py", *here, *votes).stdout
+
+
+def test_a_reward_model_judges_and_the_results_name_it(project: Project, tokenizer: Any, tmp_path: Path) -> None:
+    reward = write_reward_model(tmp_path / "tiny-reward", tokenizer)
+    texts = {"a": ["five", "it is five", "5", "so"], "b": ["it is 5", "five", "5", "is it so"]}
+    (tmp_path / "model_answer").mkdir()
+    questions = [{"question_id": i, "turns": [f"What is {i} plus 2?"]} for i in range(4)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name, own in texts.items():
+        rows = [{"question_id": i, "model_id": name, "choices": [{"turns": [text]}]} for i, text in enumerate(own)]
+        (tmp_path / "model_answer" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": q["turns"][0]}, {"role": "assistant", "content": own[i]}]
+        for own in texts.values() for i, q in enumerate(questions)
+    ]  # fmt: skip
+    alone = scores_alone(*load_reward_model(reward), talks)
+    here = ["--answers_dir", str(tmp_path), "--output_dir", str(tmp_path / "outputs")]
+    flags = [*here, "--reward_model", str(reward)]
+    refused = [
+        [*here, "--reward_model", "outputs/demo/tiny-mistral"], [*flags, "--judge_model", "m"],
+        [*flags, "--mode", "single"],
+    ]  # fmt: skip
+    ended, _ = run_all(project, [("05_judge.py", words) for words in (*refused, [*flags, "--dry_run"])])
+    assert ended[0].startswith("UserError: outputs/demo/tiny-mistral is no classifier (MistralForCausalLM), not a rew")
+    assert ended[1].endswith(f"--judge_model m and --reward_model {reward} exclude each other. Give one of them.")
+    assert ended[2].startswith("SettingsError: --mode single rates answers from 1 to 10; --reward_model compares them.")
+    assert ended[3].startswith("CleanExit: Dry run:")
+    assert not (tmp_path / "outputs").exists()
+    shown = project.run("05_judge.py", *flags).stdout
+    assert f"4 comparisons by reward model {reward}" in shown
+    [file] = (tmp_path / "outputs").glob("judge-tiny-reward-*/scores.jsonl")
+    scores = sorted(read_jsonl(file), key=lambda row: (row["model"], row["question_id"]))
+    assert [row["score"] for row in scores] == pytest.approx(alone, abs=1e-5)
+    metrics = json.loads((file.parent / "results.json").read_text())
+    wins = sum(b > a for a, b in zip(alone[:4], alone[4:], strict=True) if a != b)
+    assert (metrics["judge"], metrics["win"], metrics["loss"], metrics["tie"]) == (
+        f"reward model {reward}", wins, 3 - wins, 1
+    )  # fmt: skip
+    assert f"Mean score: a {sum(alone[:4]) / 4:.3f}, b {sum(alone[4:]) / 4:.3f}." in metrics["notes"]
+    [rows] = [read_jsonl(file) for file in file.parent.glob("model_judgment/*.jsonl")]
+    assert {tuple(row["judge"]) for row in rows} == {("reward model", str(reward))}
+    again = shutil.copytree(reward, tmp_path / "elsewhere" / "tiny-reward")
+    assert "is already finished" in project.run("05_judge.py", *here, "--reward_model", f"{again}/").stdout
 
 
 def test_one_comparison_has_one_folder_however_its_answers_are_named(project: Project, tmp_path: Path) -> None:

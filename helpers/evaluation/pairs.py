@@ -1,0 +1,372 @@
+"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from helpers.core import Row, UserError, atomic_write, find_path, read_jsonl
+from helpers.data.encode import not_rendered
+from helpers.data.messages import Message
+from helpers.evaluation import statistics
+from helpers.evaluation.answers import make_table
+from helpers.evaluation.generators import Generators
+from helpers.evaluation.judgments import AnswerSet, read_judgments, read_votes
+from helpers.evaluation.questions import Answer, Question
+from helpers.evaluation.samples import Prompts, SampleStore, find_judgments, prompt_messages
+from helpers.evaluation.scores import Scored
+from helpers.runs.checkpoints import quoted, read_run
+from helpers.runs.run import PAIR_FILES, Run
+
+THIRDS = ("short", "middle", "long")
+NO_ANSWER, ALL_EMPTY, ONE_ANSWER = "has no answer", "all answers are empty", "all answers are the same"
+NOT_SCORED, NOT_ENDED = "fewer than two answers have a score", "no better answer is complete (see --max_new_tokens)"
+ALL_BEST, ALL_WORST, ALL_EQUAL = (f"all answers have the {kind} score" for kind in ("best", "worst", "same"))
+NEVER_BETTER, MARGIN = "--chosen_from is not better", "margin below --min_score_margin"
+LATER_TURN, NO_VERDICT, UNJUDGED = "the verdict is on a later turn", "without a clear verdict", "has no verdict"
+DISAGREE, SPLIT = "the two orders disagree", "people disagree"
+SAME_ANSWERS, MISSING = "the answers are the same", "an answer is empty or missing"
+NO_SPREAD = (ONE_ANSWER, ALL_BEST, ALL_WORST, ALL_EQUAL)
+NO_MODEL = "MODEL"  # in a command, where it is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An answer that may be chosen or rejected."""
+
+    name: str  # of the sample
+    model: str
+    answer: Answer
+    score: float | None = None
+
+    @property
+    def text(self) -> str:
+        return str(self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two answers to a question, the better one first."""
+
+    question: Question
+    chosen: Candidate
+    rejected: Candidate
+    scorer: str
+
+
+@dataclasses.dataclass
+class PairSet:
+    """The pairs, the control, and the report on every prompt: `kept + sum(dropped) == read`.
+
+    `answers` counts the answers, `lost` the comparisons of kept prompts that are no pair.
+    """
+
+    scorer: str
+    read: int
+    dropped: Counter[str]
+    pairs: list[Pair] = dataclasses.field(default_factory=list)
+    control: list[Pair] = dataclasses.field(default_factory=list)
+    answers: Counter[str] = dataclasses.field(default_factory=Counter)
+    lost: Counter[str] = dataclasses.field(default_factory=Counter)
+    scored: list[Candidate] = dataclasses.field(default_factory=list)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keeps_thoughts: bool = True
+
+    @property
+    def kept(self) -> int:
+        """Prompts with a pair."""
+        return len({str(pair.question["question_id"]) for pair in self.pairs})
+
+    def measure(self, scored: Scored | None, asked: int) -> None:
+        """What to know before training on the pairs: see `notes`."""
+        unequal = [p for p in self.pairs if len(p.chosen.text) != len(p.rejected.text)]
+        longer = np.array([float(len(p.chosen.text) > len(p.rejected.text)) for p in unequal])
+        groups: list[object] = [str(p.question["question_id"]) for p in unequal]
+        sizes = {side: [len(getattr(p, side).text) for p in self.pairs] for side in ("chosen", "rejected")}
+        self.metrics = {"pairs": len(self.pairs), "prompts": self.kept}
+        self.metrics |= {f"{side}_length": sum(n) / len(n) for side, n in sizes.items() if n}
+        if len(longer):
+            interval = statistics.mean_interval(longer, groups, seed=0)
+            self.metrics |= {"longer_won": float(longer.mean()), "longer_won_interval": interval}
+        if scored and asked:
+            self.metrics["no_spread"] = sum(self.dropped[reason] for reason in NO_SPREAD) / asked
+        if scored and scored.consistency is not None:
+            self.metrics["consistency"] = scored.consistency
+        if scored and scored.second:
+            self._compare(scored.second)
+        self.metrics["by_length"] = self._by_length()
+
+    def _compare(self, second: Scored) -> None:
+        """How often another scorer agrees on the pairs that it has scored."""
+        counts = Counter[str]()
+        for pair in self.pairs:
+            scores = second.scores.get(pair.question["question_id"], {})
+            if {pair.chosen.name, pair.rejected.name} <= {*scores}:
+                margin = scores[pair.chosen.name] - scores[pair.rejected.name]
+                counts["agrees" if margin > 0 else "ties" if margin == 0 else "disagrees"] += 1
+        self.metrics["second"] = {"scorer": second.scorer, **counts}
+
+    def _by_length(self) -> list[Row]:
+        """The answers in thirds by length: the mean score, and how many were chosen and rejected."""
+        rows = [c for c in self.scored if c.score is not None]
+        ends = np.quantile([len(c.text) for c in rows], [1 / 3, 2 / 3]) if rows else []
+        thirds: dict[str, list[Candidate]] = {name: [] for name in THIRDS}
+        for c in rows:
+            thirds[THIRDS[int(np.searchsorted(ends, len(c.text)))]].append(c)
+        chosen, rejected = ({id(getattr(p, side)) for p in self.pairs} for side in ("chosen", "rejected"))
+        return [
+            {
+                "answers": name,
+                "characters": f"{min(len(c.text) for c in own)} to {max(len(c.text) for c in own)}",
+                "mean score": sum(c.score or 0 for c in own) / len(own),
+                "chosen": sum(id(c) in chosen for c in own),
+                "rejected": sum(id(c) in rejected for c in own),
+            }
+            for name, own in thirds.items() if own
+        ]  # fmt: skip
+
+    def notes(self) -> list[str]:
+        """What the pairs teach besides what the scorer likes, and how far it can be trusted."""
+        m, notes = self.metrics, list[str]()
+        if "longer_won" in m:
+            low, high = m["longer_won_interval"]
+            notes.append(
+                f"The longer answer was chosen in {m['longer_won']:.0%} of pairs ({low:.0%} to {high:.0%}): "
+                f"{m['chosen_length']:.0f} characters against {m['rejected_length']:.0f} on average."
+            )
+        if "no_spread" in m:
+            notes.append(f"{m['no_spread']:.0%} of prompts have answers that are all the same or all as good.")
+        if "consistency" in m:
+            notes.append(f"The judge gave the same verdict in both orders in {m['consistency']:.0%} of comparisons.")
+        if second := m.get("second"):
+            counts = [
+                f"{verdict} on {second[verdict]}" for verdict in ("agrees", "ties", "disagrees") if verdict in second
+            ]
+            notes.append(f"{second['scorer']} {', '.join(counts) or 'has scored none'} of these pairs.")
+        return notes
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        rows: list[tuple[str, Any]] = [("prompts", f"{self.read:,}")]
+        rows += [(f"  dropped: {reason}", f"{count:,}") for reason, count in self.dropped.most_common()]
+        rows += [("prompts with pairs", f"{self.kept:,}"), (f"pairs, scored by {self.scorer}", f"{len(self.pairs):,}")]
+        rows += [(f"  no pair: {reason}", f"{count:,}") for reason, count in self.lost.most_common()]
+        rows += [(f"answers: {kind}", f"{count:,}") for kind, count in self.answers.items() if count]
+        parts: list[Any] = [make_table(["", "count"], rows), ""]
+        if by_length := self.metrics.get("by_length"):
+            cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in by_length]
+            parts += [make_table([*by_length[0]], cells), ""]
+        return Group(*parts, *(Text(f"• {note}") for note in self.notes()))
+
+    def save(self, run: Run) -> None:
+        """Write preferences.jsonl and control.jsonl, and finish the run. Raises UserError if there is no pair."""
+        data = {"read": self.read, "kept": self.kept, "dropped": self.dropped.total(), "changed": 0}
+        data |= {"reasons": dict(self.dropped), "answers": dict(self.answers), "comparisons": dict(self.lost)}
+        fields: dict[str, Any] = {"data": data, "metrics": self.metrics, "scorer": self.scorer}
+        if not self.pairs:
+            reasons = "; ".join(f"{reason}: {count}" for reason, count in (self.dropped + self.lost).most_common())
+            error = f"none of {self.read} prompts gave a pair ({reasons}). Use other prompts, or more --num_samples."
+            run.save(status="failed", error=error, **fields)
+            raise UserError(error)
+        for name, pairs in zip(PAIR_FILES, (self.pairs, self.control), strict=True):
+            rows = [json.dumps(self._row(pair), ensure_ascii=False) + "\n" for pair in pairs]
+            if rows:
+                atomic_write(run.folder / name, "".join(rows).encode("utf-8", "backslashreplace"))
+        run.finish(**fields)
+
+    def print_next(self, settings: Any, prompts: Prompts, run: Run) -> None:
+        """Print the commands that train the policy that answered on the pairs, and on the control."""
+        words = ["python notebooks/02_dpo.py", _policy_flag(settings, prompts), "--dataset_id"]
+        more = ["--trust_remote_code"] if settings.trust_remote_code else []
+        more += [f"--recipe {quoted(settings.recipe)}"] if settings.recipe else []
+        print("Next:", *words, quoted(run.folder / PAIR_FILES[0]), *more)
+        if self.control:
+            print("and the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
+
+    def _row(self, pair: Pair) -> Row:
+        row: Row = {"question_id": pair.question["question_id"], "prompt": prompt_messages(pair.question)}
+        row |= {side: [self._message(getattr(pair, side).answer)] for side in ("chosen", "rejected")}
+        scores = {f"score_{side}": getattr(pair, side).score for side in ("chosen", "rejected")}
+        row |= {name: score for name, score in scores.items() if score is not None}
+        row |= {f"{side}_model": getattr(pair, side).model for side in ("chosen", "rejected")}
+        return row | {"scorer": pair.scorer, "sampling": self.sampling}
+
+    def _message(self, answer: Answer) -> Message:
+        thoughts = {"reasoning_content": answer.thoughts} if self.keeps_thoughts and answer.thoughts else {}
+        return {"role": "assistant", "content": str(answer)} | thoughts
+
+
+def make_pairs(
+    settings: Any, prompts: Prompts, samples: SampleStore, scored: Scored | None, generators: Generators
+) -> PairSet:
+    """The pairs of scored answers, or without `scored` those of the verdicts that the settings name, and their report.
+
+    Empty answers make no pair, and answers that were cut off are never chosen. The control has the same prompts, as
+    often, and answers to them that are picked at random.
+    """
+    answers, models = samples.answer_set, {name: model for name, (model, _) in samples.names.items()}
+    verdicts: Verdicts = {}
+    if scored is None and (settings.from_votes or not (scored := _read_ratings(settings))):
+        scorer, verdicts = _read_verdicts(settings, answers)
+    pairs = PairSet(scored.scorer if scored else scorer, prompts.read, prompts.left_out.copy())
+    for question in answers.questions:
+        i, draw = question["question_id"], random.Random(f"{settings.seed} {question['turns'][0]}")
+        scores = scored.scores.get(i, {}) if scored else {}
+        found = [Candidate(n, models[n], own[i][0], scores.get(n)) for n, own in answers.answers.items() if i in own]
+        candidates = [c for c in found if c.text.strip()]
+        pairs.answers += Counter({"in all": len(found), "empty": len(found) - len(candidates)})
+        pairs.answers["cut off at --max_new_tokens"] += sum(c.answer.cut for c in candidates)
+        pairs.answers["repeated"] += len(candidates) - len({c.text for c in candidates})
+        own: list[Pair] | str
+        if len({c.text for c in candidates}) < 2:
+            own = ONE_ANSWER if candidates else ALL_EMPTY if found else NO_ANSWER
+        elif scored:
+            own = _pairs_of_scores(question, candidates, scored, prompts.sides, settings, draw, pairs.lost)
+        else:
+            own = _pairs_of_verdicts(question, candidates, verdicts.get(str(i), []), pairs.scorer, pairs.lost)
+        if isinstance(own, str):
+            pairs.dropped[own] += 1
+        else:
+            pairs.pairs += own
+            pairs.control += [_random_pair(question, candidates, draw) for _ in own if settings.control]
+        pairs.scored += candidates
+    names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed")
+    pairs.sampling = {name: settings.values()[name] for name in names} if prompts.models else {}
+    thought: list[Message] = [{"role": "assistant", "content": "", "reasoning_content": "Hm."}]
+    kinds = [(tokenizer, generators.variables[name]) for name, (tokenizer, _) in generators.tokenizers.items()]
+    pairs.keeps_thoughts = not any(not_rendered(tokenizer, thought, variables) for tokenizer, variables in kinds)
+    pairs.measure(scored, asked=len(prompts.questions))
+    return pairs
+
+
+def _pairs_of_scores(
+    question: Question, candidates: list[Candidate], scored: Scored, sides: tuple[str, str], settings: Any,
+    draw: random.Random, lost: Counter[str],
+) -> list[Pair] | str:  # fmt: skip
+    """The pairs of a prompt, or why it has none."""
+    rated = [*{(c.model, c.text): c for c in candidates[::-1] if c.score is not None}.values()][::-1]
+    values = {c.score for c in rated}
+    if len(rated) < 2:
+        return NOT_SCORED
+    if len(values) == 1:
+        worst, best = scored.bounds or (None, None)
+        return ALL_BEST if values == {best} else ALL_WORST if values == {worst} else ALL_EQUAL
+    upper, lower = ([c for c in rated if side in ("", c.model)] for side in sides)
+    both = [(a, b) for a in upper for b in lower if not a.answer.cut and _margin(a, b) > 0]
+    if not both:
+        return NEVER_BETTER if any(sides) else NOT_ENDED
+    top = max(a.score or 0.0 for a, _ in both)
+    if settings.pairing != "all_pairs":  # the first of the best
+        best_one = next(a for a, _ in both if a.score == top)
+        both = [(a, b) for a, b in both if a is best_one]
+        both = [draw.choice(both) if settings.pairing == "best_vs_random" else max(both, key=lambda ab: _margin(*ab))]
+    kept = [(a, b) for a, b in both if _margin(a, b) >= settings.min_score_margin]
+    if kept:
+        lost[MARGIN] += len(both) - len(kept)
+    return [Pair(question, a, b, scored.scorer) for a, b in kept] or MARGIN
+
+
+def _margin(a: Candidate, b: Candidate) -> float:
+    return round((a.score or 0.0) - (b.score or 0.0), 9)
+
+
+def _random_pair(question: Question, candidates: list[Candidate], draw: random.Random) -> Pair:
+    plain = [dataclasses.replace(c, score=None) for c in {c.text: c for c in candidates[::-1]}.values()]
+    chosen = draw.choice([c for c in plain if not c.answer.cut])
+    return Pair(question, chosen, draw.choice([c for c in plain if c.text != chosen.text]), "random")
+
+
+# ---- Verdicts ----
+
+Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two samples, and how often each won
+
+
+def _read_ratings(settings: Any) -> Scored | None:
+    """Ratings of the first turns as scores; None if the judgments are comparisons."""
+    file = find_judgments(settings)
+    if "score" not in next(iter(read_jsonl(file)), {}):
+        return None
+    judgments = read_judgments(str(file), "single", flag="--from_judgments")
+    scores: dict[Any, dict[str, float]] = {}
+    for row in judgments.rows:
+        if row["turn"] == 1 and row["score"] != -1:
+            scores.setdefault(row["question_id"], {})[row["model"]] = float(row["score"])
+    return Scored(judgments.judge, scores, (1.0, 10.0))
+
+
+def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:
+    """Who decided, and the verdicts on each question: in a Counter, by the sample that won or the reason why none did.
+
+    A verdict on a later turn is left out: there the conversations differ, not only the answers.
+    """
+    if settings.from_votes:
+        scorer, rows = "human", read_votes(settings.from_votes, answers)
+    else:
+        judgments = read_judgments(str(find_judgments(settings)), "pairwise", flag="--from_judgments")
+        scorer, rows = judgments.judge, judgments.rows
+    found: dict[str, dict[tuple[str, str], Counter[str]]] = {}
+    for row in rows:
+        names, calls = (row["model_1"], row["model_2"]), (row["g1_winner"], row["g2_winner"])
+        won = dict(zip(("model_1", "model_2"), names, strict=True)).get(calls[0], calls[0])
+        if row["turn"] > 1:
+            won = LATER_TURN
+        elif "error" in calls:
+            won = NO_VERDICT
+        elif calls[0] != calls[1]:
+            won = DISAGREE
+        elif row.get("identical"):
+            won = SAME_ANSWERS
+        own = found.setdefault(str(row["question_id"]), {})
+        pair = names if names[::-1] not in own else names[::-1]
+        own.setdefault(pair, Counter())[won] += 1
+    return scorer, {i: [(*pair, counts) for pair, counts in own.items()] for i, own in found.items()}
+
+
+def _pairs_of_verdicts(
+    question: Question, candidates: list[Candidate], verdicts: list[tuple[str, str, Counter[str]]], scorer: str,
+    lost: Counter[str],
+) -> list[Pair] | str:  # fmt: skip
+    """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
+    by_name, pairs, reasons = {c.name: c for c in candidates}, list[Pair](), Counter[str]()
+    for one, two, counts in verdicts:
+        if not {one, two} <= {*by_name}:
+            reasons[MISSING] += 1
+        elif counts[one] == counts[two]:
+            undecided = [reason for reason in counts if reason not in (one, two)]
+            reasons[SPLIT if counts[one] else undecided[0]] += 1
+        else:
+            better, worse = (one, two) if counts[one] > counts[two] else (two, one)
+            chosen, rejected = (dataclasses.replace(by_name[n], score=float(counts[n])) for n in (better, worse))
+            if chosen.answer.cut:
+                reasons[NOT_ENDED] += 1
+            else:
+                pairs.append(Pair(question, chosen, rejected, scorer))
+    if pairs:
+        lost.update(reasons)
+        return pairs
+    return reasons.most_common(1)[0][0] if reasons else UNJUDGED
+
+
+# ---- The next round ----
+
+
+def _policy_flag(settings: Any, prompts: Prompts) -> str:
+    """How 02 starts from the model that answered; of several, from the last."""
+    if prompts.models:
+        model = prompts.models[-1]
+        name, is_model = model.adapter or model.base, not model.adapter
+    else:
+        folder = settings.output_dir / prompts.names[-1]
+        name, is_model = str(folder) if folder.is_dir() else NO_MODEL, True
+    path = find_path(name)
+    if path and read_run(path).get("step") in ("sft", "dpo"):
+        return f"--sft_run {quoted(path)}"
+    return f"--model_id {quoted(path or name) if is_model else NO_MODEL}"

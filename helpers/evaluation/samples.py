@@ -1,0 +1,279 @@
+"""Prompts for another round, the models that answer them, and several answers to each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, short_path
+from helpers.data.messages import Message
+from helpers.evaluation.answers import AnswerStore, Generator
+from helpers.evaluation.generators import Generators
+from helpers.evaluation.judgments import AnswerSet, expand_files, model_name, read_export
+from helpers.evaluation.questions import (
+    OUR_QUESTIONS,
+    Answer,
+    Question,
+    answer_turns,
+    find_input,
+    read_answer_files,
+    read_bench,
+    read_question_file,
+    read_questions,
+)
+from helpers.models.resolve import ModelRef, resolve_models
+from helpers.runs.checkpoints import hash_files, read_run
+from helpers.runs.run import Run, list_runs
+
+VERDICTS = ("from_judgments", "from_votes")  # settings that name pairs which are decided already
+NO_PROMPTS = "no prompts are set. Give --prompts_file FILE, --dataset_id ID, or --answers_dir FOLDER with answers."
+
+
+@dataclasses.dataclass
+class Prompts:
+    """Prompts that are asked, by which models, or the answers that there are already."""
+
+    questions: list[Question]
+    models: list[ModelRef]  # that are asked; [] if there are answers
+    answers: dict[str, dict[str, Row]]  # model → question_id as text → row of model_answer
+    sides: tuple[str, str]  # the models that chosen and rejected answers are from; "" for any
+    read: int
+    left_out: Counter[str]  # prompts that are not asked, by reason
+    folder: Path | None = None  # of the answers
+    page: str = ""  # the id of their vote page
+    verdicts: str = ""  # identifies those that were given
+
+    @property
+    def names(self) -> list[str]:
+        return [model.name for model in self.models] or [*self.answers]
+
+    @property
+    def base_model(self) -> str:
+        """The root of the lineage of the model that answers; the name of a model whose answers were given."""
+        if not self.models:
+            return self.names[-1]
+        last = self.models[-1]
+        folder = None if last.base_url else find_path(last.adapter or last.base)
+        return str(read_run(folder).get("base_model") or last.base) if folder else last.base
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the prompts and the models' weights, or their answers."""
+        texts = [[name, *((i, row["choices"]) for i, row in rows.items())] for name, rows in self.answers.items()]
+        models = [model.fingerprint for model in self.models]
+        return fingerprint(self.questions, models, texts, self.sides, self.verdicts)
+
+    def open_store(self, folder: Path, settings: Any) -> SampleStore:
+        """Where the answers are stored: in a run's folder."""
+        return SampleStore(
+            folder, self.questions, settings.batch_size, settings.seed, num_samples=settings.num_samples,
+            models=self.names, page=self.page,
+        )  # fmt: skip
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        lines = [f"{len(self.questions):,} of {self.read:,} prompts, answered by {', '.join(self.names)}"]
+        lines += [f"  {reason}: {count:,}" for reason, count in self.left_out.items()]
+        return Text("\n".join(lines))
+
+
+def find_prompts(settings: Any) -> Prompts:
+    """The prompts and models, or the existing answers, that the settings of 06_pairs.py name.
+
+    Prompts that are repeated are left out. So are those of --exclude and, unless their verdicts are asked for, those of
+    the runs of 04_vibes.py and its built-in ones: a model is not trained on what evaluates it. Raises UserError.
+    """
+    folder, page, answers, models = _find_folder(settings), "", dict[str, dict[str, Row]](), list[ModelRef]()
+    if folder:
+        page = str(read_run(folder).get("page") or "")
+        questions, answers = _read_answers(folder)
+        known = [name for name in read_run(folder).get("models", []) if name in answers] or [*answers]
+        wanted = settings.models if settings.is_set("models") else known
+        names = [model_name(name, answers) for name in wanted]
+        sides = [name and model_name(name, answers) for name in (settings.chosen_from, settings.rejected_from)]
+        if lost := [name for name in [*names, *filter(None, sides)] if name not in answers]:
+            raise SettingsError(f"there are no answers of {', '.join(lost)}; there are of {', '.join(answers)}")
+        answers = {name: answers[name] for name in dict.fromkeys(filter(None, sides) if any(sides) else names)}
+    else:
+        if not (settings.prompts or settings.prompts_file or settings.dataset_id):
+            raise SettingsError(NO_PROMPTS)
+        questions = read_questions(settings)
+        sides = [settings.chosen_from, settings.rejected_from]
+        if any(sides) and not all(sides):
+            raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
+        names = list(dict.fromkeys(sides if any(sides) else settings.models))
+        models = [resolve_models((name,), settings.output_dir, settings.base_url)[-1] for name in names]
+        used = [model.name for model in models]
+        used = [f"{n} ({used[: i + 1].count(n)})" if used.count(n) > 1 else n for i, n in enumerate(used)]
+        models = [dataclasses.replace(model, name=name) for model, name in zip(models, used, strict=True)]
+        sides = [used[names.index(side)] if side else "" for side in sides]
+        if len(models) == 1 and settings.num_samples < 2:
+            raise SettingsError("--num_samples 1 gives nothing to compare. Use 2 or more.")
+        if not settings.temperature:
+            raise SettingsError("--temperature 0 gives the same answer every time. Use a value above 0.")
+    kept, left_out = _leave_out(questions, settings, folder)
+    if not kept:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        raise UserError(f"None of {len(questions)} prompts is left ({reasons}). Give other prompts.")
+    exports = [read_export(name) for name in expand_files(settings.from_votes)]
+    judged = hash_files([find_judgments(settings)]) if settings.from_judgments else ""
+    verdicts = fingerprint(exports, judged) if exports or judged else ""
+    return Prompts(kept, models, answers, (sides[0], sides[1]), len(questions), left_out, folder, page, verdicts)
+
+
+def _leave_out(questions: list[Question], settings: Any, folder: Path | None) -> tuple[list[Question], Counter[str]]:
+    evaluated = [question for name in settings.exclude for question in read_question_file("--exclude", name)]
+    if not any(getattr(settings, name) for name in VERDICTS):
+        files = [run.folder / "question.jsonl" for run in list_runs(settings.output_dir, "vibes")]
+        files = [OUR_QUESTIONS, *(file for file in files if file.is_file() and file.parent != folder)]
+        evaluated += [question for file in files for question in read_question_file("--exclude", str(file))]
+    held_out, seen = {_key(question) for question in evaluated}, set[str]()
+    kept, left_out = list[Question](), Counter[str]()
+    for question in questions:
+        if _key(question) in held_out:
+            left_out["is in an evaluation set"] += 1
+        elif _key(question) in seen:
+            left_out["repeats another prompt"] += 1
+        else:
+            kept.append(question | {"turns": question["turns"][:1]})
+        seen.add(_key(question))
+    return kept, left_out
+
+
+def _key(question: Question) -> str:
+    """The same for prompts that differ in case and spaces only."""
+    return " ".join(question["turns"][0].split()).casefold()
+
+
+def _find_folder(settings: Any) -> Path | None:
+    """The folder of the answers that are there already; None if models are to be asked."""
+    name = settings.answers_dir
+    if settings.from_judgments and not name:
+        source = find_verdicts(settings)
+        recorded = Path(str(read_run(source).get("answers_dir") or "-"))
+        beside = [source.parent / recorded.name, find_path(str(recorded)), source, source.parent]
+        folder = next((p for p in beside if p and (p / "model_answer").is_dir()), None)
+        if folder is None:
+            raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
+        return folder.resolve()
+    if settings.from_votes and not name:
+        page = read_export(expand_files(settings.from_votes)[0])["page"]
+        runs = [*list_runs(settings.output_dir, "vibes"), *list_runs(settings.output_dir, "pairs")]
+        if found := [run.folder for run in runs if run.record.get("page") == page]:
+            return found[0].resolve()
+        raise UserError(f"No run in {short_path(settings.output_dir)} has the page {page}. Name it with --answers_dir.")
+    if not name:
+        return None
+    folder = settings.output_dir / name
+    folder = folder if folder.is_dir() else find_input("--answers_dir", name, "folder").resolve()
+    return folder.parent if folder.name == "model_answer" else folder
+
+
+def find_verdicts(settings: Any) -> Path:
+    """The run of 05_judge.py, FastChat folder, or file that --from_judgments names."""
+    path = settings.output_dir / settings.from_judgments
+    found = path if path.exists() else find_path(settings.from_judgments)
+    if found is None:
+        raise UserError(f"--from_judgments {settings.from_judgments!r} does not exist. Give a run of 05_judge.py.")
+    return found.resolve()
+
+
+def find_judgments(settings: Any) -> Path:
+    """The file of judgments in the run or folder that --from_judgments names. Raises UserError."""
+    source = find_verdicts(settings)
+    files = sorted((source / "model_judgment").glob("*.jsonl")) if source.is_dir() else [source]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"--from_judgments {settings.from_judgments!r} needs one file of judgments, and has {names}. "
+                        "Name one file.")  # fmt: skip
+    return files[0]
+
+
+def _read_answers(folder: Path) -> tuple[list[Question], dict[str, dict[str, Row]]]:
+    """The questions of a folder in FastChat's layout, and each model's rows by question_id as text."""
+    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
+    answers = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
+    if not answers:
+        raise UserError(f"{short_path(place)} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
+    for name, rows in answers.items():
+        for row in rows.values():
+            try:
+                [answer_turns(row, index) for index in range(len(row.get("choices") or [0]))]
+            except UserError as error:
+                raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
+    return read_bench(folder if (folder / "question.jsonl").is_file() else folder.parent), answers
+
+
+@dataclasses.dataclass
+class SampleStore(AnswerStore):
+    """Several answers of each model to the first turn of each question: FastChat's rows, with several `choices`.
+
+    A sample is called like its model, and NAME #2 if the model has several.
+    """
+
+    num_samples: int = 4
+    models: list[str] = dataclasses.field(default_factory=list)
+    page: str = ""
+
+    @property
+    def names(self) -> dict[str, tuple[str, int]]:
+        """The model of each sample, and which of its choices the sample is."""
+        counts = {m: max((len(r["choices"]) for r in self.file(m).rows.values()), default=0) for m in self.models}
+        return {
+            f"{model} #{k + 1}" if count > 1 else model: (model, k) for model, count in counts.items()
+            for k in range(count)
+        }  # fmt: skip
+
+    def answers(self, name: str) -> dict[Any, list[Answer]]:
+        """A sample's answers by question_id; those of a model are those of its first sample."""
+        model, index = self.names.get(name, (name, 0))
+        rows = self.file(model).rows
+        asked = [i for q in self.questions if (i := q["question_id"]) in rows and index < len(rows[i]["choices"])]
+        return {i: answer_turns(rows[i], index)[:1] for i in asked}
+
+    @property
+    def answer_set(self) -> AnswerSet:
+        """The samples as answers of that many models: what judges take."""
+        return AnswerSet(self.questions, {name: self.answers(name) for name in self.names}, self.folder, self.page)
+
+    def take(self, answers: dict[str, dict[str, Row]]) -> None:
+        """Store rows that there are already, by model and by question_id as text."""
+        self.write_questions()
+        for name, rows in answers.items():
+            store = self.file(name)
+            missing = [i for q in self.questions if (i := q["question_id"]) not in store.rows and str(i) in rows]
+            store.add(*(rows[str(i)] | {"question_id": i, "model_id": name} for i in missing))
+
+    def reuse(self, run: Run, settings: Any, generators: Generators) -> None:
+        """Take answers from other runs in which the same models were asked the same in the same way."""
+        common = self.questions, generators.sampling, self.num_samples, self.seed
+        keys = {m.name: fingerprint(*common, m.fingerprint, generators.loading[m.name]) for m in generators.models}
+        run.set(sampling=keys)
+        others = list_runs(settings.output_dir, "pairs") if settings.resume != "never" else []
+        for other in (other for other in others if other.name != run.name):
+            for theirs, key in (other.record.get("sampling") or {}).items():
+                if name := next((name for name, own in keys.items() if own == key and self.missing(name)), None):
+                    rows = SampleStore(other.folder, []).file(theirs).rows
+                    self.take({name: {str(i): row for i, row in rows.items()}})
+
+    def _ask(
+        self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
+    ) -> list[list[Answer]]:
+        """Each answer has a seed of its own, from the prompt and its number."""
+        seeds = [
+            [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
+            for q in batch
+        ]
+        return generator.sample([prompt_messages(q) for q in batch], seeds, **kwargs)
+
+    def _choices(self, turns: list[Answer]) -> list[Row]:
+        return [super(SampleStore, self)._choices([turn])[0] | {"index": k} for k, turn in enumerate(turns)]
+
+
+def prompt_messages(question: Question) -> list[Message]:
+    """The prompt of a question: its system message, if it has one, and its first turn."""
+    system: list[Message] = [{"role": "system", "content": question["system"]}] if question.get("system") else []
+    return [*system, {"role": "user", "content": question["turns"][0]}]

@@ -1,0 +1,235 @@
+"""Scores of answers: by rules, a reward model or a judge; or people, who vote on a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from helpers.core import CleanExit, SettingsError, fingerprint, import_user_module, short_path
+from helpers.evaluation.answers import JsonlStore
+from helpers.evaluation.endpoint import Endpoint
+from helpers.evaluation.judges import ModelJudge
+from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs
+from helpers.evaluation.questions import Answer, Question
+from helpers.evaluation.results import OUTCOMES
+from helpers.evaluation.samples import VERDICTS, SampleStore, prompt_messages
+from helpers.runs.run import Run
+
+SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
+CHUNK = 64  # answers that are scored and stored at a time
+NO_SCORER = (
+    "nothing scores the answers. Give --judge_module MODULE, --reward_model MODEL or --judge_model NAME, or let people "
+    "vote with --vote_page."
+)
+Scores = dict[Any, dict[str, float]]  # question_id → name of the sample → its score
+
+
+@dataclasses.dataclass
+class Scored:
+    """The scores of samples, and what tells how far they can be trusted."""
+
+    scorer: str
+    scores: Scores
+    bounds: tuple[float, float] | None = None  # the worst and the best score that there is
+    consistency: float | None = None  # of a judge: share of comparisons whose two orders agree
+    second: Scored | None = None  # another scorer's, of some of the prompts
+
+
+class Scorer:
+    """Gives each answer a number by `function`, which takes (question, answer) pairs. It is kept in scores.jsonl, and
+    used again by every run with the same `identity`."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Any,
+        identity: str = "",
+        function: Callable[[list[tuple[Question, Answer]]], list[float]] | None = None,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        self.name, self.settings, self.identity, self.function, self.bounds = name, settings, identity, function, bounds
+        self.second: Scorer | None = None
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        return Text(f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else ""))
+
+    def run(self, samples: SampleStore, run: Run) -> Scored | None:
+        """Score all answers, and those to some prompts with the second scorer."""
+        answers = samples.answer_set
+        scored = self.score(answers, run)
+        if self.second:
+            count = min(self.settings.second_rows, len(answers.questions))
+            drawn = random.Random(self.settings.seed).sample(answers.questions, count)
+            ids = {question["question_id"] for question in drawn}
+            some = {n: {i: turns for i, turns in own.items() if i in ids} for n, own in answers.answers.items()}
+            scored.second = self.second.score(dataclasses.replace(answers, questions=drawn, answers=some), run)
+        return scored
+
+    def score(self, answers: AnswerSet, run: Run) -> Scored:
+        """Score what has no score yet. Chunks are formed from all answers: a resumed run gives the same scores."""
+        from tqdm.auto import tqdm
+
+        assert self.function
+        store, files = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"]), list[Path]()
+        if self.settings.resume != "never":
+            files = sorted(self.settings.output_dir.glob("[!.]*/scores.jsonl"))
+        known = {key: row for file in files for key, row in JsonlStore(file, lambda row: row["asked"]).rows.items()}
+        questions = {q["question_id"]: q for q in answers.questions}
+        asked = {
+            (i, name): (questions[i], turns[0]) for name, own in answers.answers.items() for i, turns in own.items()
+            if turns[0].strip()
+        }  # fmt: skip
+        keys = {place: fingerprint(self.identity, prompt_messages(q), q, text) for place, (q, text) in asked.items()}
+        unique = {key: asked[place] for place, key in keys.items()}
+        store.add(*(known[key] for key in unique if key in known and key not in store.rows))
+        order = list(unique)
+        for start in tqdm(range(0, len(order), CHUNK), desc=self.name, unit="batch"):
+            chunk = order[start : start + CHUNK]
+            if missing := [key for key in chunk if key not in store.rows]:
+                values = dict(zip(chunk, self.function([unique[key] for key in chunk]), strict=True))
+                rows = [{"asked": key, "scorer": self.name, "score": values[key]} for key in missing]
+                store.add(*(row | {"question_id": unique[row["asked"]][0]["question_id"]} for row in rows))
+        scores: Scores = {}
+        for (i, name), key in keys.items():
+            scores.setdefault(i, {})[name] = store.rows[key]["score"]
+        low, high = self.bounds or (math.inf, -math.inf)
+        are_within = all(low <= score <= high for own in scores.values() for score in own.values())
+        return Scored(self.name, scores, self.bounds if are_within else None)
+
+
+class JudgeScorer(Scorer):
+    """Scores by a model that rates answers from 1 to 10, or by the share of comparisons that an answer wins."""
+
+    def score(self, answers: AnswerSet, run: Run) -> Scored:
+        s, mode = self.settings, self.settings.mode
+        own = {"temperature": 0.0, "max_new_tokens": s.judge_max_new_tokens, "base_url": s.judge_base_url}
+        given = SimpleNamespace(**s.values() | own | {"output_dir": s.output_dir, "bench_dir": "", "models": ()})
+        judgments = ModelJudge(given, answers, model_pairs(answers.answers, mode)).run(run)
+        judgments.raise_if_incomplete()
+        return _ratings(judgments) if mode == "single" else _win_shares(judgments)
+
+
+def _ratings(judgments: Judgments) -> Scored:
+    scores: Scores = {}
+    for row in judgments.rows:
+        if row["score"] != -1:
+            scores.setdefault(row["question_id"], {})[row["model"]] = row["score"]
+    return Scored(judgments.judge, scores, (1.0, 10.0))
+
+
+def _win_shares(judgments: Judgments) -> Scored:
+    """The share of comparisons that each answer wins; a comparison whose two orders disagree is a tie."""
+    outcomes: dict[Any, dict[str, list[float]]] = {}
+    agree = []
+    for row in judgments.rows:
+        calls = {row["g1_winner"], row["g2_winner"]}
+        if "error" in calls:
+            continue
+        agree += [] if row.get("identical") else [len(calls) == 1]
+        won = OUTCOMES[calls.pop() if len(calls) == 1 else "tie"]  # 1 for the second
+        own = outcomes.setdefault(row["question_id"], {})
+        own.setdefault(row["model_1"], []).append(1 - won)
+        own.setdefault(row["model_2"], []).append(won)
+    scores = {i: {name: sum(won) / len(won) for name, won in own.items()} for i, own in outcomes.items()}
+    return Scored(judgments.judge, scores, consistency=sum(agree) / len(agree) if agree else None)
+
+
+class GivenVerdicts(Scorer):
+    """What a judge or people have decided before: nothing is scored."""
+
+    def run(self, samples: SampleStore, run: Run) -> Scored | None:
+        return None
+
+
+class VotePage(Scorer):
+    """People, who vote on a page for the best answer to each prompt."""
+
+    def run(self, samples: SampleStore, run: Run) -> Scored | None:
+        """Write the page. Raises CleanExit: there are no pairs before the votes."""
+        names = [*samples.names]
+        sampling = {name: self.settings.values()[name] for name in ("temperature", "top_p", "num_samples")}
+        page = samples.write_vote_page(names, title=run.name, settings=sampling)
+        run.save(status="interrupted", page=page)
+        command = f"python notebooks/06_pairs.py --from_votes ~/Downloads/votes-{page}*.json"
+        raise CleanExit(f"Vote on {short_path(run.folder / 'answers.html')} and export the votes.\nNext: {command}")
+
+
+def make_scorer(settings: Any, second: str = "") -> Scorer:
+    """The scorer that the settings name, checked before anything is sampled. Raises SettingsError.
+
+    `second` names the setting of a scorer instead.
+    """
+    if any(getattr(settings, name) for name in VERDICTS):
+        return GivenVerdicts("the verdicts that are given", settings)
+    given = [name for name in SCORERS if getattr(settings, name) and name != settings.second_scorer]
+    highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
+    if len(highest) > 1 and not second:
+        raise SettingsError(f"--{' and --'.join(highest)} exclude each other. Give one, or name the other with "
+                            "--second_scorer.")  # fmt: skip
+    if not given or (second and not getattr(settings, second)):
+        raise SettingsError(NO_SCORER if not second else f"--second_scorer {second} needs --{second}. Give it, too.")
+    scorer = _make(second or highest[0], settings)
+    if settings.second_scorer and not second:
+        scorer.second = make_scorer(settings, settings.second_scorer)
+    return scorer
+
+
+def _make(flag: str, settings: Any) -> Scorer:
+    if flag == "judge_module":
+        return _rules(settings)
+    if flag == "reward_model":
+        return _reward_model(settings)
+    if flag == "judge_model":
+        Endpoint(settings.judge_model, settings.judge_base_url)  # its key and address
+        return JudgeScorer(settings.judge_model, settings)
+    return VotePage("people", settings)
+
+
+def _rules(settings: Any) -> Scorer:
+    module = settings.judge_module
+    rules = import_user_module(module, "judge_module")
+    if not hasattr(rules, "score"):
+        raise SettingsError(f"--judge_module {module} is not a module with score(). Write one, as in recipes/demo.")
+    source = hashlib.sha256(inspect.getsource(rules).encode()).hexdigest()[:16]
+
+    def score(answers: list[tuple[Question, Answer]]) -> list[float]:
+        try:
+            return [_to_number(rules.score(str(a), {"prompt": q["turns"][0], **q}), module) for q, a in answers]
+        except KeyError as error:
+            raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Add it to the "
+                                "prompts, or use another scorer.") from None  # fmt: skip
+
+    return Scorer(f"rules {module}", settings, f"{module} {source}", score, (0.0, 1.0))
+
+
+def _to_number(score: Any, module: str) -> float:
+    """A score as a number. Of an object with several fields each counts twice as much as the next, in all at most 1."""
+    if isinstance(score, bool | int | float):
+        return float(score)
+    if not dataclasses.is_dataclass(score) or isinstance(score, type):
+        raise SettingsError(f"--judge_module {module}: score() returns {score!r}. Return a number or a dataclass.")
+    values = [float(value) for value in dataclasses.astuple(score)]
+    weights = [2.0**-k for k in range(len(values))]
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _reward_model(settings: Any) -> Scorer:
+    from helpers.evaluation.reward_model import RewardModel
+
+    model = RewardModel(
+        settings.reward_model, settings.reward_quantization, settings.batch_size, settings.trust_remote_code
+    )
+
+    def score(answers: list[tuple[Question, Answer]]) -> list[float]:
+        return model.score([[*prompt_messages(q), {"role": "assistant", "content": str(a)}] for q, a in answers])
+
+    return Scorer(f"reward model {model.name}", settings, model.fingerprint, score)
