@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from helpers.core import read_jsonl
-from recipes import real
+from recipes import real, smollm2
 from recipes.real import Score, facts
-from tests.conftest import REPO
+from tests.conftest import REPO, Project
+
+RECIPE = ["--recipe", "recipes/real.yaml"]
 
 FOLDER = REPO / "recipes" / "real"
 VOLCANO = {"prompt": "What is a volcano?"}
@@ -63,6 +70,12 @@ def test_a_fact_is_correct_if_the_answer_names_it(answer: str, accepted: list[st
     assert facts.score(answer, {"accepted": accepted}).correct is correct
 
 
+def test_the_recipe_and_make_take_the_round_on_the_converted_model() -> None:
+    recipe, model = yaml.safe_load((REPO / "recipes" / "real.yaml").read_text()), smollm2.FOLDER.as_posix()
+    assert (recipe["pairs"]["models"], recipe["dpo"]["model_id"]) == ([model], model)
+    assert f"MODEL := {model}\n" in (REPO / "Makefile").read_text()
+
+
 def test_prompts_are_of_all_kinds_and_a_third_of_them_is_held_out() -> None:
     train, held_out, asked = (read_jsonl(FOLDER / f"{name}.jsonl") for name in ("train", "heldout", "facts"))
     assert (len(train), len(held_out), len(asked)) == (140, 70, 40)
@@ -72,3 +85,46 @@ def test_prompts_are_of_all_kinds_and_a_third_of_them_is_held_out() -> None:
     assert len({*prompts}) == 250
     assert all(real.content_words(prompt) for prompt in prompts)  # a word that an answer can take up
     assert not any(facts.score(row["prompt"], row).correct for row in asked)
+    assert all(re.search("(one|two) (plain )?sentences", row["prompt"]) for row in train)  # only there
+    assert not any("sentences" in row["prompt"] for row in held_out)
+
+
+def take_the_road(project: Project, outputs: str) -> dict[str, Any]:
+    """A short `make real` into `outputs`: what it made, without times and paths."""
+    own, root = ["--output_dir", outputs], project.root / outputs
+    few = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--eval_rows", "1", "--completion_steps", "0"]
+    short = ["--rows", "4", "--max_new_tokens", "24"]
+    pairs = ["--rows", "12", "--num_samples", "3", "--max_new_tokens", "64", "--run_name", "pairs"]
+    project.run("06_pairs.py", *RECIPE, *own, *pairs)
+    for name, file in (("dpo", "preferences"), ("control", "control")):
+        data = ["--dataset_id", str(root / "pairs" / f"{file}.jsonl")]
+        project.run("02_dpo.py", *RECIPE, *own, *data, *few, "--run_name", name)
+    project.run("03_merge_push.py", *RECIPE, *own, "--run", str(root / "dpo"), "--run_name", "merged")
+    models = ["--models", str(root / "control"), str(root / "dpo")]
+    results = []
+    for name, prompts, rules in (("answers", "heldout", "recipes.real"), ("facts", "facts", "recipes.real.facts")):
+        asked = ["--prompts_file", f"recipes/real/{prompts}.jsonl", *short, "--run_name", name]
+        project.run("04_vibes.py", *RECIPE, *own, *models, *asked)
+        judge = ["--answers_dir", str(root / name), "--judge_module", rules, "--run_name", f"{name}-judged"]
+        project.run("05_judge.py", *RECIPE, *own, *judge)
+        results.append((root / f"{name}-judged" / "results.json").read_text())
+    rows = {name: read_jsonl(root / "pairs" / f"{name}.jsonl") for name in ("preferences", "control")}
+    return rows | {"results": results, "kl": project.record(f"{Path(outputs).name}/merged")["metrics"]["kl"]}
+
+
+@pytest.mark.long
+def test_a_short_road_from_pairs_to_verdicts_gives_the_same_numbers_twice(
+    tmp_path_factory: pytest.TempPathFactory, real_model: Path
+) -> None:
+    project = Project(tmp_path_factory.mktemp("project"))
+    shutil.copytree(real_model, project.root / smollm2.FOLDER)
+    first, second = (take_the_road(project, f"outputs/{name}") for name in ("one", "two"))
+    assert first == second
+    assert len(first["preferences"]) >= 4
+    asked, control = ([row["prompt"][0]["content"] for row in first[name]] for name in ("preferences", "control"))
+    assert asked == control
+    for row in first["preferences"]:
+        question = {"prompt": row["prompt"][0]["content"]}
+        better, worse = (real.score(row[side][0]["content"], question) for side in ("chosen", "rejected"))
+        assert (better.answers, better.brief) > (worse.answers, worse.brief)
+    assert first["kl"] < 1e-6
