@@ -92,7 +92,7 @@ settings = load_settings(Settings, globals())
 # %%
 from helpers.core import short_path, show
 from helpers.evaluation import find_answers, make_judge, summarize_judgments
-from helpers.runs import show_report, start_run
+from helpers.runs import quoted, show_report, start_run
 
 # %%
 answers = find_answers(settings)
@@ -129,11 +129,17 @@ show(results.figure(), save_as=judge_run.folder / "results.png")
 #
 # The results are also in `run.json` and in `report.html` of each run that was judged. `03_merge_push.py` puts them on
 # the model card if you publish the model. `raise_if_incomplete` ends with an error if calls are missing, or if no reply
-# had a verdict.
+# had a verdict. `06_pairs.py` makes preference pairs for another round.
 
 # %%
 if (answers.folder / "answers.html").is_file():
     print(f"Page: {short_path(answers.folder / 'answers.html')}")
 print(f"Results: {short_path(judge_run.folder / 'results.png')}")
+runs = [path for name in answers.answers if (path := settings.output_dir / name).is_dir()]
+if runs:
+    source = f"--recipe {quoted(settings.recipe)}" if settings.recipe else "--prompts_file FILE"
+    print(f"Another round: python notebooks/06_pairs.py --models {quoted(runs[-1])} {source}")
+if answers.answers:
+    print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
 show_report(*(settings.output_dir / name for name in answers.answers))
 verdicts.raise_if_incomplete()

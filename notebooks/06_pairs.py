@@ -128,8 +128,8 @@ pairs_run.set(models=prompts.names, loading=generators.loading, weights=generato
 # %% [markdown]
 # ## Answers
 #
-# Every model answers each prompt `num_samples` times. Each answer is drawn with a seed of its own, from the prompt and
-# the answer's number, so an interrupted run gives the same answers. They are stored as FastChat's `choices`. Answers of
+# Every model answers each prompt `num_samples` times. Each answer is drawn with its own seed, from the prompt and the
+# answer's number, so an interrupted run gives the same answers. They are stored as FastChat's `choices`. Answers of
 # an earlier run with the same prompts and sampling are used again.
 
 # %%
@@ -144,7 +144,7 @@ with resumable(pairs_run):
 # ## Scores
 #
 # Thoughts are left out of what is scored. Each score is stored with its answer and used again, also by other runs. With
-# `--vote_page` the notebook ends here, and `--from_votes` goes on with the votes.
+# `--vote_page` the notebook ends here. Run it again with `--from_votes` when people have voted.
 
 # %%
 with resumable(pairs_run):
@@ -169,4 +169,4 @@ pairs.save(pairs_run)
 # would write itself, and its gradient says little about them.
 
 # %%
-pairs.print_next(settings, prompts, pairs_run)
+pairs.print_next(settings, prompts, run=pairs_run)

@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for name in [n for n in os.environ if n.startswith(("SFT_", "DPO_", "MERGE_", "VIBES_", "JUDGE_"))]:
+    for name in [n for n in os.environ if n.startswith(("SFT_", "DPO_", "MERGE_", "VIBES_", "JUDGE_", "PAIRS_"))]:
         del os.environ[name]
     for number in (
         signal.SIGINT,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import (
+    CleanExit,
     Interrupted,
     Row,
     UserError,
@@ -87,7 +88,7 @@ def resumable(run: Run) -> Iterator[None]:
             run.save(status="running")
         yield
     except BaseException as error:
-        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted | CleanExit)
         with contextlib.suppress(OSError):  # the disk may be full
             if not finished:
                 run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control beside them."""
+"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LATER_TURN, NO_VERDICT, UNJUDGED = "the verdict is on a later turn", "without a 
 DISAGREE, SPLIT = "the two orders disagree", "people disagree"
 SAME_ANSWERS, MISSING = "the answers are the same", "an answer is empty or missing"
 NO_SPREAD = (ONE_ANSWER, ALL_BEST, ALL_WORST, ALL_EQUAL)
-NO_MODEL = "MODEL"  # in a command, where it is not known
+UNKNOWN_MODEL = "MODEL"  # in a command, where it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,8 +365,8 @@ def _policy_flag(settings: Any, prompts: Prompts) -> str:
         name, is_model = model.adapter or model.base, not model.adapter
     else:
         folder = settings.output_dir / prompts.names[-1]
-        name, is_model = str(folder) if folder.is_dir() else NO_MODEL, True
+        name, is_model = str(folder) if folder.is_dir() else UNKNOWN_MODEL, True
     path = find_path(name)
     if path and read_run(path).get("step") in ("sft", "dpo"):
         return f"--sft_run {quoted(path)}"
-    return f"--model_id {quoted(path or name) if is_model else NO_MODEL}"
+    return f"--model_id {quoted(path or name) if is_model else UNKNOWN_MODEL}"

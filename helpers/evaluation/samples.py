@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -91,7 +92,8 @@ def find_prompts(settings: Any) -> Prompts:
         page = str(read_run(folder).get("page") or "")
         questions, answers = _read_answers(folder)
         known = [name for name in read_run(folder).get("models", []) if name in answers] or [*answers]
-        wanted = settings.models if settings.is_set("models") else known
+        given = max(settings.layer(flag) for flag in ("answers_dir", *VERDICTS))
+        wanted = settings.models if settings.layer("models") >= given else known
         names = [model_name(name, answers) for name in wanted]
         sides = [name and model_name(name, answers) for name in (settings.chosen_from, settings.rejected_from)]
         if lost := [name for name in [*names, *filter(None, sides)] if name not in answers]:
@@ -129,7 +131,9 @@ def _leave_out(questions: list[Question], settings: Any, folder: Path | None) ->
     if not any(getattr(settings, name) for name in VERDICTS):
         files = [run.folder / "question.jsonl" for run in list_runs(settings.output_dir, "vibes")]
         files = [OUR_QUESTIONS, *(file for file in files if file.is_file() and file.parent != folder)]
-        evaluated += [question for file in files for question in read_question_file("--exclude", str(file))]
+        for file in files:
+            with contextlib.suppress(UserError):  # a broken file of another run
+                evaluated += read_question_file("--exclude", str(file))
     held_out, seen = {_key(question) for question in evaluated}, set[str]()
     kept, left_out = list[Question](), Counter[str]()
     for question in questions:
@@ -153,9 +157,11 @@ def _find_folder(settings: Any) -> Path | None:
     name = settings.answers_dir
     if settings.from_judgments and not name:
         source = find_verdicts(settings)
+        source = source if source.is_dir() else source.parent
+        source = source.parent if source.name == "model_judgment" else source
         recorded = Path(str(read_run(source).get("answers_dir") or "-"))
-        beside = [source.parent / recorded.name, find_path(str(recorded)), source, source.parent]
-        folder = next((p for p in beside if p and (p / "model_answer").is_dir()), None)
+        places = [source.parent / recorded.name, find_path(str(recorded)), source]
+        folder = next((p for p in places if p and (p / "model_answer").is_dir()), None)
         if folder is None:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
         return folder.resolve()
@@ -251,7 +257,8 @@ class SampleStore(AnswerStore):
         """Take answers from other runs in which the same models were asked the same in the same way."""
         common = self.questions, generators.sampling, self.num_samples, self.seed
         keys = {m.name: fingerprint(*common, m.fingerprint, generators.loading[m.name]) for m in generators.models}
-        run.set(sampling=keys)
+        if not run.finished:
+            run.save(sampling=keys)
         others = list_runs(settings.output_dir, "pairs") if settings.resume != "never" else []
         for other in (other for other in others if other.name != run.name):
             for theirs, key in (other.record.get("sampling") or {}).items():
@@ -262,7 +269,7 @@ class SampleStore(AnswerStore):
     def _ask(
         self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
     ) -> list[list[Answer]]:
-        """Each answer has a seed of its own, from the prompt and its number."""
+        """Each answer has its own seed, from the prompt and its number."""
         seeds = [
             [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
             for q in batch

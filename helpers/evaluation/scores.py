@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from helpers.core import CleanExit, SettingsError, fingerprint, import_user_module, short_path
+from helpers.core import CleanExit, Row, SettingsError, UserError, fingerprint, import_user_module, short_path
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
 from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import OUTCOMES
+from helpers.evaluation.reward_model import RewardModel
 from helpers.evaluation.samples import VERDICTS, SampleStore, prompt_messages
-from helpers.runs.run import Run
+from helpers.runs.run import Run, list_runs
 
 SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
 CHUNK = 64  # answers that are scored and stored at a time
@@ -63,8 +64,10 @@ class Scorer:
         return Text(f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else ""))
 
     def run(self, samples: SampleStore, run: Run) -> Scored | None:
-        """Score all answers, and those to some prompts with the second scorer."""
-        answers = samples.answer_set
+        """Score all answers with a text, and those to some prompts with the second scorer."""
+        found = samples.answer_set
+        texts = {n: {i: own[i] for i in own if own[i][0].strip()} for n, own in found.answers.items()}
+        answers = dataclasses.replace(found, answers=texts)
         scored = self.score(answers, run)
         if self.second:
             count = min(self.settings.second_rows, len(answers.questions))
@@ -79,15 +82,13 @@ class Scorer:
         from tqdm.auto import tqdm
 
         assert self.function
-        store, files = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"]), list[Path]()
-        if self.settings.resume != "never":
-            files = sorted(self.settings.output_dir.glob("[!.]*/scores.jsonl"))
-        known = {key: row for file in files for key, row in JsonlStore(file, lambda row: row["asked"]).rows.items()}
+        store = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"])
+        known: dict[Any, Row] = {}
+        for other in list_runs(self.settings.output_dir, "pairs") if self.settings.resume != "never" else []:
+            with contextlib.suppress(UserError):  # a broken file
+                known |= JsonlStore(other.folder / "scores.jsonl", lambda row: row["asked"]).rows
         questions = {q["question_id"]: q for q in answers.questions}
-        asked = {
-            (i, name): (questions[i], turns[0]) for name, own in answers.answers.items() for i, turns in own.items()
-            if turns[0].strip()
-        }  # fmt: skip
+        asked = {(i, n): (questions[i], turns[0]) for n, own in answers.answers.items() for i, turns in own.items()}
         keys = {place: fingerprint(self.identity, prompt_messages(q), q, text) for place, (q, text) in asked.items()}
         unique = {key: asked[place] for place, key in keys.items()}
         store.add(*(known[key] for key in unique if key in known and key not in store.rows))
@@ -223,8 +224,6 @@ def _to_number(score: Any, module: str) -> float:
 
 
 def _reward_model(settings: Any) -> Scorer:
-    from helpers.evaluation.reward_model import RewardModel
-
     model = RewardModel(
         settings.reward_model, settings.reward_quantization, settings.batch_size, settings.trust_remote_code
     )

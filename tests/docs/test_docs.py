@@ -83,10 +83,20 @@ DEMO = {
     "-m helpers data --recipe recipes/demo.yaml --dataset_id my_pairs.jsonl --out report": "",
     "docs/make_pictures.py house packed": "",
 }
+PAIRS = "tests/notebooks/test_pairs_notebook.py"
 # Commands that only go through their parser, and the test that runs a similar one.
 READ = {
     "notebooks/05_judge.py --votes ~/Downloads/votes-*.json": "tests/notebooks/test_judge_notebook.py",
     "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model": "tests/hub/test_push.py",
+    "notebooks/02_dpo.py --dataset_id latest-pairs": PAIRS,
+    "notebooks/06_pairs.py --prompts_file prompts.jsonl --judge_module my_rules --control": PAIRS,
+    "notebooks/02_dpo.py --sft_run outputs/dpo-... --dataset_id latest-pairs --run_name round-2": PAIRS,
+    "notebooks/02_dpo.py --sft_run outputs/dpo-... --dataset_id outputs/pairs-.../control.jsonl --run_name control": (
+        PAIRS
+    ),
+    "notebooks/04_vibes.py --models outputs/control outputs/round-2 --prompts_file other_prompts.jsonl": PAIRS,
+    "notebooks/05_judge.py --judge_model gpt-4.1": "tests/notebooks/test_judge_notebook.py",
+    "notebooks/06_pairs.py --recipe recipes/demo.yaml": PAIRS,
     "notebooks/03_merge_push.py --push_to_hub --hub_repo_id me/model --push both": "tests/hub/test_push.py",
 }
 # Commands of other programs, which are not installed here: not checked.
