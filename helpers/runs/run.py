@@ -225,8 +225,8 @@ def find_run(output_dir: Path, which: str, step: str, *others: str) -> Run:
 def resolve_pairs(settings: Any) -> None:
     """Replace latest-pairs and folders of 06_pairs.py in --dataset_id by the file of pairs, in one spelling: the name
     of a run depends on it. Raises UserError if there is no such run."""
-    words = []
-    for word in settings.dataset_id:
+    words, before = [], settings.values().get("dataset_id", ())
+    for word in before:
         entry: dict[str, Any] = {"id": word}
         with contextlib.suppress(ValueError):
             entry = json.loads(word) if word.startswith("{") else entry
@@ -239,7 +239,8 @@ def resolve_pairs(settings: Any) -> None:
             entry |= {"id": str(file.relative_to(REPO) if file.is_relative_to(REPO) else file)}
             word = entry["id"] if entry.keys() == {"id"} else json.dumps(entry)
         words.append(word)
-    settings.override(settings.sources["dataset_id"], dataset_id=tuple(words))
+    if words != [*before]:
+        settings.override(settings.sources["dataset_id"], dataset_id=tuple(words))
 
 
 def list_runs(output_dir: Path, step: str) -> list[Run]:
