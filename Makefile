@@ -46,7 +46,7 @@ demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in m
 	$(BIN)/python notebooks/04_vibes.py $(DEMO) --run_name demo-answers
 	$(BIN)/python notebooks/05_judge.py $(DEMO) --run_name demo-judged
 
-real: $(if $(filter outputs/%,$(MODEL)),real-model,$(VENV)/.run)  ## take a real chat model another round on a CPU: 06, 02, 03, 04, 05; run it again to resume
+real: $(if $(filter outputs/%,$(MODEL)),real-model,$(VENV)/.run)  ## take a real chat model another round on a CPU; run it again to resume
 	$(BIN)/python notebooks/06_pairs.py $(REAL) --models $(MODEL) --run_name real-pairs
 	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-dpo $(FLAGS)
 	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-control \
