@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -26,31 +26,33 @@ GOOD = "A volcano is an opening in the ground. Hot rock, ash and gas come out of
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        (GOOD, Score(True, True, True)),
-        ("A volcano is a volcano that erupts.", Score(False, True, True)),
-        ("", Score(False, False, True)),
-        ("It is a deep hole with hot rock, ash and gas.", Score(False, True, True)),  # of what?
-        ("I'm sorry, I cannot say anything about a volcano near big towns.", Score(False, True, True)),
-        (f"{GOOD} It is loud.", Score(True, False, True)),
-        ("A volcano has hot rock, ash, gas and a", Score(True, False, True)),
-        ("A volcano has " + "hot rock, ash, gas and steam, and " * 8 + "more.", Score(True, False, True)),
-        ("A volcano, e.g. Mount St. Helens, spits rock, ash and gas. It is hot.", Score(True, True, True)),
-        ("# Volcano\nA mountain with hot rock, ash and gas.", Score(True, True, False)),
-        ("A volcano has **hot rock**, ash, gas and steam.", Score(True, True, False)),
-        ("1. A volcano has hot rock, ash, gas and steam.", Score(True, True, False)),
-        ("He said: \u201cA volcano has hot rock, ash and gas.\u201d", Score(True, True, True)),
+        (GOOD, Score(True, 1, True)),
+        ("A volcano is a volcano that erupts.", Score(False, 1, True)),
+        ("", Score(False, 0, True)),
+        ("It is a deep hole with hot rock, ash and gas.", Score(False, 1, True)),  # of what?
+        ("I am sorry, I cannot say anything about a volcano near big towns.", Score(False, 1, True)),
+        (f"{GOOD} It is loud. It is hot.", Score(True, 0.5, True)),
+        ("A volcano has hot rock, ash, gas and a", Score(True, 0, True)),
+        ("A volcano has " + "hot rock, ash, gas and steam, and " * 14 + "more.", Score(True, 0.49, True)),
+        ("A volcano, e.g. Mount St. Helens, spits rock, ash and gas. It is hot.", Score(True, 1, True)),
+        ("# Volcano\nA mountain with hot rock, ash and gas.", Score(True, 1, False)),
+        ("A volcano has **hot rock**, ash, gas and steam.", Score(True, 1, False)),
+        ("1. A volcano has hot rock, ash, gas and steam.", Score(True, 1, False)),
+        ("He said: \u201cA volcano has hot rock, ash and gas.\u201d", Score(True, 1, True)),
     ],
 )
 def test_the_rule_asks_for_a_brief_and_plain_answer_that_says_something(answer: str, verdict: Score) -> None:
-    assert real.score(answer, VOLCANO) == verdict
+    scored = real.score(answer, VOLCANO)
+    assert (scored.answers, round(scored.brief, 2), scored.plain) == dataclasses.astuple(verdict)
 
 
-def test_an_answer_that_says_something_wins_and_then_the_brief_and_plain_one() -> None:
+def test_an_answer_that_says_something_wins_and_then_the_briefer_and_the_plain_one() -> None:
     long, circular = f"{GOOD} It is loud. It is hot.", "A volcano is a volcano that erupts."
     assert real.compare(long, GOOD, VOLCANO) == "win"
     assert real.compare(GOOD, f"**{GOOD}**", VOLCANO) == "loss"
     assert real.compare(long, circular, VOLCANO) == "loss"
-    assert real.compare(long, f"**{long}**", VOLCANO) == "tie"
+    assert real.compare(long, f"**{GOOD}**", VOLCANO) == "win"
+    assert real.compare(GOOD, "A volcano has hot rock, ash, gas and lava.", VOLCANO) == "tie"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,6 @@ def test_prompts_are_of_all_kinds_and_a_third_of_them_is_held_out() -> None:
     assert len({*prompts}) == 250
     assert all(real.content_words(prompt) for prompt in prompts)  # a word that an answer can take up
     assert not any(facts.score(row["prompt"], row).correct for row in asked)
-    assert all(re.search("(one|two) (plain )?sentences", row["prompt"]) for row in train)  # only there
-    assert not any("sentences" in row["prompt"] for row in held_out)
 
 
 def take_the_road(project: Project, outputs: str) -> dict[str, Any]:
