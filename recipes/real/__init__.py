@@ -51,7 +51,7 @@ def score(answer: str, question: dict[str, Any]) -> Score:
 
 
 def compare(before: str, after: str, question: dict[str, Any]) -> str:
-    """ "win", "tie" or "loss" for `after`: an answer that says something wins; of two the briefer, then the plain one."""
+    """ "win", "tie" or "loss" for `after`: the one that says something wins; of two the briefer, then the plain one."""
     old, new = (dataclasses.astuple(score(text, question)) for text in (before, after))
     return "tie" if old == new else "win" if new > old else "loss"
 
