@@ -50,11 +50,11 @@ def generation_kwargs(settings: RunSettings) -> dict[str, Any]:
 
     Setting --temperature, --top_p or --top_k turns sampling on; a temperature of 0 turns it off. Raises SettingsError.
     """
-    from transformers import GenerationConfig
-
     values = settings.values()
     if "do_sample" not in values:  # 06_pairs.py samples, with nothing else
         return {name: values[name] for name in ("max_new_tokens", "temperature", "top_p")} | {"do_sample": True}
+    from transformers import GenerationConfig
+
     if not settings.is_set("do_sample") and any(settings.is_set(name) for name in SAMPLING_ARGUMENTS):
         settings.override("sampling was asked for", do_sample=values["temperature"] > 0)
         values = settings.values()

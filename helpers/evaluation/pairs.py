@@ -269,7 +269,7 @@ def _pairs_of_scores(
         both = [(a, b) for a, b in both if a is best_one]
         both = [draw.choice(both) if settings.pairing == "best_vs_random" else max(both, key=lambda ab: _margin(*ab))]
     kept = [(a, b) for a, b in both if _margin(a, b) >= settings.min_score_margin]
-    if kept:
+    if 0 < len(kept) < len(both):
         lost[MARGIN] += len(both) - len(kept)
     return [Pair(question, a, b, scored.scorer) for a, b in kept] or MARGIN
 
