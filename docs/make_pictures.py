@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs. Run `make demo` first: most show its newest runs.
+"""Draw the pictures of README and docs. Run `make real` first: most show its runs.
 
 python docs/make_pictures.py house packed    # only these two, which need no run
 
@@ -114,18 +114,20 @@ def main(names: list[str]) -> None:
     for name in names or DRAWN:
         DRAWN[name]().savefig(PICTURES / f"{name}.png")
     if not names:
-        draw_demo()
+        draw_real()
 
 
-def draw_demo() -> None:
-    """The curves of the newest DPO run, its report, and the answers of the newest run of 04."""
-    dpo, vibes = (find_run(REPO / "outputs", "latest", step) for step in ("dpo", "vibes"))
+def draw_real() -> None:
+    """The curves of `make real`, its report, and its answers before and after."""
+    outputs = REPO / "outputs"
+    dpo, vibes = find_run(outputs, "real-dpo", "dpo"), find_run(outputs, "real-answers", "vibes")
     Curves.read(dpo.folder).figure.savefig(PICTURES / "curves.png", dpi=110)
 
     answers = AnswerStore(vibes.folder, read_bench(vibes.folder))
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(answers.side_by_side(vibes.record["models"], rows=8))
-    svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/demo.yaml")
+    before, after = vibes.record["models"][0], vibes.record["models"][-1]
+    console.print(answers.side_by_side([before, after], rows=5))
+    svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/real.yaml")
     fonts = r"@font-face \{.*?\}\s*"  # of rich's server: use the reader's own
     (PICTURES / "answers.svg").write_text(re.sub(fonts, "", svg, flags=re.DOTALL))
     take_screenshots({"report": dpo.folder / "report.html", "answers": vibes.folder / "answers.html"})

@@ -48,6 +48,7 @@ MADE_OF: dict[str, tuple[str, list[str], list[str]]] = {
     "ministral-8b": ("mistral", [], ["HuggingFaceH4/ultrafeedback_binarized"]),
     "smollm2-1.7b-t4": ("llama", [], ["HuggingFaceH4/ultrafeedback_binarized"]),
     "smollm2-135m": ("llama", [], ["pairs"]),
+    "real": ("llama", [], ["pairs"]),
 }
 # Families that have a vision part, or other layers, are built in tests/families.py.
 FAMILY = {"qwen3": "Qwen3 4B (tied)", "smollm3": "SmolLM3", "gemma3": "Gemma 3 4B with vision"}
