@@ -292,7 +292,7 @@ Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two
 def _read_ratings(settings: Any) -> Scored | None:
     """Ratings of the first turns as scores; None if the judgments are comparisons."""
     judgments = read_given_judgments(settings)
-    if judgments.mode != "single":
+    if not any("score" in row for row in judgments.rows):
         return None
     scores: dict[Any, dict[str, float]] = {}
     for row in judgments.rows:
