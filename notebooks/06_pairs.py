@@ -110,10 +110,10 @@ from helpers.core import show
 from helpers.evaluation import Generators, find_prompts, make_pairs, make_scorer, resumable
 from helpers.runs import start_run
 
-prompts = find_prompts(settings)
-generators = Generators(prompts.models, settings)
+prompt_set = find_prompts(settings)
+generators = Generators(prompt_set.models, settings)
 scorer = make_scorer(settings)
-show(prompts, generators, scorer)
+show(prompt_set, generators, scorer)
 
 # %% [markdown]
 # ## The run
@@ -122,8 +122,8 @@ show(prompts, generators, scorer)
 # With `--dry_run`, `start_run` ends the notebook here.
 
 # %%
-pairs_run = start_run(settings, base_model=prompts.base_model, origin=prompts.fingerprint)
-pairs_run.set(models=prompts.names, loading=generators.loading, weights=generators.weights)
+pairs_run = start_run(settings, base_model=prompt_set.base_model, origin=prompt_set.fingerprint)
+pairs_run.set(models=prompt_set.names, loading=generators.loading, weights=generators.weights)
 
 # %% [markdown]
 # ## Answers
@@ -133,9 +133,9 @@ pairs_run.set(models=prompts.names, loading=generators.loading, weights=generato
 # an earlier run with the same prompts and sampling are used again.
 
 # %%
-samples = prompts.open_store(pairs_run.folder, settings)
+samples = prompt_set.open_store(pairs_run.folder, settings)
 with resumable(pairs_run):
-    samples.take(prompts.answers)  # those of --answers_dir
+    samples.take(prompt_set.answers)  # those of --answers_dir
     samples.reuse(pairs_run, settings, generators)
     for name, generator in generators.load(samples):
         samples.generate_missing(name, generator, **generators.sampling)
@@ -157,7 +157,7 @@ with resumable(pairs_run):
 # the next round teaches length. A `--control` shows what the scores are worth: train on it too, and compare both in 05.
 
 # %%
-pairs = make_pairs(settings, prompts, samples=samples, scored=scores, generators=generators)
+pairs = make_pairs(settings, prompt_set, samples=samples, scored=scores, generators=generators)
 show(pairs)
 pairs.save(pairs_run)
 
@@ -169,4 +169,4 @@ pairs.save(pairs_run)
 # would write itself, and its gradient says little about them.
 
 # %%
-pairs.print_next(settings, prompts, run=pairs_run)
+pairs.print_next(settings, prompt_set, run=pairs_run)

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ UNKNOWN_ARGUMENT = re.compile(
 )
 OUT_OF_RANGE = re.compile(r"must be|has to be|should be|out of range|greater than|less than", re.IGNORECASE)
 # Values that a server may refuse and that change little; what `n` leaves out is asked for again.
-NEUTRAL = {"temperature": (0.0, 1.0), "top_p": (1.0,), "n": range(2, 1000)}
+NEUTRAL: dict[str, Sequence[float]] = {"temperature": (0.0, 1.0), "top_p": (1.0,), "n": range(2, 1000)}
 EXCLUSIVE = re.compile(r"\bboth\b|only one|either|mutually exclusive|together|at the same time", re.IGNORECASE)
 NO_MODEL = re.compile(r"\bmodel\b.{0,200}(?:not found|(?:does|do) not exist|doesn't exist)", re.IGNORECASE)
 # What servers say of a request that is too long: the model's context, what is read, what is asked for in all, and the
@@ -200,9 +200,11 @@ class Endpoint(Generator):
                 raise RequestRefused(f"{self.model} at {self.where} refuses to answer: {refusal or 'content filter'}")
             if any(text or thoughts or end for text, thoughts, _, end in kept):
                 usage = getattr(reply, "usage", None)
-                used = [getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion")]
-                return [Reply(text, end not in CUT, *(used if i == 0 else (0, 0)), thoughts)
-                        for i, (text, thoughts, _, end) in enumerate(kept)]  # fmt: skip
+                read, written = (getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion"))
+                return [
+                    Reply(text, end not in CUT, read * (i == 0), written * (i == 0), thoughts)
+                    for i, (text, thoughts, _, end) in enumerate(kept)
+                ]
         raise UserError(f"{self.model} at {self.where} {problem}")
 
     def _create(self, messages: list[Message], **arguments: Any) -> Any:

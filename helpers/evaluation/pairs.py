@@ -115,7 +115,7 @@ class PairSet:
     def _by_length(self) -> list[Row]:
         """The answers in thirds by length: the mean score, and how many were chosen and rejected."""
         rows = [c for c in self.scored if c.score is not None]
-        ends = np.quantile([len(c.text) for c in rows], [1 / 3, 2 / 3]) if rows else []
+        ends = np.quantile([len(c.text) for c in rows] or [0], [1 / 3, 2 / 3])
         thirds: dict[str, list[Candidate]] = {name: [] for name in THIRDS}
         for c in rows:
             thirds[THIRDS[int(np.searchsorted(ends, len(c.text)))]].append(c)
