@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 SENTENCES, WORDS, NEW_WORDS = 2, 50, 4
-SENTENCE_END = re.compile(r"[.!?]+[\"'\u2019\u201d)]*(?=\s|$)")
+SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d)*_]*(?=\s|$)")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|Dr|Mr|Mrs|Ms|St)\.(?=\s)")
 MARKUP = re.compile(r"\n|[*#`|_\u2022]|^\W*(?:\d+\.|-)\s")
 REFUSAL = re.compile(r"\b(?:i (?:can't|cannot|am unable|don't have)|as an ai)\b")
@@ -42,7 +42,7 @@ def score(answer: str, question: dict[str, Any]) -> Score:
     text = answer.strip().replace("\u2019", "'")
     asked, said = content_words(question["prompt"]), content_words(text)
     sentences, words = len(SENTENCE_END.findall(ABBREVIATION.sub(" ", text))), len(text.split())
-    is_finished = text.rstrip("\"'\u201d)").endswith((".", "!", "?"))
+    is_finished = text.rstrip("\"'\u201d)*_").endswith((".", "!", "?"))
     return Score(
         answers=not REFUSAL.search(text.lower()) and bool(asked & said) and len(said - asked) >= NEW_WORDS,
         brief=min(1.0, SENTENCES / sentences, WORDS / words) if is_finished else 0.0,
