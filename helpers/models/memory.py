@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,10 +274,10 @@ def activation_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
 
 
 def logit_bytes(decoder: Decoder, spec: TrainingSpec) -> float:
-    """TRL scores answers in tiles and never has all logits in memory; without Triton, several copies of a tile."""
+    """TRL scores answers in tiles and never has all logits in memory; a CPU has several copies of a tile."""
     rows, width = min(spec.tokens, LOGIT_TILE[0]), int(decoder.config.hidden_size)
     tile = float(rows * LOGIT_TILE[1] * spec.compute)
-    if not spec.on_gpu or sys.platform == "win32":
+    if not spec.on_gpu:
         tile += 16.0 * rows * min(int(decoder.config.vocab_size), LOGIT_TILE[1])
     return tile + 6.0 * spec.tokens * width + (4.0 * decoder.embeddings if spec.full else 0)
 
