@@ -6,7 +6,6 @@ import json
 import re
 import resource
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -236,8 +235,6 @@ def test_micro_batches_are_as_large_as_the_memory_allows(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     together = memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))
     assert together["buckets"] == together["gradients"] == pytest.approx(together["peak"] - alone["peak"])
-    monkeypatch.setattr(memory, "sys", SimpleNamespace(platform="win32"))  # where PyTorch has no Triton
-    assert memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))["logits"] > alone["logits"] + GB
 
 
 def dry_run(
