@@ -246,17 +246,6 @@ def short_path(path: Path | str) -> str:
     return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
-def safe_file_name(model: str, unique: bool = False) -> str:
-    """A model's name as a file name: characters that a file system refuses become hyphens.
-
-    A long name is cut and ends in its hash; a `unique` one, for a plain one that is taken, ends in its hash too.
-    """
-    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", model).encode(errors="replace")
-    if unique or len(name) > 120:
-        return name[:100].decode(errors="ignore") + f"-{fingerprint(model)[:8]}"
-    return name.decode()
-
-
 def add_user_paths() -> None:
     """Let `import` find modules in the current folder and in the repository, after all installed packages."""
     sys.path.extend(path for path in (str(Path.cwd()), str(REPO)) if path not in sys.path)

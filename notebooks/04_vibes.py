@@ -93,9 +93,9 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import short_path, show
-from helpers.evaluation import AnswerStore, Generators, read_questions, resumable
+from helpers.evaluation import AnswerStore, Generators, read_questions
 from helpers.models import resolve_models
-from helpers.runs import quoted, start_run
+from helpers.runs import quoted, resumable, start_run
 
 # %%
 model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)

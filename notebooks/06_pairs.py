@@ -107,8 +107,8 @@ settings = load_settings(Settings, globals())
 
 # %%
 from helpers.core import show
-from helpers.evaluation import Generators, find_prompts, make_pairs, make_scorer, resumable
-from helpers.runs import start_run
+from helpers.evaluation import Generators, find_prompts, make_pairs, make_scorer
+from helpers.runs import resumable, start_run
 
 prompt_set = find_prompts(settings)
 generators = Generators(prompt_set.models, settings)

@@ -7,7 +7,7 @@ __all__, __getattr__ = lazy_door(
     {
         "questions": ["read_bench", "read_questions"],
         "generators": ["Generators", "HFGenerator"],
-        "answers": ["AnswerStore", "resumable"],
+        "answers": ["AnswerStore"],
         "judges": ["make_judge"],
         "pairs": ["make_pairs"],
         "samples": ["find_prompts"],

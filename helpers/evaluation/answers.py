@@ -8,23 +8,18 @@ import hashlib
 import json
 import os
 import random
-import signal
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from helpers.core import (
-    CleanExit,
-    Interrupted,
     Row,
     UserError,
     atomic_write,
     printable,
     read_jsonl,
-    safe_file_name,
-    short_path,
 )
 from helpers.data.messages import Message
 from helpers.evaluation.questions import (
@@ -35,6 +30,7 @@ from helpers.evaluation.questions import (
     file_owner,
     question_options,
     question_turns,
+    safe_file_name,
 )
 from helpers.runs.run import Run
 
@@ -85,28 +81,6 @@ class JsonlStore:
             os.fsync(out.fileno())
             self._end = out.tell()
         self.rows |= {self.key(row): row for row in rows}
-
-
-@contextlib.contextmanager
-def resumable(run: Run) -> Iterator[None]:
-    """Work that the same command resumes after an interruption: rows in a JsonlStore are kept."""
-    finished = run.finished
-    try:
-        if not finished:
-            run.save(status="running")
-        yield
-    except BaseException as error:
-        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted | CleanExit)
-        with contextlib.suppress(OSError):  # the disk may be full
-            if not finished:
-                run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")
-        hint = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
-        if isinstance(error, KeyboardInterrupt):
-            number = getattr(error, "number", signal.SIGINT)
-            raise Interrupted(f"Stopped by {signal.Signals(number).name}. {hint}", 128 + number) from None
-        if type(error) is UserError:
-            error.args = (f"{error} ({hint})",)
-        raise
 
 
 class Generator:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from helpers.core import BLUE, ORANGE, Row, SettingsError, UserError, fingerprint, new_figure, shorten
-from helpers.evaluation.answers import JsonlStore, make_table, resumable
+from helpers.evaluation.answers import JsonlStore, make_table
 from helpers.evaluation.generators import Generators, HFGenerator
 from helpers.evaluation.judgments import Judgments
 from helpers.evaluation.questions import find_input
@@ -20,6 +20,7 @@ from helpers.evaluation.statistics import zero_event_upper_bound
 from helpers.models.hub_client import describe_error
 from helpers.models.resolve import resolve_models
 from helpers.runs.run import Run
+from helpers.runs.start import resumable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, fingerprint, printable, short_path
 from helpers.data.messages import Message
-from helpers.evaluation.answers import JsonlStore, resumable
+from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.bench import Bench
 from helpers.evaluation.endpoint import Endpoint, Reply, RequestRefused, run_parallel
 from helpers.evaluation.judgments import (
@@ -32,6 +32,7 @@ from helpers.evaluation.judgments import (
 from helpers.evaluation.questions import JudgePrompts, strip_thoughts
 from helpers.evaluation.reward_model import RewardModel, judge_by_scores
 from helpers.runs.run import Run
+from helpers.runs.start import resumable
 
 JUDGE_FLAGS = ("judge_model", "reward_model", "votes", "judge_module", "judgments", "bench")
 # [[A]], [[ 9/10 ]], [[Assistant B]] ...; its last bracket may be missing at the end of a reply. [[1]](url) is a link.

@@ -25,7 +25,6 @@ from helpers.core import (
     import_user_module,
     printable,
     read_jsonl,
-    safe_file_name,
     short_path,
     write_json,
 )
@@ -37,6 +36,7 @@ from helpers.evaluation.questions import (
     find_input,
     read_answer_files,
     read_bench,
+    safe_file_name,
 )
 from helpers.runs.checkpoints import load_record
 from helpers.runs.run import Run, find_run

@@ -168,7 +168,7 @@ class PairSet:
 
     def save(self, run: Run) -> None:
         """Write preferences.jsonl and control.jsonl, and finish the run. Raises UserError if there is no pair."""
-        data = {"read": self.read, "kept": self.kept, "dropped": self.dropped.total(), "changed": 0}
+        data: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": self.dropped.total(), "changed": 0}
         data |= {"reasons": dict(self.dropped), "answers": dict(self.answers), "comparisons": dict(self.lost)}
         fields: dict[str, Any] = {"data": data, "metrics": self.metrics, "scorer": self.scorer}
         if not self.pairs:
@@ -325,7 +325,7 @@ def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:
             won = SAME_ANSWERS
         own = found.setdefault(str(row["question_id"]), {})
         pair = names if names[::-1] not in own else names[::-1]
-        own.setdefault(pair, Counter())[won] += 1
+        own.setdefault(pair, Counter())[str(won)] += 1
     return scorer, {i: [(*pair, counts) for pair, counts in own.items()] for i, own in found.items()}
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, find_path, printable, read_jsonl, safe_file_name, short_path
+from helpers.core import Row, UserError, find_path, fingerprint, printable, read_jsonl, short_path
 from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS, row_template_options
 from helpers.data.loading import DatasetSpec, load_rows
@@ -197,6 +197,17 @@ def answer_turns(row: Row, index: int = 0) -> list[Answer]:
         if isinstance(turns, list) and all(isinstance(text, str) for text in [*turns, *raw]):
             return [Answer(r, cut=bool(c), text=t) for t, r, c in zip(turns, raw, cut, strict=True)]
     raise UserError(f"row is not from a model_answer file with a text per turn: {json.dumps(row)[:80]}")
+
+
+def safe_file_name(model: str, unique: bool = False) -> str:
+    """A model's name as a file name: characters that a file system refuses become hyphens.
+
+    A long name is cut and ends in its hash; a `unique` one, for a plain one that is taken, ends in its hash too.
+    """
+    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "-", model).encode(errors="replace")
+    if unique or len(name) > 120:
+        return name[:100].decode(errors="ignore") + f"-{fingerprint(model)[:8]}"
+    return name.decode()
 
 
 def file_name_key(name: str) -> str:

@@ -106,8 +106,9 @@ class Scorer:
             chunk = order[start : start + CHUNK]
             if missing := [key for key in chunk if key not in store.rows]:
                 values = dict(zip(chunk, self.function([unique[key] for key in chunk]), strict=True))
-                rows = [{"asked": key, "scorer": self.name, "score": values[key]} for key in missing]
-                store.add(*(row | {"question_id": unique[row["asked"]][0]["question_id"]} for row in rows))
+                asked_of = {key: unique[key][0]["question_id"] for key in missing}
+                store.add(*({"asked": key, "scorer": self.name, "score": values[key], "question_id": asked_of[key]}
+                            for key in missing))  # fmt: skip
         scores: Scores = {}
         for (i, name), key in keys.items():
             scores.setdefault(i, {})[name] = store.rows[key]["score"]

@@ -11,12 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
-from helpers.models.plan import sharding_engine
+from helpers.models.plan import sharding_engine, zero_stage
 from helpers.models.resolve import Start, check_positions, fetch_file, missing_weights
 from helpers.settings.fields import TrainSettings
 
@@ -157,10 +156,10 @@ class TrainingSpec:
         self.reference = self.full and dpo and not values.get("precompute_ref_log_probs", False)
         is_shared = dpo and self.on_gpu and values.get("shared_prefix", "off") != "off"
         self.varlen = is_shared or "flash" in values["attn_implementation"]
-        self.stage = _stage(values, engine)  # of ZeRO; FSDP shards like stage 3
+        self.stage = zero_stage(values, engine)  # of ZeRO; FSDP shards like stage 3
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        losses, engine = {*values.get("loss_type", ())}, engine or values.get("deepspeed") or values.get("fsdp")
-        is_cut = dpo and not engine and not losses & {"aot", "aot_unpaired"}
+        losses, is_sharded = {*values.get("loss_type", ())}, engine or values.get("deepspeed") or values.get("fsdp")
+        is_cut = dpo and not is_sharded and not losses & {"aot", "aot_unpaired"}
         self.budget = values.get("tokens_per_microbatch", 0) if is_cut else 0  # auto; 0: a batch
         is_pooled = self.budget and "sft" not in losses
         self.pairs = self.batch * (int(values["gradient_accumulation_steps"]) if is_pooled else 1)
@@ -170,20 +169,6 @@ class TrainingSpec:
             self.tokens = largest_microbatch(decoder, self, USED_SHARE * values["memory_gb"] * GB)
         elif self.budget:
             self.tokens = min(self.tokens, max(self.pair, CPU_TOKENS if self.budget == "auto" else self.budget))
-
-
-def _stage(values: Mapping[str, Any], engine: str) -> int:
-    """ZeRO's stage, from --deepspeed FILE, or else from accelerate's configuration."""
-    if engine != "DEEPSPEED":
-        return 3 if engine else 0
-    file = values.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if not file:
-        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    try:
-        content = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise SettingsError(f"`--deepspeed {file}` cannot be read: {error}") from None
-    return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
 def memory_by_part(decoder: Decoder, spec: TrainingSpec, tokens: int = 0) -> dict[str, float]:
@@ -321,7 +306,9 @@ def _changes(values: Mapping[str, Any], spec: TrainingSpec) -> Iterator[list[dic
     """The kinds of changes to the settings, each from the mildest to the strongest."""
     if not spec.checkpointing:
         yield [{"gradient_checkpointing": True}]
-    batches = [{"per_device_train_batch_size": spec.batch >> i} for i in range(1, spec.batch.bit_length())]
+    batches: list[dict[str, Any]] = [
+        {"per_device_train_batch_size": spec.batch >> i} for i in range(1, spec.batch.bit_length())
+    ]
     if spec.budget:
         batches = [{"tokens_per_microbatch": "auto"}][spec.budget == "auto" :]
     elif not values["global_batch_size"]:  # which would set the accumulation itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
@@ -361,3 +362,17 @@ def lora_module_args(
         layers.append(model.get_output_embeddings())
     rows = {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
     return {"modules_to_save": list(modules_to_save) or None, "trainable_token_indices": rows if new_tokens else None}
+
+
+def zero_stage(values: Mapping[str, Any], engine: str) -> int:
+    """ZeRO's stage, from --deepspeed FILE, or else from accelerate's configuration."""
+    if engine != "DEEPSPEED":
+        return 3 if engine else 0
+    file = values.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not file:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SettingsError(f"`--deepspeed {file}` cannot be read: {error}") from None
+    return int(content.get("zero_optimization", {}).get("stage", 0))

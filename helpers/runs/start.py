@@ -10,15 +10,18 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from helpers.core import (
     REPO,
     CleanExit,
+    Interrupted,
     SettingsError,
+    UserError,
     find_path,
     is_main_process,
     is_notebook,
@@ -230,3 +233,25 @@ def hash_data_files(names: Iterable[str]) -> dict[str, str]:
             with file.open("rb") as content:
                 hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
     return hashes
+
+
+@contextlib.contextmanager
+def resumable(run: Run) -> Iterator[None]:
+    """Work that the same command resumes after an interruption: rows in a JsonlStore are kept."""
+    finished = run.finished
+    try:
+        if not finished:
+            run.save(status="running")
+        yield
+    except BaseException as error:
+        is_stopped = isinstance(error, KeyboardInterrupt | Interrupted | CleanExit)
+        with contextlib.suppress(OSError):  # the disk may be full
+            if not finished:
+                run.save(status="interrupted" if is_stopped else "failed", error=f"{type(error).__name__}: {error}")
+        hint = f"Finished parts are saved in {short_path(run.folder)}. Run the same command again to resume."
+        if isinstance(error, KeyboardInterrupt):
+            number = getattr(error, "number", signal.SIGINT)
+            raise Interrupted(f"Stopped by {signal.Signals(number).name}. {hint}", 128 + number) from None
+        if type(error) is UserError:
+            error.args = (f"{error} ({hint})",)
+        raise

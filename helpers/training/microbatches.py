@@ -145,10 +145,9 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         """Halve the budget after `part` did not fit into memory. Raises UserError if it is a pair that fails again."""
         clear_device_cache(garbage_collection=True)
         if len(part) == 1 and part[0] in batch.failed:
-            raise UserError(
-                f"{self._name(batch.take(part)['input_ids'][0].tolist())}, of {tokens:,} tokens, is too large for the "
-                "memory of this device. Lower --max_length, or see `--dry_run` for what else makes it fit."
-            )
+            row = self._describe_row(batch.take(part)["input_ids"][0].tolist())
+            raise UserError(f"{row}, of {tokens:,} tokens, is too large for the memory of this device. Lower "
+                            "--max_length, or see `--dry_run` for what else makes it fit.")  # fmt: skip
         batch.failed.update(part if len(part) == 1 else [])
         self._set_budget(max(1, min(tokens, self._budget) // 2))
         print(
@@ -163,10 +162,10 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
             if self._run is not None:
                 self._run.save(tokens_per_microbatch=budget)
 
-    def _name(self, ids: list[int]) -> str:
+    def _describe_row(self, ids: list[int]) -> str:
         """What to call the pair whose chosen row has these tokens."""
         for kind, rows in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
-            for number, row in enumerate(rows or (), 1):
+            for number, row in enumerate(cast(Iterable[Any], rows or ()), 1):
                 chosen = [*row["prompt_ids"], *row["chosen_ids"]]
                 if chosen == ids[: len(chosen)]:
                     return f"Row {number:,} of the {kind} pairs"
@@ -223,7 +222,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         if "ref_chosen_logps" in inputs:
             return inputs
         key = b""
-        if not self.model.training and not self.args.sync_ref_model:
+        if not cast(Any, self.model).training and not cast(Any, self.args).sync_ref_model:
             content = torch.stack([inputs[name].long() for name in ("input_ids", "attention_mask", "completion_mask")])
             key = hashlib.blake2b(content.cpu().numpy().tobytes()).digest() + str(content.shape).encode()
         is_known = key in self._references
@@ -240,7 +239,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if not self._budget:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return cast(torch.Tensor, super().training_step(model, inputs, num_items_in_batch))  # type: ignore[no-untyped-call]
         self._waiting.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the step's last batch has the loss of all
@@ -262,8 +261,8 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         self, model: Any, batch: PairBatch, count: Any
     ) -> tuple[torch.Tensor, list[tuple[list[int], Any]]] | None:
         """Compute a step's gradients; returns its loss, and the policy's outputs. None if a micro-batch did not fit."""
-        step, losses, self._outputs = super().training_step, [], []
-        groups, parts = batch.groups(by_batch="sft" in self.loss_types), []
+        step, losses, self._outputs = cast(Callable[..., torch.Tensor], super().training_step), [], []
+        groups, parts = batch.groups(by_batch="sft" in self.loss_types), list[list[int]]()
         for size, pairs in ((size, pairs) for size, each in groups.items() for pairs in each):
             for part in batch.cut(self._budget, self._is_packed, pairs):
                 inputs, parts, is_done = batch.take(part), [*parts, part], False

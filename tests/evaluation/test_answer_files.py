@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers.core import UserError, safe_file_name
+from helpers.core import UserError
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.judgments import AnswerSet, find_answers
-from helpers.evaluation.questions import file_name_key
+from helpers.evaluation.questions import file_name_key, safe_file_name
 from helpers.models.resolve import resolve_models
 from helpers.runs.start import start_run
 from helpers.settings.load import load_settings
