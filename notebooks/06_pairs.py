@@ -136,7 +136,7 @@ pairs_run.set(models=prompt_set.names, loading=generators.loading, weights=gener
 samples = prompt_set.open_store(pairs_run.folder, settings)
 with resumable(pairs_run):
     samples.take(prompt_set.answers)  # those of --answers_dir
-    samples.reuse(pairs_run, settings, generators)
+    samples.reuse(pairs_run, settings=settings, generators=generators)
     for name, generator in generators.load(samples):
         samples.generate_missing(name, generator, **generators.sampling)
 

@@ -103,8 +103,8 @@ class PairBatch:
         for part, output in outputs:
             for name in PER_TOKEN:
                 if (value := getattr(output, name, None)) is not None:
-                    whole = joined.setdefault(name, value.new_zeros(2 * len(self.lengths), self.width - 1))
-                    whole[self.rows(part), : value.shape[1]] = value.detach()
+                    values = joined.setdefault(name, value.new_zeros(2 * len(self.lengths), self.width - 1))
+                    values[self.rows(part), : value.shape[1]] = value.detach()
         return SimpleNamespace(**joined)
 
 
@@ -190,12 +190,12 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         compute = super().compute_ref_log_probs
         if not self._budget:
             return compute(model, inputs)
-        batch, whole = PairBatch([inputs]), None
+        batch, joined = PairBatch([inputs]), None
         each = self._each(batch, self._is_packed, lambda part: torch.stack(compute(model, batch.take(part))))
         for part, found in each:
-            whole = found.new_empty(2, len(batch.lengths)) if whole is None else whole
-            whole[:, part] = found
-        return whole
+            joined = found.new_empty(2, len(batch.lengths)) if joined is None else joined
+            joined[:, part] = found
+        return joined
 
     def _check_first_batch(self, model: Any, inputs: Any) -> None:
         """Compare the first micro-batch with TRL, padded as TRL has it; a smaller one if it does not fit."""
@@ -252,7 +252,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
             done = self._accumulate(model, batch, num_items_in_batch)
         loss, outputs = done
         with torch.no_grad(), self.compute_loss_context_manager():  # for metrics
-            self._compute_whole(lambda **_: batch.join(outputs), batch.inputs)
+            self._compute_all(lambda **_: batch.join(outputs), batch.inputs)
         if self.accelerator.num_processes > 1:
             self._average_gradients(model)
         return loss
@@ -307,15 +307,15 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         self._check_first_batch(model, inputs)
         inputs = self._add_reference(inputs)
         if not self._budget or return_outputs:
-            return self._compute_whole(model, inputs, return_outputs)
+            return self._compute_all(model, inputs, return_outputs)
         batch = PairBatch([inputs])
 
         def forward(**kwargs: Any) -> SimpleNamespace:
             return batch.join(self._each(batch, self._is_packed, lambda part: model(**batch.take(part, kwargs))))
 
-        return self._compute_whole(forward, inputs)
+        return self._compute_all(forward, inputs)
 
-    def _compute_whole(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+    def _compute_all(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """TRL's loss and metrics of a batch that has its reference's log-probabilities."""
         with _replaced(self, _is_inner=True, precompute_ref_logps=True):
             return super()._compute_loss(model, inputs, return_outputs)
@@ -363,14 +363,14 @@ def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
 
 
 def uncut_reason(model: Any, args: Any) -> str:
-    """Why a batch cannot be computed in parts with the gradient of the whole, or ""."""
+    """Why a batch cannot be computed in parts with the same gradient, or ""."""
     text = model.config.get_text_config()
     router = getattr(text, "router_aux_loss_coef", 0.0) if args.router_aux_loss_coef is None else 1.0
-    whole = [name for name in args.loss_type if name not in PAIR_LOSSES | {"sft"}]
+    uncut = [name for name in args.loss_type if name not in PAIR_LOSSES | {"sft"}]
     reasons = {
         "DeepSpeed and FSDP need as many passes in every process": args.deepspeed or args.fsdp or sharding_engine(),
         "sequences are split over devices": args.parallelism_config is not None,
-        f"the loss {', '.join(whole)} compares all pairs of a batch": whole,
+        f"the loss {', '.join(uncut)} compares all pairs of a batch": uncut,
         "the loss sft cannot be weighted": "sft" in args.loss_type and args.use_weighting,
         "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
         f"{args.optim} updates weights in the backward pass": "lomo" in str(args.optim),
