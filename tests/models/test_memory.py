@@ -256,7 +256,8 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         out, said, seconds = dry_run(project, "02_dpo.py", *words, real=True, **home)
         assert seconds < 3
         parts = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if " GB " in line}
-        assert set(parts) == {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
+        needed = {"weights", "adapter", "gradients", "optimizer", "activations", "peak"}
+        assert needed <= set(parts) <= {*needed, "logits"}
         assert parts["weights"] == ["4.13", "GB"]
         assert "fits into 24 GB" in out
         assert re.search(r"The largest --tokens_per_microbatch that fits is 1\d,\d+: a step of 16 pairs takes", out)
