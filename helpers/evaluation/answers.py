@@ -92,7 +92,7 @@ class Generator:
         raise NotImplementedError
 
     def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
-        """Several answers per conversation, one for each of its seeds. `kwargs` as `model.generate`'s."""
+        """Several answers per conversation, one for each of its seeds. `kwargs` as those of `generate`."""
         raise NotImplementedError
 
     def stream(self, conversation: list[Message], seed: int, **kwargs: Any) -> str:

@@ -144,7 +144,13 @@ class Endpoint(Generator):
         list(run_parallel(range(len(conversations)), answer, len(conversations)))
         return answers
 
-    def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
+    def sample(
+        self,
+        conversations: list[list[Message]],
+        seeds: list[list[int]],
+        options: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[list[Answer]]:
         """Answers are asked for with `n`. Those that the server leaves out or that are empty are asked for again, until
         two requests in a row have no text. An answer that is still missing is empty."""
         arguments = _to_openai(kwargs)
@@ -155,6 +161,7 @@ class Endpoint(Generator):
             try:
                 while (left := len(seeds[i]) - len(own)) and misses < 2:
                     given = {"seed": seeds[i][-left] + misses} | ({"n": left} if left > 1 else {})
+                    given |= options[i] if options else {}
                     replies = self.ask_several(conversations[i], **arguments | given)
                     new = [reply.answer for reply in replies[:left] if reply.answer.strip()]
                     misses = 0 if new else misses + 1

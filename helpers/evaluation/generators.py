@@ -138,7 +138,13 @@ class HFGenerator(Generator):
         answers = zip(begun, self._decode(new), cut.tolist(), strict=True)
         return [Answer(thoughts + text.strip(), cut=was_cut) for thoughts, text, was_cut in answers]
 
-    def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
+    def sample(
+        self,
+        conversations: list[list[Message]],
+        seeds: list[list[int]],
+        options: Sequence[TemplateOptions] | None = None,
+        **kwargs: Any,
+    ) -> list[list[Answer]]:
         """All answers in one batch. Each is drawn with its own seed, whatever else is in the batch."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -146,8 +152,9 @@ class HFGenerator(Generator):
         steps = [TemperatureLogitsWarper(kwargs["temperature"]), TopPLogitsWarper(kwargs["top_p"])]
         draw = LogitsProcessorList([*steps, GumbelNoise([seed for own in seeds for seed in own], device)])
         kwargs |= {"do_sample": False, "logits_processor": draw} | dict.fromkeys(SAMPLING_ARGUMENTS)
-        talks = [talk for talk, own in zip(conversations, seeds, strict=True) for _ in own]
-        answers = iter(self.generate(talks, **kwargs))
+        given = options or [{}] * len(seeds)
+        talks = [(talk, o) for talk, o, own in zip(conversations, given, seeds, strict=True) for _ in own]
+        answers = iter(self.generate([talk for talk, _ in talks], options=[o for _, o in talks], **kwargs))
         return [[next(answers) for _ in own] for own in seeds]
 
     def _decode(self, ids: Any) -> list[str]:

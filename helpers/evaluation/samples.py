@@ -19,6 +19,7 @@ from helpers.evaluation.questions import (
     Question,
     answer_turns,
     find_input,
+    question_options,
     read_answer_files,
     read_bench,
     read_question_file,
@@ -274,7 +275,9 @@ class SampleStore(AnswerStore):
             [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
             for q in batch
         ]
-        return generator.sample([prompt_messages(q) for q in batch], seeds, **kwargs)
+        options = [question_options(q) for q in batch]
+        more = {"options": options} if any(options) else {}
+        return generator.sample([prompt_messages(q) for q in batch], seeds, **kwargs, **more)
 
     def _choices(self, turns: list[Answer]) -> list[Row]:
         return [super(SampleStore, self)._choices([turn])[0] | {"index": k} for k, turn in enumerate(turns)]

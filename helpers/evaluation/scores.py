@@ -22,11 +22,12 @@ from helpers.core import (
     read_jsonl,
     short_path,
 )
+from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
 from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
-from helpers.evaluation.questions import Answer, Question
+from helpers.evaluation.questions import Answer, Question, question_options
 from helpers.evaluation.results import OUTCOMES
 from helpers.evaluation.reward_model import RewardModel
 from helpers.evaluation.samples import VERDICTS, SampleStore, find_judgments, prompt_messages
@@ -248,6 +249,9 @@ def _reward_model(settings: Any) -> Scorer:
     )
 
     def score(answers: list[tuple[Question, Answer]]) -> list[float]:
-        return model.score([[*prompt_messages(q), {"role": "assistant", "content": str(a)}] for q, a in answers])
+        talks: list[list[Message]] = [
+            [*prompt_messages(q), {"role": "assistant", "content": str(a)}] for q, a in answers
+        ]
+        return model.score(talks, [question_options(q) for q, _ in answers])
 
     return Scorer(f"reward model {model.name}", settings, model.fingerprint, score)

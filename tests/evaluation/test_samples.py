@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_each_answer_has_its_own_draw_whatever_else_is_in_the_batch(tmp_path: Pa
     talks = [prompt_messages(q) for q in QUESTIONS]
     greedy = generator.generate(talks, max_new_tokens=8, do_sample=False)
     assert [own[0] for own in cold.values()] == list(greedy)
+
+
+def test_a_question_with_tools_is_sampled_with_them(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    own: Any = copy.deepcopy(tokenizer)
+    own.chat_template = "{% if tools %}{{ tools|tojson }}{% endif %}" + own.chat_template
+    generator, tools = HFGenerator(tiny_mistral(len(own)), own), [{"type": "function", "function": {"name": "add"}}]
+    questions = [QUESTIONS[0] | {"tools": tools}, QUESTIONS[1]]
+    store = SampleStore(tmp_path, questions, 2, 1, num_samples=2, models=["m"])
+    store.generate_missing("m", generator, **SAMPLING | {"temperature": 1e-4})
+    talks = [prompt_messages(q) for q in questions]
+    greedy = generator.generate(talks, options=[{"tools": tools}, {}], max_new_tokens=8, do_sample=False)
+    assert texts(store) == {0: [greedy[0]] * 2, 1: [greedy[1]] * 2}
+    assert greedy[0] != generator.generate(talks, max_new_tokens=8, do_sample=False)[0]
 
 
 def test_draws_follow_the_probabilities_that_temperature_and_top_p_leave(generator: HFGenerator) -> None:
