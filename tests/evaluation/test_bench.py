@@ -147,6 +147,7 @@ def test_lm_eval_counts_what_a_plain_loop_counts_and_the_report_says_what_got_wo
     assert "-5.5% to +34.7%" in text
 
 
+@pytest.mark.long
 def test_tasks_that_were_answered_are_not_asked_again(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,7 @@ def test_a_file_that_jupyterlab_saves_is_as_it_was(project: Project) -> None:
 
     manager = TextFileContentsManager(root_dir=str(project.root))
     files = [*sorted((project.root / "notebooks").glob("*.py")), project.root / "helpers" / "models" / "chat.py"]
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         source, path = file.read_bytes(), str(file.relative_to(project.root))
         model = manager.get(path, type="notebook")

@@ -248,6 +248,7 @@ def test_the_road_of_every_recipe_ends_on_the_hub_with_the_trained_policy(
     assert by_transformers == by_peft == answers[run] == answers[f"{run}-dequantized"]
 
 
+@pytest.mark.long
 def test_a_recipe_of_two_steps_and_three_sets_trains(models: dict[str, Path], project: Project, tmp_path: Path) -> None:
     train_two_steps(models, project, tmp_path, ["zephyr-chatml"])
     zephyr = project.record("zephyr-chatml-dpo")

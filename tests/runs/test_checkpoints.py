@@ -230,6 +230,7 @@ def test_only_the_last_broken_checkpoint_is_kept_and_none_of_a_finished_run(tmp_
     assert not (tmp_path / "broken-checkpoint-6").exists()
 
 
+@pytest.mark.long
 def test_the_same_number_of_checkpoints_is_kept_and_the_best_one_s_metrics_are_the_run_s(
     project: Project, dpo_run: str
 ) -> None:

@@ -31,6 +31,7 @@ def logs(project: Project, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (project.root / "outputs" / run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_is_sampled_on_the_way_and_ends_with_the_weights_of_one_that_is_not(
     project: Project, dpo_run: str
 ) -> None:

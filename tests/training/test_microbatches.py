@@ -183,7 +183,9 @@ class Failing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
-@pytest.mark.parametrize("where", ["policy", "backward", "reference"])
+@pytest.mark.parametrize(
+    "where", ["backward", *(pytest.param(where, marks=pytest.mark.long) for where in ("policy", "reference"))]
+)
 def test_a_micro_batch_that_does_not_fit_is_computed_again(
     where: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +252,7 @@ def test_the_reference_of_evaluation_pairs_is_computed_once(tokenizer: Any, tmp_
     assert ours == 2 + 1 + 1  # the policy alone, of 3 batches
     assert before > 2 * ours  # with the reference, and the comparison with TRL
     for one, two in zip(*found, strict=True):
-        for name in set(one) - {n for n in one if n.endswith(("runtime", "per_second"))}:
+        for name in set(one) - {n for n in one if n.endswith(("_time", "runtime", "per_second"))}:
             assert two[name] == pytest.approx(one[name], rel=1e-6, abs=1e-9), name
 
 
