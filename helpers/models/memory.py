@@ -196,9 +196,9 @@ def memory_by_part(decoder: Decoder, spec: TrainingSpec, tokens: int = 0) -> dic
     return parts | {"peak": sum(parts.values())}
 
 
-def largest_microbatch(decoder: Decoder, spec: TrainingSpec, limit: float) -> int:
-    """The most tokens at a time that need at most `limit` bytes, at least those of one pair and at most of a step."""
-    tokens = range(spec.pair, spec.pairs * spec.pair + 1)
+def largest_microbatch(decoder: Decoder, spec: TrainingSpec, limit: float, least: int = 0) -> int:
+    """The most tokens at a time that need at most `limit` bytes; at least `least`, by default those of one pair."""
+    tokens = range(least or spec.pair, spec.pairs * spec.pair + 1)
     fitting = bisect.bisect_right(tokens, limit, key=lambda each: memory_by_part(decoder, spec, each)["peak"])
     return tokens[max(0, fitting - 1)]
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -15,97 +16,25 @@ import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from torch.nn.functional import pad
 
 from helpers.core import UserError
 from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
 from helpers.models.plan import sharding_engine
 from helpers.runs.run import Run
 from helpers.settings.fields import TrainSettings
-from helpers.training.prefix_sharing import pack_pairs
-from helpers.training.trainer import PER_TOKEN, PrefixSharing, SharedPrefixDPOTrainer
+from helpers.training.prefix_sharing import PER_TOKEN, PairBatch
+from helpers.training.trainer import (
+    PrefixSharing,
+    SharedPrefixDPOTrainer,
+    follows_longest_row,
+    is_out_of_memory,
+)
 
 # Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
 PAIR_LOSSES = {
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
     "discopop", "sigmoid_norm",
 }  # fmt: skip
-
-
-class PairBatch:
-    """Batches of TRL's collator as one of B pairs, (2B, L), with (prefix, chosen, rejected) tokens of each pair."""
-
-    def __init__(self, batches: list[dict[str, Any]]) -> None:
-        self.sizes = [len(batch["input_ids"]) // 2 for batch in batches]
-        self.width = max(batch["input_ids"].shape[1] for batch in batches)
-        columns = {name: [batch[name] for batch in batches] for name in batches[0]}
-        self.inputs = {name: self._concatenate(values) for name, values in columns.items()}
-        self.failed = set[int]()  # pairs that did not fit into memory alone
-        self.lengths = pack_pairs(*(self.inputs[n] for n in ("input_ids", "attention_mask", "input_ids"))).plan.lengths
-
-    def _concatenate(self, values: list[Any]) -> Any:
-        """Chosen rows of all batches, then rejected ones, padded on the right; or one value a pair."""
-        if len(values) == 1 or not isinstance(values[0], torch.Tensor) or not values[0].dim():
-            return values[0]
-        if values[0].dim() == 1:
-            return torch.cat(values)
-        halves = [pad(value, (0, self.width - value.shape[1])).chunk(2) for value in values]
-        return torch.cat([half[side] for side in (0, 1) for half in halves])
-
-    def tokens(self, part: list[int], packed: bool) -> int:
-        """Tokens that a model computes for the pairs `part`: packed, or padded to their longest row."""
-        lengths = [self.lengths[pair] for pair in part]
-        return sum(map(sum, lengths)) if packed else 2 * len(part) * max(p + max(c, r) for p, c, r in lengths)
-
-    def cut(self, budget: int, packed: bool, pairs: Iterable[int]) -> list[list[int]]:
-        """Split `pairs` into few parts of at most `budget` tokens, or of one pair.
-
-        The longest pair that is left goes where it has room: packed, into any part; padded, next to the one before it.
-        """
-        parts: list[list[int]] = []
-        for pair in sorted(pairs, key=lambda i: -self.tokens([i], packed)):
-            options = parts if packed else parts[-1:]
-            room = (part for part in options if self.tokens([*part, pair], packed) <= budget)
-            if (part := next(room, None)) is not None:
-                part.append(pair)
-            else:
-                parts.append([pair])
-        return [sorted(part) for part in parts]
-
-    def groups(self, by_batch: bool) -> dict[int, list[list[int]]]:
-        """The pairs that may share a part, by the size of their batches: of all batches of a size, or of each alone."""
-        groups: dict[int, list[list[int]]] = {}
-        for end, size in zip(itertools.accumulate(self.sizes), self.sizes, strict=True):
-            pairs = list(range(end - size, end))
-            if by_batch or size not in groups:
-                groups.setdefault(size, []).append(pairs)
-            else:
-                groups[size][0] += pairs
-        return groups
-
-    def rows(self, part: list[int]) -> torch.Tensor:
-        """The rows of the pairs `part`: their chosen answers, then their rejected ones."""
-        rows = [*part, *(pair + len(self.lengths) for pair in part)]
-        return torch.tensor(rows, device=self.inputs["input_ids"].device)
-
-    def take(self, part: list[int], values: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The pairs `part` of `values`, by default of the batch, without columns of padding."""
-        rows, width = self.rows(part), max(p + max(c, r) for p, c, r in (self.lengths[pair] for pair in part))
-        taken = dict(self.inputs if values is None else values)
-        for name, value in taken.items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                taken[name] = value[rows][:, :width] if value.dim() > 1 else value[rows[: len(part)]]
-        return taken
-
-    def join(self, outputs: Iterable[tuple[list[int], Any]]) -> SimpleNamespace:
-        """The outputs of a model for the batch, of those for its parts; zeros where there was padding."""
-        joined: dict[str, Any] = {}
-        for part, output in outputs:
-            for name in PER_TOKEN:
-                if (value := getattr(output, name, None)) is not None:
-                    values = joined.setdefault(name, value.new_zeros(2 * len(self.lengths), self.width - 1))
-                    values[self.rows(part), : value.shape[1]] = value.detach()
-        return SimpleNamespace(**joined)
 
 
 class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
@@ -135,7 +64,9 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
     def keep_budget(self, run: Run) -> None:
         """Use the budget that `run` had before it was resumed, and record a smaller one."""
         self._run, known = run, run.record.get("tokens_per_microbatch")
-        self._budget = min(self._budget, known or self._budget)
+        if known and known < self._budget:
+            print(f"--tokens_per_microbatch is {known:,}, as this run had it after a lack of memory.")
+            self._budget = known
 
     @property
     def _is_packed(self) -> bool:
@@ -178,7 +109,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         parts = batch.cut(self._budget, packed, range(len(batch.lengths)))
         while parts:
             result = None
-            with contextlib.suppress(torch.OutOfMemoryError):  # nothing keeps its tensors
+            with _fitting():  # nothing keeps its tensors
                 result = compute(parts[0])
             if result is None:
                 self._shrink(batch.tokens(parts[0], packed), batch, parts[0])
@@ -208,7 +139,9 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         def compare(part: list[int]) -> bool:
             try:
                 check(model, batch.take(part))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.accelerator.num_processes > 1:  # which wait for this one
                     raise UserError("The first micro-batch is too large. Lower --tokens_per_microbatch.") from error
                 self._is_compared, cast(PrefixSharing, self.sharing).enabled = False, True
@@ -235,6 +168,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._waiting.clear()  # of a step that was interrupted
+        self._outputs = None
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -266,7 +200,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         for size, pairs in ((size, pairs) for size, each in groups.items() for pairs in each):
             for part in batch.cut(self._budget, self._is_packed, pairs):
                 inputs, parts, is_done = batch.take(part), [*parts, part], False
-                with contextlib.suppress(torch.OutOfMemoryError), self._apart(batch, part, pairs, size):
+                with _fitting(), self._apart(batch, part, pairs, size):
                     with self.accelerator.no_sync(model):
                         losses.append(step(model, inputs, count))
                     is_done = True
@@ -300,7 +234,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
             self._total_train_tokens = tokens
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        if self._outputs is not None:
+        if self._outputs is not None and torch.is_grad_enabled():
             return super()._compute_loss(functools.partial(self._record, model, self._outputs), inputs, return_outputs)
         if torch.is_grad_enabled():
             return super()._compute_loss(model, inputs, return_outputs)
@@ -359,7 +293,7 @@ def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
         return CPU_TOKENS
     spec = TrainingSpec(values, settings.step, decoder)
     parts = memory_by_part(decoder, spec)  # weights and reference are loaded
-    return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"])
+    return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"], least=1)
 
 
 def uncut_reason(model: Any, args: Any) -> str:
@@ -373,11 +307,22 @@ def uncut_reason(model: Any, args: Any) -> str:
         f"the loss {', '.join(uncut)} compares all pairs of a batch": uncut,
         "the loss sft cannot be weighted": "sft" in args.loss_type and args.use_weighting,
         "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
-        f"{args.optim} updates weights in the backward pass": "lomo" in str(args.optim),
+        f"{args.optim.value} updates weights in the backward pass": re.search("lomo|layerwise", args.optim.value),
+        "rotary embeddings follow the longest row of a batch": follows_longest_row(model.config),
         "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
         and model.active_peft_config.is_prompt_learning,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Suppress errors for lack of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 @contextlib.contextmanager

@@ -6,15 +6,18 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")  # of a model's outputs
 Attention = Callable[..., tuple[torch.Tensor, None]]
 
 
@@ -220,3 +223,79 @@ def flash_packed(one: Callable[..., torch.Tensor], plan: PackingPlan, q: Any, k:
 
 
 PACKED = {"sdpa": torch_packed, "eager": eager_packed}  # by name of attention; all others are flash-attention
+
+
+class PairBatch:
+    """Batches of TRL's collator as one of B pairs, (2B, L), with (prefix, chosen, rejected) tokens of each pair."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        self.sizes = [len(batch["input_ids"]) // 2 for batch in batches]
+        self.width = max(batch["input_ids"].shape[1] for batch in batches)
+        columns = {name: [batch[name] for batch in batches] for name in batches[0]}
+        self.inputs = {name: self._concatenate(values) for name, values in columns.items()}
+        self.failed = set[int]()  # pairs that did not fit into memory alone
+        self.lengths = pack_pairs(*(self.inputs[n] for n in ("input_ids", "attention_mask", "input_ids"))).plan.lengths
+
+    def _concatenate(self, values: list[Any]) -> Any:
+        """Chosen rows of all batches, then rejected ones, padded on the right; or one value a pair."""
+        if len(values) == 1 or not isinstance(values[0], torch.Tensor) or not values[0].dim():
+            return values[0]
+        if values[0].dim() == 1:
+            return torch.cat(values)
+        halves = [pad(value, (0, self.width - value.shape[1])).chunk(2) for value in values]
+        return torch.cat([half[side] for side in (0, 1) for half in halves])
+
+    def tokens(self, part: list[int], packed: bool) -> int:
+        """Tokens that a model computes for the pairs `part`: packed, or padded to their longest row."""
+        lengths = [self.lengths[pair] for pair in part]
+        return sum(map(sum, lengths)) if packed else 2 * len(part) * max(p + max(c, r) for p, c, r in lengths)
+
+    def cut(self, budget: int, packed: bool, pairs: Iterable[int]) -> list[list[int]]:
+        """Split `pairs` into few parts of at most `budget` tokens, or of one pair.
+
+        The longest pair that is left goes where it has room: packed, into any part; padded, next to the one before it.
+        """
+        parts: list[list[int]] = []
+        for pair in sorted(pairs, key=lambda i: -self.tokens([i], packed)):
+            options = parts if packed else parts[-1:]
+            room = (part for part in options if self.tokens([*part, pair], packed) <= budget)
+            if (part := next(room, None)) is not None:
+                part.append(pair)
+            else:
+                parts.append([pair])
+        return [sorted(part) for part in parts]
+
+    def groups(self, by_batch: bool) -> dict[int, list[list[int]]]:
+        """The pairs that may share a part, by the size of their batches: of all batches of a size, or of each alone."""
+        groups: dict[int, list[list[int]]] = {}
+        for end, size in zip(itertools.accumulate(self.sizes), self.sizes, strict=True):
+            pairs = list(range(end - size, end))
+            if by_batch or size not in groups:
+                groups.setdefault(size, []).append(pairs)
+            else:
+                groups[size][0] += pairs
+        return groups
+
+    def rows(self, part: list[int]) -> torch.Tensor:
+        """The rows of the pairs `part`: their chosen answers, then their rejected ones."""
+        rows = [*part, *(pair + len(self.lengths) for pair in part)]
+        return torch.tensor(rows, device=self.inputs["input_ids"].device)
+
+    def take(self, part: list[int], values: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The pairs `part` of `values`, by default of the batch, without columns of padding."""
+        rows, width = self.rows(part), max(p + max(c, r) for p, c, r in (self.lengths[pair] for pair in part))
+        taken = dict(self.inputs if values is None else values)
+        for name, value in taken.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                taken[name] = value[rows][:, :width] if value.dim() > 1 else value[rows[: len(part)]]
+        return taken
+
+    def join(self, outputs: Iterable[tuple[list[int], Any]]) -> SimpleNamespace:
+        """The outputs of a model for the batch, of those for its parts; zeros where there was padding."""
+        joined: dict[str, Any] = {}
+        for part, output in outputs:
+            for name in PER_TOKEN:
+                if (value := getattr(output, name, None)) is not None:
+                    values = joined.setdefault(name, value.new_zeros(2 * len(self.lengths), self.width - 1))
+                    values[self.rows(part), : value.shape[1]] = value.detach()
+        return SimpleNamespace(**joined)

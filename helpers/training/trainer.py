@@ -20,7 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.core import SettingsError, UserError, shorten
-from helpers.training.prefix_sharing import PACKED, pack_pairs, register_attention
+from helpers.training.prefix_sharing import PACKED, PER_TOKEN, pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 TESTED_VERSIONS = {"trl": "1.16.0", "transformers": "5.23.0"}
@@ -34,7 +34,21 @@ MAX_ALONE = 4  # pairs of the first batch that TRL computes row by row
 # small batch, and took most of a step's memory.
 HEAD_TOKENS = 512
 NO_LABELS = (("completion_mask", 0), ("labels", -100))  # columns of a row that is not counted
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was lacking: errors of cuBLAS, Triton, MPS and CPUs are plain RuntimeErrors."""
+    text = str(error).lower()
+    known = "out of memory", "can't allocate memory", "alloc_failed"
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in known)
+
+
+def follows_longest_row(config: Any) -> bool:
+    """Whether rotary frequencies depend on the longest row of a forward (transformers, modeling_rope_utils.py)."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return any(
+        each.get("rope_type") in ("dynamic", "longrope") for each in (rope, *rope.values()) if isinstance(each, dict)
+    )
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -271,6 +285,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             and model.active_peft_config.is_prompt_learning,
             "sequences are split over devices": self.accelerator.parallelism_config is not None,
             "torch_compile would recompile the model for every batch": self.args.torch_compile,
+            "NEFTune's noise depends on the length of a row": self.args.neftune_noise_alpha,
             "dropout would be the same for both answers of a prompt": not cast(Any, self.args).disable_dropout,
         }
         return next((reason for reason, applies in reasons.items() if applies), "")
@@ -296,7 +311,10 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         self._is_compared = True
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
-        alone = [row for row in range(len(ids)) if row % (len(ids) // 2) < MAX_ALONE]
+        most = (
+            0 if follows_longest_row(cast(Any, self.model).config) else MAX_ALONE
+        )  # a single row has other frequencies
+        alone = [row for row in range(len(ids)) if row % (len(ids) // 2) < most]
         difference, noise, failure = 0.0, 0.0, ""
         for each in {id(m): m for m in (model, self.ref_model) if m is not None}.values():
             self.sharing.enabled = False
@@ -308,9 +326,9 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
             self.sharing.enabled = True
             try:
                 shared = self._log_probs(each, ids, mask, labels)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # an unknown architecture may fail in any way
+                if is_out_of_memory(error):
+                    raise
                 shared, failure = stock, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
             noise = max(noise, self._largest_difference(stock, again, labels))
             difference = max(difference, self._largest_difference(stock, shared, labels))

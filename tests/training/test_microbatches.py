@@ -24,6 +24,7 @@ from helpers.training.microbatches import (
     microbatch_tokens,
     uncut_reason,
 )
+from helpers.training.trainer import is_out_of_memory
 from tests.models.test_memory import QLORA
 from tests.training.pairs import VOCABULARY, adapter, build, exactly
 
@@ -279,8 +280,31 @@ def test_what_needs_the_whole_batch_is_not_cut(
     assert "Micro-batches: off, because the loss aot compares all pairs of a batch." in capsys.readouterr().out
     model, args = build(), DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     assert uncut_reason(model, args) == ""
+    for optimizer in ("adalomo", "galore_adamw_layerwise"):
+        own = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", optim=optimizer)
+        assert uncut_reason(model, own) == f"{optimizer} updates weights in the backward pass"
+    for kind in ("dynamic", "longrope"):
+        model.config.rope_parameters = {"rope_type": kind}
+        assert uncut_reason(model, args) == "rotary embeddings follow the longest row of a batch"
+    model.config.rope_parameters = {"full_attention": {"rope_type": "default"}}
+    assert uncut_reason(model, args) == ""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert uncut_reason(model, args) == "DeepSpeed and FSDP need as many passes in every process"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lack"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("MPS backend out of memory (MPS allocated: 1 GB)", True),
+        ("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_lack_of_memory_has_many_names(text: str, is_lack: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == is_lack
+    assert is_out_of_memory(torch.OutOfMemoryError("")) is True
 
 
 def test_auto_fills_the_memory_that_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
