@@ -49,7 +49,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     exclusive: ClassVar = (("model_id", "sft_run"),)  # give only one of these
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
-    sft_run: str = ""  # start from a finished run of 01_sft.py instead: its folder, or latest
+    sft_run: str = ""  # start from a finished run of 01, or of 02, instead: its folder; latest: the newest run of 01
     dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
     dataset_split: str = "train"  # split for training; evaluation pairs come from it too
     train_rows: int = 11_000  # maximum number of training pairs; 0: all

@@ -206,6 +206,8 @@ class Generators:
         from rich.table import Table
         from rich.text import Text
 
+        if not self.loading:
+            return Text("")
         columns = list(dict.fromkeys(name for row in self.loading.values() for name in row if name != "device"))
         table = Table("model", *columns, box=None, pad_edge=False)
         for name, row in self.loading.items():

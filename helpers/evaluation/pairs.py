@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from collections import Counter
@@ -187,9 +188,9 @@ class PairSet:
         words = ["python notebooks/02_dpo.py", _policy_flag(settings, prompts), "--dataset_id"]
         more = ["--trust_remote_code"] if settings.trust_remote_code else []
         more += [f"--recipe {quoted(settings.recipe)}"] if settings.recipe else []
+        if self.control:  # first: the newest run is where the next notebooks start
+            print("First the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
         print("Next:", *words, quoted(run.folder / PAIR_FILES[0]), *more)
-        if self.control:
-            print("and the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
 
     def _row(self, pair: Pair) -> Row:
         row: Row = {"question_id": pair.question["question_id"], "prompt": prompt_messages(pair.question)}
@@ -237,7 +238,7 @@ def make_pairs(
             pairs.dropped[own] += 1
         else:
             pairs.pairs += own
-            pairs.control += [_random_pair(question, candidates, draw) for _ in own if settings.control]
+            pairs.control += _random_pairs(question, candidates, draw, len(own)) if settings.control else []
         pairs.scored += candidates
     names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed")
     pairs.sampling = {name: settings.values()[name] for name in names} if prompts.models else {}
@@ -279,10 +280,13 @@ def _margin(a: Candidate, b: Candidate) -> float:
     return round((a.score or 0.0) - (b.score or 0.0), 9)
 
 
-def _random_pair(question: Question, candidates: list[Candidate], draw: random.Random) -> Pair:
+def _random_pairs(question: Question, candidates: list[Candidate], draw: random.Random, count: int) -> list[Pair]:
+    """At most `count` different pairs, picked at random; an answer that was cut off is rejected at most."""
     plain = [dataclasses.replace(c, score=None) for c in {c.text: c for c in candidates[::-1]}.values()]
-    chosen = draw.choice([c for c in plain if not c.answer.cut])
-    return Pair(question, chosen, draw.choice([c for c in plain if c.text != chosen.text]), "random")
+    both = [pair for pair in itertools.combinations(plain, 2) if not all(c.answer.cut for c in pair)]
+    drawn = [draw.sample(pair, 2) for pair in draw.sample(both, min(count, len(both)))]
+    ordered = [pair[::-1] if pair[0].answer.cut else pair for pair in drawn]
+    return [Pair(question, chosen, rejected, "random") for chosen, rejected in ordered]
 
 
 # ---- Verdicts ----

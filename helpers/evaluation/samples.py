@@ -92,6 +92,7 @@ def find_prompts(settings: Any) -> Prompts:
     if folder:
         page = str(read_run(folder).get("page") or "")
         questions, answers = _read_answers(folder)
+        questions = questions[: settings.rows or None]
         known = [name for name in read_run(folder).get("models", []) if name in answers] or [*answers]
         given = max(settings.layer(flag) for flag in ("answers_dir", *VERDICTS))
         wanted = settings.models if settings.layer("models") >= given else known
@@ -138,13 +139,14 @@ def _leave_out(questions: list[Question], settings: Any, folder: Path | None) ->
     held_out, seen = {_key(question) for question in evaluated}, set[str]()
     kept, left_out = list[Question](), Counter[str]()
     for question in questions:
+        own = fingerprint(_key(question), question.get("system") or "", question_options(question))
         if _key(question) in held_out:
             left_out["is in an evaluation set"] += 1
-        elif _key(question) in seen:
+        elif own in seen:
             left_out["repeats another prompt"] += 1
         else:
             kept.append(question | {"turns": question["turns"][:1]})
-        seen.add(_key(question))
+        seen.add(own)
     return kept, left_out
 
 

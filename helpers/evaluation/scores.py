@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from helpers.core import (
     CleanExit,
@@ -19,6 +19,7 @@ from helpers.core import (
     UserError,
     fingerprint,
     import_user_module,
+    printable,
     read_jsonl,
     short_path,
 )
@@ -31,6 +32,7 @@ from helpers.evaluation.questions import Answer, Question, question_options
 from helpers.evaluation.results import OUTCOMES
 from helpers.evaluation.reward_model import RewardModel
 from helpers.evaluation.samples import VERDICTS, SampleStore, find_judgments, prompt_messages
+from helpers.runs.checkpoints import quoted
 from helpers.runs.run import Run, list_runs
 
 SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
@@ -179,6 +181,8 @@ class VotePage(Scorer):
         page = samples.write_vote_page(names, title=run.name, settings=sampling)
         run.save(status="interrupted", page=page)
         command = f"python notebooks/06_pairs.py --from_votes ~/Downloads/votes-{page}*.json"
+        command += f" --answers_dir {quoted(run.folder)}" + " --control" * self.settings.control
+        command += f" --recipe {quoted(self.settings.recipe)}" if self.settings.recipe else ""
         raise CleanExit(f"Vote on {short_path(run.folder / 'answers.html')} and export the votes.\nNext: {command}")
 
 
@@ -192,6 +196,10 @@ def make_scorer(settings: Any, second: str = "") -> Scorer:
             read_given_judgments(settings)  # before anything is written
         return GivenVerdicts("the verdicts that are given", settings)
     given = [name for name in SCORERS if getattr(settings, name) and name != settings.second_scorer]
+    if settings.second_scorer and not given and getattr(settings, settings.second_scorer) and not second:
+        raise SettingsError(
+            f"--second_scorer {settings.second_scorer} is the only scorer. Give another one to compare it with."
+        )
     highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
     if len(highest) > 1 and not second:
         raise SettingsError(f"--{' and --'.join(highest)} exclude each other. Give one, or name the other with "
@@ -234,11 +242,16 @@ def _rules(settings: Any) -> Scorer:
 
 def _to_number(score: Any, module: str) -> float:
     """A score as a number. Of an object with several fields each counts twice as much as the next, in all at most 1."""
-    if isinstance(score, bool | int | float):
-        return float(score)
-    if not dataclasses.is_dataclass(score) or isinstance(score, type):
-        raise SettingsError(f"--judge_module {module}: score() returns {score!r}. Return a number or a dataclass.")
-    values = [float(value) for value in dataclasses.astuple(score)]
+    is_record = dataclasses.is_dataclass(score) and not isinstance(score, type)
+    values = [math.nan]
+    with contextlib.suppress(TypeError, ValueError):
+        parts = dataclasses.astuple(cast(Any, score)) if is_record else (score,)
+        values = [math.nan if isinstance(part, str) else float(part) for part in parts]
+    if not all(map(math.isfinite, values)):
+        raise SettingsError(f"--judge_module {module}: score() returns {printable(repr(score))}. Return a finite "
+                            "number, or a dataclass of such numbers.")  # fmt: skip
+    if not is_record:
+        return values[0]
     weights = [2.0**-k for k in range(len(values))]
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 

@@ -252,6 +252,6 @@ def resumable(run: Run) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             number = getattr(error, "number", signal.SIGINT)
             raise Interrupted(f"Stopped by {signal.Signals(number).name}. {hint}", 128 + number) from None
-        if type(error) is UserError:
+        if type(error) is UserError and hint not in str(error):
             error.args = (f"{error} ({hint})",)
         raise

@@ -34,8 +34,8 @@ class Score:
 def score(answer: str, question: dict[str, Any]) -> Score:
     """Whether an answer says something, is brief and is plain.
 
-    Answers: it is no refusal, takes up a word of the question and has at least NEW_WORDS other words that the question
-    does not have. "A volcano is a volcano that erupts." has one. Words such as "the" and "is" do not count.
+    Answers: it is no refusal, and has at least NEW_WORDS words that the question does not have. "A volcano is a volcano
+    that erupts." has one. Words such as "the" and "is" do not count.
     Brief: 1 if it has at most SENTENCES sentences and WORDS words, less the more it has, and 0 if its end is missing.
     Plain: it is one paragraph without markup.
     """
@@ -44,15 +44,19 @@ def score(answer: str, question: dict[str, Any]) -> Score:
     sentences, words = len(SENTENCE_END.findall(ABBREVIATION.sub(" ", text))), len(text.split())
     is_finished = text.rstrip("\"'\u201d)*_").endswith((".", "!", "?"))
     return Score(
-        answers=not REFUSAL.search(text.lower()) and bool(asked & said) and len(said - asked) >= NEW_WORDS,
+        answers=not REFUSAL.search(text.lower()) and len(said - asked) >= NEW_WORDS,
         brief=min(1.0, SENTENCES / sentences, WORDS / words) if is_finished else 0.0,
         plain=not MARKUP.search(text),
     )
 
 
 def compare(before: str, after: str, question: dict[str, Any]) -> str:
-    """ "win", "tie" or "loss" for `after`: the one that says something wins; of two the briefer, then the plain one."""
-    old, new = (dataclasses.astuple(score(text, question)) for text in (before, after))
+    """ "win", "tie" or "loss" for `after`: the one that says something wins, and of two the briefer and plainer one.
+
+    Brevity counts twice as much as plain text, as in the scores of 06.
+    """
+    scores = (score(text, question) for text in (before, after))
+    old, new = ((each.answers, round(2 * each.brief + each.plain, 9)) for each in scores)
     return "tie" if old == new else "win" if new > old else "loss"
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
 from helpers.evaluation.pairs import PairSet, make_pairs
+from helpers.evaluation.questions import Answer
 from helpers.evaluation.samples import find_prompts
 from helpers.evaluation.scores import Scored, make_scorer
 from helpers.runs.run import Run
@@ -106,7 +107,7 @@ def test_pairings_margins_and_the_control(tmp_path: Path, rules: str) -> None:
     assert len(every.control) == 6
     assert {p.scorer for p in every.control} == {"random"}
     assert all(p.chosen.text != p.rejected.text and p.chosen.score is None for p in every.control)
-    assert len({(p.chosen.text, p.rejected.text) for p in every.control}) > 1
+    assert len({frozenset((p.chosen.text, p.rejected.text)) for p in every.control}) == 6  # none twice
     again, _ = made(tmp_path, *flags, "--pairing", "all_pairs", "--control")
     assert [(p.chosen.text, p.rejected.text) for p in again.control] == [
         (p.chosen.text, p.rejected.text) for p in every.control
@@ -385,3 +386,17 @@ def test_scores_say_how_long_answers_fare(tmp_path: Path, rules: str) -> None:
     ]
     assert isinstance(pairs, PairSet)
     assert Scored("x", {}).bounds is None
+
+
+@pytest.mark.parametrize("returned", ["float('nan')", "None", "'good'", "Empty()", "float('inf')"])
+def test_a_score_that_is_no_finite_number_is_refused_and_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
+) -> None:
+    module = f"odd_{abs(hash(returned))}"
+    code = "import dataclasses\n@dataclasses.dataclass\nclass Empty:\n    value: object = None\n"
+    (tmp_path / f"{module}.py").write_text(f"{code}def score(answer, question):\n    return {returned}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = make_scorer(pairs_settings(tmp_path, "--answers_dir", "asked", "--judge_module", module))
+    assert scorer.function
+    with pytest.raises(SettingsError, match=r"score\(\) returns .*\. Return a finite number"):
+        scorer.function([({"turns": ["Why?"], "question_id": 1}, Answer("Because."))])

@@ -29,7 +29,7 @@ GOOD = "A volcano is an opening in the ground. Hot rock, ash and gas come out of
         (GOOD, Score(True, 1, True)),
         ("A volcano is a volcano that erupts.", Score(False, 1, True)),
         ("", Score(False, 0, True)),
-        ("It is a deep hole with hot rock, ash and gas.", Score(False, 1, True)),  # of what?
+        ("It is a deep hole with hot rock, ash and gas.", Score(True, 1, True)),
         ("I am sorry, I cannot say anything about a volcano near big towns.", Score(False, 1, True)),
         (f"{GOOD} It is loud. It is hot.", Score(True, 0.5, True)),
         ("A volcano has hot rock, ash, gas and a", Score(True, 0, True)),
@@ -51,7 +51,7 @@ def test_an_answer_that_says_something_wins_and_then_the_briefer_and_the_plain_o
     assert real.compare(long, GOOD, VOLCANO) == "win"
     assert real.compare(GOOD, f"**{GOOD}**", VOLCANO) == "loss"
     assert real.compare(long, circular, VOLCANO) == "loss"
-    assert real.compare(long, f"**{GOOD}**", VOLCANO) == "win"
+    assert real.compare(long, f"**{GOOD}**", VOLCANO) == "tie"
     assert real.compare(GOOD, "A volcano has hot rock, ash, gas and lava.", VOLCANO) == "tie"
 
 
