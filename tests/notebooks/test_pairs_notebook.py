@@ -127,7 +127,7 @@ def test_a_second_round_has_the_first_in_its_lineage(project: Project, dpo_run: 
     [
         ("helpers.evaluation.answers:JsonlStore.add", "2", 0),  # a batch of answers that is not stored
         ("helpers.evaluation.answers:JsonlStore.add", "3+", 0),
-        ("helpers.evaluation.endpoint:Endpoint.ask", "4", 0),  # before a call of the judge
+        ("helpers.evaluation.endpoint:Endpoint.ask", "4", 1),  # while the reply to the call before is being stored
         ("helpers.evaluation.answers:JsonlStore.add", "12+", 0),  # a score that is stored
         ("helpers.core:atomic_write", "1", 0),
         ("helpers.evaluation.pairs:atomic_write", "1", 0),
@@ -138,10 +138,11 @@ def test_killed_anywhere_it_ends_as_if_left_alone(
 ) -> None:
     alone, killed = (f"{name}-{hashlib.sha256((target + count).encode()).hexdigest()[:6]}" for name in ("one", "two"))
     own = [*flags, "--output_dir", str(project.root / killed), "--run_name", "p", "--control"]
+    own += ["--max_concurrency", "1"]  # of several calls at a time, those under way are lost
     done = stop(project, "06_pairs.py", target, count, signal.SIGKILL, *own)
     assert done.returncode == -signal.SIGKILL, done.stderr
     project.run("06_pairs.py", *own)
-    assert sum(n - 1 for n in judged(server).values()) == again  # nothing is paid for twice
+    assert sum(n - 1 for n in judged(server).values()) <= again  # nothing that is stored is paid for twice
     own[own.index("--output_dir") + 1] = str(project.root / alone)
     project.run("06_pairs.py", *own)
     for name in ("preferences.jsonl", "control.jsonl", "question.jsonl"):
@@ -161,9 +162,9 @@ def test_a_round_of_the_demo_beats_its_control(full_demo: tuple[Project, str]) -
     next_lines = [line.partition("python notebooks/")[2] for line in made.splitlines() if "notebooks/02_dpo" in line]
     commands = [shlex.split(line) for line in next_lines]
     assert [command[command.index("--dataset_id") + 1].rpartition("/")[2] for command in commands] == [
-        "preferences.jsonl", "control.jsonl",
+        "control.jsonl", "preferences.jsonl",
     ]  # fmt: skip
-    for command, name in zip(commands, ("round", "control"), strict=True):
+    for command, name in zip(commands, ("control", "round"), strict=True):
         project.run(*command, "--run_name", name)
     project.run("04_vibes.py", *demo, "--models", "outputs/control", "outputs/round", "--run_name", "answers")
     project.run("05_judge.py", *demo, "--answers_dir", "outputs/answers", "--run_name", "judged")
