@@ -48,9 +48,9 @@ demo: $(VENV)/.run  ## train, align, merge and judge a tiny model on a CPU, in m
 
 real: $(if $(filter outputs/%,$(MODEL)),real-model,$(VENV)/.run)  ## take a real chat model another round on a CPU; run it again to resume
 	$(BIN)/python notebooks/06_pairs.py $(REAL) --models $(MODEL) --run_name real-pairs
-	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-dpo $(FLAGS)
 	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-control \
 		--dataset_id outputs/real-pairs/control.jsonl $(FLAGS)
+	$(BIN)/python notebooks/02_dpo.py $(REAL) --model_id $(MODEL) --run_name real-dpo $(FLAGS)
 	$(BIN)/python notebooks/03_merge_push.py $(REAL) --run outputs/real-dpo --run_name real-merged
 	$(BIN)/python notebooks/04_vibes.py $(REAL) --run_name real-answers
 	$(BIN)/python notebooks/04_vibes.py $(REAL) $(FACTS) --run_name real-facts

@@ -14,13 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.core import (
-    Row,
-    UserError,
-    atomic_write,
-    printable,
-    read_jsonl,
-)
+from helpers.core import Row, UserError, atomic_write, printable, read_jsonl
 from helpers.data.messages import Message
 from helpers.evaluation.questions import (
     Answer,

@@ -20,7 +20,7 @@ from helpers.evaluation.generators import Generators
 from helpers.evaluation.judgments import AnswerSet, read_votes
 from helpers.evaluation.questions import Answer, Question, question_options
 from helpers.evaluation.samples import Prompts, SampleStore, prompt_messages
-from helpers.evaluation.scores import Scored, read_given_judgments
+from helpers.evaluation.scores import Scored, rating_scores, read_given_judgments
 from helpers.runs.checkpoints import quoted, read_run
 from helpers.runs.run import PAIR_FILES, Run
 
@@ -297,13 +297,7 @@ Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two
 def _read_ratings(settings: Any) -> Scored | None:
     """Ratings of the first turns as scores; None if the judgments are comparisons."""
     judgments = read_given_judgments(settings)
-    if not any("score" in row for row in judgments.rows):
-        return None
-    scores: dict[Any, dict[str, float]] = {}
-    for row in judgments.rows:
-        if row["turn"] == 1 and row["score"] != -1:
-            scores.setdefault(row["question_id"], {})[row["model"]] = float(row["score"])
-    return Scored(judgments.judge, scores, (1.0, 10.0))
+    return rating_scores(judgments) if any("score" in row for row in judgments.rows) else None
 
 
 def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:

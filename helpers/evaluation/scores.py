@@ -129,14 +129,15 @@ class JudgeScorer(Scorer):
         given = SimpleNamespace(**s.values() | own | {"output_dir": s.output_dir, "bench_dir": "", "models": ()})
         judgments = ModelJudge(given, answers, model_pairs(answers.answers, mode)).run(run)
         judgments.raise_if_incomplete()
-        return _ratings(judgments) if mode == "single" else _win_shares(judgments)
+        return rating_scores(judgments) if mode == "single" else _win_shares(judgments)
 
 
-def _ratings(judgments: Judgments) -> Scored:
+def rating_scores(judgments: Judgments) -> Scored:
+    """The ratings of first turns as scores."""
     scores: Scores = {}
     for row in judgments.rows:
-        if row["score"] != -1:
-            scores.setdefault(row["question_id"], {})[row["model"]] = row["score"]
+        if row["turn"] == 1 and row["score"] != -1:
+            scores.setdefault(row["question_id"], {})[row["model"]] = float(row["score"])
     return Scored(judgments.judge, scores, (1.0, 10.0))
 
 

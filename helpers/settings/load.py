@@ -51,15 +51,8 @@ from helpers.settings.sources import (
 )
 
 RUN_CODE = ("setup_module", "trust_remote_code", "judge_module", "bench")  # settings that run code of others
-TEXTS = (
-    "prompts",
-    "dataset_id",
-    "models",
-    "votes",
-    "from_votes",
-    "exclude",
-    "generation_kwargs",
-)  # lists whose entries may hold commas
+# lists whose entries may hold commas
+TEXTS = ("prompts", "dataset_id", "models", "votes", "from_votes", "exclude", "generation_kwargs")
 BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 # A field of a Settings class and its comment, which is on the same line or on one of the lines that continue it.
 COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)

@@ -23,12 +23,7 @@ from helpers.models.plan import sharding_engine
 from helpers.runs.run import Run
 from helpers.settings.fields import TrainSettings
 from helpers.training.prefix_sharing import PER_TOKEN, PairBatch
-from helpers.training.trainer import (
-    PrefixSharing,
-    SharedPrefixDPOTrainer,
-    follows_longest_row,
-    is_out_of_memory,
-)
+from helpers.training.trainer import PrefixSharing, SharedPrefixDPOTrainer, follows_longest_row, is_out_of_memory
 
 # Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
 PAIR_LOSSES = {

@@ -46,9 +46,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def follows_longest_row(config: Any) -> bool:
     """Whether rotary frequencies depend on the longest row of a forward (transformers, modeling_rope_utils.py)."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return any(
-        each.get("rope_type") in ("dynamic", "longrope") for each in (rope, *rope.values()) if isinstance(each, dict)
-    )
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return not kinds.isdisjoint({"dynamic", "longrope"})
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -311,10 +310,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         self._is_compared = True
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
-        most = (
-            0 if follows_longest_row(cast(Any, self.model).config) else MAX_ALONE
-        )  # a single row has other frequencies
-        alone = [row for row in range(len(ids)) if row % (len(ids) // 2) < most]
+        has_own_rotation = follows_longest_row(cast(Any, self.model).config)  # a single row has other frequencies
+        alone = [row for row in range(len(ids)) if row % (len(ids) // 2) < MAX_ALONE and not has_own_rotation]
         difference, noise, failure = 0.0, 0.0, ""
         for each in {id(m): m for m in (model, self.ref_model) if m is not None}.values():
             self.sharing.enabled = False
