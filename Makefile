@@ -11,6 +11,8 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 # JupyterLab of this environment opens a .py file as a notebook
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
+# Threads that wait give their core away: on a busy machine, the same work takes minutes instead of hours
+export OMP_WAIT_POLICY ?= passive
 # Two processes run the tests, a file at a time; `make test WORKERS=0` runs them in one
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

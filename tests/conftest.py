@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin keep other processes' from running
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on a machine with a GPU
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     for name in [n for n in os.environ if n.startswith(("SFT_", "DPO_", "MERGE_", "VIBES_", "JUDGE_", "PAIRS_"))]:

@@ -149,7 +149,9 @@ class HFGenerator(Generator):
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         device = self.model.device
-        steps = [TemperatureLogitsWarper(kwargs["temperature"]), TopPLogitsWarper(kwargs["top_p"])]
+        steps: list[Any] = [TemperatureLogitsWarper(kwargs["temperature"])]
+        if kwargs["top_p"] < 1:  # it sorts the vocabulary
+            steps.append(TopPLogitsWarper(kwargs["top_p"]))
         draw = LogitsProcessorList([*steps, GumbelNoise([seed for own in seeds for seed in own], device)])
         kwargs |= {"do_sample": False, "logits_processor": draw} | dict.fromkeys(SAMPLING_ARGUMENTS)
         given = options or [{}] * len(seeds)

@@ -128,8 +128,9 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
         if template := get_training_chat_template(tokenizer):
             return template
     with contextlib.suppress(Exception):
-        if is_chat_template_stop_token_trained(tokenizer):
-            return str(tokenizer.get_chat_template())
+        own = str(tokenizer.get_chat_template())
+        if re.search(r"{%-?\s*generation\b", own) and is_chat_template_stop_token_trained(tokenizer):
+            return own
     return ""
 
 

@@ -145,10 +145,14 @@ def test_a_turn_of_weight_0_is_not_learned_where_the_template_has_marks() -> Non
     assert tokenizer.decode([i for i in talk["labels"] if i != -100]) == "Because.<|im_end|>\n"
 
 
-def test_an_unknown_template_that_changes_earlier_answers_learns_the_last() -> None:
+def test_an_unknown_template_that_changes_earlier_answers_learns_the_last(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template = tokenizer.chat_template.replace("# Tools", "# My tools")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.logger.warning_once", print)
     assert marked_template(tokenizer) == ""
+    assert "generation" not in capfd.readouterr().out  # no library says that the template lacks marks
     talk, report = prepare_row(tokenizer, ROWS["thoughts"], use_pairs=False)
     assert talk is not None
     assert tokenizer.decode([i for i in talk["labels"] if i != -100]) == (

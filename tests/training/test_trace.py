@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -100,3 +101,17 @@ def test_what_dry_run_proposes_fits(memory: int) -> None:
     assert traced.peak <= memory * GB
     assert 0.98 <= ratio <= 1.08
     assert expected == pytest.approx(ratio * traced.peak)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("memory", [16, 24, 80])
+def test_a_micro_batch_of_the_size_that_dry_run_chooses_holds_what_is_estimated(memory: int) -> None:
+    decoder = read_decoder(MISTRAL_7B)
+    values = VALUES | {"per_device_train_batch_size": 16, "shared_prefix": "auto", "tokens_per_microbatch": "auto"}
+    spec = TrainingSpec(values | {"memory_gb": memory}, "dpo", decoder)
+    pairs = math.ceil(spec.tokens / spec.pair)
+    given = {"per_device_train_batch_size": pairs, "max_length": spec.tokens // (2 * pairs)}
+    traced, ratio = trace(32, True, given)
+    assert traced.peak <= memory * GB
+    assert 0.98 <= ratio <= 1.08
+    assert memory_by_part(decoder, spec)["peak"] == pytest.approx(ratio * traced.peak, rel=0.01)
