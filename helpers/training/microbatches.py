@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -19,17 +18,11 @@ from peft import PeftModel
 
 from helpers.core import UserError
 from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
-from helpers.models.plan import sharding_engine
+from helpers.models.plan import uncut_reason
 from helpers.runs.run import Run
-from helpers.settings.fields import TrainSettings
+from helpers.settings.fields import PAIR_LOSSES, TrainSettings
 from helpers.training.prefix_sharing import PER_TOKEN, PairBatch
-from helpers.training.trainer import PrefixSharing, SharedPrefixDPOTrainer, follows_longest_row, is_out_of_memory
-
-# Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
-PAIR_LOSSES = {
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sigmoid_norm",
-}  # fmt: skip
+from helpers.training.trainer import PrefixSharing, SharedPrefixDPOTrainer, is_out_of_memory
 
 
 class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
@@ -46,7 +39,8 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         self._outputs: list[Any] | None = None  # of the policy, for each micro-batch, while gradients are computed
         self._is_inner = False  # within a micro-batch, or in what is computed of all of them
         self._references: dict[bytes, Any] = {}  # log-probabilities by evaluation batch
-        if self._budget and (reason := uncut_reason(model, args)):
+        is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        if self._budget and (reason := uncut_reason(model.config, vars(args), is_prompt)):
             self._budget = 0
             print(f"Micro-batches: off, because {reason}.")
         elif self._budget:
@@ -289,25 +283,6 @@ def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
     spec = TrainingSpec(values, settings.step, decoder)
     parts = memory_by_part(decoder, spec)  # weights and reference are loaded
     return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"], least=1)
-
-
-def uncut_reason(model: Any, args: Any) -> str:
-    """Why a batch cannot be computed in parts with the same gradient, or ""."""
-    text = model.config.get_text_config()
-    router = getattr(text, "router_aux_loss_coef", 0.0) if args.router_aux_loss_coef is None else 1.0
-    uncut = [name for name in args.loss_type if name not in PAIR_LOSSES | {"sft"}]
-    reasons = {
-        "DeepSpeed and FSDP need as many passes in every process": args.deepspeed or args.fsdp or sharding_engine(),
-        "sequences are split over devices": args.parallelism_config is not None,
-        f"the loss {', '.join(uncut)} compares all pairs of a batch": uncut,
-        "the loss sft cannot be weighted": "sft" in args.loss_type and args.use_weighting,
-        "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
-        f"{args.optim.value} updates weights in the backward pass": re.search("lomo|layerwise", args.optim.value),
-        "rotary embeddings follow the longest row of a batch": follows_longest_row(model.config),
-        "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
-        and model.active_peft_config.is_prompt_learning,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 @contextlib.contextmanager
