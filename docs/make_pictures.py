@@ -31,6 +31,7 @@ WALK = (  # each notebook, what it does, its run folder and what is in it
     ("03_merge_push.py", "merge, verify\nand publish", "merge-…", "one model\nits verification"),
     ("04_vibes.py", "ask several models\nthe same questions", "vibes-…", "answers, and\na page to vote on"),
     ("05_judge.py", "judge which\nanswers are better", "judge-…", "judgments\nwin, loss, tie"),
+    ("06_pairs.py", "make new pairs of\na model's answers", "pairs-…", "preferences for\nthe next run of 02"),
 )
 ROOMS = (  # helpers/, in the order of their imports
     ("settings", "flags,\nenvironment,\nrecipes"),
@@ -94,12 +95,12 @@ def draw_house() -> Figure:
     axis.text(0, 44.2, "outputs/", fontsize=10, family="monospace", va="center")
     axis.text(0, 31, "helpers/", fontsize=10, family="monospace", va="center")
     for i, (notebook, does, run, holds) in enumerate(WALK):
-        x = i * 22.2
-        box(x, 50.2, 20, 8, HOUSE["notebook"], notebook, does)
-        box(x, 34.5, 20, 8, HOUSE["run"], run, holds)
-        arrow((x + 12, 50), (x + 12, 42.7))  # what a notebook writes
+        x = i * 18.5
+        box(x, 50.2, 16.5, 8, HOUSE["notebook"], notebook, does)
+        box(x, 34.5, 16.5, 8, HOUSE["run"], run, holds)
+        arrow((x + 9.5, 50), (x + 9.5, 42.7))  # what a notebook writes
         if i < len(WALK) - 1:  # the next one reads
-            arrow((x + 17, 42.7), (x + 27, 50))
+            arrow((x + 13.5, 42.7), (x + 22.5, 50))
     for i, (room, holds) in enumerate(ROOMS):
         x = i * 13.9
         box(x, 19, 11.5, 10.4, HOUSE["helpers"], room, holds)

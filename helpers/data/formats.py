@@ -19,10 +19,11 @@ from helpers.data.messages import (
     parse_text,
     to_history,
     to_messages,
+    to_objects,
     unusable,
     validation_error,
-    without_nulls,
 )
+from helpers.settings.fields import RENDERING_ARGUMENTS
 
 # Columns, by what they hold; the first that a row has is read.
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "question", "input")
@@ -31,6 +32,7 @@ MORE_COLUMNS = ("input", "context")  # follow an instruction
 MARGIN_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"),
                   ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
                   ("chosen_score", "rejected_score"))  # fmt: skip
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row that its chat template gets
 IMAGE_COLUMNS = ("image", "images")
 SCORE_KEYS = ("overall_score", "score", "rating")
 ANSWER_KEYS = ("response", "text", "answer", "content")
@@ -93,14 +95,21 @@ def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Messa
     return messages
 
 
-def row_template_options(row: Row) -> dict[str, Any]:
-    """The tools of a row, a list or one tool, and the variables that its chat template gets. Both may be JSON."""
-    tools, options = (without_nulls(parse_text(row.get(name))) for name in ("tools", "chat_template_kwargs"))
-    if tools and not isinstance(tools, list | dict):
-        raise unusable("tools", tools)
-    if options and not isinstance(options, dict):
-        raise unusable("chat_template_kwargs", options)
-    return (options or {}) | ({"tools": [tools] if isinstance(tools, dict) else tools} if tools else {})
+def row_template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets for a row: its tools, a list or one tool, and its variables. Both may be JSON."""
+    tools, objects = (to_objects(name, row.get(name)) for name in TEMPLATE_COLUMNS)
+    variables = objects[0] if objects else {}
+    if len(objects) > 1:
+        raise DropRow(f"{TEMPLATE_COLUMNS[1]} with more than one object")
+    if taken := sorted({*variables} & RENDERING_ARGUMENTS):
+        raise DropRow(f"{TEMPLATE_COLUMNS[1]} with {taken[0]}, which is not a variable of a template")
+    return variables | ({"tools": tools} if tools else {})
+
+
+def template_columns(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `row_template_options` gave, as columns of a row: tools, and the variables as chat_template_kwargs."""
+    values = options.get("tools"), {name: value for name, value in options.items() if name != "tools"}
+    return {name: value for name, value in zip(TEMPLATE_COLUMNS, values, strict=True) if value}
 
 
 def _number(value: Any) -> float | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 TEXT_TYPES = {"json", "jsonl", "csv"}
-LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history", "tools")
+LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history")
 FORMAT_ALIASES = {"triplet": "pairs", "transcript": "hh"}
 PROBED_ROWS = 100  # rows that show whether a column holds lists
 

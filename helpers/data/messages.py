@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import hashlib
 import json
@@ -79,17 +80,27 @@ def to_message(message: Any, default_role: str = "") -> Message:
     if not role:
         raise DropRow(f"unknown role {given!r}" if given else "a message without a role")
     content = next((message[key] for key in CONTENT_KEYS if message.get(key) is not None), None)
-    extras = {key: without_nulls(message[key]) for key in EXTRA_KEYS if message.get(key)}
-    thoughts = [message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str) and message[key].strip()]
-    if thoughts:
-        extras["reasoning_content"] = thoughts[0]
-    if isinstance(extras.get("tool_calls"), str):
-        extras["tool_calls"] = parse_text(extras["tool_calls"])
+    extras: Message = {key: message[key] for key in ("tool_call_id", "name") if message.get(key)}
+    thoughts = next(filter(str.strip, (to_text(message.get(key) or "") for key in THOUGHT_KEYS)), "")
+    own = {"tool_calls": to_objects("tool_calls", message.get("tool_calls") or None), "reasoning_content": thoughts}
+    extras |= {key: value for key, value in own.items() if value}
+    if role != "assistant" and (taken := [key for key in own if key in extras]):
+        raise DropRow(f"{taken[0]} of another role than the assistant")
     if message.get("weight") in (0, "0") or message.get("train") in (False, "false", "False"):
         extras["weight"] = 0
     if content is None and "tool_calls" in extras:
         content = ""
     return {"role": role, "content": to_text(content), **extras}
+
+
+def to_objects(column: str, value: Any) -> list[dict[str, Any]]:
+    """A list of objects, or one. It and its items may be JSON; [] for nothing. Raises DropRow."""
+    with contextlib.suppress(DropRow):
+        value = without_nulls(parse_text(value))
+        objects = list(map(parse_text, value if isinstance(value, list) else [value] * (value not in (None, "", {}))))
+        if all(isinstance(each, dict) for each in objects):
+            return objects
+    raise DropRow(f"{column} that are not JSON objects")
 
 
 def to_text(content: Any) -> str:

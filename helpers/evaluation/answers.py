@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import Row, UserError, atomic_write, printable, read_jsonl
+from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
 from helpers.evaluation.questions import (
     Answer,
@@ -22,13 +23,13 @@ from helpers.evaluation.questions import (
     answer_turns,
     file_name_key,
     file_owner,
-    question_options,
     question_turns,
     safe_file_name,
 )
 from helpers.runs.run import Run
 
 ModelAnswers = dict[str, dict[Any, list[Any]]]  # model → question_id → its answers (Answer or str), one per turn
+FOLDED = {"tools": "Tools", "chat_template_kwargs": "Variables of the chat template"}  # on the page
 MARKS = ("empty", "cut", "with thoughts")  # of answers, as in `count_marks`
 # FastChat's temperatures for MT-Bench (llm_judge/common.py), by category; 0 is greedy, any other category has 0.7.
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
@@ -82,7 +83,7 @@ class Generator:
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str]:
         """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s, and where a
-        question has tools, `options`: what the chat template is given for each conversation."""
+        question has tools or variables, `options`: what the chat template is given for each conversation."""
         raise NotImplementedError
 
     def sample(self, conversations: list[list[Message]], seeds: list[list[int]], **kwargs: Any) -> list[list[Answer]]:
@@ -236,7 +237,7 @@ class AnswerStore:
         answers = {name: self.answers(name) for name in names}
         shown = []
         for question in self.questions:
-            i = _to_json(question["question_id"])
+            i, given = _to_json(question["question_id"]), template_columns(row_template_options(question))
             columns: list[dict[str, Any]] = []
             for name in (name for name in names if answers[name].get(question["question_id"])):
                 own = answers[name][question["question_id"]]
@@ -252,7 +253,9 @@ class AnswerStore:
                     "name": str(question["question_id"]),
                     "category": question.get("category") or "",
                     "turns": question_turns(question, with_tools=False),
-                    "tools": json.dumps(question["tools"], indent=2) if question.get("tools") else "",
+                    "options": {
+                        FOLDED[n]: json.dumps(value, indent=2, ensure_ascii=False) for n, value in given.items()
+                    },
                     "reference": question.get("reference") or [],
                     "columns": columns,
                 }
@@ -287,7 +290,7 @@ def _play(batch: list[Question], generator: Generator, seed: int, kwargs: dict[s
         active = [i for i, turns in enumerate(answers) if not (turns and turns[-1].refused)]
         for i in active:
             talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
-        options = [question_options(batch[i]) for i in active]
+        options = [row_template_options(batch[i]) for i in active]
         more = {"options": options} if any(options) else {}
         texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs, **more) if active else []
         for i, text in zip(active, texts, strict=True):

@@ -14,6 +14,7 @@ from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 from helpers.core import SettingsError, UserError, printable
+from helpers.data.formats import TEMPLATE_COLUMNS, template_columns
 from helpers.data.messages import THOUGHT_KEYS, Message
 from helpers.evaluation.answers import Generator
 from helpers.evaluation.questions import Answer
@@ -93,8 +94,8 @@ class Endpoint(Generator):
     """`model` at `base_url`, by default OPENAI_BASE_URL or OpenAI's own servers. Threads may share it.
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
-    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes. `body` is sent with
-    every request, besides OpenAI's arguments.
+    are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes. `variables` of the
+    chat template are sent with every conversation that is answered.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Endpoint(Generator):
         base_url: str = "",
         timeout: float = 120.0,
         tries: int = 6,
-        body: dict[str, Any] | None = None,
+        variables: dict[str, Any] | None = None,
     ) -> None:
         from openai import OpenAI
 
@@ -115,7 +116,7 @@ class Endpoint(Generator):
             fix = "set OPENAI_API_KEY in the environment or in .env, or --base_url to an OpenAI-compatible server"
             raise UserError(f"{model!r} at OpenAI needs a key: {fix}")
         self.model, self.where, self.tries = model, where or "api.openai.com", tries
-        self.body = body or {}
+        self.variables = variables or {}
         self.client = OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=tries - 1)
         self.renamed: dict[str, str | None] = {}  # arguments that this model calls otherwise, or does not accept
         self.supports_system: bool | None = None  # not known yet
@@ -130,14 +131,16 @@ class Endpoint(Generator):
         options: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> list[Answer]:
-        """The conversations of a batch are sent at the same time, each with the tools in its `options`."""
-        arguments = _to_openai(kwargs) | {"seed": seed}
+        """The conversations of a batch are sent at the same time, each with the tools and variables in its `options`.
+
+        Its variables replace those of the same names in `variables`.
+        """
+        arguments, given = _to_openai(kwargs) | {"seed": seed}, self._columns(options or [{}] * len(conversations))
         answers = [Answer("")] * len(conversations)
 
         def answer(i: int) -> None:
             try:
-                reply = self.ask(conversations[i], **arguments, **(options[i] if options else {}))
-                answers[i] = reply.answer
+                answers[i] = self.ask(conversations[i], **arguments, **given[i]).answer
             except RequestRefused as error:
                 answers[i] = Answer("", refused=str(error))
 
@@ -153,7 +156,7 @@ class Endpoint(Generator):
     ) -> list[list[Answer]]:
         """Answers are asked for with `n`. Those that the server leaves out or that are empty are asked for again, until
         two requests in a row have no text. An answer that is still missing is empty."""
-        arguments = _to_openai(kwargs)
+        arguments, columns = _to_openai(kwargs), self._columns(options or [{}] * len(conversations))
         answers: list[list[Answer]] = [[] for _ in conversations]
 
         def answer(i: int) -> None:
@@ -161,8 +164,7 @@ class Endpoint(Generator):
             try:
                 while (left := len(seeds[i]) - len(own)) and misses < 2:
                     given = {"seed": seeds[i][-left] + misses} | ({"n": left} if left > 1 else {})
-                    given |= options[i] if options else {}
-                    replies = self.ask_several(conversations[i], **arguments | given)
+                    replies = self.ask_several(conversations[i], **arguments | given | columns[i])
                     new = [reply.answer for reply in replies[:left] if reply.answer.strip()]
                     misses = 0 if new else misses + 1
                     own += new
@@ -172,6 +174,9 @@ class Endpoint(Generator):
 
         list(run_parallel(range(len(conversations)), answer, len(conversations)))
         return answers
+
+    def _columns(self, options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [template_columns({**self.variables, **own}) for own in options]
 
     def ask(self, messages: list[Message], **arguments: Any) -> Reply:
         """One reply, with the errors of `ask_several`."""
@@ -230,9 +235,9 @@ class Endpoint(Generator):
         has_system, fold = messages[0]["role"] == "system", self.supports_system is False
         most = min(arguments.get("max_tokens", 0), self.most_written)
         while True:
-            given = arguments | self.body | ({"max_tokens": most} if most else {})
+            given = arguments | ({"max_tokens": most} if most else {})
             sent = {new: value for name, value in given.items() if (new := self.renamed.get(name, name))}
-            body = {name: value for name, value in sent.items() if name in (*BODY_ARGUMENTS, *self.body)}
+            body = {name: value for name, value in sent.items() if name in (*BODY_ARGUMENTS, TEMPLATE_COLUMNS[1])}
             options = {name: value for name, value in sent.items() if name not in body}
             options |= {"extra_body": body} if body else {}
             try:

@@ -13,12 +13,13 @@ import numpy as np
 
 from helpers.core import Row, UserError, atomic_write, find_path
 from helpers.data.encode import not_rendered
+from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table
 from helpers.evaluation.generators import Generators
 from helpers.evaluation.judgments import AnswerSet, read_votes
-from helpers.evaluation.questions import Answer, Question, question_options
+from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.samples import Prompts, SampleStore, prompt_messages
 from helpers.evaluation.scores import Scored, rating_scores, read_given_judgments
 from helpers.runs.checkpoints import quoted, read_run
@@ -194,7 +195,7 @@ class PairSet:
 
     def _row(self, pair: Pair) -> Row:
         row: Row = {"question_id": pair.question["question_id"], "prompt": prompt_messages(pair.question)}
-        row |= question_options(pair.question)
+        row |= template_columns(row_template_options(pair.question))
         row |= {side: [self._message(getattr(pair, side).answer)] for side in ("chosen", "rejected")}
         scores = {f"score_{side}": getattr(pair, side).score for side in ("chosen", "rejected")}
         row |= {name: score for name, score in scores.items() if score is not None}

@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers.core import Row, UserError, find_path, fingerprint, printable, read_jsonl, short_path
 from helpers.data.files import decode, file_type, read_bytes
-from helpers.data.formats import MORE_COLUMNS, row_template_options
+from helpers.data.formats import MORE_COLUMNS, TEMPLATE_COLUMNS, row_template_options, template_columns
 from helpers.data.loading import DatasetSpec, load_rows
 from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text, to_messages, unusable
 
@@ -33,7 +33,7 @@ USED = (
     "reference",
     "system",
     "system_prompt",
-    "tools",
+    *TEMPLATE_COLUMNS,
 )  # columns that are read; others are kept as they are
 # How templates mark thoughts: DeepSeek, Qwen and many more; Magistral; Command A; Kimi; OpenThinker; Apertus; Gemma 4;
 # gpt-oss. A marker between backticks is only mentioned.
@@ -136,9 +136,7 @@ def _parse_row(row: Row, number: int) -> Question:
         question["reference"] = [_clean(text) for text in (reference if isinstance(reference, list) else [reference])]
     if system:
         question["system"] = _clean(system)
-    if tools := row_template_options({"tools": row.get("tools")}):
-        question |= tools
-    return question | rest
+    return question | template_columns(row_template_options(row)) | rest
 
 
 def _clean(text: object) -> str:
@@ -244,11 +242,6 @@ def question_turns(question: Question, with_tools: bool = True) -> list[str]:
     tools = f"(Tools: {json.dumps(question['tools'])})\n\n" if with_tools and question.get("tools") else ""
     system = f"(System prompt: {question['system']})\n\n" if question.get("system") else ""
     return [system + tools + first, *rest]
-
-
-def question_options(question: Question) -> dict[str, Any]:
-    """What the chat template is given for a question: its tools."""
-    return {"tools": question["tools"]} if question.get("tools") else {}
 
 
 class JudgePrompts:

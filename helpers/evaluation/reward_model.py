@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import Row, UserError, printable
+from helpers.data.formats import row_template_options
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.judgments import AnswerSet, pair_row, tie_row
-from helpers.evaluation.questions import NOTHING_ANSWERED, Question, question_options
+from helpers.evaluation.questions import NOTHING_ANSWERED, Question
 from helpers.models.adapters import display_name, load_adapter, read_pretrained
 from helpers.models.chat import TemplateOptions, fold_system_message, render, supports_system_role, tokenize
 from helpers.models.plan import plan_model, prepare_model
@@ -167,13 +168,13 @@ def judge_by_scores(
     if not matches:
         raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
     store = JsonlStore(file, lambda row: (row["model"], row["question_id"], row["turn"]))
-    tools = {q["question_id"]: question_options(q) for q in answers.questions}
+    options = {q["question_id"]: row_template_options(q) for q in answers.questions}
     talks = {(m, q["question_id"], t): _conversation(q, answers.answers[m][q["question_id"]][:t])
              for q, t, pair in matches for m in pair}  # fmt: skip
     missing = sorted(talks.keys() - store.rows.keys(), key=lambda key: (-len(str(talks[key])), str(key)))
     for start in tqdm(range(0, len(missing), reward.batch_size), desc=reward.name, unit="batch"):
         keys = missing[start : start + reward.batch_size]
-        scores = reward.score([talks[key] for key in keys], [tools[key[1]] for key in keys])
+        scores = reward.score([talks[key] for key in keys], [options[key[1]] for key in keys])
         scored = zip(keys, scores, strict=True)
         store.add(*({"model": m, "question_id": i, "turn": t, "score": score} for (m, i, t), score in scored))
     rows, judge, by_model = list[Row](), ["reward model", reward.name], defaultdict[str, list[float]](list)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, short_path
+from helpers.data.formats import row_template_options
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.generators import Generators
@@ -19,7 +20,6 @@ from helpers.evaluation.questions import (
     Question,
     answer_turns,
     find_input,
-    question_options,
     read_answer_files,
     read_bench,
     read_question_file,
@@ -139,7 +139,7 @@ def _leave_out(questions: list[Question], settings: Any, folder: Path | None) ->
     held_out, seen = {_key(question) for question in evaluated}, set[str]()
     kept, left_out = list[Question](), Counter[str]()
     for question in questions:
-        own = fingerprint(_key(question), question.get("system") or "", question_options(question))
+        own = fingerprint(_key(question), question.get("system") or "", row_template_options(question))
         if _key(question) in held_out:
             left_out["is in an evaluation set"] += 1
         elif own in seen:
@@ -277,7 +277,7 @@ class SampleStore(AnswerStore):
             [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
             for q in batch
         ]
-        options = [question_options(q) for q in batch]
+        options = [row_template_options(q) for q in batch]
         more = {"options": options} if any(options) else {}
         return generator.sample([prompt_messages(q) for q in batch], seeds, **kwargs, **more)
 

@@ -23,12 +23,13 @@ from helpers.core import (
     read_jsonl,
     short_path,
 )
+from helpers.data.formats import row_template_options
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
 from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
-from helpers.evaluation.questions import Answer, Question, question_options
+from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import OUTCOMES
 from helpers.evaluation.reward_model import RewardModel
 from helpers.evaluation.samples import VERDICTS, SampleStore, find_judgments, prompt_messages
@@ -266,6 +267,6 @@ def _reward_model(settings: Any) -> Scorer:
         talks: list[list[Message]] = [
             [*prompt_messages(q), {"role": "assistant", "content": str(a)}] for q, a in answers
         ]
-        return model.score(talks, [question_options(q) for q, _ in answers])
+        return model.score(talks, [row_template_options(q) for q, _ in answers])
 
     return Scorer(f"reward model {model.name}", settings, model.fingerprint, score)

@@ -207,6 +207,15 @@ def display_name(folder: Path | str) -> str:
     return cached[1].replace("--", "/") if cached else short_path(folder)
 
 
+def follows_longest_row(config: Any) -> bool:
+    """Whether rotary frequencies depend on the longest row of a forward (transformers, modeling_rope_utils.py), by a
+    config of transformers, or by config.json, which may be of an older version."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = {each.get("rope_type", each.get("type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return not kinds.isdisjoint({"dynamic", "longrope"})
+
+
 def save_model(trainer: Any, folder: Path) -> None:
     """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds.
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
-from helpers.models.plan import sharding_engine, zero_stage
+from helpers.models.adapters import follows_longest_row
+from helpers.models.plan import sharding_engine, uncut_reason, zero_stage
 from helpers.models.resolve import Start, check_positions, fetch_file, missing_weights
 from helpers.settings.fields import TrainSettings
 
@@ -155,13 +156,13 @@ class TrainingSpec:
         self.frozen_copy = trained_further and dpo  # of the adapter, as the reference
         self.reference = self.full and dpo and not values.get("precompute_ref_log_probs", False)
         is_shared = dpo and self.on_gpu and values.get("shared_prefix", "off") != "off"
+        is_shared = is_shared and not follows_longest_row(decoder.config)
         self.varlen = is_shared or "flash" in values["attn_implementation"]
         self.stage = zero_stage(values, engine)  # of ZeRO; FSDP shards like stage 3
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        losses, is_sharded = {*values.get("loss_type", ())}, engine or values.get("deepspeed") or values.get("fsdp")
-        is_cut = dpo and not is_sharded and not losses & {"aot", "aot_unpaired"}
+        is_cut = dpo and not uncut_reason(decoder.config, values)
         self.budget = values.get("tokens_per_microbatch", 0) if is_cut else 0  # auto; 0: a batch
-        is_pooled = self.budget and "sft" not in losses
+        is_pooled = self.budget and "sft" not in values.get("loss_type", ())
         self.pairs = self.batch * (int(values["gradient_accumulation_steps"]) if is_pooled else 1)
         self.pair = (2 if dpo else 1) * self.length  # tokens of a pair, or of a conversation
         self.tokens = self.pairs * self.pair  # at a time

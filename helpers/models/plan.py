@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, find_path, is_notebook, shorten
-from helpers.models.adapters import check_weights
+from helpers.models.adapters import check_weights, follows_longest_row
+from helpers.settings.fields import PAIR_LOSSES
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SELECTOR = "https://pytorch.org/get-started/locally/"
-CUDA_DRIVERS = {
-    13: 580,
-    12: 525,
-    11: 450,
-}  # major version of CUDA: of the oldest driver, on Linux (NVIDIA's CUDA notes)
+# Major version of CUDA: of the oldest driver, on Linux (NVIDIA's CUDA notes).
+CUDA_DRIVERS = {13: 580, 12: 525, 11: 450}
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -376,3 +374,23 @@ def zero_stage(values: Mapping[str, Any], engine: str) -> int:
     except (OSError, json.JSONDecodeError) as error:
         raise SettingsError(f"`--deepspeed {file}` cannot be read: {error}") from None
     return int(content.get("zero_optimization", {}).get("stage", 0))
+
+
+def uncut_reason(config: Any, given: Mapping[str, Any], has_virtual_tokens: bool = False) -> str:
+    """Why a batch cannot be computed in parts with the same gradient, or "". `given` are fields of DPOConfig."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    router = getattr(text, "router_aux_loss_coef", 0.0) if given.get("router_aux_loss_coef") is None else 1.0
+    losses, optimizer = given.get("loss_type") or (), getattr(given.get("optim"), "value", given.get("optim", ""))
+    uncut = [name for name in losses if name not in PAIR_LOSSES | {"sft"}]
+    is_sharded = given.get("deepspeed") or given.get("fsdp") or sharding_engine()
+    reasons = {
+        "DeepSpeed and FSDP need as many passes in every process": is_sharded,
+        "sequences are split over devices": given.get("parallelism_config") is not None,
+        f"the loss {', '.join(uncut)} compares all pairs of a batch": uncut,
+        "the loss sft cannot be weighted": "sft" in losses and given.get("use_weighting"),
+        "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
+        f"{optimizer} updates weights in the backward pass": re.search("lomo|layerwise", optimizer),
+        "rotary embeddings follow the longest row of a batch": follows_longest_row(text),
+        "the adapter puts virtual tokens before the prompt": has_virtual_tokens,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")

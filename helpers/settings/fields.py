@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal
 from helpers.core import SettingsError, fingerprint, is_notebook, shorten
 from helpers.settings import trl_fields
 
+# Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
+PAIR_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
+               "apo_down", "discopop", "sigmoid_norm"}  # fmt: skip
 SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What helpers.training.diagnose reports, in its order; "nan" ends every run.
 DIAGNOSTIC_NAMES = ("displacement", "runaway_margin", "saturated", "overfitting", "diverged", "entropy",

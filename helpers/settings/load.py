@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from helpers import core
 from helpers.core import (
     REPO,
+    CleanExit,
     SettingsError,
     add_user_paths,
     install_error_hook,
@@ -186,6 +187,8 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 def configure_kernel() -> None:
     """Reload edited helpers (`%autoreload 0` ends it), and fit tables next to JupyterLab's file browser.
 
+    Where nobody types (papermill, nbclient), a CleanExit is no error: the cells after it do nothing.
+
     It is done here, because VS Code reads jupyter.runStartupCommands from the user's own settings only.
     """
     from IPython import get_ipython
@@ -194,6 +197,17 @@ def configure_kernel() -> None:
     if shell.extension_manager.load_extension("autoreload") is None:  # not loaded before
         shell.run_line_magic("autoreload", "2")
     os.environ.setdefault("JUPYTER_COLUMNS", "100")  # the default of rich is 115
+
+    def end(shell: Any, kind: Any, error: CleanExit, trace: Any, tb_offset: Any = None) -> None:
+        show(str(error))
+        shell.input_transformers_post.append(lambda lines: [])
+
+    def clear(result: Any) -> None:  # ipykernel 7 replies with it after this
+        result.error_in_exec = None if isinstance(result.error_in_exec, CleanExit) else result.error_in_exec
+
+    if not getattr(shell.kernel, "_allow_stdin", True):
+        shell.set_custom_exc((CleanExit,), end)
+        shell.events.register("post_run_cell", clear)
 
 
 def run_setup_module(module: str) -> None:

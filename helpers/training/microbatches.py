@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -19,17 +18,13 @@ from peft import PeftModel
 
 from helpers.core import UserError
 from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
-from helpers.models.plan import sharding_engine
+from helpers.models.plan import uncut_reason
 from helpers.runs.run import Run
-from helpers.settings.fields import TrainSettings
+from helpers.settings.fields import PAIR_LOSSES, TrainSettings
 from helpers.training.prefix_sharing import PER_TOKEN, PairBatch
-from helpers.training.trainer import PrefixSharing, SharedPrefixDPOTrainer, follows_longest_row, is_out_of_memory
+from helpers.training.trainer import PrefixSharing, SharedPrefixDPOTrainer, is_out_of_memory
 
-# Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
-PAIR_LOSSES = {
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sigmoid_norm",
-}  # fmt: skip
+MORE_TOKENS = 1.1  # times as many as before: the memory is not the same
 
 
 class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
@@ -41,12 +36,14 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
     """
 
     def __init__(self, *, model: Any, args: Any, tokens_per_microbatch: int = 0, **kwargs: Any) -> None:
-        self._budget, self._run = tokens_per_microbatch, cast(Run | None, None)
+        self._budget = self._asked = tokens_per_microbatch
+        self._run: Run | None = None
         self._waiting: list[dict[str, Any]] = []  # batches of this optimizer step
         self._outputs: list[Any] | None = None  # of the policy, for each micro-batch, while gradients are computed
         self._is_inner = False  # within a micro-batch, or in what is computed of all of them
         self._references: dict[bytes, Any] = {}  # log-probabilities by evaluation batch
-        if self._budget and (reason := uncut_reason(model, args)):
+        is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        if self._budget and (reason := uncut_reason(model.config, vars(args), is_prompt)):
             self._budget = 0
             print(f"Micro-batches: off, because {reason}.")
         elif self._budget:
@@ -57,10 +54,13 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         super().__init__(model=model, args=args, **kwargs)
 
     def keep_budget(self, run: Run) -> None:
-        """Use the budget that `run` had before it was resumed, and record a smaller one."""
-        self._run, known = run, run.record.get("tokens_per_microbatch")
-        if known and known < self._budget:
-            print(f"--tokens_per_microbatch is {known:,}, as this run had it after a lack of memory.")
+        """Record a smaller budget that was enough in `run`, and use the one that is recorded. A number that the user
+        gives is used as it is, and so is what "auto" allows in more memory than before."""
+        self._run, record, given = run, run.record, run.record.get("settings") or {}
+        known, asked = (record.get(name, self._budget) for name in ("tokens_per_microbatch", "tokens_asked"))
+        is_same = given.get("tokens_per_microbatch", "auto") == "auto" and self._budget <= MORE_TOKENS * asked
+        if is_same and known < self._budget:
+            print(f"--tokens_per_microbatch is {known:,}, as after a lack of memory in this run. Set it to change it.")
             self._budget = known
 
     @property
@@ -68,25 +68,20 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         return self.sharing is not None and self.sharing.enabled
 
     def _shrink(self, tokens: int, batch: PairBatch, part: list[int]) -> None:
-        """Halve the budget after `part` did not fit into memory. Raises UserError if it is a pair that fails again."""
+        """Halve the budget after `part` did not fit into memory. A pair, which no budget makes smaller, is tried once
+        more: raises UserError if it fails again."""
         clear_device_cache(garbage_collection=True)
         if len(part) == 1 and part[0] in batch.failed:
             row = self._describe_row(batch.take(part)["input_ids"][0].tolist())
             raise UserError(f"{row}, of {tokens:,} tokens, is too large for the memory of this device. Lower "
                             "--max_length, or see `--dry_run` for what else makes it fit.")  # fmt: skip
-        batch.failed.update(part if len(part) == 1 else [])
-        self._set_budget(max(1, min(tokens, self._budget) // 2))
-        print(
-            f"Out of memory: a micro-batch of {tokens:,} tokens is computed again. --tokens_per_microbatch is "
-            f"{self._budget:,} from now on.",
-            flush=True,
-        )
-
-    def _set_budget(self, budget: int) -> None:
-        if budget != self._budget:
-            self._budget = budget
-            if self._run is not None:
-                self._run.save(tokens_per_microbatch=budget)
+        change = ""
+        if len(part) == 1:
+            batch.failed.update(part)
+        else:
+            self._budget = max(1, min(tokens, self._budget) // 2)
+            change = f" --tokens_per_microbatch is {self._budget:,} from now on."
+        print(f"Out of memory: a micro-batch of {tokens:,} tokens is computed again.{change}", flush=True)
 
     def _describe_row(self, ids: list[int]) -> str:
         """What to call the pair whose chosen row has these tokens."""
@@ -184,6 +179,8 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
             self._compute_all(lambda **_: batch.join(outputs), batch.inputs)
         if self.accelerator.num_processes > 1:
             self._average_gradients(model)
+        if self._run is not None and self._budget != self._run.record.get("tokens_per_microbatch", self._asked):
+            self._run.save(tokens_per_microbatch=self._budget, tokens_asked=self._asked)
         return loss
 
     def _accumulate(
@@ -268,7 +265,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
             works.append(torch.distributed.all_reduce(weight.grad, async_op=True))
         for work in works:
             work.wait()
-        self._set_budget(int(budget))
+        self._budget = int(budget)
 
 
 def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
@@ -289,25 +286,6 @@ def microbatch_tokens(settings: TrainSettings, model: Any) -> int:
     spec = TrainingSpec(values, settings.step, decoder)
     parts = memory_by_part(decoder, spec)  # weights and reference are loaded
     return largest_microbatch(decoder, spec, free + parts["weights"] + parts["reference"], least=1)
-
-
-def uncut_reason(model: Any, args: Any) -> str:
-    """Why a batch cannot be computed in parts with the same gradient, or ""."""
-    text = model.config.get_text_config()
-    router = getattr(text, "router_aux_loss_coef", 0.0) if args.router_aux_loss_coef is None else 1.0
-    uncut = [name for name in args.loss_type if name not in PAIR_LOSSES | {"sft"}]
-    reasons = {
-        "DeepSpeed and FSDP need as many passes in every process": args.deepspeed or args.fsdp or sharding_engine(),
-        "sequences are split over devices": args.parallelism_config is not None,
-        f"the loss {', '.join(uncut)} compares all pairs of a batch": uncut,
-        "the loss sft cannot be weighted": "sft" in args.loss_type and args.use_weighting,
-        "the model has an auxiliary loss over all tokens of a batch": hasattr(text, "output_router_logits") and router,
-        f"{args.optim.value} updates weights in the backward pass": re.search("lomo|layerwise", args.optim.value),
-        "rotary embeddings follow the longest row of a batch": follows_longest_row(model.config),
-        "the adapter puts virtual tokens before the prompt": isinstance(model, PeftModel)
-        and model.active_peft_config.is_prompt_learning,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from helpers.core import SettingsError, UserError, shorten
+from helpers.models.adapters import follows_longest_row
 from helpers.training.prefix_sharing import PACKED, PER_TOKEN, pack_pairs, register_attention
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
@@ -41,13 +42,6 @@ def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     known = "out of memory", "can't allocate memory", "alloc_failed"
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in known)
-
-
-def follows_longest_row(config: Any) -> bool:
-    """Whether rotary frequencies depend on the longest row of a forward (transformers, modeling_rope_utils.py)."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    return not kinds.isdisjoint({"dynamic", "longrope"})
 
 
 class TokenizedDPOTrainer(DPOTrainer):

@@ -135,7 +135,41 @@ def test_columns_that_are_not_read_are_named(chatml: Any) -> None:
         ({"prompt": "Why?", **PAIR, "history": "Who? Me."}, "a list as text that cannot be parsed"),
         ({"prompt": "Why?", **PAIR, "history": "3"}, "a number or a date, not text"),
         ({"prompt": "Why?", **PAIR, "system": ["Be kind."]}, "not text"),
-        ({"prompt": "Why?", **PAIR, "tools": "colour_of"}, "a list as text that cannot be parsed"),
+        *(
+            ({"prompt": "Why?", **PAIR, "tools": odd}, "tools that are not JSON objects")
+            for odd in ("colour_of", '[{"type": "function"', 5, ["colour_of"], [None])
+        ),
+        *(
+            ({"prompt": "Why?", **PAIR, "chat_template_kwargs": odd}, "chat_template_kwargs that are not JSON objects")
+            for odd in ("no thinking", "false", '["enable_thinking"]', '{"enable_thinking": fal', 5)
+        ),
+        (
+            {"prompt": "Why?", **PAIR, "chat_template_kwargs": '[{"a": 1}, {"b": 2}]'},
+            "chat_template_kwargs with more than one object",
+        ),
+        *(
+            (
+                {"prompt": "Why?", **PAIR, "chat_template_kwargs": {name: "x"}},
+                f"chat_template_kwargs with {name}, which is not a variable of a template",
+            )
+            for name in ("chat_template", "tools", "tokenize", "add_generation_prompt")
+        ),
+        *(
+            (
+                {"prompt": [user("Why?"), {**bot("So."), "tool_calls": odd}, user("And?")], **PAIR},
+                "tool_calls that are not JSON objects",
+            )
+            for odd in (5, "[{", ["colour_of(0)"], True)
+        ),
+        (
+            {"prompt": [{**user("Why?"), "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}], **PAIR},
+            "tool_calls of another role than the assistant",
+        ),
+        (
+            {"prompt": [{**user("Why?"), "thinking": "Hm."}], **PAIR},
+            "reasoning_content of another role than the assistant",
+        ),
+        ({"prompt": [user("Why?"), {**bot("So."), "reasoning_content": {"a": 1}}, user("And?")], **PAIR}, "not text"),
     ],
 )
 def test_what_cannot_be_trained_on_is_dropped_by_its_reason(row: dict[str, Any], reason: str, chatml: Any) -> None:
@@ -204,10 +238,29 @@ def test_tools_and_calls_are_rendered_where_the_template_has_them(chatml: Any) -
     assert "colour_of" in chatml.decode(good[0]["prompt_ids"])
 
 
-def test_one_tool_is_a_list_of_one(chatml: Any) -> None:
+def test_tools_and_calls_may_be_one_or_a_list_and_objects_or_text(chatml: Any) -> None:
     chatml.chat_template = TOOL_TEMPLATE
-    good, _ = prepare(chatml, [TOOL_ROW | {"tools": json.dumps(TOOLS[0])}])
-    assert good[0]["prompt_ids"] == prepare(chatml, [TOOL_ROW])[0][0]["prompt_ids"]
+    expected = prepare(chatml, [TOOL_ROW])[0][0]
+    for tools in (TOOLS[0], json.dumps(TOOLS), json.dumps(TOOLS[0]), [json.dumps(TOOLS[0])], str(TOOLS)):
+        for calls in (CALL[0], json.dumps(CALL), [json.dumps(CALL[0])]):
+            row = TOOL_ROW | {"tools": tools, "chosen": [user("Which?"), CALLING | {"tool_calls": calls}]}
+            good, report = prepare(chatml, [row])
+            assert report.kept == 1, report.as_dict()
+            for name in ("prompt_ids", "chosen_ids"):
+                assert good[0][name] == expected[name]
+
+
+def test_empty_tools_variables_calls_and_thoughts_are_none(chatml: Any) -> None:
+    chatml.chat_template = TOOL_TEMPLATE
+    expected = prepare(chatml, [{"prompt": "Why?", **PAIR}])[0][0]
+    for name in ("tools", "chat_template_kwargs"):
+        for empty in (None, "", [], "[]", "{}", "null"):
+            good, report = prepare(chatml, [{"prompt": "Why?", **PAIR, name: empty}])
+            assert good[0]["chosen_ids"] == expected["chosen_ids"]
+            assert dict(report.rendered_with) == {"{}": 1}
+    for name, nothing in (("tool_calls", []), ("tool_calls", ""), ("thinking", ""), ("reasoning_content", " ")):
+        row = {"prompt": "Why?", "chosen": [{**bot("Because."), name: nothing}], "rejected": [bot("No.")]}
+        assert dict(prepare(chatml, [row])[1].rendered_with) == {"{}": 1}, name
 
 
 def test_a_pair_of_equal_answers_in_a_row_of_several_is_counted(chatml: Any) -> None:
@@ -225,6 +278,12 @@ def test_thoughts_are_rendered_where_the_template_has_them(chatml: Any) -> None:
     chatml.chat_template = TOOL_TEMPLATE
     good, _ = prepare(chatml, [row], use_pairs=False)
     assert "(Let me see.)Yes." in chatml.decode([i for i in good[0]["labels"] if i != -100])
+    for key in ("reasoning", "thinking", "reasoning_content"):
+        thoughts: tuple[Any, ...] = ("Let me see.", ["Let me ", "see."], [{"type": "text", "text": "Let me see."}])
+        for thought in thoughts:
+            talk = [user("Why?"), {**bot("Yes."), key: thought}]
+            again, _ = prepare(chatml, [{"messages": talk}], use_pairs=False)
+            assert again[0]["labels"] == good[0]["labels"]
 
 
 def test_a_template_that_renders_the_prompt_differently_is_named_for_that(chatml: Any) -> None:

@@ -231,6 +231,24 @@ def test_micro_batches_are_as_large_as_the_memory_allows(monkeypatch: pytest.Mon
     assert suggest_changes(decoder, fixed | {"memory_gb": 16}, "dpo", 16 * GB)[0][0] == "--tokens_per_microbatch auto"
     assert TrainingSpec(fixed | {"tokens_per_microbatch": 0}, "dpo", decoder).tokens == 2 * 1512  # a batch
     assert TrainingSpec(fixed | {"loss_type": ("aot",)}, "dpo", decoder).tokens == 2 * 1512
+    for given in (
+        {"loss_type": ("sigmoid", "aot")}, {"loss_type": ("sigmoid", "sft"), "use_weighting": True},
+        {"optim": "lomo"}, {"optim": "adalomo"}, {"optim": "galore_adamw_8bit_layerwise"}, {"fsdp": "full_shard"},
+    ):  # fmt: skip
+        assert TrainingSpec(fixed | given, "dpo", decoder).tokens == 2 * 1512, given
+    for given in ({"optim": "galore_adamw_8bit"}, {"loss_type": ("ipo",)}):
+        assert TrainingSpec(fixed | given, "dpo", decoder).tokens == 8000, given
+    shared = fixed | {"shared_prefix": "auto"}
+    assert TrainingSpec(shared, "dpo", decoder).varlen
+    for rope in (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "longrope"}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    ):  # fmt: skip
+        own = read_decoder(MISTRAL_7B | rope)
+        assert TrainingSpec(shared, "dpo", own).tokens == 2 * 1512, rope
+        assert not TrainingSpec(shared, "dpo", own).varlen
+    own = read_decoder(MISTRAL_7B | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
+    assert TrainingSpec(shared, "dpo", own).tokens == 8000
     alone = memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))
     monkeypatch.setenv("WORLD_SIZE", "2")
     together = memory_by_part(decoder, TrainingSpec(fixed, "dpo", decoder))

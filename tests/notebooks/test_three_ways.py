@@ -205,6 +205,61 @@ def test_weights_and_biases_gets_rows_settings_samples_and_curves_and_no_token(
     assert not [name for name, token in milled.tokens.items() if token in milled.printed]
 
 
+CLEAN_END = """\
+import dataclasses
+import sys
+from typing import ClassVar
+sys.path.insert(0, {repo!r})
+from helpers.core import CleanExit
+from helpers.settings import RunSettings, load_settings
+
+@dataclasses.dataclass
+class Settings(RunSettings):
+    step: ClassVar[str] = "dpo"
+
+settings = load_settings(Settings, globals())
+print("one")
+----
+raise CleanExit("Dry run: nothing.") if {is_clean} else ValueError("two")
+print("two")
+----
+print("three")
+1 / 0
+"""
+
+
+@pytest.mark.parametrize("by", ["nbclient", "papermill"])
+def test_a_clean_end_of_a_notebook_that_nobody_types_into_is_no_error(by: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.ipynb", tmp_path / "out.ipynb"
+
+    def run(is_clean: bool) -> list[Any]:
+        texts = CLEAN_END.format(repo=str(REPO), is_clean=is_clean).split("----\n")
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        if by == "nbclient":
+            NotebookClient(notebook, timeout=60).execute()
+            return list(notebook.cells)
+        nbformat.write(notebook, source)
+        papermill.main([str(source), str(out), "--no-progress-bar"], standalone_mode=False)
+        return list(nbformat.read(out, as_version=4).cells)
+
+    outputs = [[(o["output_type"], o.get("text", "")) for o in cell.outputs] for cell in run(is_clean=True)]
+    assert outputs[0][-1][1].endswith("one\n")
+    assert outputs[1:] == [[("stream", "Dry run: nothing.\n")], []]
+    with pytest.raises(Exception, match="ValueError"):
+        run(is_clean=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["02_dpo.py", "04_vibes.py"])
+def test_a_dry_run_by_nbclient_is_no_error(name: str, project: Project, dpo_run: str) -> None:
+    given = DPO if name == "02_dpo.py" else {"models": [f"outputs/{dpo_run}"]}
+    notebook = execute_exported(project, name, given | {"dry_run": True})
+    text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", ()))
+    assert "Dry run: " in text
+    assert not any(o["output_type"] == "error" for cell in notebook.cells for o in cell.get("outputs", ()))
+
+
 @pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(project: Project, dpo_run: str) -> None:
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))] + ["--run_name", "killed"]

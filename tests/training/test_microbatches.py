@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,10 @@ from trl import DPOConfig
 
 from helpers.core import UserError
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder
+from helpers.models.plan import uncut_reason
 from helpers.runs.run import Run
-from helpers.training.microbatches import (
-    PAIR_LOSSES,
-    MicroBatchDPOTrainer,
-    PairBatch,
-    microbatch_tokens,
-    uncut_reason,
-)
+from helpers.settings.fields import PAIR_LOSSES
+from helpers.training.microbatches import MicroBatchDPOTrainer, PairBatch, microbatch_tokens
 from helpers.training.trainer import is_out_of_memory
 from tests.models.test_memory import QLORA
 from tests.training.pairs import VOCABULARY, adapter, build, exactly
@@ -202,7 +199,7 @@ def test_a_micro_batch_that_does_not_fit_is_computed_again(
             was_raised, number = failing.is_raised, number + 1
             found = capsys.readouterr().out
             assert found.count("Out of memory: a micro-batch of ") == was_raised
-            assert (trainer._budget == 100) != was_raised
+            assert (trainer._budget < 100) == ("--tokens_per_microbatch is" in found)  # not for a single pair
     assert number > 4
 
 
@@ -212,9 +209,11 @@ def test_a_pair_that_never_fits_ends_the_run_with_its_row(where: str, tokenizer:
     trainer._is_compared = True
     failing = Failing(trainer, where, 1)
     failing.is_due = lambda: True  # type: ignore[method-assign]
+    run = Run(tmp_path / "run", {"step": "dpo", "status": "running"})
+    trainer.keep_budget(run)
     with pytest.raises(UserError, match=r"^Row \d of the training pairs, of \d+ tokens, is too large for the memory"):
         trainer.train()
-    assert trainer._budget <= 100 // 4
+    assert "tokens_per_microbatch" not in run.record  # nothing was computed with a smaller one
 
 
 def test_parts_are_full_and_every_pair_is_in_one() -> None:
@@ -266,9 +265,40 @@ def test_a_smaller_budget_is_kept_in_the_run(tokenizer: Any, tmp_path: Path) -> 
     trainer.train()
     found = json.loads((tmp_path / "run" / "run.json").read_text())["tokens_per_microbatch"]
     assert 0 < found == trainer._budget < 100
-    resumed = trainer_of(tokenizer, tmp_path, 100, **STEPS)
+    # by --tokens_per_microbatch and its number of tokens: auto with much more memory, and a number, are taken
+    for given, tokens, expected in (
+        ("auto", 100, found), ("auto", 105, found), ("auto", 200, 200), ("auto", found - 1, found - 1), (100, 100, 100),
+        (found + 1, found + 1, found + 1), (10, 10, 10), (0, 0, 0),
+    ):  # fmt: skip
+        run.record["settings"] = {"tokens_per_microbatch": given}
+        resumed = trainer_of(tokenizer, tmp_path, tokens, **STEPS)
+        resumed.keep_budget(run)
+        assert resumed._budget == expected, (given, tokens)
+    run.record["settings"] = {"tokens_per_microbatch": 200}
+    resumed = trainer_of(tokenizer, tmp_path, 200, **STEPS | {"max_steps": 1})
     resumed.keep_budget(run)
-    assert resumed._budget == found
+    resumed.train()
+    assert run.record["tokens_per_microbatch"] == 200  # which was enough
+
+
+@pytest.mark.parametrize("where", ["policy", "reference"])
+def test_a_pair_that_fails_once_is_computed_again_and_leaves_the_budget(
+    where: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = STEPS | {"gradient_checkpointing": False, "max_steps": 1}
+    with exactly(torch.float64):
+        weights = train(trainer_of(tokenizer, tmp_path, 0, **given))
+        trainer = trainer_of(tokenizer, tmp_path, 50, **given)  # of pairs with 11 to 53 tokens
+        trainer._is_compared = True
+        run = Run(tmp_path / "run", {"step": "dpo", "status": "running"})
+        trainer.keep_budget(run)
+        failing, passes = Failing(trainer, where, 1), forwards(trainer)
+        check_weights(weights, train(trainer))
+    assert failing.is_raised
+    assert max(passes) in (46, 49, 53)
+    assert trainer._budget == 50
+    assert "tokens_per_microbatch" not in run.record
+    assert re.search(r"^Out of memory: a micro-batch of \d+ tokens is computed again\.$", capsys.readouterr().out, re.M)
 
 
 def test_what_needs_the_whole_batch_is_not_cut(
@@ -279,17 +309,17 @@ def test_what_needs_the_whole_batch_is_not_cut(
     check_equal(whole, cut)
     assert "Micro-batches: off, because the loss aot compares all pairs of a batch." in capsys.readouterr().out
     model, args = build(), DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    assert uncut_reason(model, args) == ""
+    assert uncut_reason(model.config, vars(args)) == ""
     for optimizer in ("adalomo", "galore_adamw_layerwise"):
         own = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", optim=optimizer)
-        assert uncut_reason(model, own) == f"{optimizer} updates weights in the backward pass"
+        assert uncut_reason(model.config, vars(own)) == f"{optimizer} updates weights in the backward pass"
     for kind in ("dynamic", "longrope"):
         model.config.rope_parameters = {"rope_type": kind}
-        assert uncut_reason(model, args) == "rotary embeddings follow the longest row of a batch"
+        assert uncut_reason(model.config, vars(args)) == "rotary embeddings follow the longest row of a batch"
     model.config.rope_parameters = {"full_attention": {"rope_type": "default"}}
-    assert uncut_reason(model, args) == ""
+    assert uncut_reason(model.config, vars(args)) == ""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert uncut_reason(model, args) == "DeepSpeed and FSDP need as many passes in every process"
+    assert uncut_reason(model.config, vars(args)) == "DeepSpeed and FSDP need as many passes in every process"
 
 
 @pytest.mark.parametrize(
