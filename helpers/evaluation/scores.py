@@ -287,9 +287,8 @@ def make_scorer(settings: Any, prompts: Prompts | None = None, second: str = "")
                             "--second_scorer.")  # fmt: skip
     if not highest or (second and not getattr(settings, second)):
         raise SettingsError(NO_SCORER if not second else f"--second_scorer {second} needs --{second}. Give it, too.")
-    counts = Counter(
-        i for rows in (prompts.answers if prompts else {}).values() for i in rows for _ in rows[i]["choices"]
-    )
+    given = prompts.answers if prompts else {}
+    counts = Counter(i for rows in given.values() for i, row in rows.items() for _ in row["choices"])
     if counts and max(counts.values()) < 2:
         raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
     scorer = _make(second or highest[0], settings)

@@ -135,7 +135,7 @@ def test_two_sources_of_verdicts_or_of_prompts_exclude_each_other(tmp_path: Path
 
 def test_pairing_is_for_ratings_and_a_recipe_may_have_more_than_is_used(tmp_path: Path) -> None:
     run = judged(tmp_path, "ab", {"a": [["x"], ["y"]], "b": [["z"], ["w"]]})
-    with pytest.raises(SettingsError, match="--pairing has no effect with --from_judgments. Remove it."):
+    with pytest.raises(SettingsError, match=r"--pairing has no effect with --from_judgments. Remove it."):
         made(tmp_path, "--from_judgments", str(run), "--pairing", "best_vs_random")
     recipe = tmp_path / "own.yaml"
     recipe.write_text(
@@ -155,7 +155,7 @@ def test_pairing_is_for_ratings_and_a_recipe_may_have_more_than_is_used(tmp_path
 
 def test_one_answer_to_each_question_is_refused_before_it_is_scored(tmp_path: Path) -> None:
     folder = write_answers(tmp_path / "given", {"a": [["x"], ["y"]], "b": [["z"], ["w"]]})
-    with pytest.raises(UserError, match="No question has two answers to compare. Give answers of two"):
+    with pytest.raises(UserError, match=r"No question has two answers to compare. Give answers of two"):
         made(tmp_path, "--answers_dir", str(folder), "--models", "a", "--judge_module", "none_such")
 
 
@@ -184,9 +184,11 @@ def test_errors_name_the_flags_of_06(tmp_path: Path) -> None:
     folder, judge = ("--answers_dir", vibes), ("--judge_model", "judge", "--judge_base_url")
     with pytest.raises(SettingsError, match=r"^--judge_base_url 'nothing' is not an address"):
         made(tmp_path, *folder, *judge, "nothing")
-    with judge_server(lambda messages: {"message": {"content": "Well"}, "finish_reason": "length"}) as server:
-        with pytest.raises(UserError, match=r"If it was cut off, raise --judge_max_new_tokens"):
-            made(tmp_path, *folder, *judge, server.url)
+    with (
+        judge_server(lambda messages: {"message": {"content": "Well"}, "finish_reason": "length"}) as server,
+        pytest.raises(UserError, match=r"If it was cut off, raise --judge_max_new_tokens"),
+    ):
+        made(tmp_path, *folder, *judge, server.url)
 
 
 def test_without_a_key_the_judges_flag_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
