@@ -191,7 +191,8 @@ class Generators:
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         given = template_variables(settings)
         body = {"chat_template_kwargs": given} if given else {}
-        self.endpoints = {model: Endpoint(model.base, model.base_url, body=body) for model in models if model.base_url}
+        flag = "--base_url" if getattr(settings, "base_url", "") else "--models"
+        self.endpoints = {m: Endpoint(m.base, m.base_url, body=body, flag=flag) for m in models if m.base_url}
         folders = {m.name: None if m.base_url else find_path(m.policy or m.adapter or m.base) for m in models}
         trained_with = {n: recorded_variables(lineage(folder)) if folder else {} for n, folder in folders.items()}
         self.variables = {name: variables | given for name, variables in trained_with.items()}

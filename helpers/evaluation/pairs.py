@@ -227,9 +227,6 @@ def make_pairs(
         pairs.answers += Counter({"in all": len(found), "empty": len(found) - len(candidates)})
         pairs.answers["cut off at --max_new_tokens"] += sum(c.answer.cut for c in candidates)
         pairs.answers["repeated"] += len(candidates) - len({c.text for c in candidates})
-        judged = {*scores, *(name for one, two, _ in decided for name in (one, two))}
-        if not_judged := sum(c.name not in judged for c in candidates):
-            pairs.answers["not judged"] += not_judged
         own: list[Pair] | str
         if len({c.text for c in candidates}) < 2:
             own = ONE_ANSWER if candidates else ALL_EMPTY if found else NO_ANSWER
@@ -237,6 +234,9 @@ def make_pairs(
             own = _pairs_of_scores(question, candidates, scored, prompts.sides, settings, draw, pairs.lost)
         else:
             own = _pairs_of_verdicts(question, candidates, decided, scored, prompts.sides, settings, pairs.lost)
+        judged = {*scores, *(name for *both, counts in decided if counts.keys() != {SAME_ANSWERS} for name in both)}
+        if own != ONE_ANSWER and (not_judged := sum(c.name not in judged for c in candidates)):
+            pairs.answers["not judged"] += not_judged
         if isinstance(own, str):
             pairs.dropped[own] += 1
         else:
@@ -346,6 +346,7 @@ def _pairs_of_verdicts(
     if pairs:
         lost.update(reasons)
         return pairs
+    del reasons[SAME_ANSWERS]  # others differ, and are not judged
     return reasons.most_common(1)[0][0] if reasons else UNJUDGED
 
 

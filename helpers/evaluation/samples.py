@@ -100,6 +100,8 @@ def find_prompts(settings: Any) -> Prompts:
     the runs of 04_vibes.py and its built-in ones: a model is not trained on what evaluates it. Raises UserError.
     """
     check_effects(settings)
+    if bool(settings.chosen_from) != bool(settings.rejected_from):
+        raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
     folder, page, answers, models = _find_folder(settings), "", dict[str, dict[str, Row]](), list[ModelRef]()
     if folder:
         page = str(read_run(folder).get("page") or "")
@@ -118,8 +120,6 @@ def find_prompts(settings: Any) -> Prompts:
             raise SettingsError(NO_PROMPTS)
         questions = read_questions(settings)
         sides = [settings.chosen_from, settings.rejected_from]
-        if any(sides) and not all(sides):
-            raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
         names = list(dict.fromkeys(sides if any(sides) else settings.models))
         models = [resolve_models((name,), settings.output_dir, settings.base_url)[-1] for name in names]
         used = [model.name for model in models]

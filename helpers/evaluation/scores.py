@@ -11,7 +11,7 @@ import math
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -157,17 +157,18 @@ class JudgeScorer(Scorer):
 
     def check(self, questions: list[Question]) -> None:
         """Check the key, the address, and the prompts of the judge."""
-        with _judge_flags():
-            Endpoint(self.settings.judge_model, self.settings.judge_base_url)
+        Endpoint(self.settings.judge_model, self.settings.judge_base_url, flag="--judge_base_url")
         answers = {name: {q["question_id"]: [name] for q in questions} for name in ("one", "two")}
         judge = self._judge(AnswerSet(questions, answers)) if questions else None
         for match in {match["prompt"]: match for match in judge.matches}.values() if judge else ():
             judge.messages(match)
 
     def score(self, answers: AnswerSet, run: Run) -> Scored:
-        with _judge_flags():
-            judgments = self._judge(answers).run(run)
+        judgments = self._judge(answers).run(run)
+        try:
             judgments.raise_if_incomplete()
+        except UserError as error:
+            raise UserError(str(error).replace("--max_new_tokens", "--judge_max_new_tokens")) from None
         return rating_scores(judgments) if self.settings.mode == "single" else _win_shares(judgments)
 
     def _judge(self, answers: AnswerSet) -> ModelJudge:
@@ -175,19 +176,6 @@ class JudgeScorer(Scorer):
         own = {"temperature": 0.0, "max_new_tokens": s.judge_max_new_tokens, "base_url": s.judge_base_url}
         given = SimpleNamespace(**s.values() | own | {"output_dir": s.output_dir, "bench_dir": "", "models": ()})
         return ModelJudge(given, answers, model_pairs(answers.answers, s.mode))
-
-
-@contextlib.contextmanager
-def _judge_flags() -> Iterator[None]:
-    """Errors inside name the judge's flags, which 05_judge.py calls otherwise."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        for flag in ("--base_url", "--max_new_tokens"):
-            message = message.replace(flag, flag.replace("--", "--judge_"))
-        error.args = (message,)
-        raise
 
 
 def rating_scores(judgments: Judgments) -> Scored:
@@ -275,6 +263,10 @@ def make_scorer(settings: Any, prompts: Prompts | None = None, second: str = "")
 
     `second` names the setting of a scorer instead.
     """
+    given = prompts.answers if prompts else {}
+    counts = Counter(i for rows in given.values() for i, row in rows.items() for _ in row["choices"])
+    if counts and max(counts.values()) < 2:
+        raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
     if any(getattr(settings, name) for name in VERDICTS):
         return GivenVerdicts(settings)
     highest = chosen_scorers(settings)
@@ -287,10 +279,6 @@ def make_scorer(settings: Any, prompts: Prompts | None = None, second: str = "")
                             "--second_scorer.")  # fmt: skip
     if not highest or (second and not getattr(settings, second)):
         raise SettingsError(NO_SCORER if not second else f"--second_scorer {second} needs --{second}. Give it, too.")
-    given = prompts.answers if prompts else {}
-    counts = Counter(i for rows in given.values() for i, row in rows.items() for _ in row["choices"])
-    if counts and max(counts.values()) < 2:
-        raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
     scorer = _make(second or highest[0], settings)
     scorer.check(prompts.questions if prompts else [])
     if settings.second_scorer and not second:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.core import SettingsError, UserError, read_jsonl
+from helpers.evaluation.generators import Generators
 from helpers.evaluation.pairs import make_pairs
 from helpers.evaluation.samples import find_prompts
 from helpers.evaluation.scores import make_scorer
@@ -77,6 +78,17 @@ def test_ratings_of_models_with_several_choices_are_those_of_their_first(tmp_pat
     pairs, _ = made(tmp_path, "--from_judgments", str(run))
     assert of(pairs) == [(0, "z 0", "x 0"), (1, "x 1", "z 1")]
     assert pairs.answers["not judged"] == 5
+
+
+def test_a_prompt_without_a_vote_is_not_one_whose_answers_are_the_same(tmp_path: Path) -> None:
+    judged(tmp_path, "a", {"m": [["x", "y", "x"], ["x", "y", "x"], ["z", "z", "z"]]})
+    names = ["m #1", "m #2", "m #3"]
+    votes = page_votes(tmp_path / "v.json", vote(0, "m #2") | {"order": names})
+    pairs, _ = made(tmp_path, "--from_votes", votes)
+    assert of(pairs) == [(0, "y", "x"), (0, "y", "x")]
+    assert pairs.dropped == {"has no verdict": 1, "all answers are the same": 1}
+    assert pairs.lost == {"the answers are the same": 1}
+    assert pairs.answers["not judged"] == 3
 
 
 def test_votes_on_prompts_and_models_that_are_left_out_are_left_out(tmp_path: Path) -> None:
@@ -157,6 +169,9 @@ def test_one_answer_to_each_question_is_refused_before_it_is_scored(tmp_path: Pa
     folder = write_answers(tmp_path / "given", {"a": [["x"], ["y"]], "b": [["z"], ["w"]]})
     with pytest.raises(UserError, match=r"No question has two answers to compare. Give answers of two"):
         made(tmp_path, "--answers_dir", str(folder), "--models", "a", "--judge_module", "none_such")
+    run = judged(tmp_path, "ab", {"a": [["x"], ["y"]], "b": [["z"], ["w"]]})
+    with pytest.raises(UserError, match="No question has two answers to compare"):
+        made(tmp_path, "--from_judgments", str(run), "--models", "b")
 
 
 # ---- Messages ----
@@ -193,6 +208,7 @@ def test_errors_name_the_flags_of_06(tmp_path: Path) -> None:
 
 def test_without_a_key_the_judges_flag_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "")
     with pytest.raises(UserError, match=r"'judge' at OpenAI needs a key: .* or --judge_base_url to an OpenAI-compat"):
         make_scorer(pairs_settings(tmp_path, "--prompts", "x", "--judge_model", "judge"))
 
@@ -355,3 +371,12 @@ def test_votes_on_a_page_of_06_lead_back_to_the_model_that_answered(
     ballot = vote(0, "m #2") | {"order": ["m #1", "m #2"]}
     votes = page_votes(tmp_path / "v.json", ballot)
     assert next_command(tmp_path, capsys, "--from_votes", votes, "--answers_dir", str(page)) == ("--model_id org/m", "")
+
+
+def test_an_address_is_named_by_what_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = pairs_settings(tmp_path, "--prompts", "x", "--models", "m@http:///v1")
+    with pytest.raises(SettingsError, match=r"^--models 'http:///v1' is not an address"):
+        Generators(find_prompts(settings).models, settings)
+    monkeypatch.setenv("OPENAI_BASE_URL", "elsewhere")
+    with pytest.raises(SettingsError, match=r"^OPENAI_BASE_URL 'elsewhere' is not an address"):
+        make_scorer(pairs_settings(tmp_path, "--prompts", "x", "--judge_model", "judge"))
