@@ -159,9 +159,10 @@ class JudgeScorer(Scorer):
         """Check the key, the address, and the prompts of the judge."""
         Endpoint(self.settings.judge_model, self.settings.judge_base_url, flag="--judge_base_url")
         answers = {name: {q["question_id"]: [name] for q in questions} for name in ("one", "two")}
-        judge = self._judge(AnswerSet(questions, answers)) if questions else None
-        for match in {match["prompt"]: match for match in judge.matches}.values() if judge else ():
-            judge.messages(match)
+        if questions:
+            judge = self._judge(AnswerSet(questions, answers))
+            for match in {match["prompt"]: match for match in judge.matches}.values():
+                judge.messages(match)
 
     def score(self, answers: AnswerSet, run: Run) -> Scored:
         judgments = self._judge(answers).run(run)
