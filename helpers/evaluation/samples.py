@@ -33,7 +33,7 @@ from helpers.runs.run import STEPS, Run, is_hub_id, list_runs
 
 VERDICTS = ("from_judgments", "from_votes")  # settings that name pairs which are decided already
 SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
-# Settings that are without effect if answers are given, and without a scorer of their own.
+# Settings that have no effect if answers are given, and if their scorer is not used.
 OF_SAMPLING = ("prompts", "prompts_file", "dataset_id", "dataset_split", "num_samples", "max_new_tokens", "temperature",
                "top_p", "base_url", "quantization", "chat_template", "chat_template_kwargs")  # fmt: skip
 OF_SCORERS = {
@@ -141,8 +141,8 @@ def find_prompts(settings: Any) -> Prompts:
 
 
 def check_effects(settings: Any) -> None:
-    """Raise SettingsError for settings that would have no effect. Those of a recipe or an environment may have none
-    beside a flag."""
+    """Raise SettingsError for settings that would have no effect. A recipe and the environment may have some that a
+    flag replaces."""
     verdicts = [name for name in VERDICTS if getattr(settings, name)]
     scorers = chosen_scorers(settings)
     if given := [name for name in ("answers_dir", *VERDICTS) if getattr(settings, name)]:
