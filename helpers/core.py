@@ -256,8 +256,9 @@ def import_user_module(name: str, setting: str) -> ModuleType:
     add_user_paths()
     try:
         return importlib.import_module(name)
-    except (ImportError, SyntaxError, ValueError) as error:  # ValueError: zeros in the file
-        raise SettingsError(f"--{setting} {name} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        kind = "" if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: "
+        raise SettingsError(f"--{setting} {name} cannot be imported: {kind}{error}") from None
 
 
 def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:

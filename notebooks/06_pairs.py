@@ -48,7 +48,11 @@ class Settings(RunSettings):
     """Sample answers to prompts, score them, and make preference pairs of the better and the worse ones."""
 
     step: ClassVar[str] = "pairs"  # start of the run's name, prefix of variables, section of a recipe
-    exclusive: ClassVar = (("models", "chosen_from"), ("prompts", "prompts_file", "dataset_id"))  # give only one
+    exclusive: ClassVar = (  # give only one
+        ("models", "chosen_from"),
+        ("prompts", "prompts_file", "dataset_id", "answers_dir"),
+        ("from_judgments", "from_votes"),
+    )
 
     models: tuple[str, ...] = ("latest",)  # who answers: as in 04; latest, latest-sft: the newest run of 02, of 01
     chosen_from: str = ""  # instead: the model of all chosen answers ...
@@ -113,7 +117,7 @@ from helpers.runs import resumable, start_run
 
 prompt_set = find_prompts(settings)
 generators = Generators(prompt_set.models, settings)
-scorer = make_scorer(settings)
+scorer = make_scorer(settings, prompt_set)
 show(prompt_set, generators, scorer)
 
 # %% [markdown]

@@ -95,7 +95,7 @@ class Endpoint(Generator):
 
     The key is OPENAI_API_KEY; your own server needs none. 429, 5xx, broken connections and `timeout` seconds of silence
     are tried `tries` times by openai's client, which honours a Retry-After of up to two minutes. `variables` of the
-    chat template are sent with every conversation that is answered.
+    chat template are sent with every conversation that is answered. `flag` is the one of the address, for errors.
     """
 
     def __init__(
@@ -105,15 +105,17 @@ class Endpoint(Generator):
         timeout: float = 120.0,
         tries: int = 6,
         variables: dict[str, Any] | None = None,
+        flag: str = "--base_url",
     ) -> None:
         from openai import OpenAI
 
         url, key = base_url or os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "")
         where = re.sub(r"//[^/@]*@", "//", url).partition("?")[0]  # without what may be a password
         if url and not re.fullmatch(r"https?://[^/@\s?]+(/[^@\s?]*)?", url):
-            raise SettingsError(f"--base_url {where!r} is not an address such as http://127.0.0.1:8000/v1")
+            flag = flag if base_url else "OPENAI_BASE_URL"
+            raise SettingsError(f"{flag} {where!r} is not an address such as http://127.0.0.1:8000/v1")
         if not url and not key:
-            fix = "set OPENAI_API_KEY in the environment or in .env, or --base_url to an OpenAI-compatible server"
+            fix = f"set OPENAI_API_KEY in the environment or in .env, or {flag} to an OpenAI-compatible server"
             raise UserError(f"{model!r} at OpenAI needs a key: {fix}")
         self.model, self.where, self.tries = model, where or "api.openai.com", tries
         self.variables = variables or {}

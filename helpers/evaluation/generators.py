@@ -192,7 +192,8 @@ class Generators:
         self.sampling = generation_kwargs(settings) if sampling is None else sampling
         self.remote_code = {"trust_remote_code": settings.trust_remote_code}
         given = template_variables(settings)
-        self.endpoints = {m: Endpoint(m.base, m.base_url, variables=given) for m in models if m.base_url}
+        flag = "--base_url" if getattr(settings, "base_url", "") else "--models"
+        self.endpoints = {m: Endpoint(m.base, m.base_url, variables=given, flag=flag) for m in models if m.base_url}
         folders = {m.name: None if m.base_url else find_path(m.policy or m.adapter or m.base) for m in models}
         trained_with = {n: recorded_variables(lineage(folder)) if folder else {} for n, folder in folders.items()}
         self.variables = {name: variables | given for name, variables in trained_with.items()}

@@ -312,7 +312,7 @@ class ModelJudge(Judge):
                 store.add(*of_call)
             refused = [row["refused"] for row in store.rows.values() if row.get("refused")]
             if refused and len(refused) == len(store.rows):
-                raise UserError(f"every call was refused: {refused[-1]} Give --retry_errors to ask again.")
+                raise UserError(f"every call was refused: {refused[-1].rstrip('.')}. Give --retry_errors to ask again.")
         print(self.describe_cost())
         failed = [
             store.rows[_call_key(m)] for m in self.matches if store.rows.get(_call_key(m), {}).get("winner") == "error"

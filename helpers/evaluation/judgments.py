@@ -250,29 +250,33 @@ def rating_row(judge: str, call: Row) -> Row:
     return row | {"model": call["models"][0], "judge": [judge, call["prompt"]], "score": score}
 
 
-def read_votes(files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = ()) -> list[Row]:
+def read_votes(
+    files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = (), flag: str = "--votes",
+    is_part: bool = False,
+) -> list[Row]:  # fmt: skip
     """Votes exported by the page of 04 as judgments of `pairs`, by default of all.
 
     A vote for the best of several beats each of the others. A person sees all answers at once: both calls of a row are
     that one vote. Identical answers tie for every person, also where the page asks for no vote. The newest export of a
     person counts, so that a vote that was undone stays undone. `files` may be globs, for shells that do not expand
-    them. Raises UserError for a file of another kind, or of another page or other models.
+    them. With `is_part`, votes on other questions and models than these are left out. Raises UserError for a file of
+    another kind, or of another page or other models.
     """
     exports: dict[tuple[str, str], dict[str, Any]] = {}
     for name in expand_files(files):
-        content = read_export(name)
+        content = read_export(name, flag)
         if answers.page and content["page"] != answers.page:
-            raise UserError(f"--votes {name!r} is of another page, with other answers: {content['page']}, not "
+            raise UserError(f"{flag} {name!r} is of another page, with other answers: {content['page']}, not "
                             f"{answers.page}")  # fmt: skip
         person = str(content.get("voter_id") or content.get("voter") or Path(str(find_path(name))).resolve())
         key = str(content["page"]), person
         if str(content.get("exported", "")) >= str(exports.get(key, {}).get("exported", "")):
             voter = content.get("voter") or content.get("voter_id") or f"voter {fingerprint(content)[:6]}"
-            exports[key] = content | {"file": name, "voter": str(voter)}
+            exports[key] = content | {"file": f"{flag} {name!r}", "voter": str(voter)}
     if not any(export["votes"] for export in exports.values()):
-        raise UserError(f"--votes {' '.join(files)} has no votes")
+        raise UserError(f"{flag} {' '.join(files)} has no votes")
     pairs = pairs or list(itertools.combinations(answers.answers, 2))
-    return [row for export in exports.values() for row in _vote_rows(export, answers, pairs)]
+    return [row for export in exports.values() for row in _vote_rows(export, answers, pairs, is_part)]
 
 
 def expand_files(names: Iterable[str]) -> list[str]:
@@ -281,48 +285,51 @@ def expand_files(names: Iterable[str]) -> list[str]:
     return [*itertools.chain(*found)]
 
 
-def _vote_rows(export: dict[str, Any], answers: AnswerSet, pairs: Sequence[tuple[str, ...]]) -> Iterator[Row]:
+def _vote_rows(export: Row, answers: AnswerSet, pairs: Sequence[tuple[str, ...]], is_part: bool) -> Iterator[Row]:
     known, votes = {str(q["question_id"]): q for q in answers.questions}, dict[str, Row]()
     for number, vote in enumerate(export["votes"], 1):
         i, order, winner = str(vote.get("question_id")), vote.get("order"), vote.get("winner")
-        fits = isinstance(order, list) and len(order) > 1 and {*map(str, order)} <= {*answers.answers}
-        if i not in known or not fits or winner not in (*order, "tie"):
-            raise UserError(f"--votes {export['file']!r}, vote {number}, is not on these questions and models: {vote}")
+        names = {*map(str, order)} if isinstance(order, list) else set()
+        fits = is_part or (i in known and names <= {*answers.answers})
+        if not fits or len(names) < 2 or winner not in (*order, "tie"):
+            raise UserError(f"{export['file']}, vote {number}, is not on these questions and models: {vote}")
         votes[i] = vote
     if len(votes) < len(export["votes"]):
-        print(printable(f"note: --votes {export['file']!r} repeats questions. The last vote on each counts."))
+        print(printable(f"note: {export['file']} repeats questions. The last vote on each counts."))
     for (i, question), pair in itertools.product(known.items(), pairs):
         vote, judge = votes.get(i, {"order": []}), ["human", export["voter"]]
         if answers.is_same(question["question_id"], pair):
             yield tie_row(question, 1, pair, judge)
-        elif {*pair} <= {*vote["order"]}:  # an answer that is the same as the best one wins with it
-            best = [vote["winner"], *(m for m in pair if vote["winner"] != "tie"
+        elif {*pair} <= {*map(str, vote["order"])}:  # an answer that is the same as the best one wins with it
+            best = [vote["winner"], *(m for m in pair if vote["winner"] in answers.answers
                                       and answers.is_same(question["question_id"], (m, vote["winner"])))]  # fmt: skip
             if winner := next((m for m in best if m in (*pair, "tie")), None):
-                yield pair_row(question, 1, pair, judge, [{"winner": winner}] * 2) | {
-                    "blind": bool(vote.get("blind", True))
-                }
+                row = pair_row(question, 1, pair, judge, [{"winner": winner}] * 2)
+                yield row | {"blind": bool(vote.get("blind", True))}
 
 
-def read_export(name: str) -> dict[str, Any]:
-    """The content of a file of votes. Raises UserError for a file of another kind."""
+def read_export(name: str, flag: str = "--votes") -> dict[str, Any]:
+    """The content of the file of votes that a flag names. Raises UserError for a file of another kind."""
     path = find_path(name)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if content["format"] == VOTES_FORMAT and content["page"] and all(isinstance(v, dict) for v in content["votes"]):
             return dict(content)
-    raise UserError(f"--votes {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
+    raise UserError(f"{flag} {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
 
 
 def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str = "--judgments") -> Judgments:
-    """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named.
+    """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named. The first row
+    tells which of them without `mode`.
 
     A repeated row counts once: the last. Raises UserError for rows of another kind, or of several judges.
     """
     rows = read_jsonl(find_input(flag, name))
+    kind = mode or ("single" if rows and "score" in rows[0] else "pairwise")
     for number, row in enumerate(rows, 1):
-        if not _is_judgment(row, mode):
-            raise UserError(f"{flag} {name!r}, line {number}, is not a row of model_judgment for --mode {mode}")
+        if not _is_judgment(row, kind):
+            needed = f"for --mode {mode}" if mode else "such as FastChat's and those of 05_judge.py"
+            raise UserError(f"{flag} {name!r}, line {number}, is not a row of model_judgment {needed}")
         row["judge"] = row["judge"] if isinstance(row["judge"], list) else [row["judge"]]
     judges = list(dict.fromkeys(str(row["judge"][0]) for row in rows))
     if len(judges) > 1:

@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from helpers.core import Row, UserError, atomic_write, find_path
+from helpers.core import Row, UserError, atomic_write, find_path, printable
 from helpers.data.encode import not_rendered
 from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
 from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.judgments import AnswerSet, read_votes
 from helpers.evaluation.questions import Answer, Question
-from helpers.evaluation.samples import Prompts, SampleStore, prompt_messages
-from helpers.evaluation.scores import Scored, rating_scores, read_given_judgments
+from helpers.evaluation.samples import Prompts, SampleStore, find_answering_model, prompt_messages
+from helpers.evaluation.scores import Scored
 from helpers.runs.checkpoints import quoted, read_run
-from helpers.runs.run import PAIR_FILES, Run
+from helpers.runs.run import PAIR_FILES, Run, is_hub_id
 
 THIRDS = ("short", "middle", "long")
 NO_ANSWER, ALL_EMPTY, ONE_ANSWER = "has no answer", "all answers are empty", "all answers are the same"
@@ -85,7 +84,7 @@ class PairSet:
         """Prompts with a pair."""
         return len({str(pair.question["question_id"]) for pair in self.pairs})
 
-    def measure(self, scored: Scored | None, asked: int) -> None:
+    def measure(self, scored: Scored, asked: int) -> None:
         """What to know before training on the pairs: see `notes`."""
         unequal = [p for p in self.pairs if len(p.chosen.text) != len(p.rejected.text)]
         longer = np.array([float(len(p.chosen.text) > len(p.rejected.text)) for p in unequal])
@@ -96,11 +95,11 @@ class PairSet:
         if len(longer):
             interval = statistics.mean_interval(longer, groups, seed=0)
             self.metrics |= {"longer_won": float(longer.mean()), "longer_won_interval": interval}
-        if scored and asked:
+        if scored.verdicts is None and asked:
             self.metrics["no_spread"] = sum(self.dropped[reason] for reason in NO_SPREAD) / asked
-        if scored and scored.consistency is not None:
+        if scored.consistency is not None:
             self.metrics["consistency"] = scored.consistency
-        if scored and scored.second:
+        if scored.second:
             self._compare(scored.second)
         self.metrics["by_length"] = self._by_length()
 
@@ -186,7 +185,10 @@ class PairSet:
 
     def print_next(self, settings: Any, prompts: Prompts, run: Run) -> None:
         """Print the commands that train the policy that answered on the pairs, and on the control."""
-        words = ["python notebooks/02_dpo.py", _policy_flag(settings, prompts), "--dataset_id"]
+        flag, note = _policy_flag(settings, prompts)
+        if note:
+            print(printable(f"note: {note}"))
+        words = ["python notebooks/02_dpo.py", flag, "--dataset_id"]
         more = ["--trust_remote_code"] if settings.trust_remote_code else []
         more += [f"--recipe {quoted(settings.recipe)}"] if settings.recipe else []
         if self.control:  # first: the newest run is where the next notebooks start
@@ -208,21 +210,19 @@ class PairSet:
 
 
 def make_pairs(
-    settings: Any, prompts: Prompts, samples: SampleStore, scored: Scored | None, generators: Generators
+    settings: Any, prompts: Prompts, samples: SampleStore, scored: Scored, generators: Generators
 ) -> PairSet:
-    """The pairs of scored answers, or without `scored` those of the verdicts that the settings name, and their report.
+    """The pairs of scored answers or of verdicts, and their report.
 
     Empty answers make no pair, and answers that were cut off are never chosen. The control has the same prompts, as
     often, and answers to them that are picked at random.
     """
     answers, models = samples.answer_set, {name: model for name, (model, _) in samples.names.items()}
-    verdicts: Verdicts = {}
-    if scored is None and (settings.from_votes or not (scored := _read_ratings(settings))):
-        scorer, verdicts = _read_verdicts(settings, answers)
-    pairs = PairSet(scored.scorer if scored else scorer, prompts.read, prompts.left_out.copy())
+    verdicts = _group_verdicts(scored.verdicts or [])
+    pairs = PairSet(scored.scorer, prompts.read, prompts.left_out.copy())
     for question in answers.questions:
         i, draw = question["question_id"], random.Random(f"{settings.seed} {question['turns'][0]}")
-        scores = scored.scores.get(i, {}) if scored else {}
+        scores, decided = scored.scores.get(i, {}), verdicts.get(str(i), [])
         found = [Candidate(n, models[n], own[i][0], scores.get(n)) for n, own in answers.answers.items() if i in own]
         candidates = [c for c in found if c.text.strip()]
         pairs.answers += Counter({"in all": len(found), "empty": len(found) - len(candidates)})
@@ -231,10 +231,13 @@ def make_pairs(
         own: list[Pair] | str
         if len({c.text for c in candidates}) < 2:
             own = ONE_ANSWER if candidates else ALL_EMPTY if found else NO_ANSWER
-        elif scored:
+        elif scored.verdicts is None:
             own = _pairs_of_scores(question, candidates, scored, prompts.sides, settings, draw, pairs.lost)
         else:
-            own = _pairs_of_verdicts(question, candidates, verdicts.get(str(i), []), pairs.scorer, pairs.lost)
+            own = _pairs_of_verdicts(question, candidates, decided, scored, prompts.sides, settings, pairs.lost)
+        judged = {*scores, *(name for *both, counts in decided if counts.keys() != {SAME_ANSWERS} for name in both)}
+        if own != ONE_ANSWER and (not_judged := sum(c.name not in judged for c in candidates)):
+            pairs.answers["not judged"] += not_judged
         if isinstance(own, str):
             pairs.dropped[own] += 1
         else:
@@ -295,22 +298,11 @@ def _random_pairs(question: Question, candidates: list[Candidate], draw: random.
 Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two samples, and how often each won
 
 
-def _read_ratings(settings: Any) -> Scored | None:
-    """Ratings of the first turns as scores; None if the judgments are comparisons."""
-    judgments = read_given_judgments(settings)
-    return rating_scores(judgments) if any("score" in row for row in judgments.rows) else None
-
-
-def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:
-    """Who decided, and the verdicts on each question: in a Counter, by the sample that won or the reason why none did.
+def _group_verdicts(rows: list[Row]) -> Verdicts:
+    """The verdicts on each question: in a Counter, by the sample that won or the reason why none did.
 
     A verdict on a later turn is left out: there the conversations differ, not only the answers.
     """
-    if settings.from_votes:
-        scorer, rows = "human", read_votes(settings.from_votes, answers)
-    else:
-        judgments = read_given_judgments(settings)
-        scorer, rows = judgments.judge, judgments.rows
     found: dict[str, dict[tuple[str, str], Counter[str]]] = {}
     for row in rows:
         names, calls = (row["model_1"], row["model_2"]), (row["g1_winner"], row["g2_winner"])
@@ -326,12 +318,12 @@ def _read_verdicts(settings: Any, answers: AnswerSet) -> tuple[str, Verdicts]:
         own = found.setdefault(str(row["question_id"]), {})
         pair = names if names[::-1] not in own else names[::-1]
         own.setdefault(pair, Counter())[str(won)] += 1
-    return scorer, {i: [(*pair, counts) for pair, counts in own.items()] for i, own in found.items()}
+    return {i: [(*pair, counts) for pair, counts in own.items()] for i, own in found.items()}
 
 
 def _pairs_of_verdicts(
-    question: Question, candidates: list[Candidate], verdicts: list[tuple[str, str, Counter[str]]], scorer: str,
-    lost: Counter[str],
+    question: Question, candidates: list[Candidate], verdicts: list[tuple[str, str, Counter[str]]], scored: Scored,
+    sides: tuple[str, str], settings: Any, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
     by_name, pairs, reasons = {c.name: c for c in candidates}, list[Pair](), Counter[str]()
@@ -346,26 +338,39 @@ def _pairs_of_verdicts(
             chosen, rejected = (dataclasses.replace(by_name[n], score=float(counts[n])) for n in (better, worse))
             if chosen.answer.cut:
                 reasons[NOT_ENDED] += 1
+            elif any(side not in ("", c.model) for side, c in zip(sides, (chosen, rejected), strict=True)):
+                reasons[NEVER_BETTER] += 1
+            elif _margin(chosen, rejected) < settings.min_score_margin:
+                reasons[MARGIN] += 1
             else:
-                pairs.append(Pair(question, chosen, rejected, scorer))
+                pairs.append(Pair(question, chosen, rejected, scored.scorer))
     if pairs:
         lost.update(reasons)
         return pairs
+    del reasons[SAME_ANSWERS]  # others differ, and are not judged
     return reasons.most_common(1)[0][0] if reasons else UNJUDGED
 
 
 # ---- The next round ----
 
 
-def _policy_flag(settings: Any, prompts: Prompts) -> str:
-    """How 02 starts from the model that answered; of several, from the last."""
-    if prompts.models:
-        model = prompts.models[-1]
-        name, is_model = model.adapter or model.base, not model.adapter
+def _policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
+    """How 02 starts from the model that answered (of several, from the last), and what to know if that is not known."""
+    name = prompts.names[-1]
+    model = prompts.models[-1] if prompts.models else None
+    if model:
+        place, is_served = model.adapter or model.base, bool(model.base_url)
     else:
-        folder = settings.output_dir / prompts.names[-1]
-        name, is_model = str(folder) if folder.is_dir() else UNKNOWN_MODEL, True
-    path = find_path(name)
+        place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
+    path = find_path(str(settings.output_dir / place)) or find_path(place)
     if path and read_run(path).get("step") in ("sft", "dpo"):
-        return f"--sft_run {quoted(path)}"
-    return f"--model_id {quoted(path or name) if is_model else UNKNOWN_MODEL}"
+        return f"--sft_run {quoted(path)}", ""
+    if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
+        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
+        return f"--model_id {UNKNOWN_MODEL}", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
+    if path and (path / "config.json").is_file():
+        return f"--model_id {quoted(path)}", ""
+    if place and not path and (is_hub_id(place) or not is_served):
+        return f"--model_id {quoted(place)}", ""
+    fix = f"Replace {UNKNOWN_MODEL} by its folder or Hub id, or give --sft_run and the folder of its run"
+    return f"--model_id {UNKNOWN_MODEL}", f"Where the weights of {name} are is not known. {fix}."

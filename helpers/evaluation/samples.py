@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,18 @@ from helpers.evaluation.questions import (
 )
 from helpers.models.resolve import ModelRef, resolve_models
 from helpers.runs.checkpoints import hash_files, read_run
-from helpers.runs.run import Run, list_runs
+from helpers.runs.run import STEPS, Run, is_hub_id, list_runs
 
 VERDICTS = ("from_judgments", "from_votes")  # settings that name pairs which are decided already
+SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
+# Settings that have no effect if answers are given, and if their scorer is not used.
+OF_SAMPLING = ("prompts", "prompts_file", "dataset_id", "dataset_split", "num_samples", "max_new_tokens", "temperature",
+               "top_p", "base_url", "quantization", "chat_template", "chat_template_kwargs")  # fmt: skip
+OF_SCORERS = {
+    "judge_model": ("mode", "judge_base_url", "judge_prompts", "judge_max_new_tokens", "max_concurrency", "timeout",
+                    "max_calls", "max_tokens", "input_price", "output_price", "retry_errors"),
+    "reward_model": ("reward_quantization",),
+}  # fmt: skip
 NO_PROMPTS = "no prompts are set. Give --prompts_file FILE, --dataset_id ID, or --answers_dir FOLDER with answers."
 
 
@@ -88,6 +99,9 @@ def find_prompts(settings: Any) -> Prompts:
     Prompts that are repeated are left out. So are those of --exclude and, unless their verdicts are asked for, those of
     the runs of 04_vibes.py and its built-in ones: a model is not trained on what evaluates it. Raises UserError.
     """
+    check_effects(settings)
+    if bool(settings.chosen_from) != bool(settings.rejected_from):
+        raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
     folder, page, answers, models = _find_folder(settings), "", dict[str, dict[str, Row]](), list[ModelRef]()
     if folder:
         page = str(read_run(folder).get("page") or "")
@@ -106,8 +120,6 @@ def find_prompts(settings: Any) -> Prompts:
             raise SettingsError(NO_PROMPTS)
         questions = read_questions(settings)
         sides = [settings.chosen_from, settings.rejected_from]
-        if any(sides) and not all(sides):
-            raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
         names = list(dict.fromkeys(sides if any(sides) else settings.models))
         models = [resolve_models((name,), settings.output_dir, settings.base_url)[-1] for name in names]
         used = [model.name for model in models]
@@ -122,10 +134,48 @@ def find_prompts(settings: Any) -> Prompts:
     if not kept:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise UserError(f"None of {len(questions)} prompts is left ({reasons}). Give other prompts.")
-    exports = [read_export(name) for name in expand_files(settings.from_votes)]
+    exports = [read_export(name, "--from_votes") for name in expand_files(settings.from_votes)]
     judged = hash_files([find_judgments(settings)]) if settings.from_judgments else ""
     verdicts = fingerprint(exports, judged) if exports or judged else ""
     return Prompts(kept, models, answers, (sides[0], sides[1]), len(questions), left_out, folder, page, verdicts)
+
+
+def check_effects(settings: Any) -> None:
+    """Raise SettingsError for settings that would have no effect. A recipe and the environment may have some that a
+    flag replaces."""
+    verdicts = [name for name in VERDICTS if getattr(settings, name)]
+    scorers = chosen_scorers(settings)
+    if given := [name for name in ("answers_dir", *VERDICTS) if getattr(settings, name)]:
+        refuse_without_effect(settings, OF_SAMPLING, *given)
+    if verdicts:
+        rest = itertools.chain(SCORERS, ("second_scorer", "second_rows"), *OF_SCORERS.values())
+        refuse_without_effect(settings, rest, *verdicts)
+    elif len(scorers) == 1:
+        for scorer, names in OF_SCORERS.items():
+            if scorer not in (*scorers, settings.second_scorer):
+                refuse_without_effect(settings, names, *scorers)
+        if scorers == ["vote_page"]:
+            refuse_without_effect(settings, ("pairing", "second_scorer"), *scorers)
+    if settings.from_votes:
+        refuse_without_effect(settings, ("pairing",), "from_votes")
+    if not settings.second_scorer:
+        refuse_without_effect(settings, ("second_rows",), *scorers, without="second_scorer")
+
+
+def chosen_scorers(settings: Any) -> list[str]:
+    """The settings of scorers, without the second scorer, in the highest layer that has any: one, if they are right."""
+    given = [name for name in SCORERS if getattr(settings, name) and name != settings.second_scorer]
+    return [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
+
+
+def refuse_without_effect(settings: Any, names: Iterable[str], *causes: str, without: str = "") -> None:
+    """Raise SettingsError for those of `names` that are set in the layer of the last of `causes`, or above it."""
+    rank = max(map(settings.layer, causes), default=0)
+    given = [n for n in names if getattr(settings, n) and settings.is_set(n) and settings.layer(n) >= rank]
+    if given:
+        cause = f"without --{without}" if without else f"with --{max(causes, key=settings.layer)}"
+        verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise SettingsError(f"--{' and --'.join(given)} {verb} no effect {cause}. Remove {them}.")
 
 
 def _leave_out(questions: list[Question], settings: Any, folder: Path | None) -> tuple[list[Question], Counter[str]]:
@@ -169,7 +219,7 @@ def _find_folder(settings: Any) -> Path | None:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
         return folder.resolve()
     if settings.from_votes and not name:
-        page = read_export(expand_files(settings.from_votes)[0])["page"]
+        page = read_export(expand_files(settings.from_votes)[0], "--from_votes")["page"]
         runs = [*list_runs(settings.output_dir, "vibes"), *list_runs(settings.output_dir, "pairs")]
         if found := [run.folder for run in runs if run.record.get("page") == page]:
             return found[0].resolve()
@@ -214,6 +264,30 @@ def _read_answers(folder: Path) -> tuple[list[Question], dict[str, dict[str, Row
             except UserError as error:
                 raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
     return read_bench(folder if (folder / "question.jsonl").is_file() else folder.parent), answers
+
+
+def find_answering_model(name: str, folder: Path, output_dir: Path) -> tuple[str, bool]:
+    """The folder or name of a model whose answers are in `folder`, as its run recorded it, and whether an endpoint
+    served it; "" if that is not known."""
+    record = read_run(folder)
+    given = record.get("settings") or {}
+    source = given.get("answers_dir") or "-"
+    inner = next((p for p in (output_dir / source, find_path(source)) if p and p.is_dir()), None)
+    if record.get("step") == "pairs" and inner and inner.resolve() != folder.resolve():
+        return find_answering_model(name, inner, output_dir)  # a page of 06 on the answers there
+    asked = [*given.get("models", ()), *(given.get(side) or "" for side in ("chosen_from", "rejected_from"))]
+    named = [(w.partition("@http")[0], "@http" in w or bool(given.get("base_url"))) for w in map(str, asked)]
+    places = dict.fromkeys([output_dir.resolve(), folder.resolve().parent])
+    runs = [run for place in places for step in STEPS for run in list_runs(place, step)]
+    runs += [Run(path, read_run(path)) for word, _ in named if (path := find_path(word))]
+    weights = (record.get("weights") or {}).get(name)
+    same = [run for run in runs if (run.record.get("fingerprint") == weights if weights else run.name == name)]
+    if found := sorted(same, key=lambda run: run.name != name):
+        return str(found[0].folder), False
+    named += [(str(record.get("base_model") or ""), False), (name if is_hub_id(name) else "", True)]
+    return next(
+        ((word, served) for word, served in named if word and name in (word, model_name(word, [name]))), ("", True)
+    )
 
 
 @dataclasses.dataclass

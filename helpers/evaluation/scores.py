@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import math
 import random
+import traceback
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +23,6 @@ from helpers.core import (
     fingerprint,
     import_user_module,
     printable,
-    read_jsonl,
     short_path,
 )
 from helpers.data.formats import row_template_options
@@ -28,15 +30,22 @@ from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.endpoint import Endpoint
 from helpers.evaluation.judges import ModelJudge
-from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
+from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments, read_votes
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import OUTCOMES
 from helpers.evaluation.reward_model import RewardModel
-from helpers.evaluation.samples import VERDICTS, SampleStore, find_judgments, prompt_messages
+from helpers.evaluation.samples import (
+    VERDICTS,
+    Prompts,
+    SampleStore,
+    chosen_scorers,
+    find_judgments,
+    prompt_messages,
+    refuse_without_effect,
+)
 from helpers.runs.checkpoints import quoted
 from helpers.runs.run import Run, list_runs
 
-SCORERS = ("judge_module", "reward_model", "judge_model", "vote_page")  # settings, the first of which scores
 CHUNK = 64  # answers that are scored and stored at a time
 NO_SCORER = (
     "nothing scores the answers. Give --judge_module MODULE, --reward_model MODEL or --judge_model NAME, or let people "
@@ -54,6 +63,7 @@ class Scored:
     bounds: tuple[float, float] | None = None  # the worst and the best score that there is
     consistency: float | None = None  # of a judge: share of comparisons whose two orders agree
     second: Scored | None = None  # another scorer's, of some of the prompts
+    verdicts: list[Row] | None = None  # instead of scores: comparisons of two samples, in rows of model_judgment
 
 
 class Scorer:
@@ -76,7 +86,10 @@ class Scorer:
 
         return Text(f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else ""))
 
-    def run(self, samples: SampleStore, run: Run) -> Scored | None:
+    def check(self, questions: list[Question]) -> None:
+        """Try to score, before anything is sampled. Raises SettingsError or UserError."""
+
+    def run(self, samples: SampleStore, run: Run) -> Scored:
         """Score all answers with a text, and those to some prompts with the second scorer."""
         found = samples.answer_set
         texts = {n: {i: own[i] for i in own if own[i][0].strip()} for n, own in found.answers.items()}
@@ -121,16 +134,50 @@ class Scorer:
         return Scored(self.name, scores, self.bounds if are_within else None)
 
 
+class RulesScorer(Scorer):
+    """Scores by a module's function."""
+
+    def check(self, questions: list[Question]) -> None:
+        """Score an answer to one question of each kind, by its fields."""
+        assert self.function
+        self.function([(q, Answer("x")) for q in {tuple(sorted(q)): q for q in questions}.values()])
+
+
+class _Fields(dict[str, Any]):
+    """A question whose missing fields raise MissingField: other errors of the rules are their own."""
+
+    class MissingField(KeyError):
+        pass
+
+    def __missing__(self, key: str) -> Any:
+        raise self.MissingField(key)
+
+
 class JudgeScorer(Scorer):
     """Scores by a model that rates answers from 1 to 10, or by the share of comparisons that an answer wins."""
 
+    def check(self, questions: list[Question]) -> None:
+        """Check the key, the address, and the prompts of the judge."""
+        Endpoint(self.settings.judge_model, self.settings.judge_base_url, flag="--judge_base_url")
+        answers = {name: {q["question_id"]: [name] for q in questions} for name in ("one", "two")}
+        if questions:
+            judge = self._judge(AnswerSet(questions, answers))
+            for match in {match["prompt"]: match for match in judge.matches}.values():
+                judge.messages(match)
+
     def score(self, answers: AnswerSet, run: Run) -> Scored:
-        s, mode = self.settings, self.settings.mode
+        judgments = self._judge(answers).run(run)
+        try:
+            judgments.raise_if_incomplete()
+        except UserError as error:
+            raise UserError(str(error).replace("--max_new_tokens", "--judge_max_new_tokens")) from None
+        return rating_scores(judgments) if self.settings.mode == "single" else _win_shares(judgments)
+
+    def _judge(self, answers: AnswerSet) -> ModelJudge:
+        s = self.settings
         own = {"temperature": 0.0, "max_new_tokens": s.judge_max_new_tokens, "base_url": s.judge_base_url}
         given = SimpleNamespace(**s.values() | own | {"output_dir": s.output_dir, "bench_dir": "", "models": ()})
-        judgments = ModelJudge(given, answers, model_pairs(answers.answers, mode)).run(run)
-        judgments.raise_if_incomplete()
-        return rating_scores(judgments) if mode == "single" else _win_shares(judgments)
+        return ModelJudge(given, answers, model_pairs(answers.answers, s.mode))
 
 
 def rating_scores(judgments: Judgments) -> Scored:
@@ -162,21 +209,44 @@ def _win_shares(judgments: Judgments) -> Scored:
 class GivenVerdicts(Scorer):
     """What a judge or people have decided before: nothing is scored."""
 
-    def run(self, samples: SampleStore, run: Run) -> Scored | None:
-        return None
+    def __init__(self, settings: Any) -> None:
+        """Read the judgments. Raises UserError, or SettingsError for settings that comparisons leave without effect."""
+        self.judgments: Judgments | None = None
+        if settings.from_judgments:
+            self.judgments = read_judgments(short_path(find_judgments(settings)), "", flag="--from_judgments")
+        self.is_rated = bool(self.judgments and "score" in self.judgments.rows[0])
+        if not self.is_rated:
+            refuse_without_effect(settings, ("pairing",), *(name for name in VERDICTS if getattr(settings, name)))
+        super().__init__("the verdicts that are given", settings)
 
-
-def read_given_judgments(settings: Any) -> Judgments:
-    """The judgments that --from_judgments names: ratings, or comparisons. Raises UserError."""
-    file = find_judgments(settings)
-    mode = "single" if "score" in next(iter(read_jsonl(file)), {}) else "pairwise"
-    return read_judgments(str(file), mode, flag="--from_judgments")
+    def run(self, samples: SampleStore, run: Run) -> Scored:
+        """Ratings of first turns as scores, or comparisons. Verdicts on a model are about its first sample."""
+        answers = samples.answer_set
+        firsts = {model: name for name, (model, k) in samples.names.items() if k == 0}
+        if self.judgments is None:
+            known = answers.answers | {model: answers.answers[name] for model, name in firsts.items()}
+            pairs = [pair for names in (answers.answers, firsts) for pair in itertools.combinations(names, 2)]
+            found = dataclasses.replace(answers, answers=known)
+            votes = read_votes(self.settings.from_votes, found, [*dict.fromkeys(pairs)], "--from_votes", is_part=True)
+            judgments = Judgments("human", votes)
+        else:
+            judgments = self.judgments
+        ids = {str(q["question_id"]): q["question_id"] for q in answers.questions}
+        rows = [
+            row | {key: firsts.get(row[key], row[key]) for key in ("model", "model_1", "model_2") if key in row}
+            | {"question_id": ids.get(str(row["question_id"]))} for row in judgments.rows
+        ]  # fmt: skip
+        judgments = dataclasses.replace(judgments, rows=rows)
+        if self.is_rated:
+            return rating_scores(judgments)
+        consistency = _win_shares(judgments).consistency if self.judgments else None
+        return Scored(judgments.judge, {}, consistency=consistency, verdicts=rows)
 
 
 class VotePage(Scorer):
     """People, who vote on a page for the best answer to each prompt."""
 
-    def run(self, samples: SampleStore, run: Run) -> Scored | None:
+    def run(self, samples: SampleStore, run: Run) -> Scored:
         """Write the page. Raises CleanExit: there are no pairs before the votes."""
         names = [*samples.names]
         sampling = {name: self.settings.values()[name] for name in ("temperature", "top_p", "num_samples")}
@@ -184,33 +254,37 @@ class VotePage(Scorer):
         run.save(status="interrupted", page=page)
         command = f"python notebooks/06_pairs.py --from_votes ~/Downloads/votes-{page}*.json"
         command += f" --answers_dir {quoted(run.folder)}" + " --control" * self.settings.control
+        margin = self.settings.min_score_margin
+        command += f" --min_score_margin {margin:g}" if margin else ""
         command += f" --recipe {quoted(self.settings.recipe)}" if self.settings.recipe else ""
         raise CleanExit(f"Vote on {short_path(run.folder / 'answers.html')} and export the votes.\nNext: {command}")
 
 
-def make_scorer(settings: Any, second: str = "") -> Scorer:
-    """The scorer that the settings name, checked before anything is sampled. Raises SettingsError.
+def make_scorer(settings: Any, prompts: Prompts | None = None, second: str = "") -> Scorer:
+    """The scorer that the settings name, tried on the prompts before anything is sampled. Raises SettingsError.
 
     `second` names the setting of a scorer instead.
     """
+    given = prompts.answers if prompts else {}
+    counts = Counter(i for rows in given.values() for i, row in rows.items() for _ in row["choices"])
+    if counts and max(counts.values()) < 2:
+        raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
     if any(getattr(settings, name) for name in VERDICTS):
-        if settings.from_judgments:
-            read_given_judgments(settings)  # before anything is written
-        return GivenVerdicts("the verdicts that are given", settings)
-    given = [name for name in SCORERS if getattr(settings, name) and name != settings.second_scorer]
-    if settings.second_scorer and not given and getattr(settings, settings.second_scorer) and not second:
+        return GivenVerdicts(settings)
+    highest = chosen_scorers(settings)
+    if settings.second_scorer and not highest and getattr(settings, settings.second_scorer) and not second:
         raise SettingsError(
             f"--second_scorer {settings.second_scorer} is the only scorer. Give another one to compare it with."
         )
-    highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
     if len(highest) > 1 and not second:
         raise SettingsError(f"--{' and --'.join(highest)} exclude each other. Give one, or name the other with "
                             "--second_scorer.")  # fmt: skip
-    if not given or (second and not getattr(settings, second)):
+    if not highest or (second and not getattr(settings, second)):
         raise SettingsError(NO_SCORER if not second else f"--second_scorer {second} needs --{second}. Give it, too.")
     scorer = _make(second or highest[0], settings)
+    scorer.check(prompts.questions if prompts else [])
     if settings.second_scorer and not second:
-        scorer.second = make_scorer(settings, settings.second_scorer)
+        scorer.second = make_scorer(settings, prompts, settings.second_scorer)
     return scorer
 
 
@@ -220,7 +294,6 @@ def _make(flag: str, settings: Any) -> Scorer:
     if flag == "reward_model":
         return _reward_model(settings)
     if flag == "judge_model":
-        Endpoint(settings.judge_model, settings.judge_base_url)  # its key and address
         return JudgeScorer(settings.judge_model, settings)
     return VotePage("people", settings)
 
@@ -228,18 +301,29 @@ def _make(flag: str, settings: Any) -> Scorer:
 def _rules(settings: Any) -> Scorer:
     module = settings.judge_module
     rules = import_user_module(module, "judge_module")
-    if not hasattr(rules, "score"):
+    if not callable(getattr(rules, "score", None)):
         raise SettingsError(f"--judge_module {module} is not a module with score(). Write one, as in recipes/demo.")
     source = hashlib.sha256(inspect.getsource(rules).encode()).hexdigest()[:16]
 
     def score(answers: list[tuple[Question, Answer]]) -> list[float]:
-        try:
-            return [_to_number(rules.score(str(a), {"prompt": q["turns"][0], **q}), module) for q, a in answers]
-        except KeyError as error:
-            raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Add it to the "
-                                "prompts, or use another scorer.") from None  # fmt: skip
+        numbers = []
+        for question, answer in answers:
+            try:
+                value = rules.score(str(answer), _Fields({"prompt": question["turns"][0], **question}))
+            except _Fields.MissingField as error:
+                raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Add it to the "
+                                    "prompts, or use another scorer.") from None  # fmt: skip
+            except Exception as error:
+                at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == rules.__file__]
+                where = f" in line {at[-1].lineno}" if at else ""
+                raise SettingsError(printable(
+                    f"--judge_module {module}: score() fails{where} on the answer {str(answer)[:60]!r} to question "
+                    f"{question['question_id']}: {type(error).__name__}: {error}. Correct the module."
+                )) from None  # fmt: skip
+            numbers.append(_to_number(value, module))
+        return numbers
 
-    return Scorer(f"rules {module}", settings, f"{module} {source}", score, (0.0, 1.0))
+    return RulesScorer(f"rules {module}", settings, f"{module} {source}", score, (0.0, 1.0))
 
 
 def _to_number(score: Any, module: str) -> float:

@@ -39,7 +39,8 @@ def score(answer, question):
 def made(folder: Path, *words: str, name: str = "pairs-x") -> tuple[PairSet, Run]:
     """What 06 does with existing answers, in the run `name`."""
     settings = pairs_settings(folder, *words)
-    prompts, scorer, run = find_prompts(settings), make_scorer(settings), Run(folder / "outputs" / name, {})
+    prompts, run = find_prompts(settings), Run(folder / "outputs" / name, {})
+    scorer = make_scorer(settings, prompts)
     samples = prompts.open_store(run.folder, settings)
     samples.take(prompts.answers)
     scored = scorer.run(samples, run)
@@ -372,7 +373,8 @@ def test_people_vote_on_a_page_of_samples(tmp_path: Path) -> None:
     prompts = find_prompts(settings)
     samples = prompts.open_store(tmp_path / "other", settings)
     samples.take(prompts.answers)
-    pairs = make_pairs(settings, prompts, samples=samples, scored=None, generators=NO_MODELS)
+    scored = make_scorer(settings).run(samples, Run(tmp_path / "other", {}))
+    pairs = make_pairs(settings, prompts, samples=samples, scored=scored, generators=NO_MODELS)
     assert of(pairs) == [(0, "two", "one"), (0, "two", "three")]
 
 
