@@ -139,12 +139,12 @@ show(results.figure(), save_as=judge_run.folder / "results.png")
 if (answers.folder / "answers.html").is_file():
     print(f"Page: {short_path(answers.folder / 'answers.html')}")
 print(f"Results: {short_path(judge_run.folder / 'results.png')}")
-runs = [path for name in answers.answers if (path := settings.output_dir / name).is_dir()]
-if runs:
+runs = [path for name in answers.answers or results.models if (path := settings.output_dir / name).is_dir()]
+if answers.answers and runs:
     scorer = f"--judge_model {quoted(settings.judge_model)}" if settings.judge_model else "--judge_module MODULE"
     source = f"--recipe {quoted(settings.recipe)}" if settings.recipe else f"--prompts_file OTHER_PROMPTS {scorer}"
     print(f"Another round: python notebooks/06_pairs.py --models {quoted(runs[-1])} {source}")
 if answers.answers:
     print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
-show_report(*(settings.output_dir / name for name in results.models))
+show_report(*runs)
 verdicts.raise_if_incomplete()

@@ -62,7 +62,7 @@ def test_a_judge_of_length_is_detected_on_models_of_equal_quality(tmp_path: Path
     assert abs(pair.length_controlled - 0.5) < 0.1
     (note,) = [note for note in pair.notes() if "longer answer" in note]
     assert note.startswith("100% of decided comparisons went to the longer answer. At equal lengths after would win ")
-    assert note.endswith("apart from length the two are equal.")
+    assert note.endswith("apart from length the two cannot be told apart.")
 
     texts["after"] = [text + "x" for text in texts["before"]]
     (pair,) = results_of(longest, tmp_path / "always" / "run", answers_worth({}, **texts)).pairs
