@@ -127,7 +127,7 @@ def draw_real() -> None:
     answers = AnswerStore(vibes.folder, read_bench(vibes.folder))
     console = Console(record=True, width=110, file=io.StringIO())
     before, after = vibes.record["models"][0], vibes.record["models"][-1]
-    console.print(answers.side_by_side([before, after], rows=5))
+    console.print(answers.side_by_side([before, after], rows=4))  # of several categories
     svg = console.export_svg(title="python notebooks/04_vibes.py --recipe recipes/real.yaml")
     fonts = r"@font-face \{.*?\}\s*"  # of rich's server: use the reader's own
     (PICTURES / "answers.svg").write_text(re.sub(fonts, "", svg, flags=re.DOTALL))

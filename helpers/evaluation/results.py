@@ -25,6 +25,7 @@ FEW = 10  # decided comparisons below which no share of them is worth a note
 # Decided comparisons between answers of different length below which the rate at equal lengths needs a warning: ten for
 # each of its two parameters (Peduzzi et al., 1996, J. Clin. Epidemiol. 49).
 LENGTH_NEEDS = 20
+BELOW = 0.4  # where the interval of a bar is drawn, in bars
 RATES = ("win_rate", "loss_rate", "win_rate_adjusted")
 METHOD = (
     "Rates are FastChat's: two orders that disagree are a tie, and in win_rate_adjusted a tie is half a win. Interval: "
@@ -228,7 +229,7 @@ class PairwiseResults:
         if len(self.pairs) == 1 and len(self.pairs[0].categories) > 1:
             bars |= self.pairs[0].categories
         title = f"{self.judge}; the dot counts a tie as half a win, its line is the 95% interval"
-        figure, axis = _bar_figure([*bars], title, [pair.interval for pair in self.pairs])
+        figure, axis = _bar_figure([*bars], title, [pair.interval for pair in self.pairs], BELOW)
         left = np.zeros(len(bars))
         for kind, colour, ink in (("win", BLUE, "white"), ("tie", LIGHT_GREY, "black"), ("loss", ORANGE, "white")):
             counts = [getattr(c, kind) for c in bars.values()]
@@ -237,7 +238,8 @@ class PairwiseResults:
             labels = [str(n) if share > 0.04 else "" for n, share in zip(counts, shares, strict=True)]
             axis.bar_label(drawn, labels, label_type="center", fontsize=9, color=ink)
             left += shares
-        axis.plot([c.win_rate_adjusted for c in bars.values()], range(len(bars)), "o", color="black", markersize=4)
+        places = np.arange(len(bars)) + BELOW
+        axis.plot([c.win_rate_adjusted for c in bars.values()], places, "o", color="black", markersize=4)
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1), xlabel="share of comparisons")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -327,8 +329,10 @@ def _average_ratings(rows: list[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _bar_figure(names: list[str], title: str, intervals: list[tuple[float, float]]) -> tuple[Figure, Any]:
-    """A figure for horizontal bars, the first name at the top, with the intervals of the first bars."""
+def _bar_figure(
+    names: list[str], title: str, intervals: list[tuple[float, float]], below: float = 0.0
+) -> tuple[Figure, Any]:
+    """Horizontal bars, the first name at the top. The intervals of the first bars are drawn `below` their middle."""
 
     figure: Figure = new_figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
     axis = figure.subplots()
@@ -337,7 +341,7 @@ def _bar_figure(names: list[str], title: str, intervals: list[tuple[float, float
     axis.invert_yaxis()
     figure.suptitle(title, fontsize=9)
     for y, ends in enumerate(intervals):
-        axis.plot(ends, (y, y), color="black", marker="|")
+        axis.plot(ends, (y + below, y + below), color="black", marker="|")
     return figure, axis
 
 
