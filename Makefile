@@ -11,8 +11,6 @@ TORCH := $(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch==2.13.0 
 # JupyterLab of this environment opens a .py file as a notebook
 LAB_DEFAULTS := $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 export CUDA_VISIBLE_DEVICES ?= 0
-# How long a thread waits for the others before it gives its core away: without it, work on a busy machine takes hours
-export GOMP_SPINCOUNT ?= 20000
 # Two processes run the tests, a file at a time; `make test WORKERS=0` runs them in one
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

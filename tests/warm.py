@@ -44,6 +44,7 @@ LIBRARIES = (
 HARMLESS = {
     "PYTHONPATH",
     "PYTORCH_ALLOC_CONF",
+    "GOMP_SPINCOUNT",  # read when torch is imported, but its processes have one thread here
     "COLUMNS",
     "HF_TOKEN",
     "OPENAI_API_KEY",

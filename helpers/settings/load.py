@@ -72,6 +72,8 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     silence_warnings()
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # long and short batches take turns
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait longer keep others' from running on a busy CPU
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     configure_kernel() if is_notebook() else silence_other_processes()
     if argv is None:
         argv = [] if is_notebook() else sys.argv[1:]

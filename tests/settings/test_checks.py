@@ -161,3 +161,16 @@ def test_memory_on_a_gpu_is_in_segments_that_grow(
         monkeypatch.setenv(name, "max_split_size_mb:64")
     load()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "20000"), ("passive", None)])
+def test_threads_that_wait_give_their_core_away_unless_the_user_has_decided(
+    given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(each, "")  # restored after the test
+        monkeypatch.delenv(each)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    load()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
