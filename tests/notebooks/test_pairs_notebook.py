@@ -166,7 +166,7 @@ def test_a_round_of_the_demo_beats_its_control(full_demo: tuple[Project, str]) -
         "control.jsonl", "preferences.jsonl",
     ]  # fmt: skip
     for command, name in zip(commands, ("control", "round"), strict=True):
-        project.run(*command, "--run_name", name)
+        project.run(*command, "--max_steps", "40", "--run_name", name)  # as recipes/demo.yaml says
     project.run("04_vibes.py", *demo, "--models", "outputs/control", "outputs/round", "--run_name", "answers")
     project.run("05_judge.py", *demo, "--answers_dir", "outputs/answers", "--run_name", "judged")
     pairs = {(p["baseline"], p["candidate"]): p for p in project.record("judged")["metrics"]["pairs"]}
