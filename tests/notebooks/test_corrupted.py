@@ -265,7 +265,7 @@ JSON_FILE = {name: fault for name, fault in JSON.items() if name != "mark"}
 TRAIN = ["02_dpo.py", "--model_id", "BASE", *SHORT, "--dataset_id"]
 JUDGE = ["05_judge.py", "--answers_dir", "WORLD/asked"]
 RULED = [*JUDGE, "--judge_module", "recipes.demo.questions"]
-PAIRS = ["06_pairs.py", "--judge_module", "recipes.demo.questions"]
+PAIRS = ["06_pairs.py", "--judge_module", "recipes.real"]
 # The command, the file that is broken, and its faults.
 OTHERS: list[tuple[list[str], str, dict[str, Callable[[bytes], bytes]]]] = [
     ([*TRAIN, "WORLD/pairs.jsonl"], "pairs.jsonl", LINES),

@@ -129,7 +129,7 @@ def test_a_second_round_has_the_first_in_its_lineage(project: Project, dpo_run: 
         ("helpers.evaluation.answers:JsonlStore.add", "2", 0),  # a batch of answers that is not stored
         ("helpers.evaluation.answers:JsonlStore.add", "3+", 0),
         ("helpers.evaluation.endpoint:Endpoint.ask", "4", 1),  # while the reply to the call before is being stored
-        ("helpers.evaluation.answers:JsonlStore.add", "12+", 0),  # a score that is stored
+        ("helpers.evaluation.answers:JsonlStore.add", "12+", 1),  # a score that is stored, with the next call under way
         ("helpers.core:atomic_write", "1", 0),
         ("helpers.evaluation.pairs:atomic_write", "1", 0),
     ],
