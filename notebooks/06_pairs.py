@@ -107,8 +107,8 @@ settings = load_settings(Settings, globals())
 # ## Prompts, models and scorer
 #
 # The model that answers is the policy that the next round trains. Prompts that the runs of 04 have answered are left
-# out: a model is not evaluated with what it was trained on. The scorer's name and key are checked before anything is
-# sampled.
+# out: a model is not evaluated with what it was trained on. Rules are tried, and a judge's name, key and prompts are
+# checked, before anything is sampled.
 
 # %%
 from helpers.core import show

@@ -184,8 +184,8 @@ class Judgments:
             "error" in (row.get("g1_winner"), row.get("g2_winner")) or row.get("score") == -1 for row in asked
         )
 
-    def raise_if_incomplete(self) -> None:
-        """Raise UserError if calls remain, or if no reply had a verdict."""
+    def raise_if_incomplete(self, limit: str = "--max_new_tokens") -> None:
+        """Raise UserError if calls remain, or if no reply had a verdict. `limit` is the flag that cuts replies off."""
         if self.remaining:
             raise UserError(f"{self.remaining:,} of {self.total:,} calls are left. Run the same command again to make "
                             "them (see --max_calls).")  # fmt: skip
@@ -193,7 +193,7 @@ class Judgments:
             first = next(row for row in self.rows if not row.get("identical"))
             reply = str(first.get("judgment") or first.get("g1_judgment") or first.get("error") or "")[:80]
             raise UserError(f"no reply had a verdict; is this model able to judge? One reply: {reply!r}. If it was cut "
-                            "off, raise --max_new_tokens. Give --retry_errors to ask again.")  # fmt: skip
+                            f"off, raise {limit}. Give --retry_errors to ask again.")  # fmt: skip
 
 
 def pair_row(question: Question, turn: int, models: Sequence[str], judge: list[str], calls: list[Row]) -> Row:

@@ -167,10 +167,7 @@ class JudgeScorer(Scorer):
 
     def score(self, answers: AnswerSet, run: Run) -> Scored:
         judgments = self._judge(answers).run(run)
-        try:
-            judgments.raise_if_incomplete()
-        except UserError as error:
-            raise UserError(str(error).replace("--max_new_tokens", "--judge_max_new_tokens")) from None
+        judgments.raise_if_incomplete("--judge_max_new_tokens")
         return rating_scores(judgments) if self.settings.mode == "single" else _win_shares(judgments)
 
     def _judge(self, answers: AnswerSet) -> ModelJudge:

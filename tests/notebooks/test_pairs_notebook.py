@@ -142,8 +142,12 @@ def test_killed_anywhere_it_ends_as_if_left_alone(
     own += ["--max_concurrency", "1"]  # of several calls at a time, those under way are lost
     done = stop(project, "06_pairs.py", target, count, signal.SIGKILL, *own)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    rows = [row for file in (project.root / killed).rglob("*.jsonl") for row in read_jsonl(file)]
+    stored = {row["user_prompt"] for row in rows if "user_prompt" in row}
     project.run("06_pairs.py", *own)
-    assert sum(n - 1 for n in judged(server).values()) <= again  # nothing that is stored is paid for twice
+    repeated = Counter({text: n - 1 for text, n in judged(server).items() if n > 1})
+    assert not stored & repeated.keys()  # nothing that is stored is paid for twice
+    assert repeated.total() <= again
     own[own.index("--output_dir") + 1] = str(project.root / alone)
     project.run("06_pairs.py", *own)
     for name in ("preferences.jsonl", "control.jsonl", "question.jsonl"):

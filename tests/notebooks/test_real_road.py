@@ -115,10 +115,13 @@ def take_the_road(project: Project, outputs: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_a_short_road_goes_from_pairs_to_verdicts(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> None:
+def test_a_short_road_from_pairs_to_verdicts_gives_the_same_numbers_twice(
+    tmp_path_factory: pytest.TempPathFactory, real_model: Path
+) -> None:
     project = Project(tmp_path_factory.mktemp("project"))
     shutil.copytree(real_model, project.root / smollm2.FOLDER)
-    first = take_the_road(project, "outputs/one")
+    first, second = (take_the_road(project, f"outputs/{name}") for name in ("one", "two"))
+    assert first == second
     assert len(first["preferences"]) >= 4
     asked, control = ([row["prompt"][0]["content"] for row in first[name]] for name in ("preferences", "control"))
     assert asked == control
