@@ -16,7 +16,6 @@ from helpers.evaluation.answers import JsonlStore, make_table
 from helpers.evaluation.generators import Generators, HFGenerator
 from helpers.evaluation.judgments import Judgments
 from helpers.evaluation.questions import find_input
-from helpers.evaluation.statistics import zero_event_upper_bound
 from helpers.models.hub_client import describe_error
 from helpers.models.resolve import resolve_models
 from helpers.runs.run import Run
@@ -138,7 +137,7 @@ def compare_right(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]
 
     n, better = len(before), sum(b < a for b, a in zip(before, after, strict=True))
     worse = sum(b > a for b, a in zip(before, after, strict=True))
-    bound = zero_event_upper_bound(n, 0.025)
+    bound = float(binomtest(0, n).proportion_ci(method="exact").high)
     low, high, p = -bound, bound, 1.0
     if changed := better + worse:
         test = binomtest(better, changed)

@@ -1,4 +1,4 @@
-"""What is judged, and judgments in FastChat's rows, from votes, rules and files; saved with a run."""
+"""What is judged, and judgments in FastChat's rows, from votes and files; saved with a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from helpers.core import (
     atomic_write,
     find_path,
     fingerprint,
-    import_user_module,
     printable,
     read_jsonl,
     short_path,
@@ -30,7 +29,6 @@ from helpers.core import (
 )
 from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
 from helpers.evaluation.questions import (
-    NOTHING_ANSWERED,
     Question,
     answer_turns,
     find_input,
@@ -42,7 +40,7 @@ from helpers.runs.checkpoints import load_record
 from helpers.runs.run import Run, find_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
-WINNERS = ("model_1", "model_2", "tie", "error")
+OUTCOMES = {"model_1": 0.0, "tie": 0.5, "model_2": 1.0}  # of a call, for the second model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +63,7 @@ class AnswerSet:
         for pair in pairs:
             lacking = [[m for m in pair if len(self.answers[m].get(q["question_id"], ())) < len(q["turns"])]
                        for q in self.questions]  # fmt: skip
-            counts = Counter(itertools.chain(*lacking))
-            if counts:
+            if counts := Counter(itertools.chain(*lacking)):
                 who = ", ".join(f"{model} lacks {count}" for model, count in counts.items())
                 notes.append(f"{' and '.join(pair)}: {sum(map(bool, lacking))} of {len(lacking)} questions are not "
                              f"judged, or not in all turns, because answers are missing: {who}.")  # fmt: skip
@@ -76,27 +73,23 @@ class AnswerSet:
         from rich.console import Group
 
         rows = [[own.get(q["question_id"]) for own in self.answers.values()] for q in self.questions]
-        answered = [f"{len(own)} of {len(rows)}" for own in self.answers.values()]
-        lengths = [[len(text) for turns in own.values() for text in turns] for own in self.answers.values()]
-        means = [f"{sum(own) / max(1, len(own)):.0f}" for own in lengths]
         marks = [count_marks(own) for own in self.answers.values()]
         shown = [mark for mark in MARKS if any(own[mark] for own in marks)]
-        same = sum(len(row) > 1 and row[0] is not None and row.count(row[0]) == len(row) for row in rows)
+        cells = []
+        for (name, own), counts in zip(self.answers.items(), marks, strict=True):
+            mean = sum(len(text) for turns in own.values() for text in turns) / max(1, sum(map(len, own.values())))
+            cells.append([name, f"{len(own)} of {len(rows)}", f"{mean:.0f}", *(counts[mark] for mark in shown)])
         notes = {
             "are not answered by every model and are not compared there": sum(None in row for row in rows),
-            "have identical answers, which are ties in a comparison: nobody is asked": same,
-        }
-        head = ["model", "questions answered", "mean characters per answer", *shown]
-        counts = [[own[mark] for own in marks] for mark in shown]
-        table = make_table(head, zip(self.answers, answered, means, *counts, strict=True))
+            "have identical answers, which are ties in a comparison: nobody is asked":
+                sum(len(row) > 1 and row[0] is not None and row.count(row[0]) == len(row) for row in rows),
+        }  # fmt: skip
+        table = make_table(["model", "questions answered", "mean characters per answer", *shown], cells)
         return Group(table, *(f"note: {count} questions {note}" for note, count in notes.items() if count))
 
 
 def find_answers(settings: Any) -> AnswerSet:
-    """The answers that the settings of 05_judge.py name, in the order in which models are compared. Raises UserError.
-
-    --answers_dir is a run of 04_vibes.py or a folder of model_answer files; --bench_dir one of FastChat's folders.
-    """
+    """The answers that the settings of 05_judge.py name, in the order of the comparison. Raises UserError."""
     if settings.bench:  # the models are asked themselves
         return AnswerSet([], {}, settings.output_dir)
     bench = find_input("--bench_dir", settings.bench_dir, "folder").resolve() if settings.bench_dir else None
@@ -107,32 +100,52 @@ def find_answers(settings: Any) -> AnswerSet:
         folder = bench
     elif settings.answers_dir == "latest":
         folder = find_run(settings.output_dir, "latest", "vibes").folder
-    elif not (folder := settings.output_dir / settings.answers_dir).is_dir():
-        folder = find_input("--answers_dir", settings.answers_dir, "folder").resolve()
-    if folder.name == "model_answer" and not (folder / "question.jsonl").is_file():
-        folder = folder.parent  # the run itself
+    else:
+        folder = answers_folder(settings)
+    questions, found = read_answers(folder, bench)
+    record = load_record(folder)
+    in_order = [name for name in record.get("models", []) if name in found]  # a model after the one it started from
+    names = choose_models([*filter(None, [settings.baseline]), *(settings.models or [*in_order, *found])], found)
+    if lost := [name for name in record.get("models", []) if name not in found]:
+        print(printable(f"note: {short_path(folder)} has no answers of {', '.join(lost)}"))
+    answers: ModelAnswers = {}
+    for name in names:
+        rows = [(q["question_id"], found[name].get(str(q["question_id"]))) for q in questions]
+        answers[name] = {i: turns for i, row in rows if row and (turns := answer_turns(row))}
+    print(printable(f"Answers: {short_path(folder)} ({', '.join(names)})"))
+    return AnswerSet(questions, answers, folder, record.get("page", ""))
+
+
+def answers_folder(settings: Any) -> Path:
+    """The run or folder that --answers_dir names; of a run's model_answer, the run itself. Raises UserError."""
+    folder: Path = settings.output_dir / settings.answers_dir
+    folder = folder if folder.is_dir() else find_input("--answers_dir", settings.answers_dir, "folder").resolve()
+    return folder.parent if folder.name == "model_answer" and not (folder / "question.jsonl").is_file() else folder
+
+
+def read_answers(folder: Path, bench: Path | None = None) -> tuple[list[Question], dict[str, dict[str, Row]]]:
+    """The questions of a folder in FastChat's layout, or of `bench`, and each model's rows by question_id as text.
+    Raises UserError."""
     place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
     found = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
     if not found:
-        raise UserError(f"{str(place)!r} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
-    questions = read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent))
-    record = load_record(folder)
-    in_order = [name for name in record.get("models", []) if name in found]  # a model after the one it started from
-    named = [*filter(None, [settings.baseline]), *(settings.models or [*in_order, *found])]
-    names = list(dict.fromkeys(model_name(name, found) for name in named))
-    if lost := [name for name in record.get("models", []) if name not in found]:
-        print(printable(f"note: {short_path(folder)} has no answers of {', '.join(lost)}"))
-    if unknown := [name for name in names if name not in found]:
-        raise SettingsError(f"there are no answers of {', '.join(unknown)}; there are of {', '.join(found)}")
-    answers: ModelAnswers = {}
-    for name in names:
+        raise UserError(f"{short_path(place)} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
+    for name, rows in found.items():
         try:
-            turns = {i: answer_turns(row) for i, row in found[name].items()}
+            for row in rows.values():
+                for index in range(len(row.get("choices") or [0])):
+                    answer_turns(row, index)
         except UserError as error:
             raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
-        answers[name] = {q["question_id"]: own for q in questions if (own := turns.get(str(q["question_id"])))}
-    print(printable(f"Answers: {short_path(folder)} ({', '.join(names)})"))
-    return AnswerSet(questions, answers, folder, record.get("page", ""))
+    return read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent)), found
+
+
+def choose_models(names: Iterable[str], found: Iterable[str]) -> list[str]:
+    """The models of `found` that names mean, each once. Raises SettingsError for a name that means none."""
+    chosen = list(dict.fromkeys(model_name(name, found) for name in names))
+    if lost := [name for name in chosen if name not in found]:
+        raise SettingsError(f"there are no answers of {', '.join(lost)}; there are of {', '.join(found)}")
+    return chosen
 
 
 def model_name(name: str, known: Iterable[str]) -> str:
@@ -196,11 +209,16 @@ class Judgments:
                             f"off, raise {limit}. Give --retry_errors to ask again.")  # fmt: skip
 
 
-def pair_row(question: Question, turn: int, models: Sequence[str], judge: list[str], calls: list[Row]) -> Row:
-    """A row of FastChat's pairwise judgments, of the two calls in which a pair was shown in both orders.
+def outcome_of(row: Row) -> float | None:
+    """1, 0.5 or 0 for the second model of a pair. Two calls that disagree are a tie; an error in either is an error,
+    None (FastChat, llm_judge/show_result.py)."""
+    calls = {row["g1_winner"], row["g2_winner"]}
+    return None if "error" in calls else OUTCOMES[calls.pop() if len(calls) == 1 else "tie"]
 
-    A row without a verdict has an "error", the reason, which is ours as "identical" is.
-    """
+
+def pair_row(question: Question, turn: int, models: Sequence[str], judge: list[str], calls: list[Row]) -> Row:
+    """A row of FastChat's pairwise judgments, of the two calls in which a pair was shown in both orders. "error", why
+    there is no verdict, is ours as "identical" is."""
     names = {models[0]: "model_1", models[1]: "model_2"}
     row: Row = {"question_id": question["question_id"], "model_1": models[0], "model_2": models[1]}
     row |= {f"g{i}_winner": names.get(call["winner"], call["winner"]) for i, call in enumerate(calls, 1)}
@@ -217,31 +235,6 @@ def tie_row(question: Question, turn: int, models: Sequence[str], judge: list[st
     return pair_row(question, turn, models, judge, [{"winner": "tie"}] * 2) | {"identical": True}
 
 
-def call_failure(call: Row) -> str:
-    """Why a call has no verdict: a kind, and after a colon what the server says."""
-    if call.get("refused"):
-        return f"refused by the server: {call['refused']}"
-    return "without a clear verdict" if call.get("finished", True) else "cut off before a verdict"
-
-
-def read_calls(file: Path) -> list[Row]:
-    """The calls with a verdict in another run's calls.jsonl, whose last line may be half written. A broken file is
-    printed and left out."""
-    try:
-        rows = read_jsonl(file, end=file.read_bytes().rfind(b"\n") + 1)
-    except (UserError, OSError) as error:
-        print(printable(f"note: calls in {short_path(file.parent)} are not used again: {error}"))
-        return []
-    known = [(row, row.get("models"), row.get("winner")) for row in rows]
-    return [row for row, m, won in known if isinstance(m, list) and (won in [*m, "tie"] or isinstance(won, float))]
-
-
-def describe_self_judging(judge: str, models: Iterable[str]) -> list[str]:
-    """A note if the judge is one of the models that it judges, by the last part of its name."""
-    own = [name for name in models if name.casefold() == model_name(judge.casefold(), [name.casefold()])]
-    return [f"{name} is judged by itself. Judges tend to prefer their own answers." for name in own]
-
-
 def rating_row(judge: str, call: Row) -> Row:
     """A row of FastChat's single judgments; a score of -1 is a reply without a rating."""
     row = {key: call[key] for key in ("question_id", "user_prompt", "judgment", "turn", "tstamp")}
@@ -250,39 +243,58 @@ def rating_row(judge: str, call: Row) -> Row:
     return row | {"model": call["models"][0], "judge": [judge, call["prompt"]], "score": score}
 
 
+def call_failure(call: Row) -> str:
+    """Why a call has no verdict: a kind, and after a colon what the server says."""
+    if call.get("refused"):
+        return f"refused by the server: {call['refused']}"
+    return "without a clear verdict" if call.get("finished", True) else "cut off before a verdict"
+
+
+def describe_self_judging(judge: str, models: Iterable[str]) -> list[str]:
+    """A note if the judge is one of the models that it judges, by the last part of its name."""
+    own = [name for name in models if name.casefold() == model_name(judge.casefold(), [name.casefold()])]
+    return [f"{name} is judged by itself. Judges tend to prefer their own answers." for name in own]
+
+
+def read_exports(names: Iterable[str], flag: str) -> dict[str, Row]:
+    """The content of each file of votes. Names may be globs, for shells that do not expand them. Raises UserError."""
+    found = [[name] if find_path(name) else sorted(glob.glob(os.path.expanduser(name))) or [name] for name in names]
+    exports: dict[str, Row] = {}
+    for name in itertools.chain(*found):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            content = json.loads((find_path(name) or Path(name)).read_text(encoding="utf-8"))
+            is_whole = all(isinstance(vote, dict) for vote in content["votes"])
+            if is_whole and content["page"] and content["format"] == VOTES_FORMAT:
+                exports[name] = content
+        if name not in exports:
+            raise UserError(f"{flag} {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
+    return exports
+
+
 def read_votes(
     files: tuple[str, ...], answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = (), flag: str = "--votes",
     is_part: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Votes exported by the page of 04 as judgments of `pairs`, by default of all.
+    """Votes exported by the page of 04 as judgments of `pairs`, by default of all. Raises UserError.
 
-    A vote for the best of several beats each of the others. A person sees all answers at once: both calls of a row are
-    that one vote. Identical answers tie for every person, also where the page asks for no vote. The newest export of a
-    person counts, so that a vote that was undone stays undone. `files` may be globs, for shells that do not expand
-    them. With `is_part`, votes on other questions and models than these are left out. Raises UserError for a file of
-    another kind, or of another page or other models.
+    A vote for the best of several beats each of the others, in both calls of a row. Identical answers tie for every
+    person. The newest export of a person counts, so that a vote that was undone stays undone. With `is_part`, votes on
+    other questions and models are left out.
     """
-    exports: dict[tuple[str, str], dict[str, Any]] = {}
-    for name in expand_files(files):
-        content = read_export(name, flag)
-        if answers.page and content["page"] != answers.page:
-            raise UserError(f"{flag} {name!r} is of another page, with other answers: {content['page']}, not "
+    newest: dict[tuple[str, str], Row] = {}
+    for name, export in read_exports(files, flag).items():
+        if answers.page and export["page"] != answers.page:
+            raise UserError(f"{flag} {name!r} is of another page, with other answers: {export['page']}, not "
                             f"{answers.page}")  # fmt: skip
-        person = str(content.get("voter_id") or content.get("voter") or Path(str(find_path(name))).resolve())
-        key = str(content["page"]), person
-        if str(content.get("exported", "")) >= str(exports.get(key, {}).get("exported", "")):
-            voter = content.get("voter") or content.get("voter_id") or f"voter {fingerprint(content)[:6]}"
-            exports[key] = content | {"file": f"{flag} {name!r}", "voter": str(voter)}
-    if not any(export["votes"] for export in exports.values()):
+        person = str(export.get("voter_id") or export.get("voter") or Path(str(find_path(name))).resolve())
+        key = str(export["page"]), person
+        if str(export.get("exported", "")) >= str(newest.get(key, {}).get("exported", "")):
+            voter = export.get("voter") or export.get("voter_id") or f"voter {fingerprint(export)[:6]}"
+            newest[key] = export | {"file": f"{flag} {name!r}", "voter": str(voter)}
+    if not any(export["votes"] for export in newest.values()):
         raise UserError(f"{flag} {' '.join(files)} has no votes")
     pairs = pairs or list(itertools.combinations(answers.answers, 2))
-    return [row for export in exports.values() for row in _vote_rows(export, answers, pairs, is_part)]
-
-
-def expand_files(names: Iterable[str]) -> list[str]:
-    """The files that names or globs mean; a name that means none stays as it is."""
-    found = [[name] if find_path(name) else sorted(glob.glob(os.path.expanduser(name))) or [name] for name in names]
-    return [*itertools.chain(*found)]
+    return [row for export in newest.values() for row in _vote_rows(export, answers, pairs, is_part)]
 
 
 def _vote_rows(export: Row, answers: AnswerSet, pairs: Sequence[tuple[str, ...]], is_part: bool) -> Iterator[Row]:
@@ -308,22 +320,9 @@ def _vote_rows(export: Row, answers: AnswerSet, pairs: Sequence[tuple[str, ...]]
                 yield row | {"blind": bool(vote.get("blind", True))}
 
 
-def read_export(name: str, flag: str = "--votes") -> dict[str, Any]:
-    """The content of the file of votes that a flag names. Raises UserError for a file of another kind."""
-    path = find_path(name)
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        content: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        if content["format"] == VOTES_FORMAT and content["page"] and all(isinstance(v, dict) for v in content["votes"]):
-            return dict(content)
-    raise UserError(f"{flag} {name!r} is not a file of votes. Export one from the page of 04_vibes.py.")
-
-
 def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str = "--judgments") -> Judgments:
-    """The rows of a FastChat file of pairwise or single judgments, of `models` only if any are named. The first row
-    tells which of them without `mode`.
-
-    A repeated row counts once: the last. Raises UserError for rows of another kind, or of several judges.
-    """
+    """The rows of a FastChat file of judgments, of `models` only if any are named; of repeated rows the last. Without
+    `mode`, the first row tells whether they are pairwise or single. Raises UserError."""
     rows = read_jsonl(find_input(flag, name))
     kind = mode or ("single" if rows and "score" in rows[0] else "pairwise")
     for number, row in enumerate(rows, 1):
@@ -339,7 +338,8 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str
         rows = [row for row in rows if {*_models_of(row)} <= {model_name(name, known) for name in models}]
     if not rows:
         raise UserError(f"{flag} {name!r} has no judgments of {' and '.join(models) or 'any model'}")
-    unique = {_comparison_key(row): row for row in rows}
+    # what a row is about: a question's turn, one or two models, a judge and its prompt
+    unique = {(str(r["question_id"]), r["turn"], *sorted(_models_of(r)), *map(str, r["judge"])): r for r in rows}
     notes = []
     if repeated := len(rows) - len(unique):
         notes = [f"{repeated} of {len(rows)} rows of judgments are repeated. Each comparison is counted once, by its "
@@ -347,11 +347,6 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str
         print("note:", notes[0])
     print(printable(f"Judged by {judges[0]}: {', '.join(dict.fromkeys(m for row in rows for m in _models_of(row)))}"))
     return Judgments(judges[0], list(unique.values()), notes=notes)
-
-
-def _comparison_key(row: Row) -> tuple[str, ...]:
-    """What a row of judgments is about: a question's turn, one or two models, a judge and its prompt."""
-    return str(row["question_id"]), str(row["turn"]), *sorted(_models_of(row)), *map(str, row["judge"])
 
 
 def _models_of(row: Row) -> list[str]:
@@ -363,38 +358,36 @@ def _is_judgment(row: Row, mode: str) -> bool:
     kinds |= {"model": str, "score": int | float} if mode == "single" else {"model_1": str, "model_2": str}
     if not all(isinstance(row.get(key), kind) for key, kind in kinds.items()) or not row["judge"]:
         return False
-    is_pair = row.get("model_1") != row.get("model_2") and row.get("g1_winner") in WINNERS
-    return mode == "single" or (is_pair and row.get("g2_winner") in WINNERS)
+    winners = row.get("g1_winner"), row.get("g2_winner")
+    is_pair = row.get("model_1") != row.get("model_2") and all(winner in (*OUTCOMES, "error") for winner in winners)
+    return mode == "single" or is_pair
 
 
-def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> Judgments:
-    """Judge by `module`: compare(first, second, question) is "win", "tie" or "loss" for the second; in both orders.
+class Judge:
+    """A judge that makes no call: people's votes, rules, or a file. `fingerprint` names what is judged."""
 
-    The scores are the shares of a model's answers for which each field of the module's score(answer, question) is true.
-    Raises SettingsError if there is no such module, or if it needs a field that the questions lack.
-    """
-    rules = import_user_module(module, "judge_module")
-    if not (hasattr(rules, "score") and hasattr(rules, "compare")):
-        raise SettingsError(f"--judge_module {module} is not a module with score() and compare()")
-    rows, scores = [], {}
-    asked = [{"prompt": question["turns"][0], **question} for question in answers.questions]
-    texts = {model: {i: turns[0] for i, turns in by_id.items()} for model, by_id in answers.answers.items()}
-    try:
-        for question, (one, two) in itertools.product(asked, pairs):
-            first, second = (texts[model].get(question["question_id"]) for model in (one, two))
-            if answers.is_same(question["question_id"], (one, two), 1):
-                rows.append(tie_row(question, 1, (one, two), ["rules", module]))
-            elif first is not None and second is not None:
-                verdicts = rules.compare(first, second, question), rules.compare(second, first, question)
-                winners = {"win": two, "loss": one}.get(verdicts[0]), {"win": one, "loss": two}.get(verdicts[1])
-                calls = [{"winner": winner or "tie"} for winner in winners]
-                rows.append(pair_row(question, 1, (one, two), ["rules", module], calls))
-        for model, own in texts.items():
-            each = [dataclasses.asdict(rules.score(own[i], q)) for q in asked if (i := q["question_id"]) in own]
-            scores[model] = {name: sum(s[name] for s in each) / len(each) for name in each[0]} if each else {}
-    except KeyError as error:
-        raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Without it, judge with "
-                            "--votes FILE or --judge_model NAME.") from None  # fmt: skip
-    if not rows:
-        raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
-    return Judgments(f"rules {module}", rows, scores)
+    def __init__(
+        self, judgments: Judgments, answers: AnswerSet, pairs: Sequence[tuple[str, ...]] = (), *prompts: Any
+    ) -> None:
+        self.name, self.judgments, self.answers = judgments.judge, judgments, answers
+        judgments.notes += answers.unanswered(pairs)
+        timeless = [{key: value for key, value in row.items() if key != "tstamp"} for row in judgments.rows]
+        texts = [[name, *([str(i), turns] for i, turns in own.items())] for name, own in answers.answers.items()]
+        order: list[Any] = sorted(pairs) or [*answers.answers]  # which model of a pair is the baseline
+        self.fingerprint = fingerprint(answers.questions, sorted(texts), order, prompts, *sorted(map(str, timeless)))
+
+    def preview(self) -> str:
+        """What `run` would do, and what to know before."""
+        notes = [*self.judgments.notes, *describe_self_judging(self.name, self.answers.answers)]
+        return "\n".join([*self._preview(), *notes])
+
+    def _preview(self) -> list[str]:
+        ties = sum(row.get("identical", False) for row in self.judgments.rows)
+        lines = [f"{len(self.judgments.rows):,} judgments by {self.name}, without a call."]
+        return lines + [f"{ties:,} of them are ties, because the answers are the same."] * bool(ties)
+
+    def run(self, run: Run) -> Judgments:
+        """All judgments; what costs time is stored in the run's folder as it completes."""
+        if not run.finished:
+            run.save(answers_dir=short_path(self.answers.folder))
+        return self.judgments

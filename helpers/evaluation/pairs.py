@@ -1,4 +1,4 @@
-"""Preference pairs of scored answers, or of verdicts: which are made, what they teach, and a control."""
+"""The choice of a scorer, and preference pairs of scored answers or of verdicts: what they teach, and a control."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from helpers.core import Row, UserError, atomic_write, find_path, printable
+from helpers.core import CleanExit, Row, SettingsError, UserError, atomic_write, find_path, printable, short_path
 from helpers.data.encode import not_rendered
 from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
-from helpers.evaluation import statistics
 from helpers.evaluation.answers import make_table
 from helpers.evaluation.generators import Generators
+from helpers.evaluation.judges import JudgeScorer, Scored, Scorer, reward_scorer, rules_scorer
 from helpers.evaluation.questions import Answer, Question
-from helpers.evaluation.samples import Prompts, SampleStore, find_answering_model, prompt_messages
-from helpers.evaluation.scores import Scored
+from helpers.evaluation.results import mean_interval
+from helpers.evaluation.samples import (
+    VERDICTS,
+    GivenVerdicts,
+    Prompts,
+    SampleStore,
+    chosen_scorers,
+    find_answering_model,
+)
+from helpers.evaluation.verdicts import prompt_messages
 from helpers.runs.checkpoints import quoted, read_run
 from helpers.runs.run import PAIR_FILES, Run, is_hub_id
 
-THIRDS = ("short", "middle", "long")
+BOTH = ("chosen", "rejected")
 NO_ANSWER, ALL_EMPTY, ONE_ANSWER = "has no answer", "all answers are empty", "all answers are the same"
 NOT_SCORED, NOT_ENDED = "fewer than two answers have a score", "no better answer is complete (see --max_new_tokens)"
 ALL_BEST, ALL_WORST, ALL_EQUAL = (f"all answers have the {kind} score" for kind in ("best", "worst", "same"))
@@ -33,7 +42,52 @@ LATER_TURN, NO_VERDICT, UNJUDGED = "the verdict is on a later turn", "without a 
 DISAGREE, SPLIT = "the two orders disagree", "people disagree"
 SAME_ANSWERS, MISSING = "the answers are the same", "an answer is empty or missing"
 NO_SPREAD = (ONE_ANSWER, ALL_BEST, ALL_WORST, ALL_EQUAL)
-UNKNOWN_MODEL = "MODEL"  # in a command, where it is not known
+
+
+def make_scorer(settings: Any, prompts: Prompts | None = None) -> Scorer:
+    """The scorer that the settings name, tried on the prompts before anything is sampled. Raises SettingsError."""
+    given = prompts.answers if prompts else {}
+    counts = Counter(i for rows in given.values() for i, row in rows.items() for _ in row["choices"])
+    if counts and max(counts.values()) < 2:
+        raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
+    if any(getattr(settings, name) for name in VERDICTS):
+        return GivenVerdicts(settings)
+    flags, second = chosen_scorers(settings), settings.second_scorer
+    if second and not getattr(settings, second):
+        raise SettingsError(f"--second_scorer {second} needs --{second}. Give it, too.")
+    if second and not flags:
+        raise SettingsError(f"--second_scorer {second} is the only scorer. Give another one to compare it with.")
+    if len(flags) > 1:
+        raise SettingsError(f"--{' and --'.join(flags)} exclude each other. Give one, or name the other with "
+                            "--second_scorer.")  # fmt: skip
+    if not flags:
+        raise SettingsError("nothing scores the answers. Give --judge_module MODULE, --reward_model MODEL or "
+                            "--judge_model NAME, or let people vote with --vote_page.")  # fmt: skip
+    kinds: dict[str, Callable[[Any, list[Question]], Scorer]] = {
+        "judge_module": rules_scorer, "reward_model": reward_scorer, "judge_model": JudgeScorer, "vote_page": VotePage,
+    }  # fmt: skip
+    scorer, *rest = [kinds[flag](settings, prompts.questions if prompts else []) for flag in (*flags, second) if flag]
+    scorer.second = rest[0] if rest else None
+    return scorer
+
+
+class VotePage(Scorer):
+    """People, who vote on a page for the best answer to each prompt."""
+
+    def __init__(self, settings: Any, questions: list[Question]) -> None:
+        super().__init__("people", settings)
+
+    def run(self, samples: SampleStore, run: Run) -> Scored:
+        """Write the page. Raises CleanExit: there are no pairs before the votes."""
+        s = self.settings
+        sampling = {name: s.values()[name] for name in ("temperature", "top_p", "num_samples")}
+        page = samples.write_vote_page([*samples.names], title=run.name, settings=sampling)
+        run.save(status="interrupted", page=page)
+        command = f"python notebooks/06_pairs.py --from_votes ~/Downloads/votes-{page}*.json"
+        command += f" --answers_dir {quoted(run.folder)}" + " --control" * s.control
+        command += f" --min_score_margin {s.min_score_margin:g}" if s.min_score_margin else ""
+        command += f" --recipe {quoted(s.recipe)}" if s.recipe else ""
+        raise CleanExit(f"Vote on {short_path(run.folder / 'answers.html')} and export the votes.\nNext: {command}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +116,8 @@ class Pair:
 
 @dataclasses.dataclass
 class PairSet:
-    """The pairs, the control, and the report on every prompt: `kept + sum(dropped) == read`.
-
-    `answers` counts the answers, `lost` the comparisons of kept prompts that are no pair.
-    """
+    """The pairs, the control, and the report on every prompt: `kept + sum(dropped) == read`. `answers` counts the
+    answers, `lost` the comparisons of kept prompts that are no pair."""
 
     scorer: str
     read: int
@@ -74,7 +126,6 @@ class PairSet:
     control: list[Pair] = dataclasses.field(default_factory=list)
     answers: Counter[str] = dataclasses.field(default_factory=Counter)
     lost: Counter[str] = dataclasses.field(default_factory=Counter)
-    scored: list[Candidate] = dataclasses.field(default_factory=list)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     keeps_thoughts: bool = True
@@ -88,49 +139,24 @@ class PairSet:
         """What to know before training on the pairs: see `notes`."""
         unequal = [p for p in self.pairs if len(p.chosen.text) != len(p.rejected.text)]
         longer = np.array([float(len(p.chosen.text) > len(p.rejected.text)) for p in unequal])
-        groups: list[object] = [str(p.question["question_id"]) for p in unequal]
-        sizes = {side: [len(getattr(p, side).text) for p in self.pairs] for side in ("chosen", "rejected")}
+        sizes = {side: [len(getattr(p, side).text) for p in self.pairs] for side in BOTH}
         self.metrics = {"pairs": len(self.pairs), "prompts": self.kept}
         self.metrics |= {f"{side}_length": sum(n) / len(n) for side, n in sizes.items() if n}
         if len(longer):
-            interval = statistics.mean_interval(longer, groups, seed=0)
+            interval = mean_interval(longer, [str(p.question["question_id"]) for p in unequal], seed=0)
             self.metrics |= {"longer_won": float(longer.mean()), "longer_won_interval": interval}
         if scored.verdicts is None and asked:
             self.metrics["no_spread"] = sum(self.dropped[reason] for reason in NO_SPREAD) / asked
         if scored.consistency is not None:
             self.metrics["consistency"] = scored.consistency
-        if scored.second:
-            self._compare(scored.second)
-        self.metrics["by_length"] = self._by_length()
-
-    def _compare(self, second: Scored) -> None:
-        """How often another scorer agrees on the pairs that it has scored."""
-        counts = Counter[str]()
-        for pair in self.pairs:
-            scores = second.scores.get(pair.question["question_id"], {})
-            if {pair.chosen.name, pair.rejected.name} <= {*scores}:
-                margin = scores[pair.chosen.name] - scores[pair.rejected.name]
-                counts["agrees" if margin > 0 else "ties" if margin == 0 else "disagrees"] += 1
-        self.metrics["second"] = {"scorer": second.scorer, **counts}
-
-    def _by_length(self) -> list[Row]:
-        """The answers in thirds by length: the mean score, and how many were chosen and rejected."""
-        rows = [c for c in self.scored if c.score is not None]
-        ends = np.quantile([len(c.text) for c in rows] or [0], [1 / 3, 2 / 3])
-        thirds: dict[str, list[Candidate]] = {name: [] for name in THIRDS}
-        for c in rows:
-            thirds[THIRDS[int(np.searchsorted(ends, len(c.text)))]].append(c)
-        chosen, rejected = ({id(getattr(p, side)) for p in self.pairs} for side in ("chosen", "rejected"))
-        return [
-            {
-                "answers": name,
-                "characters": f"{min(len(c.text) for c in own)} to {max(len(c.text) for c in own)}",
-                "mean score": sum(c.score or 0 for c in own) / len(own),
-                "chosen": sum(id(c) in chosen for c in own),
-                "rejected": sum(id(c) in rejected for c in own),
-            }
-            for name, own in thirds.items() if own
-        ]  # fmt: skip
+        if scored.second:  # how often another scorer agrees on the pairs that it has scored
+            counts = Counter[str]()
+            for p in self.pairs:
+                scores = scored.second.scores.get(p.question["question_id"], {})
+                if {p.chosen.name, p.rejected.name} <= {*scores}:
+                    margin = scores[p.chosen.name] - scores[p.rejected.name]
+                    counts["agrees" if margin > 0 else "ties" if margin == 0 else "disagrees"] += 1
+            self.metrics["second"] = {"scorer": scored.second.scorer, **counts}
 
     def notes(self) -> list[str]:
         """What the pairs teach besides what the scorer likes, and how far it can be trusted."""
@@ -146,26 +172,20 @@ class PairSet:
         if "consistency" in m:
             notes.append(f"The judge gave the same verdict in both orders in {m['consistency']:.0%} of comparisons.")
         if second := m.get("second"):
-            counts = [
-                f"{verdict} on {second[verdict]}" for verdict in ("agrees", "ties", "disagrees") if verdict in second
-            ]
-            notes.append(f"{second['scorer']} {', '.join(counts) or 'has scored none'} of these pairs.")
+            words = [f"{word} on {second[word]}" for word in ("agrees", "ties", "disagrees") if word in second]
+            notes.append(f"{second['scorer']} {', '.join(words) or 'has scored none'} of these pairs.")
         return notes
 
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.text import Text
 
-        rows: list[tuple[str, Any]] = [("prompts", f"{self.read:,}")]
-        rows += [(f"  dropped: {reason}", f"{count:,}") for reason, count in self.dropped.most_common()]
-        rows += [("prompts with pairs", f"{self.kept:,}"), (f"pairs, scored by {self.scorer}", f"{len(self.pairs):,}")]
-        rows += [(f"  no pair: {reason}", f"{count:,}") for reason, count in self.lost.most_common()]
-        rows += [(f"answers: {kind}", f"{count:,}") for kind, count in self.answers.items() if count]
-        parts: list[Any] = [make_table(["", "count"], rows), ""]
-        if by_length := self.metrics.get("by_length"):
-            cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in by_length]
-            parts += [make_table([*by_length[0]], cells), ""]
-        return Group(*parts, *(Text(f"• {note}") for note in self.notes()))
+        rows = [("prompts", self.read), *((f"  dropped: {reason}", n) for reason, n in self.dropped.most_common())]
+        rows += [("prompts with pairs", self.kept), (f"pairs, scored by {self.scorer}", len(self.pairs))]
+        rows += [(f"  no pair: {reason}", n) for reason, n in self.lost.most_common()]
+        rows += [(f"answers: {kind}", n) for kind, n in self.answers.items() if n]
+        table = make_table(["", "count"], [(name, f"{count:,}") for name, count in rows])
+        return Group(table, "", *(Text(f"• {note}") for note in self.notes()))
 
     def save(self, run: Run) -> None:
         """Write preferences.jsonl and control.jsonl, and finish the run. Raises UserError if there is no pair."""
@@ -178,10 +198,23 @@ class PairSet:
             run.save(status="failed", error=error, **fields)
             raise UserError(error)
         for name, pairs in zip(PAIR_FILES, (self.pairs, self.control), strict=True):
-            rows = [json.dumps(self._row(pair), ensure_ascii=False) + "\n" for pair in pairs]
-            if rows:
-                atomic_write(run.folder / name, "".join(rows).encode("utf-8", "backslashreplace"))
+            if pairs:
+                text = "".join(json.dumps(self._row(pair), ensure_ascii=False) + "\n" for pair in pairs)
+                atomic_write(run.folder / name, text.encode("utf-8", "backslashreplace"))
         run.finish(**fields)
+
+    def _row(self, pair: Pair) -> Row:
+        row: Row = {"question_id": pair.question["question_id"], "prompt": prompt_messages(pair.question)}
+        row |= template_columns(row_template_options(pair.question))
+        sides: dict[str, Candidate] = {side: getattr(pair, side) for side in BOTH}
+        row |= {side: [self._message(c.answer)] for side, c in sides.items()}
+        row |= {f"score_{side}": c.score for side, c in sides.items() if c.score is not None}
+        row |= {f"{side}_model": c.model for side, c in sides.items()}
+        return row | {"scorer": pair.scorer, "sampling": self.sampling}
+
+    def _message(self, answer: Answer) -> Message:
+        thoughts = {"reasoning_content": answer.thoughts} if self.keeps_thoughts and answer.thoughts else {}
+        return {"role": "assistant", "content": str(answer)} | thoughts
 
     def print_next(self, settings: Any, prompts: Prompts, run: Run) -> None:
         """Print the commands that train the policy that answered on the pairs, and on the control."""
@@ -195,47 +228,52 @@ class PairSet:
             print("First the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
         print("Next:", *words, quoted(run.folder / PAIR_FILES[0]), *more)
 
-    def _row(self, pair: Pair) -> Row:
-        row: Row = {"question_id": pair.question["question_id"], "prompt": prompt_messages(pair.question)}
-        row |= template_columns(row_template_options(pair.question))
-        row |= {side: [self._message(getattr(pair, side).answer)] for side in ("chosen", "rejected")}
-        scores = {f"score_{side}": getattr(pair, side).score for side in ("chosen", "rejected")}
-        row |= {name: score for name, score in scores.items() if score is not None}
-        row |= {f"{side}_model": getattr(pair, side).model for side in ("chosen", "rejected")}
-        return row | {"scorer": pair.scorer, "sampling": self.sampling}
 
-    def _message(self, answer: Answer) -> Message:
-        thoughts = {"reasoning_content": answer.thoughts} if self.keeps_thoughts and answer.thoughts else {}
-        return {"role": "assistant", "content": str(answer)} | thoughts
+def _policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
+    """How 02 starts from the model that answered (of several, from the last), and what to know if that is not known."""
+    name = prompts.names[-1]
+    model = prompts.models[-1] if prompts.models else None
+    if model:
+        place, is_served = model.adapter or model.base, bool(model.base_url)
+    else:
+        place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
+    path = find_path(str(settings.output_dir / place)) or find_path(place)
+    if path and read_run(path).get("step") in ("sft", "dpo"):
+        return f"--sft_run {quoted(path)}", ""
+    if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
+        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
+        return "--model_id MODEL", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
+    if (path and (path / "config.json").is_file()) or (place and not path and (is_hub_id(place) or not is_served)):
+        return f"--model_id {quoted(path or place)}", ""
+    fix = "Replace MODEL by its folder or Hub id, or give --sft_run and the folder of its run"
+    return "--model_id MODEL", f"Where the weights of {name} are is not known. {fix}."
 
 
 def make_pairs(
     settings: Any, prompts: Prompts, samples: SampleStore, scored: Scored, generators: Generators
 ) -> PairSet:
-    """The pairs of scored answers or of verdicts, and their report.
-
-    Empty answers make no pair, and answers that were cut off are never chosen. The control has the same prompts, as
-    often, and answers to them that are picked at random.
-    """
+    """The pairs of scored answers or of verdicts, and their report. Empty answers make no pair, and answers that were
+    cut off are never chosen. The control has the same prompts, as often, and answers that are picked at random."""
     answers, models = samples.answer_set, {name: model for name, (model, _) in samples.names.items()}
     verdicts = _group_verdicts(scored.verdicts or [])
     pairs = PairSet(scored.scorer, prompts.read, prompts.left_out.copy())
     for question in answers.questions:
         i, draw = question["question_id"], random.Random(f"{settings.seed} {question['turns'][0]}")
-        scores, decided = scored.scores.get(i, {}), verdicts.get(str(i), [])
+        scores, decided = scored.scores.get(i, {}), verdicts.get(str(i), {})
         found = [Candidate(n, models[n], own[i][0], scores.get(n)) for n, own in answers.answers.items() if i in own]
         candidates = [c for c in found if c.text.strip()]
+        texts = {c.text for c in candidates}
         pairs.answers += Counter({"in all": len(found), "empty": len(found) - len(candidates)})
         pairs.answers["cut off at --max_new_tokens"] += sum(c.answer.cut for c in candidates)
-        pairs.answers["repeated"] += len(candidates) - len({c.text for c in candidates})
+        pairs.answers["repeated"] += len(candidates) - len(texts)
         own: list[Pair] | str
-        if len({c.text for c in candidates}) < 2:
+        if len(texts) < 2:
             own = ONE_ANSWER if candidates else ALL_EMPTY if found else NO_ANSWER
         elif scored.verdicts is None:
             own = _pairs_of_scores(question, candidates, scored, prompts.sides, settings, draw, pairs.lost)
         else:
             own = _pairs_of_verdicts(question, candidates, decided, scored, prompts.sides, settings, pairs.lost)
-        judged = {*scores, *(name for *both, counts in decided if counts.keys() != {SAME_ANSWERS} for name in both)}
+        judged = {*scores, *(name for both, counts in decided.items() if {*counts} != {SAME_ANSWERS} for name in both)}
         if own != ONE_ANSWER and (not_judged := sum(c.name not in judged for c in candidates)):
             pairs.answers["not judged"] += not_judged
         if isinstance(own, str):
@@ -243,7 +281,6 @@ def make_pairs(
         else:
             pairs.pairs += own
             pairs.control += _random_pairs(question, candidates, draw, len(own)) if settings.control else []
-        pairs.scored += candidates
     names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed")
     pairs.sampling = {name: settings.values()[name] for name in names} if prompts.models else {}
     thought: list[Message] = [{"role": "assistant", "content": "", "reasoning_content": "Hm."}]
@@ -254,7 +291,7 @@ def make_pairs(
 
 
 def _pairs_of_scores(
-    question: Question, candidates: list[Candidate], scored: Scored, sides: tuple[str, str], settings: Any,
+    question: Question, candidates: list[Candidate], scored: Scored, sides: tuple[str, ...], settings: Any,
     draw: random.Random, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The pairs of a prompt, or why it has none."""
@@ -269,9 +306,8 @@ def _pairs_of_scores(
     both = [(a, b) for a in upper for b in lower if not a.answer.cut and _margin(a, b) > 0]
     if not both:
         return NEVER_BETTER if any(sides) else NOT_ENDED
-    top = max(a.score or 0.0 for a, _ in both)
     if settings.pairing != "all_pairs":  # the first of the best
-        best_one = next(a for a, _ in both if a.score == top)
+        best_one = max((a for a, _ in both), key=lambda a: a.score or 0.0)
         both = [(a, b) for a, b in both if a is best_one]
         both = [draw.choice(both) if settings.pairing == "best_vs_random" else max(both, key=lambda ab: _margin(*ab))]
     kept = [(a, b) for a, b in both if _margin(a, b) >= settings.min_score_margin]
@@ -293,20 +329,16 @@ def _random_pairs(question: Question, candidates: list[Candidate], draw: random.
     return [Pair(question, chosen, rejected, "random") for chosen, rejected in ordered]
 
 
-# ---- Verdicts ----
-
-Verdicts = dict[str, list[tuple[str, str, Counter[str]]]]  # question_id → two samples, and how often each won
+Verdicts = dict[tuple[str, str], Counter[str]]  # two samples → how often each won, or why none did
 
 
-def _group_verdicts(rows: list[Row]) -> Verdicts:
-    """The verdicts on each question: in a Counter, by the sample that won or the reason why none did.
-
-    A verdict on a later turn is left out: there the conversations differ, not only the answers.
-    """
-    found: dict[str, dict[tuple[str, str], Counter[str]]] = {}
+def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
+    """The verdicts by question_id. One on a later turn is left out: there the conversations differ, not only the
+    answers."""
+    found: dict[str, Verdicts] = {}
     for row in rows:
-        names, calls = (row["model_1"], row["model_2"]), (row["g1_winner"], row["g2_winner"])
-        won = dict(zip(("model_1", "model_2"), names, strict=True)).get(calls[0], calls[0])
+        calls = row["g1_winner"], row["g2_winner"]
+        won = row.get(calls[0], calls[0])
         if row["turn"] > 1:
             won = LATER_TURN
         elif "error" in calls:
@@ -315,62 +347,36 @@ def _group_verdicts(rows: list[Row]) -> Verdicts:
             won = DISAGREE
         elif row.get("identical"):
             won = SAME_ANSWERS
-        own = found.setdefault(str(row["question_id"]), {})
-        pair = names if names[::-1] not in own else names[::-1]
-        own.setdefault(pair, Counter())[str(won)] += 1
-    return {i: [(*pair, counts) for pair, counts in own.items()] for i, own in found.items()}
+        own, pair = found.setdefault(str(row["question_id"]), {}), (row["model_1"], row["model_2"])
+        own.setdefault(pair if pair[::-1] not in own else pair[::-1], Counter())[won] += 1
+    return found
 
 
 def _pairs_of_verdicts(
-    question: Question, candidates: list[Candidate], verdicts: list[tuple[str, str, Counter[str]]], scored: Scored,
-    sides: tuple[str, str], settings: Any, lost: Counter[str],
+    question: Question, candidates: list[Candidate], verdicts: Verdicts, scored: Scored, sides: tuple[str, ...],
+    settings: Any, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
     by_name, pairs, reasons = {c.name: c for c in candidates}, list[Pair](), Counter[str]()
-    for one, two, counts in verdicts:
+    for (one, two), counts in verdicts.items():
         if not {one, two} <= {*by_name}:
             reasons[MISSING] += 1
-        elif counts[one] == counts[two]:
-            undecided = [reason for reason in counts if reason not in (one, two)]
-            reasons[SPLIT if counts[one] else undecided[0]] += 1
+            continue
+        if counts[one] == counts[two]:
+            reasons[SPLIT if counts[one] else next(reason for reason in counts if counts[reason])] += 1
+            continue
+        names = sorted((one, two), key=lambda name: -counts[name])
+        chosen, rejected = (dataclasses.replace(by_name[name], score=float(counts[name])) for name in names)
+        if chosen.answer.cut:
+            reasons[NOT_ENDED] += 1
+        elif any(side not in ("", c.model) for side, c in zip(sides, (chosen, rejected), strict=True)):
+            reasons[NEVER_BETTER] += 1
+        elif _margin(chosen, rejected) < settings.min_score_margin:
+            reasons[MARGIN] += 1
         else:
-            better, worse = (one, two) if counts[one] > counts[two] else (two, one)
-            chosen, rejected = (dataclasses.replace(by_name[n], score=float(counts[n])) for n in (better, worse))
-            if chosen.answer.cut:
-                reasons[NOT_ENDED] += 1
-            elif any(side not in ("", c.model) for side, c in zip(sides, (chosen, rejected), strict=True)):
-                reasons[NEVER_BETTER] += 1
-            elif _margin(chosen, rejected) < settings.min_score_margin:
-                reasons[MARGIN] += 1
-            else:
-                pairs.append(Pair(question, chosen, rejected, scored.scorer))
+            pairs.append(Pair(question, chosen, rejected, scored.scorer))
     if pairs:
         lost.update(reasons)
         return pairs
     del reasons[SAME_ANSWERS]  # others differ, and are not judged
     return reasons.most_common(1)[0][0] if reasons else UNJUDGED
-
-
-# ---- The next round ----
-
-
-def _policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
-    """How 02 starts from the model that answered (of several, from the last), and what to know if that is not known."""
-    name = prompts.names[-1]
-    model = prompts.models[-1] if prompts.models else None
-    if model:
-        place, is_served = model.adapter or model.base, bool(model.base_url)
-    else:
-        place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
-    path = find_path(str(settings.output_dir / place)) or find_path(place)
-    if path and read_run(path).get("step") in ("sft", "dpo"):
-        return f"--sft_run {quoted(path)}", ""
-    if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
-        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
-        return f"--model_id {UNKNOWN_MODEL}", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
-    if path and (path / "config.json").is_file():
-        return f"--model_id {quoted(path)}", ""
-    if place and not path and (is_hub_id(place) or not is_served):
-        return f"--model_id {quoted(place)}", ""
-    fix = f"Replace {UNKNOWN_MODEL} by its folder or Hub id, or give --sft_run and the folder of its run"
-    return f"--model_id {UNKNOWN_MODEL}", f"Where the weights of {name} are is not known. {fix}."

@@ -12,21 +12,29 @@ from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, short_path
 from helpers.data.formats import row_template_options
-from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.judgments import AnswerSet, expand_files, model_name, read_export
+from helpers.evaluation.judges import Scored, Scorer, rating_scores, win_shares
+from helpers.evaluation.judgments import (
+    AnswerSet,
+    Judgments,
+    answers_folder,
+    choose_models,
+    model_name,
+    read_answers,
+    read_exports,
+    read_judgments,
+    read_votes,
+)
 from helpers.evaluation.questions import (
     OUR_QUESTIONS,
     Answer,
     Question,
     answer_turns,
-    find_input,
-    read_answer_files,
-    read_bench,
     read_question_file,
     read_questions,
 )
+from helpers.evaluation.verdicts import prompt_messages
 from helpers.models.resolve import ModelRef, resolve_models
 from helpers.runs.checkpoints import hash_files, read_run
 from helpers.runs.run import STEPS, Run, is_hub_id, list_runs
@@ -41,7 +49,6 @@ OF_SCORERS = {
                     "max_calls", "max_tokens", "input_price", "output_price", "retry_errors"),
     "reward_model": ("reward_quantization",),
 }  # fmt: skip
-NO_PROMPTS = "no prompts are set. Give --prompts_file FILE, --dataset_id ID, or --answers_dir FOLDER with answers."
 
 
 @dataclasses.dataclass
@@ -51,7 +58,7 @@ class Prompts:
     questions: list[Question]
     models: list[ModelRef]  # that are asked; [] if there are answers
     answers: dict[str, dict[str, Row]]  # model → question_id as text → row of model_answer
-    sides: tuple[str, str]  # the models that chosen and rejected answers are from; "" for any
+    sides: tuple[str, ...]  # the models that chosen and rejected answers are from; "" for any
     read: int
     left_out: Counter[str]  # prompts that are not asked, by reason
     folder: Path | None = None  # of the answers
@@ -85,41 +92,37 @@ class Prompts:
             models=self.names, page=self.page,
         )  # fmt: skip
 
-    def __rich__(self) -> Any:
-        from rich.text import Text
-
+    def __rich__(self) -> str:
         lines = [f"{len(self.questions):,} of {self.read:,} prompts, answered by {', '.join(self.names)}"]
-        lines += [f"  {reason}: {count:,}" for reason, count in self.left_out.items()]
-        return Text("\n".join(lines))
+        return "\n".join(lines + [f"  {reason}: {count:,}" for reason, count in self.left_out.items()])
 
 
 def find_prompts(settings: Any) -> Prompts:
-    """The prompts and models, or the existing answers, that the settings of 06_pairs.py name.
+    """The prompts and models, or the existing answers, that the settings of 06_pairs.py name. Raises UserError.
 
     Prompts that are repeated are left out. So are those of --exclude and, unless their verdicts are asked for, those of
-    the runs of 04_vibes.py and its built-in ones: a model is not trained on what evaluates it. Raises UserError.
+    the runs of 04_vibes.py and its built-in ones: a model is not trained on what evaluates it.
     """
     check_effects(settings)
-    if bool(settings.chosen_from) != bool(settings.rejected_from):
+    sides = [settings.chosen_from, settings.rejected_from]
+    if any(sides) and not all(sides):
         raise SettingsError("--chosen_from and --rejected_from belong together. Give both, or --models.")
     folder, page, answers, models = _find_folder(settings), "", dict[str, dict[str, Row]](), list[ModelRef]()
     if folder:
-        page = str(read_run(folder).get("page") or "")
-        questions, answers = _read_answers(folder)
+        record = read_run(folder)
+        page = str(record.get("page") or "")
+        questions, answers = read_answers(folder)
         questions = questions[: settings.rows or None]
-        known = [name for name in read_run(folder).get("models", []) if name in answers] or [*answers]
         given = max(settings.layer(flag) for flag in ("answers_dir", *VERDICTS))
+        known = [name for name in record.get("models", []) if name in answers] or [*answers]
         wanted = settings.models if settings.layer("models") >= given else known
-        names = [model_name(name, answers) for name in wanted]
-        sides = [name and model_name(name, answers) for name in (settings.chosen_from, settings.rejected_from)]
-        if lost := [name for name in [*names, *filter(None, sides)] if name not in answers]:
-            raise SettingsError(f"there are no answers of {', '.join(lost)}; there are of {', '.join(answers)}")
-        answers = {name: answers[name] for name in dict.fromkeys(filter(None, sides) if any(sides) else names)}
+        answers = {name: answers[name] for name in choose_models(sides if any(sides) else wanted, answers)}
+        sides = [side and model_name(side, answers) for side in sides]
     else:
         if not (settings.prompts or settings.prompts_file or settings.dataset_id):
-            raise SettingsError(NO_PROMPTS)
+            raise SettingsError("no prompts are set. Give --prompts_file FILE, --dataset_id ID, or --answers_dir "
+                                "FOLDER with answers.")  # fmt: skip
         questions = read_questions(settings)
-        sides = [settings.chosen_from, settings.rejected_from]
         names = list(dict.fromkeys(sides if any(sides) else settings.models))
         models = [resolve_models((name,), settings.output_dir, settings.base_url)[-1] for name in names]
         used = [model.name for model in models]
@@ -134,10 +137,10 @@ def find_prompts(settings: Any) -> Prompts:
     if not kept:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
         raise UserError(f"None of {len(questions)} prompts is left ({reasons}). Give other prompts.")
-    exports = [read_export(name, "--from_votes") for name in expand_files(settings.from_votes)]
+    exports = [*read_exports(settings.from_votes, "--from_votes").values()]
     judged = hash_files([find_judgments(settings)]) if settings.from_judgments else ""
     verdicts = fingerprint(exports, judged) if exports or judged else ""
-    return Prompts(kept, models, answers, (sides[0], sides[1]), len(questions), left_out, folder, page, verdicts)
+    return Prompts(kept, models, answers, tuple(sides), len(questions), left_out, folder, page, verdicts)
 
 
 def check_effects(settings: Any) -> None:
@@ -182,8 +185,7 @@ def _leave_out(questions: list[Question], settings: Any, folder: Path | None) ->
     evaluated = [question for name in settings.exclude for question in read_question_file("--exclude", name)]
     if not any(getattr(settings, name) for name in VERDICTS):
         files = [run.folder / "question.jsonl" for run in list_runs(settings.output_dir, "vibes")]
-        files = [OUR_QUESTIONS, *(file for file in files if file.is_file() and file.parent != folder)]
-        for file in files:
+        for file in [OUR_QUESTIONS, *(file for file in files if file.is_file() and file.parent != folder)]:
             with contextlib.suppress(UserError):  # a broken file of another run
                 evaluated += read_question_file("--exclude", str(file))
     held_out, seen = {_key(question) for question in evaluated}, set[str]()
@@ -207,63 +209,38 @@ def _key(question: Question) -> str:
 
 def _find_folder(settings: Any) -> Path | None:
     """The folder of the answers that are there already; None if models are to be asked."""
-    name = settings.answers_dir
-    if settings.from_judgments and not name:
-        source = find_verdicts(settings)
-        source = source if source.is_dir() else source.parent
-        source = source.parent if source.name == "model_judgment" else source
+    if settings.answers_dir:
+        return answers_folder(settings)
+    if settings.from_judgments:
+        file = find_judgments(settings)
+        source = file.parents[1] if file.parent.name == "model_judgment" else file.parent
         recorded = Path(str(read_run(source).get("answers_dir") or "-"))
         places = [source.parent / recorded.name, find_path(str(recorded)), source]
         folder = next((p for p in places if p and (p / "model_answer").is_dir()), None)
         if folder is None:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
         return folder.resolve()
-    if settings.from_votes and not name:
-        page = read_export(expand_files(settings.from_votes)[0], "--from_votes")["page"]
+    if settings.from_votes:
+        page = next(iter(read_exports(settings.from_votes, "--from_votes").values()))["page"]
         runs = [*list_runs(settings.output_dir, "vibes"), *list_runs(settings.output_dir, "pairs")]
         if found := [run.folder for run in runs if run.record.get("page") == page]:
             return found[0].resolve()
         raise UserError(f"No run in {short_path(settings.output_dir)} has the page {page}. Name it with --answers_dir.")
-    if not name:
-        return None
-    folder = settings.output_dir / name
-    folder = folder if folder.is_dir() else find_input("--answers_dir", name, "folder").resolve()
-    return folder.parent if folder.name == "model_answer" else folder
-
-
-def find_verdicts(settings: Any) -> Path:
-    """The run of 05_judge.py, FastChat folder, or file that --from_judgments names."""
-    path = settings.output_dir / settings.from_judgments
-    found = path if path.exists() else find_path(settings.from_judgments)
-    if found is None:
-        raise UserError(f"--from_judgments {settings.from_judgments!r} does not exist. Give a run of 05_judge.py.")
-    return found.resolve()
+    return None
 
 
 def find_judgments(settings: Any) -> Path:
-    """The file of judgments in the run or folder that --from_judgments names. Raises UserError."""
-    source = find_verdicts(settings)
+    """The file of judgments that --from_judgments names: itself, or that of a run of 05_judge.py or a FastChat folder.
+    Raises UserError."""
+    flag, path = f"--from_judgments {settings.from_judgments!r}", settings.output_dir / settings.from_judgments
+    source = path if path.exists() else find_path(settings.from_judgments)
+    if source is None:
+        raise UserError(f"{flag} does not exist. Give a run of 05_judge.py.")
     files = sorted((source / "model_judgment").glob("*.jsonl")) if source.is_dir() else [source]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"--from_judgments {settings.from_judgments!r} needs one file of judgments, and has {names}. "
-                        "Name one file.")  # fmt: skip
-    return files[0]
-
-
-def _read_answers(folder: Path) -> tuple[list[Question], dict[str, dict[str, Row]]]:
-    """The questions of a folder in FastChat's layout, and each model's rows by question_id as text."""
-    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
-    answers = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
-    if not answers:
-        raise UserError(f"{short_path(place)} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
-    for name, rows in answers.items():
-        for row in rows.values():
-            try:
-                [answer_turns(row, index) for index in range(len(row.get("choices") or [0]))]
-            except UserError as error:
-                raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
-    return read_bench(folder if (folder / "question.jsonl").is_file() else folder.parent), answers
+        raise UserError(f"{flag} needs one file of judgments, and has {names}. Name one file.")
+    return files[0].resolve()
 
 
 def find_answering_model(name: str, folder: Path, output_dir: Path) -> tuple[str, bool]:
@@ -285,17 +262,13 @@ def find_answering_model(name: str, folder: Path, output_dir: Path) -> tuple[str
     if found := sorted(same, key=lambda run: run.name != name):
         return str(found[0].folder), False
     named += [(str(record.get("base_model") or ""), False), (name if is_hub_id(name) else "", True)]
-    return next(
-        ((word, served) for word, served in named if word and name in (word, model_name(word, [name]))), ("", True)
-    )
+    return next(((w, served) for w, served in named if w and name in (w, model_name(w, [name]))), ("", True))
 
 
 @dataclasses.dataclass
 class SampleStore(AnswerStore):
-    """Several answers of each model to the first turn of each question: FastChat's rows, with several `choices`.
-
-    A sample is called like its model, and NAME #2 if the model has several.
-    """
+    """Several answers of each model to the first turn of each question: FastChat's rows, with several `choices`. A
+    sample is called like its model, and NAME #2 if the model has several."""
 
     num_samples: int = 4
     models: list[str] = dataclasses.field(default_factory=list)
@@ -326,9 +299,8 @@ class SampleStore(AnswerStore):
         """Store rows that there are already, by model and by question_id as text."""
         self.write_questions()
         for name, rows in answers.items():
-            store = self.file(name)
-            missing = [i for q in self.questions if (i := q["question_id"]) not in store.rows and str(i) in rows]
-            store.add(*(rows[str(i)] | {"question_id": i, "model_id": name} for i in missing))
+            missing = [i for q in self.missing(name) if str(i := q["question_id"]) in rows]
+            self.file(name).add(*(rows[str(i)] | {"question_id": i, "model_id": name} for i in missing))
 
     def reuse(self, run: Run, settings: Any, generators: Generators) -> None:
         """Take answers from other runs in which the same models were asked the same in the same way."""
@@ -347,19 +319,44 @@ class SampleStore(AnswerStore):
         self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
     ) -> list[list[Answer]]:
         """Each answer has its own seed, from the prompt and its number."""
-        seeds = [
-            [int(fingerprint(self.seed, prompt_messages(q), k), 16) % 2**31 for k in range(self.num_samples)]
-            for q in batch
-        ]
-        options = [row_template_options(q) for q in batch]
-        more = {"options": options} if any(options) else {}
-        return generator.sample([prompt_messages(q) for q in batch], seeds, **kwargs, **more)
+        talks, options = [prompt_messages(q) for q in batch], [row_template_options(q) for q in batch]
+        seeds = [[int(fingerprint(self.seed, talk, k), 16) % 2**31 for k in range(self.num_samples)] for talk in talks]
+        return generator.sample(talks, seeds, **kwargs, **({"options": options} if any(options) else {}))
 
     def _choices(self, turns: list[Answer]) -> list[Row]:
         return [super(SampleStore, self)._choices([turn])[0] | {"index": k} for k, turn in enumerate(turns)]
 
 
-def prompt_messages(question: Question) -> list[Message]:
-    """The prompt of a question: its system message, if it has one, and its first turn."""
-    system: list[Message] = [{"role": "system", "content": question["system"]}] if question.get("system") else []
-    return [*system, {"role": "user", "content": question["turns"][0]}]
+class GivenVerdicts(Scorer):
+    """What a judge or people have decided before: nothing is scored."""
+
+    def __init__(self, settings: Any) -> None:
+        """Read the judgments. Raises UserError, or SettingsError for settings that comparisons leave without effect."""
+        super().__init__("the verdicts that are given", settings)
+        self.judgments: Judgments | None = None
+        if settings.from_judgments:
+            self.judgments = read_judgments(short_path(find_judgments(settings)), "", flag="--from_judgments")
+        self.is_rated = bool(self.judgments and "score" in self.judgments.rows[0])
+        if not self.is_rated:
+            refuse_without_effect(settings, ("pairing",), *(name for name in VERDICTS if getattr(settings, name)))
+
+    def run(self, samples: SampleStore, run: Run) -> Scored:
+        """Ratings of first turns as scores, or comparisons. Verdicts on a model are about its first sample."""
+        answers, judgments = samples.answer_set, self.judgments
+        firsts = {model: name for name, (model, k) in samples.names.items() if k == 0}
+        if judgments is None:
+            known = answers.answers | {model: answers.answers[name] for model, name in firsts.items()}
+            pairs = [pair for names in (answers.answers, firsts) for pair in itertools.combinations(names, 2)]
+            found = dataclasses.replace(answers, answers=known)
+            votes = read_votes(self.settings.from_votes, found, [*dict.fromkeys(pairs)], "--from_votes", is_part=True)
+            judgments = Judgments("human", votes)
+        ids = {str(q["question_id"]): q["question_id"] for q in answers.questions}
+        rows = [
+            row | {key: firsts.get(row[key], row[key]) for key in ("model", "model_1", "model_2") if key in row}
+            | {"question_id": ids.get(str(row["question_id"]))} for row in judgments.rows
+        ]  # fmt: skip
+        judgments = dataclasses.replace(judgments, rows=rows)
+        if self.is_rated:
+            return rating_scores(judgments)
+        consistency = win_shares(judgments).consistency if self.judgments else None
+        return Scored(judgments.judge, {}, consistency=consistency, verdicts=rows)

@@ -9,8 +9,9 @@ import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.evaluation.judges import make_judge
-from helpers.evaluation.judgments import AnswerSet, Judgments, apply_rules, read_judgments, read_votes
+from helpers.evaluation.judgments import AnswerSet, Judgments, read_judgments, read_votes
 from helpers.evaluation.results import Counts, PairResult, PairwiseResults, RatingResults
+from helpers.evaluation.verdicts import apply_rules
 from tests.evaluation.judging import answers_worth, export, questions_of, rows_of, settings_for, vote
 
 

@@ -12,10 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import CleanExit, SettingsError, UserError, read_jsonl
-from helpers.evaluation.pairs import PairSet, make_pairs
+from helpers.evaluation.pairs import PairSet, make_pairs, make_scorer
 from helpers.evaluation.questions import Answer
 from helpers.evaluation.samples import find_prompts
-from helpers.evaluation.scores import Scored, make_scorer
 from helpers.runs.run import Run
 from tests.evaluation.judging import better, export, rows_of, vote
 from tests.evaluation.rounds import pairs_settings, write_answers, write_rows
@@ -376,18 +375,6 @@ def test_people_vote_on_a_page_of_samples(tmp_path: Path) -> None:
     scored = make_scorer(settings).run(samples, Run(tmp_path / "other", {}))
     pairs = make_pairs(settings, prompts, samples=samples, scored=scored, generators=NO_MODELS)
     assert of(pairs) == [(0, "two", "one"), (0, "two", "three")]
-
-
-def test_scores_say_how_long_answers_fare(tmp_path: Path, rules: str) -> None:
-    folder = write_answers(tmp_path / "given", {"m": [["right", "right, and at length", "right, and at more length"]]})
-    pairs, _ = made(tmp_path, "--answers_dir", str(folder), "--judge_module", rules)
-    assert pairs.metrics["by_length"] == [
-        {"answers": "short", "characters": "5 to 5", "mean score": 1.0, "chosen": 1, "rejected": 0},
-        {"answers": "middle", "characters": "20 to 20", "mean score": pytest.approx(2 / 3), "chosen": 0, "rejected": 1},
-        {"answers": "long", "characters": "25 to 25", "mean score": pytest.approx(2 / 3), "chosen": 0, "rejected": 0},
-    ]
-    assert isinstance(pairs, PairSet)
-    assert Scored("x", {}).bounds is None
 
 
 @pytest.mark.parametrize("returned", ["float('nan')", "None", "'good'", "Empty()", "float('inf')"])

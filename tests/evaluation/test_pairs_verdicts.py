@@ -11,9 +11,8 @@ import pytest
 
 from helpers.core import SettingsError, UserError, read_jsonl
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.pairs import make_pairs
+from helpers.evaluation.pairs import make_pairs, make_scorer
 from helpers.evaluation.samples import find_prompts
-from helpers.evaluation.scores import make_scorer
 from helpers.runs.run import Run
 from tests.evaluation.judging import better, export, rows_of, vote
 from tests.evaluation.rounds import pairs_settings, write_answers, write_rows
@@ -219,7 +218,7 @@ def test_judgments_are_read_and_announced_once(
     run = judged(tmp_path, "ab", {"a": [["x"], ["y"]], "b": [["z"], ["w"]]})
     read: list[Path] = []
     own: Callable[..., Any] = read_jsonl
-    for module in ("judgments", "questions", "scores", "samples"):
+    for module in ("judgments", "questions", "pairs", "samples"):
         name = f"helpers.evaluation.{module}.read_jsonl"
         monkeypatch.setattr(name, lambda file, **more: (read.append(Path(file)), own(file, **more))[1], raising=False)
     capsys.readouterr()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from helpers.evaluation.judges import parse_rating, parse_verdict
+from helpers.evaluation.verdicts import parse_rating, parse_verdict
 
 VERDICTS: list[tuple[str, str]] = [
     ("My verdict: [[A]]", "A"),

@@ -13,10 +13,17 @@ import pytest
 from rich.console import Console
 
 from helpers.core import UserError
-from helpers.evaluation import statistics
+from helpers.evaluation import results
 from helpers.evaluation.judgments import AnswerSet, Judgments, model_pairs, read_judgments
-from helpers.evaluation.results import Counts, PairwiseResults, RatingResults
-from helpers.evaluation.statistics import length_controlled, length_controlled_rate, mean_interval, sign_test
+from helpers.evaluation.results import (
+    Counts,
+    PairwiseResults,
+    RatingResults,
+    length_controlled,
+    length_controlled_rate,
+    mean_interval,
+    sign_test,
+)
 from tests.evaluation.judging import answers_worth, better, judged, questions_of, results_of, rows_of
 from tests.judge_server import Script, judge_server, shown
 
@@ -74,9 +81,7 @@ def test_a_judge_of_length_is_detected_on_models_of_equal_quality(tmp_path: Path
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        statistics, "bootstrap_interval", functools.partial(statistics.bootstrap_interval, resamples=2000)
-    )
+    monkeypatch.setattr(results, "bootstrap_interval", functools.partial(results.bootstrap_interval, resamples=2000))
 
 
 def pair_of(winners: str) -> Any:

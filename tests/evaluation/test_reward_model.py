@@ -21,7 +21,7 @@ from helpers.core import SettingsError, UserError, read_jsonl
 from helpers.evaluation.judges import make_judge
 from helpers.evaluation.judgments import AnswerSet
 from helpers.evaluation.results import PairwiseResults
-from helpers.evaluation.reward_model import RewardModel
+from helpers.evaluation.verdicts import RewardModel
 from helpers.runs.run import Run
 from tests.evaluation.judging import settings_for
 from tests.families import FAMILIES, SHAPE

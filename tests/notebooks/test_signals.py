@@ -48,11 +48,11 @@ CALLS = {
         "helpers.evaluation.answers:AnswerStore.write_vote_page 1",
     ],
     "05_judge.py": [
-        "helpers.evaluation.judgments:find_answers 1", "helpers.evaluation.judges:Judge.run 1",
+        "helpers.evaluation.judgments:find_answers 1", "helpers.evaluation.judgments:Judge.run 1",
         "helpers.evaluation.judgments:Judgments.save 1",
     ],
     "06_pairs.py": [
-        "helpers.evaluation.samples:find_prompts 1", "helpers.evaluation.scores:Scorer.score 1",
+        "helpers.evaluation.samples:find_prompts 1", "helpers.evaluation.judges:Scorer.score 1",
         "helpers.evaluation.generators:HFGenerator.sample 2", "helpers.evaluation.pairs:PairSet.save 1",
     ],
 }  # fmt: skip
