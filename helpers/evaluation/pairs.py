@@ -338,7 +338,7 @@ def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
     found: dict[str, Verdicts] = {}
     for row in rows:
         calls = row["g1_winner"], row["g2_winner"]
-        won = row.get(calls[0], calls[0])
+        won = str(row.get(calls[0], calls[0]))
         if row["turn"] > 1:
             won = LATER_TURN
         elif "error" in calls:
