@@ -79,7 +79,7 @@ def warm_processes(request: pytest.FixtureRequest, own_caches: None) -> Iterator
 def forget_the_hub() -> Iterator[None]:
     """A test that has no Hub does not send those after it to the cache."""
     yield
-    from helpers.models.hub_client import check_hub
+    from helpers.models.adapters import check_hub
 
     if check_hub.cache_info().currsize:
         from huggingface_hub import constants

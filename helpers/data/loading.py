@@ -16,7 +16,7 @@ from helpers.core import REPO, SettingsError, UserError, find_path, read_jsonl
 from helpers.data.files import FILE_TYPES, as_json_lines, file_type
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, Format, PairingConfig, TrackedRow
 from helpers.data.messages import MESSAGE_KEYS, ROLE_KEYS, DropRow, is_list_as_text, parse_hh, parse_text
-from helpers.models.hub_client import check_hub, describe_error
+from helpers.models.adapters import check_hub, describe_error
 
 if TYPE_CHECKING:
     from datasets import Dataset

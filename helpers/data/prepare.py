@@ -18,11 +18,11 @@ from helpers.data.loading import choose_format, unused_columns
 from helpers.data.messages import Message, add_system_prompt, conversation_hash
 from helpers.models.chat import (
     encode_prompt,
+    eos_token_ids,
     fold_system_message,
     marked_template,
     special_token_pattern,
     supports_system_role,
-    turn_ends,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, A
         tokenizer.backend_tokenizer.no_padding()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     parts = [rows._fingerprint, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, config, *code]
-    parts.append(turn_ends(tokenizer))
+    parts.append(eos_token_ids(tokenizer))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

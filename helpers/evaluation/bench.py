@@ -16,7 +16,7 @@ from helpers.evaluation.answers import JsonlStore, make_table
 from helpers.evaluation.generators import Generators, HFGenerator
 from helpers.evaluation.judgments import Judgments
 from helpers.evaluation.questions import find_input
-from helpers.models.hub_client import describe_error
+from helpers.models.adapters import describe_error
 from helpers.models.resolve import resolve_models
 from helpers.runs.run import Run
 from helpers.runs.start import resumable

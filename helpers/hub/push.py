@@ -26,7 +26,7 @@ from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from helpers.core import REPO, SettingsError, UserError, find_path, is_main_process, printable
 from helpers.hub.model_card import base_on_hub, complete_license, license_metadata, license_options, write_card
-from helpers.models.hub_client import describe_error, hf_token
+from helpers.models.adapters import describe_error, hf_token
 from helpers.runs.checkpoints import check_model_folder
 from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
 from helpers.settings.secrets import find_secrets

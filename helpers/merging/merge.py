@@ -22,13 +22,12 @@ from helpers.models.adapters import (
     CARRIED_FILES,
     carry_files,
     check_model_files,
-    check_weights,
+    describe_error,
     load_adapter,
+    make_portable,
     read_pretrained,
-    save_tokenizer,
 )
 from helpers.models.chat import eos_token_ids, set_chat_template
-from helpers.models.hub_client import describe_error
 from helpers.models.plan import prepare_model, quantization_config
 from helpers.models.resolve import ModelRef, resolve_adapter
 from helpers.runs.checkpoints import format_size, hash_files, quoted, read_run
@@ -46,8 +45,8 @@ class LoadPrecision:
 
     @classmethod
     def from_run(cls, run: Run, merge_base: str = "auto") -> LoadPrecision:
-        """Read it from run.json. For an adapter from elsewhere it is unknown: with `merge_base` dequantized, the usual
-        NF4 of QLoRA with double quantization, computed in bfloat16, is assumed."""
+        """Read it from run.json. An adapter from elsewhere has none: with `merge_base` dequantized, the usual NF4 of
+        QLoRA with double quantization, computed in bfloat16, is assumed."""
         plan = run.record.get("plan", {})
         if not plan and merge_base == "dequantized":
             plan = {"weights": "bfloat16", "computed in": "bfloat16", "quantization": "4-bit"}
@@ -102,16 +101,11 @@ class Adapter:
         has_tokenizer = (self.folder / "tokenizer_config.json").is_file()
         folder, code = self.folder if has_tokenizer else self.base_folder, self.trust_remote_code
         tokenizer = read_pretrained(AutoTokenizer, folder, trust_remote_code=code)
-        if not tokenizer.chat_template and has_tokenizer and self.run.record.get("step"):
-            fix = "Restore chat_template.jinja."  # which each run saves
-            raise UserError(f"{short_path(folder)} is without its chat template. {fix}")
-        if not tokenizer.chat_template:
-            print("note: the tokenizer is without a chat template. Mistral's is used, and saved with the merge.")
-        set_chat_template(tokenizer, "auto")
+        set_chat_template(tokenizer, "auto", is_of_run=has_tokenizer and "step" in self.run.record)
         return tokenizer
 
     def merger(self, precision: LoadPrecision, merge_base: str) -> StreamingMerger:
-        """Add the adapter to "original" or "dequantized" weights. Raises UnsupportedAdapter."""
+        """Adds the adapter to "original" or "dequantized" weights. Raises UnsupportedAdapter."""
         quantization = precision.quantization if merge_base == "dequantized" else None
         stored = torch.float32 if precision.dtype == "auto" else precision.dtype
         code, size = self.trust_remote_code, len(self.tokenizer)
@@ -121,10 +115,9 @@ class Adapter:
         """Load the base as in training, or dequantized after that, with the adapter on it."""
         options = {"dtype": precision.dtype, "quantization_config": precision.quantization, "device_map": {"": device}}
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, **self.loading, **options)
-        check_weights(base)
+        prepare_model(base, self.tokenizer, self.folder)  # rows for tokens that the chat template added
         if dequantize and precision.quantization:
             base = base.dequantize(precision.dtype)
-        prepare_model(base, self.tokenizer, self.folder)  # rows for tokens that the chat template added
         return load_adapter(base, self.folder).eval()
 
 
@@ -147,7 +140,7 @@ def find_adapter(settings: Any) -> Adapter:
 
 
 def local_folder(model: str, revision: str = "") -> Path:
-    """The folder of a model or adapter; one on the Hub is downloaded first. Raises UserError."""
+    """The folder of a model or adapter, downloaded from the Hub if it is there. Raises UserError."""
     if path := find_path(model):
         return path
     options: Any = {"revision": revision or None, "ignore_patterns": ["*/*", "consolidated*"]}
@@ -195,12 +188,8 @@ class MergedModel:
         parent = find_parent(final, self.run.record)
         if parent and (parent / "curves.png").is_file():  # of the training, for the model card
             shutil.copyfile(parent / "curves.png", self.folder / "curves.png")
-        self.run.finish(
-            metrics=verification.metrics,
-            merge_base=self.merge_base,
-            verification=verification.rows,
-            is_text_part=self.is_text_part,
-        )
+        fields = {"metrics": verification.metrics, "verification": verification.rows}
+        self.run.finish(merge_base=self.merge_base, is_text_part=self.is_text_part, **fields)
         (self.folder / "merge.digest").unlink(missing_ok=True)  # last: an interrupted run resumes until here
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -223,8 +212,7 @@ def merge_adapter(
 
     `base` is "original" weights, "dequantized" weights as 4-bit training saw them, or "auto" for those of training.
     `dtype` is that of the merged weights; "auto" is the base's. PEFT merges what `StreamingMerger` does not support, in
-    the memory of the full model. Raises UserError for an adapter that cannot be merged, and if the disk is
-    full.
+    the memory of the full model. Raises UserError for an adapter that cannot be merged, and if the disk is full.
     """
     precision = LoadPrecision.from_run(adapter.run, base)
     if base == "dequantized" and not precision.quantization:
@@ -253,9 +241,10 @@ def merge_adapter(
 
 
 def save_config(folder: Path, adapter: Adapter) -> None:
-    """Save what a model has besides its weights and configuration: the tokenizer with its template, and files of the
-    base. Its generation settings are kept as they are, and every token that ends an answer is in them."""
-    save_tokenizer(adapter.tokenizer, folder)
+    """Save what a model has besides weights and configuration: the tokenizer with its template, files of the base, and
+    its generation settings as they are, with every token that ends an answer."""
+    adapter.tokenizer.save_pretrained(folder)
+    make_portable(folder)
     carry_files(str(adapter.base_folder), folder)
     config, file = adapter.base_config, adapter.base_folder / "generation_config.json"
     text = file.read_text() if file.is_file() else GenerationConfig.from_model_config(config).to_json_string()
@@ -274,17 +263,16 @@ def merge_with_peft(
     precision: LoadPrecision | None = None,
 ) -> None:
     """Merge with PEFT's merge_and_unload, into the base as it is, or loaded in `precision` and dequantized. Raises
-    UserError if PEFT does not support the adapter either, or the model does not fit into memory."""
+    UserError if PEFT cannot do it either, or the model does not fit into memory."""
     shutil.rmtree(folder, ignore_errors=True)
     stored = adapter.base_config.dtype or torch.float32
     files = [*adapter.base_folder.glob("*.safetensors")] or [*adapter.base_folder.glob("*.bin")]
     ratio = precision.dtype.itemsize / stored.itemsize if precision else 1
     size, free = ratio * sum(file.stat().st_size for file in files), psutil.virtual_memory().available
-    needs = format_size(size)
-    print(f"The full model is loaded for that. It takes {needs} of memory, and saving it up to as much again.")
+    needs = f"{format_size(size)} of memory"
+    print(f"The full model is loaded for that. It takes {needs}, and saving it up to as much again.")
     if size > free:
-        text = f"The model needs {needs} of memory, and {format_size(free)} are free"
-        raise UserError(f"{text}. Use a machine with more memory.")
+        raise UserError(f"The model needs {needs}, and {format_size(free)} are free. Use a machine with more memory.")
     try:
         merged = adapter.load_policy(precision or LoadPrecision(), "cpu", dequantize=True).merge_and_unload()
         if kind := dtype or (stored if precision else None):

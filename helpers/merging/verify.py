@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import random
 from pathlib import Path
@@ -15,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch.nn.functional import kl_div, linear, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from helpers.core import UserError, read_jsonl
@@ -90,12 +89,9 @@ def _short(value: float) -> str:
 
 
 def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) -> Verification:
-    """Compare the merged model with the trained policy, 4 bits included, on held-out prompts.
-
-    Both compute in the same dtype: float32 if that fits into memory. Merged weights of 16 bits then also compute in 16
-    bits, which is compared apart. A model that does not fit is compared layer by layer. The result of a finished merge
-    is in its run.json.
-    """
+    """Compare the merged model with the trained policy, 4 bits included, on held-out prompts, or layer by layer if it
+    does not fit into memory. Both compute in the same dtype: float32 if that fits. Merged weights of 16 bits then also
+    compute in 16 bits, which is compared apart. The result of a finished merge is in its run.json."""
     precision, record = merged.precision, merged.run.record
     if merged.run.finished:
         max_kl = record.get("settings", {}).get("max_kl", max_kl)  # that it was judged by
@@ -111,9 +107,9 @@ def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) ->
             raise UserError(f"The merge cannot be verified: the model is too large to load here, and cannot be compared"
                             f" layer by layer ({reason}). Use a machine with more memory.") from None  # fmt: skip
     prompts = held_out_prompts(adapter.run, adapter.tokenizer)
-    policy = adapter.load_policy(precision, device)
+    policy = adapter.load_policy(precision, device, dequantize=computing == torch.float32)
     if computing == torch.float32:
-        compute_in_float32(policy)
+        policy = policy.float()
     computing = policy.get_base_model().dtype
     trained = last_logits(policy, prompts)
     with policy.disable_adapter():
@@ -132,11 +128,8 @@ def verify_merge(merged: MergedModel, adapter: Adapter, max_kl: float = 0.01) ->
 
 
 def held_out_prompts(run: Run, tokenizer: Any) -> list[list[int]]:
-    """The tokens of prompts of the run's evaluation rows, or of five questions if there are none.
-
-    They are those of training. Older runs did not save them; these prompts and the questions are rendered with the
-    variables of the chat template in training.
-    """
+    """The tokens of prompts of the run's evaluation rows, or of five questions if there are none: those of training, or
+    rendered with its variables of the chat template."""
     file = run.folder / "held_out.jsonl"
     rows = read_jsonl(file)[:MAX_CONVERSATIONS] if file.is_file() else []
     rows = rows or [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
@@ -157,27 +150,6 @@ def device_for(weights: WeightFiles, dtype: torch.dtype | str) -> tuple[str, Any
     return "", "auto"
 
 
-def compute_in_float32(model: torch.nn.Module) -> None:
-    """Make a model compute in float32 with the weights that it has. Quantized layers keep theirs.
-
-    In evaluation bitsandbytes 0.50 (autograd/_functions.py, matmul_4bit) does not round 4-bit weights to the dtype that
-    training computed in, as it does in training.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
-
-    def forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
-        return linear(inputs, weight.float(), layer.bias)
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
-    for weight in [*model.parameters(), *model.buffers()]:
-        if weight.is_floating_point() and not isinstance(weight, Int8Params | Params4bit):
-            weight.data = weight.data.float()
-
-
 def last_logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The float32 logits at the last positions of each prompt, (tokens, vocabulary), computed without padding."""
     logits = []
@@ -189,21 +161,18 @@ def last_logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
-    """Compare the next-token distributions of two models over all positions of the same conversations.
-
-    `max_abs` and `mean_abs` are differences of logits, `top1` is the share of positions with the same most likely
-    token, `kl` the mean of KL(before ‖ after) in nats.
-    """
-    largest = total = same = kl = 0.0
-    positions = sum(map(len, before))
+    """Compare the next-token distributions of two models over all positions of the same conversations. `max_abs` and
+    `mean_abs` are differences of logits, `top1` is the share of positions with the same most likely token, `kl` the
+    mean of KL(before ‖ after) in nats."""
+    each = []  # of each conversation, (4, positions)
     for a, b in zip(before, after, strict=True):
-        difference = (a - b).abs()
-        largest = max(largest, float(difference.max())) if bool(difference.isfinite().all()) else math.nan
-        total += float(difference.mean()) * len(a)
-        same += float((a.argmax(-1) == b.argmax(-1)).sum())
-        kl += float(kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="sum", log_target=True))
-    kl = 0.0 if kl < 0 else kl / positions  # rounding can make a zero negative
-    return {"max_abs": largest, "mean_abs": total / positions, "top1": same / positions, "kl": kl}
+        difference, same = (a - b).abs(), (a.argmax(-1) == b.argmax(-1)).float()
+        kl = kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="none", log_target=True).sum(-1)
+        each.append(torch.stack([difference.amax(-1), difference.mean(-1), same, kl]))
+    stacked = torch.cat(each, 1).double()
+    _, mean, top1, total = stacked.mean(1).tolist()
+    total = 0.0 if total < 0 else total  # rounding can make a zero negative
+    return {"max_abs": float(stacked[0].max()), "mean_abs": mean, "top1": top1, "kl": total}
 
 
 def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
@@ -215,7 +184,7 @@ def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
     """
     written = WeightFiles(folder)
     kinds: dict[str, list[str]] = {}
-    for name in trained.linear_layers():
+    for name in [name for name, layer in trained.wrapped.items() if len(getattr(layer, "lora_A", ()))]:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
     draw = random.Random(0)
     names = [name for kind in kinds.values() for name in draw.sample(kind, min(LAYERS_PER_KIND, len(kind)))]
@@ -229,7 +198,7 @@ def compare_layers(trained: StreamingMerger, folder: Path) -> dict[str, float]:
             before = layer(inputs)
             plain = layer.get_base_layer()
             base = plain(inputs)
-            plain.weight = torch.nn.Parameter(written[trained.file_name(f"{name}.weight")].float(), False)
+            plain.weight = torch.nn.Parameter(written[trained.file_names[f"{name}.weight"]].float(), False)
             after = plain(inputs)
             largest = max(largest, float((after - before).norm() / before.norm()))
             applied = min(applied, float(((after - base) * (before - base)).sum() / (before - base).square().sum()))

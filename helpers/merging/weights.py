@@ -9,7 +9,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,11 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 class WeightFiles:
     """The tensors of the safetensors files in a folder, each read when it is accessed. Raises UserError without any."""
 
-    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
-        self.files = sorted(folder.glob(pattern))
-        index = folder / "model.safetensors.index.json"
-        if "*" in pattern and (folder / "model.safetensors").is_file():
-            self.files = [folder / "model.safetensors"]  # as transformers: next to it may be the same in another format
-        elif "*" in pattern and index.is_file():
+    def __init__(self, folder: Path, name: str = "model.safetensors") -> None:
+        self.files, index = sorted(folder.glob("*.safetensors")), folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            self.files = [folder / name]  # as transformers: next to it may be the same in another format
+        elif index.is_file():
             self.files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if not self.files:
             raise UserError(f"{folder} has no weights in safetensors format.")
@@ -65,7 +64,7 @@ class WeightFiles:
 
     def stamp(self) -> list[list[Any]]:
         """Names, sizes and times of the files, which change when another model is put in their place."""
-        return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in self.files]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
 
 
 def _header(specs: Specs) -> bytes:
@@ -81,28 +80,26 @@ def _header(specs: Specs) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_shard(
-    file: Path, specs: Specs, tensor: Callable[[str], torch.Tensor], advance: Callable[[int], Any]
-) -> None:
+def _write_shard(file: Path, specs: Specs, merger: StreamingMerger, bar: tqdm[Any]) -> None:
     """Write a file under another name, one tensor while the next is computed, and rename it when it is complete."""
     part = file.with_name(file.name + ".part")
     with part.open("wb") as out, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(out.write, memoryview(_header(specs)))
         for name, spec in specs.items():
-            value = tensor(name).detach()
+            value = merger.tensor(name).detach()
             if value.shape != spec.shape:
                 raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(spec.shape)}")
             content = value.to(spec.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-            advance(writing.result())
+            bar.update(writing.result())
             writing = writer.submit(out.write, content.data)
-        advance(writing.result())
+        bar.update(writing.result())
     part.replace(file)
 
 
 def write_merged(
     folder: Path, merger: StreamingMerger, max_shard_size: int | str, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the merged weights into `folder`, or the files that an interrupted merge left missing. The files of another
+    """Write the merged weights into `folder`, or the files that an interrupted merge left missing; those of another
     merge are deleted first. Raises UserError if the disk has too little space."""
     specs = merger.specs(dtype)
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
@@ -125,7 +122,7 @@ def write_merged(
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="merging", mininterval=1) as bar:
         for file in [file for file in shards if file not in written]:
             try:
-                _write_shard(folder / file, shards[file], merger.tensor, bar.update)
+                _write_shard(folder / file, shards[file], merger, bar)
             except OSError as error:
                 raise UserError(f"Writing merged weights failed: {error}. Run the same command to resume.") from None
     if split.is_sharded:
@@ -140,11 +137,11 @@ class UnsupportedAdapter(Exception):
 class StreamingMerger:
     """The tensors of the model in folder `base` with the adapter in folder `adapter` added, one at a time.
 
-    Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it,
-    which covers every LoRA variant. Read in PEFT 0.21 (tuners/tuners_utils.py, _unload_and_optionally_merge;
-    utils/save_and_load.py). Tensors keep the names of the base's files: see `tensor_names`. Embeddings get the rows of
-    `resize_embeddings` for a tokenizer of length `vocabulary`. With `quantization`, the base weights are those that
-    training computed with: see `QuantizedBase`. Raises UnsupportedAdapter.
+    Both are built on the meta device. Each adapted layer gets its weights when it is needed, and PEFT itself merges it
+    (PEFT 0.21, tuners/tuners_utils.py, _unload_and_optionally_merge), which covers every LoRA variant. Tensors keep the
+    names of the base's files: see `tensor_names`. Embeddings get the rows of `resize_embeddings` for a tokenizer of
+    length `vocabulary`. With `quantization`, the base weights are those that training computed with: see
+    `QuantizedBase`. Raises UnsupportedAdapter.
     """
 
     def __init__(
@@ -175,11 +172,11 @@ class StreamingMerger:
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
         self._aliases = self.tied | {target: source for source, target in self.tied.items()}
         self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
-        self.names, self._file_names, self._converted = tensor_names(model, self.base)
+        self.names, self.file_names, converted = tensor_names(model, self.base)
         if wrong := [each for each, name in self.names.items() if self.base.spec(each).shape != shapes[name]]:
             raise UserError(f"{display_name(base)} is broken: {wrong[0]} has not the shape of config.json. Restore it.")
-        known = {*self._converted, *self.names.values()}
-        if missing := [name for name in self._file_names if not {name, self._aliases.get(name)} & known]:
+        known = {*converted, *self.names.values()}
+        if missing := [name for name in self.file_names if not {name, self._aliases.get(name)} & known]:
             raise UnsupportedAdapter(f"a base without {missing[0]}")
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
         with torch.device("meta"), adapter_errors(adapter, base):
@@ -194,10 +191,10 @@ class StreamingMerger:
             reason = " ".join(str(error).split())[:120]
             raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
         check_adapter_keys(self.model, keys.missing_keys, keys.unexpected_keys, adapter, base)
-        self._wrapped = self._find_wrapped()
+        self.wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
-        changed = {*self._wrapped, *(self.quantized.names if self.quantized else ()), *map(_owner, self._replaced)}
-        if name := next((name for name in self._converted if _owner(name) in changed), ""):
+        changed = {*self.wrapped, *(self.quantized.names if self.quantized else ()), *map(_owner, self._replaced)}
+        if name := next((name for name in converted if _owner(name) in changed), ""):
             raise UnsupportedAdapter(f"weights such as {name}, which the base's files contain in other pieces")
         self._buffers = [torch.empty(0) for _ in range(3)]
         self._merged: tuple[str, dict[str, torch.Tensor]] = "", {}  # the last layer that PEFT merged
@@ -220,7 +217,7 @@ class StreamingMerger:
         for name, parameter in self.model.get_base_model().named_parameters():
             key = self._names.get(id(parameter))
             plain = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
-            in_base = plain != name or not any(name.startswith(f"{owner}.") for owner in self._wrapped)
+            in_base = plain != name or not any(name.startswith(f"{owner}.") for owner in self.wrapped)
             if key is None and not in_base:
                 raise UnsupportedAdapter(f"an adapter without {name}")
             if key is not None and in_base:
@@ -232,16 +229,15 @@ class StreamingMerger:
 
     def specs(self, dtype: torch.dtype | None = None) -> Specs:
         """Meta tensors of the merged checkpoint in the order of the base's, and in its dtypes or in `dtype`, which the
-        configuration gets too. Tied weights that the adapter makes different are both included, and the configuration
-        is untied."""
+        configuration gets too. Tied weights that the adapter makes different are both included, and untied."""
         if dtype:
             self.config.dtype = self.config.get_text_config().dtype = dtype
         names = {file_name: self.names.get(file_name, "") for file_name in self.base}
         for name, target in self.tied.items():
-            is_adapted = any(_owner(each) in self._wrapped for each in (name, target))
+            is_adapted = any(_owner(each) in self.wrapped for each in (name, target))
             if is_adapted and not torch.equal(self._weight(name), self._weight(target)):
                 self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
-                names |= {self.file_name(each): each for each in (name, target)}
+                names |= {self.file_names[each]: each for each in (name, target)}
         self.names = names
         specs = {}
         for file_name, name in names.items():
@@ -251,13 +247,9 @@ class StreamingMerger:
             specs[file_name] = torch.empty(shape, dtype=kind, device="meta")
         return specs
 
-    def file_name(self, name: str) -> str:
-        """The name that a weight of the model has in the files of the base and of the merged model."""
-        return self._file_names[name]
-
     def _stored(self, name: str) -> str:
         """The name of a weight in the base's files, which contain tied weights once."""
-        return self._file_names[name if self._file_names[name] in self.base else self._aliases[name]]
+        return self.file_names[name if self.file_names[name] in self.base else self._aliases[name]]
 
     def _needs_rows(self, name: str) -> bool:
         return self.vocabulary != self.rows and name in self._embeddings
@@ -265,7 +257,7 @@ class StreamingMerger:
     def from_base(self, name: str) -> torch.Tensor:
         """A weight before merging, with rows for added tokens, or the adapter's replacement of it or a tied one."""
         alias = self._aliases.get(name, name)
-        if replaced := self._replaced.get(name) or (_owner(alias) not in self._wrapped and self._replaced.get(alias)):
+        if replaced := self._replaced.get(name) or (_owner(alias) not in self.wrapped and self._replaced.get(alias)):
             return self.adapter[replaced]
         weight = self.base[self._stored(name)]
         if self._needs_rows(name):
@@ -282,9 +274,9 @@ class StreamingMerger:
 
     def _weight(self, name: str) -> torch.Tensor:
         owner = _owner(name)
-        if owner not in self._wrapped:
+        if owner not in self.wrapped:
             return self.from_base(name)
-        layer = self._wrapped[owner]
+        layer = self.wrapped[owner]
         if name == f"{owner}.weight" and _is_plain_lora(layer):
             return self._merge_plain(layer, self.from_base(name))
         if self._merged[0] != owner:
@@ -302,14 +294,10 @@ class StreamingMerger:
         total, exact = (self._buffers[i][: weight.numel()].view(weight.shape) for i in (0, 2))
         return torch.mm(b, a, out=total).mul_(float(layer.scaling[adapter])).add_(exact.copy_(weight))
 
-    def linear_layers(self) -> list[str]:
-        """Names of adapted layers that multiply by a matrix."""
-        return [name for name, layer in self._wrapped.items() if len(getattr(layer, "lora_A", ()))]
-
     def layer(self, owner: str, merged: bool = False) -> Any:
         """The adapted layer `owner` with its weights in float32, or the layer that PEFT merges it to."""
-        layer: Any = copy.deepcopy(self._wrapped[owner])
-        for path, parameter in dict(self._wrapped[owner].named_parameters()).items():
+        layer: Any = copy.deepcopy(self.wrapped[owner])
+        for path, parameter in self.wrapped[owner].named_parameters():
             parent, _, kind = path.rpartition(".")
             key = self._names.get(id(parameter))
             stored = self.adapter[key] if key is not None else self.from_base(f"{owner}.{kind}")
@@ -341,14 +329,13 @@ def _check_supported(peft_config: Any, base: Path, adapter: Path, config: Any) -
             f"The base of the adapter is quantized ({display_name(base)}, {method}). It has no original weights. "
             "Merging into it would round the adapter away. Use `--base_model_id` for what it was quantized from."
         )
-    kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     init = getattr(peft_config, "init_lora_weights", True)
+    kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     problems = {f"an adapter of type {kind}": kind != "LORA"}
-    usual = {"bias": "none", "lora_bias": False, "target_parameters": None, "layer_replication": None}
-    usual |= {"megatron_config": None, "alora_invocation_tokens": None}
-    for name, default in usual.items():
-        value = getattr(peft_config, name, default) or default
-        problems[f"an adapter with {name}={value!r}"] = value != default
+    for name in ("bias", "lora_bias", "target_parameters", "layer_replication", "megatron_config",
+                 "alora_invocation_tokens"):  # fmt: skip
+        value = getattr(peft_config, name, None)
+        problems[f"an adapter with {name}={value!r}"] = bool(value) and value != "none"
     problems |= {
         "a base that is not in safetensors format": not any(base.glob("*.safetensors")),
         "an adapter that is not in safetensors format": not (adapter / "adapter_model.safetensors").is_file(),
@@ -368,8 +355,7 @@ def _check_token_rows(peft_config: Any, vocabulary: int) -> None:
 
 
 class QuantizedBase:
-    """The weights that training with quantization `config` computed with; it loaded them in dtype `stored`. `model` may
-    be on the meta device."""
+    """The weights that training with quantization `config` computed with, loaded in dtype `stored`."""
 
     def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, stored: torch.dtype) -> None:
         from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -384,7 +370,7 @@ class QuantizedBase:
 
     def dequantize(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Quantize `weight` as `Params4bit` or `Int8Params` does, and dequantize it to float32 as their layers do. A
-        weight that training did not quantize is returned unchanged."""
+        weight that training did not quantize stays as it is."""
         from bitsandbytes import functional
 
         config: Any = self.config

@@ -1,12 +1,15 @@
-"""Adapters that fit their base, and the names and files of models on disk (PEFT 0.21, transformers 5.23)."""
+"""Files of models on disk and on the Hub, and adapters that fit their base (PEFT 0.21, transformers 5.23)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import json
+import os
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -15,40 +18,96 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from jinja2 import Environment, TemplateSyntaxError
-from jinja2.ext import Extension
 from safetensors import SafetensorError, safe_open
 
-from helpers.core import UserError, find_path, is_main_process, short_path, shorten, write_json
+from helpers.core import UserError, find_path, is_main_process, is_notebook, short_path, shorten, write_json
 from helpers.runs.checkpoints import MODEL_PATTERNS
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+Place = Path | str  # a folder, or a Hub id
 # Files of a model that its successors need too.
 CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "*processor_config.json",
                  "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
-# Weights that PEFT 0.21 reports as missing in each layer that shares them (peft_model.py, from_pretrained).
-SHARED_WEIGHTS = re.compile(r"vblora_vector_bank|\.tinylora_v\.|\.unilora_theta_d\.")
 LFS_POINTER = b"version https://git-lfs"  # the beginning of a file that `git clone` left for `git lfs pull`
+GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # of transformers, unknown to jinja2
+HUB_STATUS = {
+    401: "the Hub does not accept your token (401). Set a valid HF_TOKEN, or unset it for public repositories",
+    403: "your token may not do that (403). Set HF_TOKEN to a token with this permission",
+    404: "it is not on the Hub, or your token may not see it (404)",
+    429: "the Hub asks to slow down (429). Run the same command again in a few minutes",
+}
 
 
-class GenerationTag(Extension):
-    """{% generation %} of transformers' chat templates, so that jinja2 can parse them."""
+@functools.cache
+def check_hub() -> None:
+    """Ask the Hub once whether it can be reached; if not, use its cache only, and say so: its clients would retry for
+    every file, 24 seconds each in huggingface_hub 2.4."""
+    import httpx2 as httpx  # the HTTP client of huggingface_hub
+    from huggingface_hub import constants, get_session
 
-    tags = {"generation"}  # noqa: RUF012  # as in jinja2
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError):
+        constants.HF_HUB_OFFLINE = True
+        if datasets := sys.modules.get("datasets"):
+            datasets.config.HF_HUB_OFFLINE = True
+        print("The Hub cannot be reached: only its cache is used. HF_HUB_OFFLINE=1 skips this check.", file=sys.stderr)
+    except httpx.HTTPError:  # slow or busy: the retries of huggingface_hub handle it
+        pass
 
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+def describe_error(error: BaseException) -> str:
+    """One line on an error of the Hub's client and its fix. For other errors, their own message."""
+    from huggingface_hub import errors
+
+    chain: list[Any] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    kinds = {kind for e in chain for kind in type(e).__mro__}
+    message = " ".join(str(error).split())[:300]
+    status = next((e.response.status_code for e in chain if getattr(e, "response", None) is not None), 0)
+    lines = [line for e in chain for line in str(getattr(e, "server_message", "") or e).splitlines()]
+    quota = next((line for line in lines if re.search(r"storage|quota", line, re.IGNORECASE)), "")
+    if errors.RepositoryNotFoundError in kinds:
+        return HUB_STATUS[404]  # without a token, the Hub answers 401 for a repository that does not exist
+    if kinds & {errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError}:
+        return message
+    if status in (402, 403, 413) and quota:
+        return f"the account's storage is full ({' '.join(quota.split())[:200]}). Free some, or use another account"
+    if status >= 500:
+        return f"the Hub fails ({status}). Run the same command again later"
+    if status in HUB_STATUS:
+        return HUB_STATUS[status]
+    if kinds & {errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled}:
+        if os.environ.get("HF_HUB_OFFLINE"):
+            return "it is not in the cache, and HF_HUB_OFFLINE is set. Unset it once, or use a local folder"
+        return "it is not in the cache, and the Hub cannot be reached. Connect, or use a local folder"
+    return message
 
 
-CHAT_JINJA = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])  # to parse only
+def hf_token(purpose: str) -> str:
+    """The Hub token from HF_TOKEN, .env or `hf auth login`, or typed by the user if there is a terminal. Raises
+    UserError without one; `purpose` begins the message, as in "pushing to me/model"."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    is_interactive = is_notebook() or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+    if not token and is_interactive and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with contextlib.suppress(EOFError, RuntimeError, KeyboardInterrupt):  # RuntimeError: a kernel without stdin
+            token = getpass.getpass("HF_TOKEN (not shown; press Enter to continue without): ").strip()
+    if not token:
+        raise UserError(f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or `hf auth login`")
+    return token
 
 
 def check_model_files(folder: Path) -> None:
     """Raise UserError for a broken file of the model or adapter in `folder`: JSON, text, a chat template, the header of
-    weights, or an index that does not fit the shards that are there. Nothing is loaded."""
+    weights, or an index that does not fit the shards that are there."""
     found = {file for pattern in (*MODEL_PATTERNS, "*.bin") for file in folder.glob(pattern) if file.is_file()}
     files = [file for file in found if not file.name.endswith("processor_config.json")]  # of images: only carried
     names = {file.name: check_model_file(file, file.suffix) for file in sorted(files)}
@@ -62,39 +121,27 @@ def check_model_files(folder: Path) -> None:
 
 def check_model_file(file: Path, kind: str) -> list[str]:
     """The names of the weights in a file, or [] for a file of another kind, which is a suffix. Raises UserError."""
-    return _check_file(file, kind, file.stat().st_size, file.stat().st_mtime_ns)
-
-
-@functools.cache
-def _check_file(file: Path, kind: str, size: int, changed: int) -> list[str]:
-    """As `check_model_file`. Size and time are for the cache."""
     with file.open("rb") as opened:
         head = opened.read(len(LFS_POINTER))
-    if not head:
-        raise _broken(file, "it is empty")
     if head == LFS_POINTER:
         raise UserError(f"{short_path(file)} is a pointer of Git LFS, not the file. Run `git lfs pull` in its folder.")
-    template = None
     try:
+        if not head:
+            raise ValueError("it is empty")
         if kind == ".safetensors":
             with safe_open(file, framework="numpy") as weights:
                 return list(weights.keys())
         if kind == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
             raise ValueError("it is cut short")
-        if kind in (".json", ".jinja", ".txt"):
-            template = file.read_text("utf-8")
+        text = file.read_text("utf-8") if kind in (".json", ".jinja", ".txt") else ""
         if kind == ".json":
-            content = json.loads(str(template))
+            content = json.loads(text)
             if not isinstance(content, dict):
                 raise ValueError("it is not a JSON object")
-            template = content.get("chat_template")
-        if isinstance(template, str) and kind != ".txt":
-            CHAT_JINJA.parse(template)
-    except UnicodeDecodeError as error:
-        raise _broken(file, f"it is not UTF-8: {error.reason}") from None
-    except RecursionError:
-        raise _broken(file, "it is nested too deeply") from None
-    except (ValueError, SafetensorError, TemplateSyntaxError) as error:
+            text = content.get("chat_template")
+        if isinstance(text, str) and kind != ".txt":
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", text))
+    except (ValueError, RecursionError, SafetensorError, TemplateSyntaxError) as error:
         raise _broken(file, str(error)) from None
     return []
 
@@ -104,7 +151,7 @@ def _broken(file: Path, problem: str) -> UserError:
     return UserError(f"{short_path(file)} is broken: {problem}. Restore it, or download the model again.")
 
 
-def read_pretrained(kind: Any, name: Path | str, **options: Any) -> Any:
+def read_pretrained(kind: Any, name: Place, **options: Any) -> Any:
     """`kind.from_pretrained(name)`, of a configuration or a tokenizer. Raises UserError for files it cannot read."""
     try:
         return kind.from_pretrained(name, **options)
@@ -119,12 +166,10 @@ def read_pretrained(kind: Any, name: Path | str, **options: Any) -> Any:
 
 
 def check_weights(model: Any) -> None:
-    """Raise UserError if from_pretrained found no weight for a parameter of `model`, which it then drew at random.
-
-    Not known for a model that is stored quantized, and under ZeRO-3.
-    """
+    """Raise UserError if from_pretrained found no weight for a parameter of `model`, which it then drew at random. Not
+    known for a model that is stored quantized, and under ZeRO-3."""
     quantization = getattr(model.config, "quantization_config", None)
-    is_other = quantization and not {"load_in_4bit", "load_in_8bit"} & set(dir(quantization))  # not of bitsandbytes
+    is_other = quantization and not hasattr(quantization, "load_in_4bit")  # not of bitsandbytes
     weights = list(model.named_parameters())
     if is_other or getattr(model, "_are_weights_checked", False) or hasattr(weights[0][1], "ds_id"):
         return
@@ -137,7 +182,7 @@ def check_weights(model: Any) -> None:
     model._are_weights_checked = True
 
 
-def load_adapter(model: PreTrainedModel, folder: Path | str, is_trainable: bool = False) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Place, is_trainable: bool = False) -> Any:
     """Put the adapter in `folder` on `model`. Raises UserError if it does not fit: see `check_adapter_keys`."""
     from peft import PeftModel
 
@@ -152,22 +197,17 @@ def load_adapter(model: PreTrainedModel, folder: Path | str, is_trainable: bool 
     return policy
 
 
-def check_adapter_keys(
-    policy: Any, missing: Iterable[str], unexpected: Iterable[str], folder: Path | str, base: Path | str
-) -> None:
-    """Raise UserError unless every key of an adapter's file is used, and every layer that it wraps is filled.
-
-    `missing` and `unexpected` are the keys that PEFT reports for the file in `policy`. Copies of the embeddings, which
-    PEFT saves by itself, may be unused.
-    """
+def check_adapter_keys(policy: Any, missing: list[str], unexpected: list[str], folder: Place, base: Place) -> None:
+    """Raise UserError unless every key of an adapter's file is used, and every layer that it wraps is filled, by the
+    keys that PEFT reports for `policy`. Copies of the embeddings, which PEFT saves by itself, may be unused."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     config = policy.peft_config["default"]
     if config.is_prompt_learning:  # its weights are not in a layer
         return
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
-    needed = [name for name in policy.state_dict() if prefix in name and ".default" in name]
-    lacking = [name for name in missing if name in set(needed) and not SHARED_WEIGHTS.search(name)]
+    needed = {name for name in policy.state_dict() if prefix in name and ".default" in name}
+    lacking = [name for name in missing if name in needed and "vblora_vector_bank" not in name]  # layers share that
     model = policy.get_base_model()
     layers = {id(each) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
     embeddings = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in layers}
@@ -180,7 +220,7 @@ def check_adapter_keys(
 
 
 @contextlib.contextmanager
-def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
+def adapter_errors(folder: Place, base: Place) -> Iterator[None]:
     """Raise UserError where PEFT 0.21 finds that an adapter does not fit its base: other layers, shapes or files."""
     try:
         yield
@@ -192,7 +232,7 @@ def adapter_errors(folder: Path | str, base: Path | str) -> Iterator[None]:
         raise adapter_error(folder, base, str(error)) from None
 
 
-def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserError:
+def adapter_error(folder: Place, base: Place, problem: str) -> UserError:
     """Return the error of an adapter that does not fit its base."""
     problem, model = shorten(" ".join(problem.split()), 400), display_name(base)
     return UserError(
@@ -201,7 +241,7 @@ def adapter_error(folder: Path | str, base: Path | str, problem: str) -> UserErr
     )
 
 
-def display_name(folder: Path | str) -> str:
+def display_name(folder: Place) -> str:
     """A folder as the user would type it; for one in the cache of the Hub, its id."""
     cached = re.search(r"models--([^/\\]+)", str(folder))
     return cached[1].replace("--", "/") if cached else short_path(folder)
@@ -217,35 +257,25 @@ def follows_longest_row(config: Any) -> bool:
 
 
 def save_model(trainer: Any, folder: Path) -> None:
-    """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds.
-
-    Call it in every process of a launch: under ZeRO-3 and FSDP each holds a part of the weights.
-    """
+    """Save the tokenizer, and the model or the trained adapter without the "ref" copy that TRL's save_model adds. Every
+    process of a launch calls it: under ZeRO-3 and FSDP each holds a part of the weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(str(folder))  # and the tokenizer
+    is_adapter = hasattr(model, "peft_config")
+    if is_adapter:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     else:
-        _save_adapter(trainer, model, folder)
-    if is_main_process():  # of TRL and PEFT: it does not know where the model comes from. 03 writes a card
-        (folder / "README.md").unlink(missing_ok=True)
-        make_portable(folder)
-        if not hasattr(model, "peft_config"):
-            carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
-
-
-def _save_adapter(trainer: Any, model: Any, folder: Path) -> None:
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if is_main_process():
+        trainer.save_model(str(folder))  # and the tokenizer
+    if not is_main_process():
+        return
+    if is_adapter:
         # the adapter has the rows of added tokens: PEFT need not save all embeddings for them
         layers = "auto" if model.peft_config["default"].trainable_token_indices is None else False
         names = ["default"]
         model.save_pretrained(str(folder), selected_adapters=names, state_dict=state, save_embedding_layers=layers)
         trainer.processing_class.save_pretrained(folder)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer for other programs too: see `make_portable`."""
-    tokenizer.save_pretrained(folder)
+    else:
+        carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
+    (folder / "README.md").unlink(missing_ok=True)  # of TRL or PEFT, which do not know the base. 03 writes a card
     make_portable(folder)
 
 
@@ -256,7 +286,8 @@ def make_portable(folder: Path) -> None:
     if not file.is_file():
         return
     config = json.loads(file.read_text())
-    config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    for name in ("is_local", "local_files_only"):
+        config.pop(name, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has names for them there
@@ -268,8 +299,8 @@ def make_portable(folder: Path) -> None:
 
 
 def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
-    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. Those
-    of a base on the Hub are downloaded; without a network they are left out."""
+    """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. They are
+    downloaded from the Hub; without a network they are left out."""
     source = find_path(base)
     with contextlib.suppress(OSError, ValueError):
         source = source or Path(snapshot_download(base, revision=commit, allow_patterns=list(CARRIED_FILES)))
@@ -279,11 +310,9 @@ def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
 
 
 def upcast_adapter(model: torch.nn.Module) -> None:
-    """Undo TRL's cast of QLoRA adapters to bfloat16 (trl 1.16, dpo_trainer.py and sft_trainer.py, __init__).
-
-    It would round small updates away. A frozen copy of the adapter, "ref", still has the exact values. In a new
-    adapter, modules and token rows that are trained in full begin as those of the base: policy and reference are equal.
-    """
+    """Undo TRL's cast of QLoRA adapters to bfloat16, which would round small updates away (trl 1.16, dpo_trainer.py and
+    sft_trainer.py, __init__). The frozen copy of an adapter, "ref", still has the exact values. In a new adapter,
+    modules and token rows that are trained in full begin as those of the base: policy and reference are equal."""
     weights = dict(model.named_parameters())
     rows = {  # PEFT 0.21 keeps the rows of the base in a buffer
         f"{name}.trainable_tokens_delta.{adapter}": value
@@ -292,37 +321,29 @@ def upcast_adapter(model: torch.nn.Module) -> None:
     }
     for name, weight in weights.items():
         if weight.requires_grad:
-            reference = re.sub(r"\.default(?=\.|$)", ".ref", name)
-            base = name.replace(".modules_to_save.default.", ".original_module.")
-            exact = next(
-                (w for w in (weights.get(reference), rows.get(name), weights.get(base)) if w is not None), weight
-            )
+            reference = weights.get(re.sub(r"\.default(?=\.|$)", ".ref", name))
+            base = weights.get(name.replace(".modules_to_save.default.", ".original_module."))
+            exact = next(each for each in (reference, rows.get(name), base, weight) if each is not None)
             weight.data = exact.data.float().clone()
 
 
 def tensor_names(model: PreTrainedModel, file_names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], set[str]]:
-    """Match the tensors in a model's files with its weights, as in convert_and_load_state_dict_in_model of transformers
-    5.23 (core_model_loading.py).
+    """Match the tensors in a model's files with its weights, as transformers 5.23 does when it loads them
+    (core_model_loading.py, convert_and_load_state_dict_in_model).
 
     Returns the weights' names by those in files, without what is not in the model (the vision part, for a text model);
     names in files by those of weights, which a tied weight would have there; and the names of weights that transformers
     makes from others, such as experts in one tensor.
     """
+    from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-        revert_weight_conversion,
-    )
 
     weights, transforms = model.state_dict(), get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    renamings = [each for each in transforms if isinstance(each, loading.WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, loading.WeightConverter)]
     names, converted = {}, set()
-    for file_name in sorted(file_names, key=dot_natural_key):
-        name, pattern = rename_source_key(file_name, renamings, converters, model.base_model_prefix, weights)
+    for file_name in sorted(file_names, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(file_name, renamings, converters, model.base_model_prefix, weights)
         if name not in weights and file_name in weights:
             name, pattern = file_name, None
         if pattern is not None:
@@ -332,5 +353,5 @@ def tensor_names(model: PreTrainedModel, file_names: Iterable[str]) -> tuple[dic
             names[file_name] = name
     in_files = {name: file_name for file_name, name in names.items()}
     for name in weights.keys() - in_files.keys() - converted:
-        in_files[name] = next(iter(revert_weight_conversion(model, {name: weights[name]})))
+        in_files[name] = next(iter(loading.revert_weight_conversion(model, {name: weights[name]})))
     return names, in_files, converted

@@ -8,17 +8,16 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken
 
 from helpers.core import UserError, find_path, shorten
-from helpers.models.adapters import check_model_file
+from helpers.models.adapters import check_model_file, display_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 # Mistral-7B-Instruct v0.1 and v0.2; OpenAI's ChatML, used by Qwen and Yi; allenai/tulu-2 and Zephyr; Stanford Alpaca
@@ -26,9 +25,7 @@ TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 CHAT_TEMPLATES = ("mistral", "chatml", "tulu", "alpaca", "vicuna", "hh")
 TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}  # added to a tokenizer that lacks them
 TEMPLATE_EOS = {"chatml": "<|im_end|>"}  # ends an answer, instead of the tokenizer's own end-of-sequence token
-REFUSED = "the chat template refuses a conversation"
 UNSAFE = "the chat template is not safe to train on: {}"
-UNLIKE_GENERATION = "the prompt at generation differs from the text before the answer in training"
 PROMPT_DIFFERS = "the chat template renders the prompt differently before an answer"
 TURN_DIFFERS = "the chat template renders turn {} differently in a longer conversation"
 MANY_TURNS = 16  # messages above which `tokenize_with_labels` renders parts of a conversation only
@@ -45,17 +42,19 @@ def read_template(name: str) -> str:
     return "".join(line.strip() for line in lines)
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str, list[str]]:
+def set_chat_template(tokenizer: Tokenizer, chat_template: str, is_of_run: bool = False) -> tuple[str, list[str]]:
     """Set the tokenizer's template: one of CHAT_TEMPLATES, or a Jinja file; "auto" keeps its own, or else uses mistral.
-
     Returns its name and the tokens added for it, which need rows in the model (`plan.prepare_model`). A missing padding
-    token becomes <unk> or the end-of-sequence token: TRL's collators mask padding by position. Raises UserError.
-    """
+    token becomes <unk> or the end-of-sequence token: TRL masks padding by position. Raises UserError."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if chat_template == "auto":
         if tokenizer.chat_template:
             return "the tokenizer's own", []
+        name = display_name(tokenizer.name_or_path)
+        if is_of_run:  # each run saves the template that it trained with
+            raise UserError(f"{name} is without its chat template. Restore chat_template.jinja.")
+        print(f"note: {name} is without a chat template. Mistral's is used, and saved.")
         chat_template = "mistral"
     if chat_template not in CHAT_TEMPLATES:
         file = find_path(chat_template)
@@ -72,7 +71,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
     return chat_template, new
 
 
-def name_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def name_template(tokenizer: Tokenizer) -> str:
     """The name of the tokenizer's template among CHAT_TEMPLATES, "its own", or "" without one."""
     own = "its own" if tokenizer.chat_template else ""
     return next((name for name in CHAT_TEMPLATES if tokenizer.chat_template == read_template(name)), own)
@@ -80,16 +79,15 @@ def name_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 Messages = list[dict[str, Any]]
 TemplateOptions = Mapping[str, Any]  # further arguments of apply_chat_template: tools, and variables of the template
+Options = TemplateOptions | None
+Span = tuple[int, int]  # start and end in a text, in characters
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: bool = False, options: TemplateOptions | None = None
-) -> str:
+def render(tokenizer: Tokenizer, messages: Messages, prompt: bool = False, options: Options = None) -> str:
     """Render a conversation as text, special tokens included; `prompt` opens the assistant's turn at the end."""
+    arguments: Any = {"tokenize": False, "add_generation_prompt": prompt, **(options or {})}
     with _template_errors():
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **(options or {}))
-        )
+        return str(tokenizer.apply_chat_template(messages, **arguments))
 
 
 @contextlib.contextmanager
@@ -97,10 +95,10 @@ def _template_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # jinja2's TemplateError, or whatever a template raises for unexpected messages
-        raise UserError(f"{REFUSED}: {shorten(str(error))}") from None
+        raise UserError(f"the chat template refuses a conversation: {shorten(str(error))}") from None
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Tokenize rendered texts, which already contain their special tokens. A third faster than with offsets."""
     if not tokenizer.is_fast:
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
@@ -110,14 +108,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions | None = None
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Messages, options: Options = None) -> list[int]:
     """Tokenize a conversation that the model is to answer."""
     return tokenize(tokenizer, [render(tokenizer, messages, prompt=True, options=options)])[0]
 
 
-def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def marked_template(tokenizer: Tokenizer) -> str:
     """The template to train conversations with, which marks what is learned with {% generation %}: TRL's own for the
     tokenizer's, or the tokenizer's. "" if neither does, or ends of turns are outside the marks."""
     if name_template(tokenizer) in CHAT_TEMPLATES:  # without marks; TRL's import takes seconds
@@ -135,13 +131,9 @@ def marked_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize_with_labels(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    options: TemplateOptions | None = None,
-    template: str = "",
+    tokenizer: Tokenizer, messages: Messages, options: Options = None, template: str = ""
 ) -> dict[str, list[int]]:
-    """Tokenize a conversation. Labels are -100 except on every assistant turn and its end; a turn of weight 0 is not
-    learned either.
+    """Tokenize a conversation. Labels are -100 except on every assistant turn and its end, but for turns of weight 0.
 
     An assistant turn is what `template` marks (`marked_template`), without what the prompt at generation has of it; or
     without marks, what its rendering adds to that of the prompt before it. Raises UserError if the text before the
@@ -169,19 +161,13 @@ def tokenize_with_labels(
     return {"input_ids": ids, "labels": np.where(learned, ids, -100).tolist()}
 
 
-def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and what is learned of it by the marks of the template, in characters."""
+def _marked_spans(tokenizer: Tokenizer, messages: Messages, options: dict[str, Any]) -> tuple[str, list[Span]]:
+    """The text of a conversation, and what is learned of it by the marks of the template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def mark(talk: Messages) -> tuple[str, list[tuple[int, int]]]:
+    def mark(talk: Messages) -> tuple[str, list[Span]]:
         with _template_errors():
-            arguments: dict[str, Any] = {
-                "return_assistant_tokens_mask": True,
-                **tokenizer.special_tokens_map,
-                **options,
-            }
+            arguments: Any = {"return_assistant_tokens_mask": True, **tokenizer.special_tokens_map, **options}
             rendered: Any = render_jinja_template([talk], **arguments)
         return rendered[0][0], rendered[1][0]
 
@@ -205,26 +191,20 @@ def _marked_spans(
     return text, learned
 
 
-def _exact_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions, text: str
-) -> dict[int, tuple[int, int]]:
-    """Where each assistant turn that is learned starts and ends in `text`, in characters. It renders the conversation
-    up to each turn, so its time grows with the square of the turns."""
+def _exact_spans(tokenizer: Tokenizer, messages: Messages, options: Options, text: str) -> dict[int, Span]:
+    """Where each assistant turn that is learned is in `text`. The time grows with the square of the turns."""
     spans = {}
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("weight") != 0:
             before = render(tokenizer, messages[:i], prompt=True, options=options)
             after = render(tokenizer, messages[: i + 1], options=options)
             if not (text.startswith(after) and after.startswith(before)):
-                is_last = i == len(messages) - 1
-                raise UserError(PROMPT_DIFFERS if is_last else TURN_DIFFERS.format(i))
+                raise UserError(PROMPT_DIFFERS if i == len(messages) - 1 else TURN_DIFFERS.format(i))
             spans[i] = len(before), len(after)
     return spans
 
 
-def _short_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions, text: str
-) -> dict[int, tuple[int, int]] | None:
+def _short_spans(tokenizer: Tokenizer, messages: Messages, options: Options, text: str) -> dict[int, Span] | None:
     """As `_exact_spans`, in time that grows with the turns: each exchange is rendered behind the one before it only.
     None if these parts do not make up `text`, because the template looks further back."""
     first = int(messages[0]["role"] == "system")
@@ -247,14 +227,15 @@ def _short_spans(
     return spans if end == len(text) else None
 
 
-def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    """Every token that ends an answer: the generation config's, which may be the base model's, and the tokenizer's."""
-    ends = getattr(config, "eos_token_id", None)
+def eos_token_ids(tokenizer: Tokenizer, config: Any = None) -> list[int]:
+    """Every token that ends an answer: the generation config's, which may be the base model's, and the tokenizer's.
+    Without `config`, that of the model if `load_tokenizer` has read it."""
+    ends = getattr(config, "eos_token_id", None) if config else getattr(tokenizer, "model_eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(i) for i in known if i is not None))
 
 
-def supports_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+def supports_system_role(tokenizer: Tokenizer) -> bool:
     """Whether the template accepts a system message and renders its text."""
     with contextlib.suppress(UserError):
         return "Xyzzy." in render(tokenizer, [{"role": "system", "content": "Xyzzy."}, *PROBE[:1]], prompt=True)
@@ -269,23 +250,18 @@ def fold_system_message(messages: Messages, supported: bool = False) -> Messages
     return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern for text in a message that would be read as one of the tokenizer's control tokens. Thoughts within a
-    message may have their marks."""
+def special_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """A pattern for text in a message that would be read as a control token; thoughts may have their marks."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
     tokens = [re.escape(token) for token in tokens if not THOUGHT_MARK.fullmatch(token)]
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def find_fault(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str, ids: list[int], learned: Sequence[int]
-) -> str:
+def find_fault(tokenizer: Tokenizer, messages: Messages, text: str, ids: list[int], learned: Sequence[int]) -> str:
     """Why the rendering of a conversation is not safe to train on, or "". `learned` are the last tokens of its ids.
-
     It shows each message (of an assistant without its thoughts), begins as the tokenizer begins other text, and its
-    last answer ends with a token that ends generation; whitespace may follow.
-    """
-    bos, ends = tokenizer.bos_token_id, turn_ends(tokenizer)
+    last answer ends with a token that ends generation; whitespace may follow."""
+    bos, ends = tokenizer.bos_token_id, eos_token_ids(tokenizer)
     if any(m["role"] != "tool" and m["content"].rpartition("</think>")[2].strip() not in text for m in messages):
         return "a turn is missing"
     if bos is not None and ids[:2] == [bos, bos]:
@@ -302,35 +278,32 @@ def find_fault(
     return ""
 
 
-def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the model's generation config, where `load_tokenizer` has read it, and
-    the tokenizer's own."""
-    return eos_token_ids(tokenizer, SimpleNamespace(eos_token_id=getattr(tokenizer, "model_eos_token_id", None)))
-
-
-def validate_chat_template(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> None:
-    """Check on conversations that the template is safe to train on (see `find_fault`), and that the prompt at
-    generation is how they begin. Raises UserError with the text and the ids."""
+def validate_chat_template(tokenizer: Tokenizer, conversations: list[Messages]) -> None:
+    """Check on conversations that the template is safe to train on. Raises UserError with the text and the ids."""
     for messages in [*conversations, PROBE]:
-        text, prompt = render(tokenizer, messages), render(tokenizer, messages[:-1], prompt=True)
-        ids, before = tokenize(tokenizer, [text, prompt])
-        is_prefix = text.startswith(prompt) and ids[: len(before)] == before
-        if fault := find_fault(tokenizer, messages, text, ids, ids[len(before) :]) or (
-            "" if is_prefix else UNLIKE_GENERATION
-        ):
+        fault, text, ids = _template_fault(tokenizer, messages)
+        if fault:
             raise UserError(f"{UNSAFE.format(fault)}. {suggest_template(tokenizer)} Text {text!r}, ids {ids}")
 
 
-def suggest_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to use instead of the tokenizer's template: the first of CHAT_TEMPLATES that is safe with it. One whose
-    tokens it has comes first."""
-    vocabulary = tokenizer.get_vocab()
-    for name in sorted(
-        CHAT_TEMPLATES, key=lambda name: not all(t in vocabulary for t in TEMPLATE_TOKENS.get(name, ("",)))
-    ):
+def _template_fault(tokenizer: Tokenizer, messages: Messages) -> tuple[str, str, list[int]]:
+    """Why a conversation is not safe to train on (`find_fault`, or it does not begin as at generation), its text, and
+    its tokens."""
+    text, prompt = render(tokenizer, messages), render(tokenizer, messages[:-1], prompt=True)
+    ids, before = tokenize(tokenizer, [text, prompt])
+    fault = find_fault(tokenizer, messages, text, ids, ids[len(before) :])
+    if not fault and not (text.startswith(prompt) and ids[: len(before)] == before):
+        fault = "the prompt at generation differs from the text before the answer in training"
+    return fault, text, ids
+
+
+def suggest_template(tokenizer: Tokenizer) -> str:
+    """What to use instead of the tokenizer's template: the first of CHAT_TEMPLATES that is safe with it, where those
+    whose tokens it has come first."""
+    has_tokens = {n: set(tokens) <= tokenizer.get_vocab().keys() for n, tokens in TEMPLATE_TOKENS.items()}
+    for name in sorted(CHAT_TEMPLATES, key=lambda name: not has_tokens.get(name)):
         other = copy.deepcopy(tokenizer)
         set_chat_template(other, name)
-        ids, before = tokenize(other, [render(other, PROBE), render(other, PROBE[:-1], prompt=True)])
-        if not find_fault(other, PROBE, render(other, PROBE), ids, ids[len(before) :]):
+        if not _template_fault(other, PROBE)[0]:
             return f"Use `--chat_template {name}`, or a Jinja file."
     return "Use another `--chat_template`, or a Jinja file."

@@ -97,15 +97,11 @@ def _listed_layers(c: Any) -> tuple[list[Linear], int]:
     hidden, inner, (query, key_value, size) = c.hidden_size, c.intermediate_size, _head_widths(c)
     is_qwen2, mlp_bias = c.model_type == "qwen2", bool(getattr(c, "mlp_bias", False))
     output_bias = bool(getattr(c, "attention_bias", False)) and not is_qwen2
-    layer = {
-        "self_attn.q_proj": (hidden, query, output_bias or is_qwen2),
-        "self_attn.k_proj": (hidden, key_value, output_bias or is_qwen2),
-        "self_attn.v_proj": (hidden, key_value, output_bias or is_qwen2),
-        "self_attn.o_proj": (query, hidden, output_bias),
-        "mlp.gate_proj": (hidden, inner, mlp_bias),
-        "mlp.up_proj": (hidden, inner, mlp_bias),
-        "mlp.down_proj": (inner, hidden, mlp_bias),
-    }
+    layer = {f"self_attn.{name}_proj": (hidden, key_value, output_bias or is_qwen2) for name in "qkv"}
+    layer["self_attn.q_proj"] = hidden, query, output_bias or is_qwen2
+    layer["self_attn.o_proj"] = query, hidden, output_bias
+    layer |= {f"mlp.{name}_proj": (hidden, inner, mlp_bias) for name in ("gate", "up")}
+    layer["mlp.down_proj"] = inner, hidden, mlp_bias
     count, norms = c.num_hidden_layers, 2 * (hidden + size * (c.model_type == "qwen3"))
     linears = [Linear(f"model.layers.{i}.{name}", *shape) for i in range(count) for name, shape in layer.items()]
     return linears, count * norms + hidden
@@ -241,10 +237,8 @@ def state_bytes(size: int, spec: TrainingSpec, embedding: bool = False) -> float
 
 def step_bytes(decoder: Decoder, spec: TrainingSpec) -> tuple[float, float]:
     """Activations in the backward of a layer, and what the LM head, at another time, takes above them: often nothing.
-
-    TRL 1.16 scores answers in tiles and never has all logits in memory; without Triton, there are several copies of
-    a tile. The numbers for bfloat16 are traced in tests/training/trace.py.
-    """
+    TRL 1.16 never has all logits in memory, but a tile, and without Triton several copies of it. The numbers for
+    bfloat16 are traced in tests/training/trace.py."""
     # copies for autocast of float32 weights; with an engine, weights trained in full are in bfloat16 already
     casts = 2.0 * sum(trained_sizes(decoder, spec)) if spec.compute == 2 and not (spec.full and spec.stage) else 0.0
     layers, hidden = int(decoder.config.num_hidden_layers), int(decoder.config.hidden_size)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -23,11 +21,10 @@ from helpers.settings.fields import PAIR_LOSSES
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SELECTOR = "https://pytorch.org/get-started/locally/"
-# Major version of CUDA: of the oldest driver, on Linux (NVIDIA's CUDA notes).
-CUDA_DRIVERS = {13: 580, 12: 525, 11: 450}
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -38,7 +35,7 @@ def sharding_engine() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-    """How a model is loaded, and which precision it computes in."""
+    """How a model is loaded, and what it computes in."""
 
     device: str
     dtype: torch.dtype
@@ -56,12 +53,12 @@ class LoadPlan:
 
     @property
     def optimizer(self) -> str:
-        """8-bit AdamW that pages its state to CPU memory on a single GPU, PyTorch's AdamW otherwise."""
+        """On a single GPU, 8-bit AdamW that pages its state to CPU memory."""
         return "paged_adamw_8bit" if self.device == "cuda" and not sharding_engine() else "adamw_torch"
 
     @property
     def device_map(self) -> dict[str, Any] | None:
-        """The process's own device ("auto" would use several), or None with DeepSpeed or FSDP, which place weights."""
+        """The process's own device ("auto" would use several); None with DeepSpeed or FSDP, which place weights."""
         if sharding_engine():
             return None
         return {"": int(os.environ.get("LOCAL_RANK", "0")) if self.device == "cuda" else self.device}
@@ -93,22 +90,19 @@ def plan_model(
     trl_args: Mapping[str, Any] | None = None,
     task: str = "CAUSAL_LM",
 ) -> LoadPlan:
-    """Plan how `model_id` is loaded on this machine, for `tuning` (that of 02_dpo.py, or "none") and `task`, as PEFT
-    and transformers call it.
+    """Plan how `model_id` is loaded on this machine, for `tuning` (that of 02_dpo.py, or "none") and PEFT's `task`.
 
     Trained weights stay in float32, with bfloat16 autocast if the hardware supports it. Frozen weights are loaded in
-    bfloat16 on a GPU. A GPU that only emulates bfloat16 uses float16, and no flash-attention. Without the flash-attn
-    package, attention is PyTorch's (SDPA), or eager for a model without that. Of TRL's fields, `trl_args`, use_cpu,
-    bf16 and fp16 matter. Raises UserError if the model needs a GPU that is missing or cannot be used.
+    bfloat16 on a GPU, or in float16 on one that only emulates bfloat16. Of TRL's fields, `trl_args`, use_cpu, bf16 and
+    fp16 matter. Raises UserError if the model needs a GPU that is missing or cannot be used.
     """
     import torch
 
     given = trl_args or {}
-    use_cpu = given.get("use_cpu", False)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator.type if accelerator and not use_cpu else "cpu"
-    _check_machine(model_id, device, is_forced=bool(use_cpu), is_trained=tuning != "none")
-    model_class = _find_class(model_id, task)
+    device = accelerator.type if accelerator and not given.get("use_cpu") else "cpu"
+    _check_machine(model_id, device, is_forced=bool(given.get("use_cpu")), is_trained=tuning != "none")
+    has_sdpa = getattr(_find_class(model_id, task), "_supports_sdpa", True)
     bf16 = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     fp16 = device == "cuda" and not bf16
     compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -116,7 +110,6 @@ def plan_model(
         quantization = "4bit" if tuning == "qlora" else "none"
     if attn_implementation == "auto":
         flash = device == "cuda" and bf16 and has_flash_attention()
-        has_sdpa = getattr(model_class, "_supports_sdpa", True)
         attn_implementation = "flash_attention_2" if flash else "sdpa" if has_sdpa else "eager"
     if given.get("bf16") or given.get("fp16"):  # autocast to what the user says
         bf16, fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
@@ -131,7 +124,7 @@ def plan_as_trained(
     """Plan how `model_id` answers: as in its training, by the plan that its run `recorded` (`LoadPlan.as_dict`).
 
     What is not recorded, and what this machine lacks, is planned for this machine. `quantization` and
-    `attn_implementation` other than "auto" replace the recorded ones; without either, weights are loaded as they are.
+    `attn_implementation` other than "auto" replace the recorded ones.
     """
     import torch
 
@@ -192,7 +185,7 @@ def has_flash_attention() -> bool:
     if not is_flash_attn_2_available():
         return False
     try:
-        importlib.import_module("flash_attn")
+        import flash_attn  # noqa: F401
     except (ImportError, OSError) as error:  # compiled for another PyTorch
         print(f"note: flash-attn cannot be imported ({shorten(str(error))}). PyTorch's attention is used instead.")
         return False
@@ -200,11 +193,8 @@ def has_flash_attention() -> bool:
 
 
 def _check_machine(model_id: str, device: str, is_forced: bool, is_trained: bool) -> None:
-    """Refuse a model too large for a CPU, by the size in its name (Mixtral-8x7B), and several GPUs in one process.
-
-    With several GPUs, the Trainer would wrap the model in nn.DataParallel, which TRL does not support. Where Triton
-    cannot compile, TRL's kernels are replaced by its PyTorch code.
-    """
+    """Refuse a model too large for a CPU, by the size in its name (Mixtral-8x7B), and several GPUs in one process: the
+    Trainer would use nn.DataParallel, which TRL does not support. Where Triton cannot compile, TRL uses PyTorch."""
     import torch
 
     name = model_id.rpartition("/")[2].replace("_", "-")
@@ -226,31 +216,18 @@ def _check_machine(model_id: str, device: str, is_forced: bool, is_trained: bool
 
 
 def describe_missing_gpu() -> str:
-    """Why PyTorch has no GPU here, and what to do: a build without CUDA, an old driver, a hidden GPU, or none."""
+    """Why PyTorch has no GPU here, in its own words, and what to do."""
     import torch
 
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        gpu, driver = (word.strip() for word in found[0].rsplit(",", 1))
-    except (OSError, subprocess.SubprocessError, LookupError, ValueError):
-        return (
-            "this machine has none. Use `--recipe recipes/demo.yaml` on a laptop; in a notebook, the line "
-            '`recipe = "recipes/demo.yaml"`.'
-        )
-    build, cuda = f"PyTorch {torch.__version__}", torch.version.cuda
-    if not cuda:
-        return f"{build} is a build without CUDA, so it cannot use the {gpu}. Install the build for CUDA: {SELECTOR}"
-    needed = next((driver for version, driver in CUDA_DRIVERS.items() if int(cuda.split(".")[0]) >= version), 0)
-    if int(driver.split(".")[0]) < needed:
-        return (
-            f"the driver of the {gpu} is {driver}, while {build} with CUDA {cuda} needs {needed} or newer. Update the "
-            f"driver, or install a build for an older CUDA: {SELECTOR}"
-        )
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {gpu}. Remove that variable, or set it to 0."
-    return f"PyTorch cannot use the {gpu}. Look at what `python -c 'import torch; torch.cuda.init()'` says."
+        torch.cuda.init()
+        reason = "no GPU"
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA, an old driver, a hidden GPU, or none
+        reason = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"PyTorch {torch.__version__} finds none here ({reason}). Without a GPU, use `--recipe recipes/demo.yaml`. "
+        f"With one, install PyTorch for its driver: {SELECTOR}"
+    )
 
 
 def missing_compiler() -> str:
@@ -262,15 +239,10 @@ def missing_compiler() -> str:
     return "a C compiler" if not compiler else "" if header.is_file() else f"Python's headers ({header})"
 
 
-def prepare_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: str | Path | None = None
-) -> None:
+def prepare_model(model: PreTrainedModel, tokenizer: Tokenizer, adapter: str | Path | None = None) -> None:
     """Make evaluation on a CPU compute as training does, give the embeddings the rows of the tokenizer or of `adapter`,
-    and let the model be saved with the generation settings that it came with.
-
-    transformers 5.23 (generation/configuration_utils.py, save_pretrained) refuses to save the settings of many base
-    models, such as a temperature without do_sample, once TRL has set their padding token.
-    """
+    and let the model be saved with its generation settings: transformers 5.23 (generation/configuration_utils.py)
+    refuses those of many base models, such as a temperature without do_sample, once TRL has set their padding token."""
     from peft.utils import load_peft_weights
     from transformers import GenerationConfig
 
@@ -286,11 +258,8 @@ def prepare_model(
 
 
 def disable_cpu_4bit_repacking(model: torch.nn.Module) -> None:
-    """On a CPU, make 4-bit layers compute in evaluation as in training.
-
-    bitsandbytes 0.50 (nn/modules.py, Linear4bit.forward) repacks a layer for AVX512-BF16 at its first evaluation, which
-    rounds its output to bfloat16 and lets no gradient through from then on.
-    """
+    """On a CPU, make 4-bit layers compute in evaluation as in training. bitsandbytes 0.50 (nn/modules.py, Linear4bit)
+    repacks a layer for AVX512-BF16 at its first evaluation: it then rounds its output and lets no gradient through."""
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
@@ -314,13 +283,10 @@ def embedding_rows(model: PreTrainedModel, adapter: Mapping[str, torch.Tensor]) 
 
 
 def resize_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel, tokenizer: Tokenizer, adapter: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Give tokens beyond the model's vocabulary a row each in the embeddings and the LM head: the mean of the others.
-
-    They depend on base and tokenizer alone: an adapter that replaces them finds the base that it was trained on. The
-    weights of an `adapter` that contain embeddings decide the number of rows, which may be fewer than the model's.
-    """
+    """Give tokens beyond the model's vocabulary a row each in the embeddings and the LM head: the mean of the others,
+    which depends on base and tokenizer alone. Embeddings in the weights of an `adapter` decide the number of rows."""
     from peft.utils.other import TrainableTokensWrapper
 
     # trl 1.16 (trainer/utils.py, add_fused_lm_head) reads the LM head's bias, which peft 0.21's wrapper does not have
@@ -343,22 +309,17 @@ def resize_embeddings(
 
 
 def lora_module_args(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str], modules_to_save: tuple[str, ...]
+    model: PreTrainedModel, tokenizer: Tokenizer, new_tokens: list[str], modules_to_save: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Return LoraConfig's modules_to_save and trainable_token_indices.
-
-    The latter are the rows of `new_tokens` in the embeddings and an untied LM head. Raises SettingsError for an unknown
-    name in `modules_to_save`, which PEFT ignores.
-    """
+    """LoraConfig's modules_to_save, and its trainable_token_indices: the rows of `new_tokens` in the embeddings and an
+    untied LM head. Raises SettingsError for an unknown name in `modules_to_save`, which PEFT ignores."""
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if unknown := [name for name in modules_to_save if name not in known]:
         names = ", ".join(sorted(known))
         raise SettingsError(f"`--lora_modules_to_save {unknown[0]}` is not a module of the model. Use one of {names}.")
-    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens]  # type: ignore[arg-type]
-    layers = [model.get_input_embeddings()]
-    if not model.config.tie_word_embeddings:
-        layers.append(model.get_output_embeddings())
-    rows = {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    ids = tokenizer.convert_tokens_to_ids(new_tokens)
+    layers = embedding_layers(model)
+    rows = dict.fromkeys(layers[:1] if model.config.tie_word_embeddings else layers, ids)
     return {"modules_to_save": list(modules_to_save) or None, "trainable_token_indices": rows if new_tokens else None}
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, find_path, fingerprint
-from helpers.models.adapters import check_model_files, display_name, read_pretrained
+from helpers.models.adapters import check_hub, check_model_files, describe_error, hf_token, read_pretrained
 from helpers.models.chat import set_chat_template
-from helpers.models.hub_client import check_hub, describe_error, hf_token
 from helpers.runs.checkpoints import check_model_folder, quoted
 from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run, resolve_pairs
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
@@ -57,13 +56,9 @@ class Start:
 
 def resolve_start(settings: RunSettings) -> Start:
     """Find what `settings` start from: `model_id`, or a run of 01_sft.py or, for another round, of 02_dpo.py, whose
-    model_id and adapter settings are used.
-
-    Raises UserError if there is no such run, or if settings given by hand contradict its adapter.
-    """
+    model_id and adapter settings are used. Raises UserError if there is no such run, or settings contradict it."""
     resolve_pairs(settings)
     values = settings.values()
-    revision = values["revision"] or None
     folder = find_path(values["model_id"]) if not values.get("sft_run") else None
     step = read_run(folder).get("step") if folder else ""
     if folder and step == "sft" and "sft_run" in values:
@@ -75,22 +70,20 @@ def resolve_start(settings: RunSettings) -> Start:
     if not values.get("sft_run"):
         _check_folder(values["model_id"])
         merged = Run(folder, read_run(folder)) if folder and step == "merge" else None
-        return Start(values["model_id"], revision, values["model_id"], merged)
+        return Start(values["model_id"], values["revision"] or None, values["model_id"], merged)
     parent = find_run(settings.output_dir, values["sft_run"], "sft", "dpo")
     check_model_files(parent.folder)  # its hashes are compared when `path` is used
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
         return Start(str(parent.folder), revision, parent.base_model, parent)
     config = adopt_adapter_settings(parent.folder, settings)
-    revision = config.get("revision") or None
-    return Start(base_of_adapter(parent.folder, config), revision, parent.base_model, parent, parent.folder)
+    base, revision = base_of_adapter(parent.folder, config), config.get("revision") or None
+    return Start(base, revision, parent.base_model, parent, parent.folder)
 
 
 def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any]:
     """Take over rank, scale and targets of an adapter that is trained further, and return its adapter_config.json.
-
-    Raises SettingsError if a setting given by hand differs. A recipe's may: they are for the adapters it creates.
-    """
+    Raises SettingsError if a setting given by hand differs. A recipe's may: they are for the adapters it creates."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     values = settings.values()
     if values["tuning"] == "full":
@@ -119,7 +112,7 @@ def adopt_adapter_settings(folder: Path, settings: RunSettings) -> dict[str, Any
 
 def check_positions(config: Mapping[str, Any], max_length: int) -> None:
     """Check `max_length` against the config.json of a model. Raise SettingsError if it is beyond a table of learned
-    positions, which has no row for more; warn if it is beyond the length that another model was trained for."""
+    positions; warn if it is beyond the length that another model was trained for."""
     text = config.get("text_config") or config
     limit = text.get("max_position_embeddings") or text.get("n_positions") or 0
     if limit and config.get("model_type") in LEARNED_POSITIONS and not 0 < max_length <= limit:
@@ -130,16 +123,14 @@ def check_positions(config: Mapping[str, Any], max_length: int) -> None:
 
 
 def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template.
-
-    Raises SettingsError if the adapter that `start` trains further has no rows for these tokens.
-    """
+    """Load the tokenizer and set `--chat_template`; returns it and the tokens added for the template. Raises
+    SettingsError if the adapter that `start` trains further has no rows for these tokens."""
     from transformers import AutoConfig, AutoTokenizer
 
     values = settings.values()
     loading = {"revision": start.revision or "main", "trust_remote_code": values["trust_remote_code"]}
-    config = fetch_file(start.path, start.revision, "config.json")
-    check_positions(json.loads(config.read_text()), values.get("max_length", 0))
+    config = json.loads(fetch_file(start.path, start.revision, "config.json").read_text())
+    check_positions(config, values.get("max_length", 0))
     read_pretrained(AutoConfig, start.path, **loading)
     tokenizer = read_pretrained(AutoTokenizer, start.tokenizer, **loading)
     with contextlib.suppress(UserError):  # a model need not have one
@@ -151,12 +142,7 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
             raise SettingsError(f"--{field} {token!r} is not in the tokenizer's vocabulary. Use one of its tokens.")
         if token:
             setattr(tokenizer, field, token)
-    if values["chat_template"] == "auto" and not tokenizer.chat_template:
-        if start.parent:  # 01_sft.py saves the template that it trained with
-            fix = "Restore chat_template.jinja, or name the template with `--chat_template`."
-            raise UserError(f"{display_name(start.tokenizer)} is without its chat template. {fix}")
-        print(f"note: {display_name(start.tokenizer)} is without a chat template. Mistral's is used, and saved.")
-    name, new_tokens = set_chat_template(tokenizer, values["chat_template"])
+    name, new_tokens = set_chat_template(tokenizer, values["chat_template"], is_of_run=bool(start.parent))
     if new_tokens and start.adapter:
         raise SettingsError(
             f"`--chat_template {name}` needs {', '.join(new_tokens)}, which the adapter in {start.adapter.name} was "
@@ -169,13 +155,13 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
 def resolve_model(model_id: str, revision: str | None = None, file: str = "config.json") -> str:
     """Return a folder's path, as seen from here, or the Hub id. Raises UserError if files or weights are missing, and
     for a folder that is an adapter, a checkpoint of a run, or a finished run whose files have changed."""
+    _check_folder(model_id)
     fetch_file(model_id, revision, file)
     folder = find_path(model_id)
     if folder and file == "config.json" and (folder / "adapter_config.json").is_file():
         raise UserError(f"{model_id!r} {_is_no_model(model_id)}")  # transformers would load the adapter's base instead
     if folder and (missing := missing_weights(folder, file)):
         raise UserError(f"{model_id!r} {missing}")
-    _check_folder(model_id)
     return str(folder or model_id)
 
 
@@ -186,18 +172,11 @@ def _check_folder(name: str) -> None:
 
 
 def _is_no_model(adapter: str) -> str:
-    """Describe an adapter that is given as a model, and the next step."""
-    what = "the adapter of a run of 02_dpo.py" if _is_dpo_run(adapter) else "an adapter"
-    return f"is {what}, not a model. Merge it with {_merge_command(adapter)}, and use the merged folder."
+    return f"is an adapter, not a model. Merge it with {_merge_command(adapter)}, and use the merged folder."
 
 
 def _merge_command(adapter: str) -> str:
-    flag = "--run" if _is_dpo_run(adapter) else "--adapter"
-    return f"`python notebooks/03_merge_push.py {flag} {quoted(adapter)}`"
-
-
-def _is_dpo_run(name: str) -> bool:
-    return read_run(find_path(name) or Path(name)).get("step") == "dpo"
+    return f"`python notebooks/03_merge_push.py --adapter {quoted(adapter)}`"
 
 
 def fetch_file(model_id: str, revision: str | None, file: str) -> Path:
@@ -308,21 +287,17 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
     """Resolve an adapter and its base: `base_model_id`, or else the one it names. None if there is no such flag."""
     from peft import PeftConfig
 
-    _check_folder(name)
-    try:
-        adapter = resolve_model(name, file="adapter_config.json")
-    except UserError as error:
-        raise UserError(f"there is no adapter to merge: {error}") from None
+    adapter = resolve_model(name, file="adapter_config.json")
     config = read_pretrained(PeftConfig, adapter)
     revision = "" if base_model_id else config.revision or ""
-    given = base_model_id or str(config.base_model_name_or_path)
-    _check_folder(given)
+    base = base_model_id or base_of_adapter(Path(adapter), vars(config))
+    _check_folder(base)
     try:
-        base = resolve_model(base_model_id or base_of_adapter(Path(adapter), vars(config)), revision)
+        base = resolve_model(base, revision)
     except UserError as error:
-        if _has_file(given, "adapter_config.json"):
-            what = f"{name!r} is an adapter on another adapter, {given!r}. Merge that one first"
-            fix = f"with {_merge_command(given)}, then this one with the merged folder as `--base_model_id`."
+        if _has_file(base, "adapter_config.json"):
+            what = f"{name!r} is an adapter on another adapter, {base!r}. Merge that one first"
+            fix = f"with {_merge_command(base)}, then this one with the merged folder as `--base_model_id`."
             raise UserError(f"{what} {fix}") from None
         fix = "Restore it, or repeat that run." if base_model_id is None else "Use `--base_model_id` for another base."
         raise UserError(f"the base of the adapter in {name!r} is missing: {error}. {fix}") from None
@@ -332,11 +307,9 @@ def resolve_adapter(name: str, base_model_id: str | None = None) -> ModelRef:
 
 
 def resolve_models(names: tuple[str, ...], output_dir: Path, base_url: str = "") -> list[ModelRef]:
-    """Resolve runs, adapters, models and "latest", each after the model it was trained from, each model once.
-
-    A base is loaded and asked like the first of its policies here. NAME@http://... is the model NAME behind that
-    endpoint; with `base_url`, so is every name. Equal names are numbered.
-    """
+    """Resolve runs, adapters, models and "latest", each after the model it was trained from, each model once. A base is
+    loaded and asked like the first of its policies here. NAME@http://... is the model NAME behind that endpoint; with
+    `base_url`, so is every name. Equal names are numbered."""
     refs = [ref for name in names for ref in _resolve_with_start(name, output_dir, base_url)]
     refs = [dataclasses.replace(ref, policy=ref.policy or _find_policy(ref, refs)) for ref in refs]
     for name in {name for ref in refs if not ref.base_url for name in (ref.base, ref.adapter or "")}:

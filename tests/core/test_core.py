@@ -20,7 +20,7 @@ from helpers.core import (
     read_jsonl,
     show,
 )
-from helpers.models.hub_client import hf_token
+from helpers.models.adapters import hf_token
 from tests.conftest import Project
 
 
@@ -86,7 +86,7 @@ def test_the_environment_s_token_is_used(no_terminal: None, monkeypatch: pytest.
 
 def test_someone_at_a_terminal_is_asked() -> None:
     pty = pytest.importorskip("pty", reason="terminals of POSIX only")
-    code = "from helpers.models.hub_client import hf_token; print('GOT', hf_token('pushing'))"
+    code = "from helpers.models.adapters import hf_token; print('GOT', hf_token('pushing'))"
     parent, child = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
     process = subprocess.Popen([sys.executable, "-c", code], stdin=child, stdout=child, stderr=child, env=env)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from helpers.merging.merge import Adapter, MergedModel, merge_adapter
 from helpers.merging.verify import Verification
-from helpers.models.adapters import save_model, save_tokenizer
+from helpers.models.adapters import make_portable, save_model
 from helpers.models.chat import eos_token_ids
 from helpers.models.plan import prepare_model
 from helpers.runs.run import Run
@@ -85,7 +85,8 @@ def test_a_tokenizer_is_saved_in_terms_that_other_versions_know(
     mine = AutoTokenizer.from_pretrained(tmp_path / "local", local_files_only=True)
     mine.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     mine.add_tokens(["<think>"])
-    save_tokenizer(mine, tmp_path / "saved")
+    mine.save_pretrained(tmp_path / "saved")
+    make_portable(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"is_local", "local_files_only", "extra_special_tokens"} & set(config)

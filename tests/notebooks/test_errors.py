@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.models.hub_client import check_hub, describe_error
+from helpers.models.adapters import check_hub, describe_error
 from tests import fake_hub as local
 from tests.conftest import Project
 from tests.tiny import weights
