@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from helpers.core import UserError, fingerprint
-from helpers.models.adapters import adapter_error, adapter_errors, check_adapter_keys, display_name, tensor_names
+from helpers.models.adapters import adapter_errors, check_adapter_keys, display_name, tensor_names
 from helpers.models.plan import embedding_layers, embedding_rows
 from helpers.models.resolve import BASE_KEEPING_INITS
 from helpers.runs.checkpoints import format_size
@@ -105,7 +105,7 @@ def write_merged(
     split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     shards = {file: {name: specs[name] for name in names} for file, names in split.filename_to_tensors.items()}
     plan: dict[str, Any] = {"base": merger.base.stamp(), "adapter": merger.adapter.stamp()}
-    plan["quantization"] = repr(merger.quantization)
+    plan["quantization"] = repr(merger.quantized and merger.quantized.config)
     plan["shards"] = {f: [[n, s.shape, str(s.dtype)] for n, s in shard.items()] for f, shard in shards.items()}
     digest, mark = fingerprint(plan), folder / "merge.digest"
     if folder.exists() and not (mark.is_file() and mark.read_text() == digest):
@@ -159,37 +159,30 @@ class StreamingMerger:
         self.base, self.adapter = WeightFiles(base), WeightFiles(adapter, "adapter_model.safetensors")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust_remote_code)
-        specs = {name: self.adapter.spec(name) for name in self.adapter}
-        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        self.names, self.file_names, converted = tensor_names(model, self.base)
+        weights = model.state_dict()
+        if wrong := [each for each, name in self.names.items() if self.base.spec(each).shape != weights[name].shape]:
+            raise UserError(f"{display_name(base)} is broken: {wrong[0]} has not the shape of config.json. Restore it.")
+        parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.rows = int(model.get_input_embeddings().num_embeddings)
-        self.vocabulary = embedding_rows(model, specs) or max(vocabulary, self.rows)
+        self.vocabulary = embedding_rows(model, parameters) or max(vocabulary, self.rows)
         _check_token_rows(peft_config, self.vocabulary)
+        self._resized = set[str]()
         if self.vocabulary != self.rows:
             model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
             self.config.get_text_config().vocab_size = self.vocabulary
-        self.quantization = quantization
+            self._resized = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
         self.quantized = QuantizedBase(model, quantization, stored) if quantization else None
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
         self._aliases = self.tied | {target: source for source, target in self.tied.items()}
-        self._embeddings = {f"{name}.{kind}" for name in embedding_layers(model) for kind in ("weight", "bias")}
-        self.names, self.file_names, converted = tensor_names(model, self.base)
-        if wrong := [each for each, name in self.names.items() if self.base.spec(each).shape != shapes[name]]:
-            raise UserError(f"{display_name(base)} is broken: {wrong[0]} has not the shape of config.json. Restore it.")
         known = {*converted, *self.names.values()}
         if missing := [name for name in self.file_names if not {name, self._aliases.get(name)} & known]:
             raise UnsupportedAdapter(f"a base without {missing[0]}")
         peft_config.init_lora_weights, peft_config.inference_mode = False, True  # all weights come from the files
         with torch.device("meta"), adapter_errors(adapter, base):
             self.model = PeftModel(model, peft_config, low_cpu_mem_usage=True)
-        parameters = {name: torch.nn.Parameter(spec, False) for name, spec in specs.items()}
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        try:
             keys: Any = set_peft_model_state_dict(self.model, dict(parameters), low_cpu_mem_usage=True)
-        except (RuntimeError, KeyError) as error:
-            if "lora_" in str(error):  # other ranks or layers, which PEFT cannot merge either
-                raise adapter_error(adapter, base, str(error)) from None
-            reason = " ".join(str(error).split())[:120]
-            raise UnsupportedAdapter(f"an adapter that does not fit its base ({reason})") from None
         check_adapter_keys(self.model, keys.missing_keys, keys.unexpected_keys, adapter, base)
         self.wrapped = self._find_wrapped()
         self._replaced = self._find_replaced()
@@ -205,7 +198,7 @@ class StreamingMerger:
         for name, module in self.model.get_base_model().named_modules():
             is_adapted = hasattr(module, "unload_and_optionally_merge_module") or hasattr(module, "base_layer")
             if is_adapted and not any(name.startswith(f"{outer}.") for outer in wrapped):
-                if any(True for _ in getattr(module, "original_module", torch.nn.Identity()).children()):
+                if list(getattr(module, "original_module", torch.nn.Identity()).children()):
                     raise UnsupportedAdapter(f"an adapter that contains all of {name}")
                 wrapped[name] = module
         return wrapped
@@ -242,7 +235,7 @@ class StreamingMerger:
         specs = {}
         for file_name, name in names.items():
             stored = self.base.spec(self._stored(name) if name else file_name)
-            shape = (self.vocabulary, *stored.shape[1:]) if self._needs_rows(name) else stored.shape
+            shape = (self.vocabulary, *stored.shape[1:]) if name in self._resized else stored.shape
             kind = dtype if dtype and stored.is_floating_point() else stored.dtype
             specs[file_name] = torch.empty(shape, dtype=kind, device="meta")
         return specs
@@ -251,24 +244,20 @@ class StreamingMerger:
         """The name of a weight in the base's files, which contain tied weights once."""
         return self.file_names[name if self.file_names[name] in self.base else self._aliases[name]]
 
-    def _needs_rows(self, name: str) -> bool:
-        return self.vocabulary != self.rows and name in self._embeddings
-
     def from_base(self, name: str) -> torch.Tensor:
         """A weight before merging, with rows for added tokens, or the adapter's replacement of it or a tied one."""
         alias = self._aliases.get(name, name)
         if replaced := self._replaced.get(name) or (_owner(alias) not in self.wrapped and self._replaced.get(alias)):
             return self.adapter[replaced]
         weight = self.base[self._stored(name)]
-        if self._needs_rows(name):
+        if name in self._resized:
             more = weight.float().mean(0).to(weight.dtype) if weight.dim() > 1 else weight.new_zeros(())
             added = more.expand(max(0, self.vocabulary - self.rows), *weight.shape[1:])
             weight = torch.cat([weight[: self.vocabulary], added])
         return self.quantized.dequantize(name, weight) if self.quantized else weight
 
     def tensor(self, file_name: str) -> torch.Tensor:
-        """A tensor of the merged checkpoint, in float32 if anything was added to it, valid until the call after the
-        next."""
+        """A merged tensor, in float32 if anything was added to it, valid until the call after the next."""
         name = self.names.get(file_name)
         return self._weight(name) if name else self.base[file_name]
 
@@ -301,9 +290,7 @@ class StreamingMerger:
             parent, _, kind = path.rpartition(".")
             key = self._names.get(id(parameter))
             stored = self.adapter[key] if key is not None else self.from_base(f"{owner}.{kind}")
-            value = stored.float()
-            if value is stored:
-                value = value.clone()  # PEFT adds in place, which must not change the memory of the file
+            value = stored.to(torch.float32, copy=True)  # PEFT adds in place, which must not change the file's memory
             layer.get_submodule(parent)._parameters[kind] = torch.nn.Parameter(value, False)
         if merged and hasattr(layer, "unload_and_optionally_merge_module"):
             return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
