@@ -151,14 +151,14 @@ def _find_class(model_id: str, task: str) -> Any:
         config = AutoConfig.from_pretrained(find_path(model_id) or model_id, local_files_only=True)
     except Exception:  # not cached, needs remote code, or is broken: `load_tokenizer` says so
         return None
-    classes = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")
-    if not (known := type(config) in classes) and not hasattr(config, "auto_map"):
+    found = getattr(transformers, f"MODEL_FOR_{task}_MAPPING").get(type(config), None)
+    if found is None and not hasattr(config, "auto_map"):
         kind = "text model" if task == "CAUSAL_LM" else "classifier"
         raise UserError(
             f"{model_id} is a model of type {config.model_type}, which transformers does not load as a {kind}. "
             f"Use a {kind} of the same family."
         )
-    return classes[type(config)] if known else None
+    return found
 
 
 def quantization_config(bits: str, compute: torch.dtype) -> BitsAndBytesConfig | None:
