@@ -75,7 +75,7 @@ def resolve_start(settings: RunSettings) -> Start:
     check_model_files(parent.folder)  # its hashes are compared when `path` is used
     settings.override("parent", model_id=parent.record["base_model"])  # as it was named: the run's name depends on it
     if not parent.is_adapter:
-        return Start(str(parent.folder), revision, parent.base_model, parent)
+        return Start(str(parent.folder), values["revision"] or None, parent.base_model, parent)
     config = adopt_adapter_settings(parent.folder, settings)
     base, revision = base_of_adapter(parent.folder, config), config.get("revision") or None
     return Start(base, revision, parent.base_model, parent, parent.folder)

@@ -60,7 +60,7 @@ def test_each_missing_prerequisite_is_one_line_and_nothing_is_downloaded(
         (train, 0, "Torch not compiled with CUDA enabled",
          "needs a GPU (24 GB for the defaults), and PyTorch "
          f"{torch.__version__} finds none here (Torch not compiled with CUDA enabled). "),
-        (train, 0, "The NVIDIA driver on your system is too old.", "too old). Without a GPU, use `--recipe recipes/demo"),
+        (train, 0, "The NVIDIA driver on your system is too old.", "too old). Without a GPU, use `--recipe recipes/"),
         (train, 8, "", "8 GPUs are visible to one process. Set CUDA_VISIBLE_DEVICES=0 to use one"),
         (COMMANDS[1:2], 1, "", "There is no finished sft run in outputs. Run `python notebooks/01_sft.py`"),
         (COMMANDS[2:4], 1, "", "There is no finished dpo run in outputs. Run `python notebooks/02_dpo.py`"),
