@@ -220,7 +220,7 @@ def describe_missing_gpu() -> str:
     import torch
 
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         reason = "no GPU"
     except (AssertionError, RuntimeError) as error:  # a build without CUDA, an old driver, a hidden GPU, or none
         reason = " ".join(str(error).split()).rstrip(".")
