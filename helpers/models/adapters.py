@@ -133,7 +133,7 @@ def check_model_file(file: Path, kind: str) -> list[str]:
                 return list(weights.keys())
         if kind == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
             raise ValueError("it is cut short")
-        text = file.read_text("utf-8") if kind in (".json", ".jinja", ".txt") else ""
+        text: Any = file.read_text("utf-8") if kind in (".json", ".jinja", ".txt") else ""
         if kind == ".json":
             content = json.loads(text)
             if not isinstance(content, dict):
