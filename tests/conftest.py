@@ -183,19 +183,40 @@ def project(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Proj
     return project
 
 
+def run_once(project: Project, shared: Path, notebook: str, *flags: str, name: str) -> str:
+    """Make a finished run in the first process that needs it. The others copy it: runs may be moved and copied."""
+    from filelock import FileLock
+
+    there, here = shared / name, project.root / "outputs" / name
+    with FileLock(f"{there}.lock"):
+        if there.exists():
+            shutil.copytree(there, here)
+        else:
+            project.run(notebook, *flags, "--run_name", name)
+            shutil.copytree(here, there)
+    return name
+
+
 @pytest.fixture(scope="session")
-def sft_run(project: Project) -> str:
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that run these tests together."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "runs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sft_run(project: Project, shared_runs: Path) -> str:
     """The name of a finished, short run of 01_sft.py on the demo."""
-    project.run("01_sft.py", "--recipe", "recipes/demo.yaml", "--run_name", "sft", *SFT)
-    return "sft"
+    return run_once(project, shared_runs, "01_sft.py", "--recipe", "recipes/demo.yaml", *SFT, name="sft")
 
 
 @pytest.fixture(scope="session")
-def dpo_run(project: Project, sft_run: str) -> str:
+def dpo_run(project: Project, shared_runs: Path, sft_run: str) -> str:
     """The name of a finished, short run of 02_dpo.py on the demo, as a command."""
     flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
-    project.run("02_dpo.py", *flags, "--run_name", "command")
-    return "command"
+    return run_once(project, shared_runs, "02_dpo.py", *flags, name="command")
 
 
 def run_demo(folder: Path) -> tuple[Project, str]:
