@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.core import CleanExit, Row, SettingsError, UserError, atomic_write, find_path, printable, short_path
+from helpers.core import CleanExit, Row, SettingsError, UserError, atomic_write, printable, short_path
 from helpers.data.encode import not_rendered
 from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
@@ -27,13 +27,14 @@ from helpers.evaluation.samples import (
     Prompts,
     SampleStore,
     chosen_scorers,
-    find_answering_model,
+    policy_flag,
 )
 from helpers.evaluation.verdicts import prompt_messages
-from helpers.runs.checkpoints import quoted, read_run
-from helpers.runs.run import PAIR_FILES, Run, is_hub_id
+from helpers.runs.checkpoints import quoted
+from helpers.runs.run import PAIR_FILES, Run
 
 BOTH = ("chosen", "rejected")
+THIRDS = ("short", "middle", "long")
 NO_ANSWER, ALL_EMPTY, ONE_ANSWER = "has no answer", "all answers are empty", "all answers are the same"
 NOT_SCORED, NOT_ENDED = "fewer than two answers have a score", "no better answer is complete (see --max_new_tokens)"
 ALL_BEST, ALL_WORST, ALL_EQUAL = (f"all answers have the {kind} score" for kind in ("best", "worst", "same"))
@@ -126,6 +127,7 @@ class PairSet:
     control: list[Pair] = dataclasses.field(default_factory=list)
     answers: Counter[str] = dataclasses.field(default_factory=Counter)
     lost: Counter[str] = dataclasses.field(default_factory=Counter)
+    scored: list[Candidate] = dataclasses.field(default_factory=list)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     keeps_thoughts: bool = True
@@ -157,6 +159,23 @@ class PairSet:
                     margin = scores[p.chosen.name] - scores[p.rejected.name]
                     counts["agrees" if margin > 0 else "ties" if margin == 0 else "disagrees"] += 1
             self.metrics["second"] = {"scorer": scored.second.scorer, **counts}
+        self.metrics["by_length"] = self._by_length()
+
+    def _by_length(self) -> list[Row]:
+        """The answers in thirds by length: the mean score, and how many were chosen and rejected."""
+        lengths = [len(c.text) for c in self.scored]
+        thirds = np.searchsorted(np.quantile(lengths or [0], [1 / 3, 2 / 3]), lengths)
+        chosen, rejected = ({id(getattr(p, side)) for p in self.pairs} for side in BOTH)
+        rows: list[Row] = []
+        for place, name in enumerate(THIRDS):
+            own = [c for c, third in zip(self.scored, thirds, strict=True) if third == place]
+            if own:
+                sizes = sorted(len(c.text) for c in own)
+                row = {"answers": name, "characters": f"{sizes[0]} to {sizes[-1]}"}
+                row |= {"mean score": sum(c.score or 0 for c in own) / len(own)}
+                row |= {"chosen": sum(id(c) in chosen for c in own), "rejected": sum(id(c) in rejected for c in own)}
+                rows.append(row)
+        return rows
 
     def notes(self) -> list[str]:
         """What the pairs teach besides what the scorer likes, and how far it can be trusted."""
@@ -185,7 +204,11 @@ class PairSet:
         rows += [(f"  no pair: {reason}", n) for reason, n in self.lost.most_common()]
         rows += [(f"answers: {kind}", n) for kind, n in self.answers.items() if n]
         table = make_table(["", "count"], [(name, f"{count:,}") for name, count in rows])
-        return Group(table, "", *(Text(f"• {note}") for note in self.notes()))
+        parts = [table, ""]
+        if by_length := self.metrics.get("by_length"):
+            cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in by_length]
+            parts += [make_table([*by_length[0]], cells), ""]
+        return Group(*parts, *(Text(f"• {note}") for note in self.notes()))
 
     def save(self, run: Run) -> None:
         """Write preferences.jsonl and control.jsonl, and finish the run. Raises UserError if there is no pair."""
@@ -218,7 +241,7 @@ class PairSet:
 
     def print_next(self, settings: Any, prompts: Prompts, run: Run) -> None:
         """Print the commands that train the policy that answered on the pairs, and on the control."""
-        flag, note = _policy_flag(settings, prompts)
+        flag, note = policy_flag(settings, prompts)
         if note:
             print(printable(f"note: {note}"))
         words = ["python notebooks/02_dpo.py", flag, "--dataset_id"]
@@ -227,26 +250,6 @@ class PairSet:
         if self.control:  # first: the newest run is where the next notebooks start
             print("First the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
         print("Next:", *words, quoted(run.folder / PAIR_FILES[0]), *more)
-
-
-def _policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
-    """How 02 starts from the model that answered (of several, from the last), and what to know if that is not known."""
-    name = prompts.names[-1]
-    model = prompts.models[-1] if prompts.models else None
-    if model:
-        place, is_served = model.adapter or model.base, bool(model.base_url)
-    else:
-        place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
-    path = find_path(str(settings.output_dir / place)) or find_path(place)
-    if path and read_run(path).get("step") in ("sft", "dpo"):
-        return f"--sft_run {quoted(path)}", ""
-    if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
-        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
-        return "--model_id MODEL", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
-    if (path and (path / "config.json").is_file()) or (place and not path and (is_hub_id(place) or not is_served)):
-        return f"--model_id {quoted(path or place)}", ""
-    fix = "Replace MODEL by its folder or Hub id, or give --sft_run and the folder of its run"
-    return "--model_id MODEL", f"Where the weights of {name} are is not known. {fix}."
 
 
 def make_pairs(
@@ -281,6 +284,7 @@ def make_pairs(
         else:
             pairs.pairs += own
             pairs.control += _random_pairs(question, candidates, draw, len(own)) if settings.control else []
+        pairs.scored += [c for c in candidates if c.score is not None]
     names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed")
     pairs.sampling = {name: settings.values()[name] for name in names} if prompts.models else {}
     thought: list[Message] = [{"role": "assistant", "content": "", "reasoning_content": "Hm."}]

@@ -36,7 +36,7 @@ from helpers.evaluation.questions import (
 )
 from helpers.evaluation.verdicts import prompt_messages
 from helpers.models.resolve import ModelRef, resolve_models
-from helpers.runs.checkpoints import hash_files, read_run
+from helpers.runs.checkpoints import hash_files, quoted, read_run
 from helpers.runs.run import STEPS, Run, is_hub_id, list_runs
 
 VERDICTS = ("from_judgments", "from_votes")  # settings that name pairs which are decided already
@@ -360,3 +360,23 @@ class GivenVerdicts(Scorer):
             return rating_scores(judgments)
         consistency = win_shares(judgments).consistency if self.judgments else None
         return Scored(judgments.judge, {}, consistency=consistency, verdicts=rows)
+
+
+def policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
+    """How 02 starts from the model that answered (of several, from the last), and what to know if that is not known."""
+    name = prompts.names[-1]
+    model = prompts.models[-1] if prompts.models else None
+    if model:
+        place, is_served = model.adapter or model.base, bool(model.base_url)
+    else:
+        place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
+    path = find_path(str(settings.output_dir / place)) or find_path(place)
+    if path and read_run(path).get("step") in ("sft", "dpo"):
+        return f"--sft_run {quoted(path)}", ""
+    if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
+        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
+        return "--model_id MODEL", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
+    if (path and (path / "config.json").is_file()) or (place and not path and (is_hub_id(place) or not is_served)):
+        return f"--model_id {quoted(path or place)}", ""
+    fix = "Replace MODEL by its folder or Hub id, or give --sft_run and the folder of its run"
+    return "--model_id MODEL", f"Where the weights of {name} are is not known. {fix}."

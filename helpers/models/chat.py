@@ -53,7 +53,8 @@ def set_chat_template(tokenizer: Tokenizer, chat_template: str, is_of_run: bool 
             return "the tokenizer's own", []
         name = display_name(tokenizer.name_or_path)
         if is_of_run:  # each run saves the template that it trained with
-            raise UserError(f"{name} is without its chat template. Restore chat_template.jinja.")
+            fix = "Restore chat_template.jinja, or name the template with `--chat_template`."
+            raise UserError(f"{name} is without its chat template. {fix}")
         print(f"note: {name} is without a chat template. Mistral's is used, and saved.")
         chat_template = "mistral"
     if chat_template not in CHAT_TEMPLATES:

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SELECTOR = "https://pytorch.org/get-started/locally/"
+# Major version of CUDA: of the oldest driver, on Linux (NVIDIA's CUDA notes).
+CUDA_DRIVERS = {13: 580, 12: 525, 11: 450}
 MAX_CPU_BILLIONS = 3.0  # parameters of a model that is still trained on a CPU; above it one step takes minutes
 
 
@@ -216,18 +219,31 @@ def _check_machine(model_id: str, device: str, is_forced: bool, is_trained: bool
 
 
 def describe_missing_gpu() -> str:
-    """Why PyTorch has no GPU here, in its own words, and what to do."""
+    """Why PyTorch has no GPU here, and what to do: a build without CUDA, an old driver, a hidden GPU, or none."""
     import torch
 
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        reason = "no GPU"
-    except (AssertionError, RuntimeError) as error:  # a build without CUDA, an old driver, a hidden GPU, or none
-        reason = " ".join(str(error).split()).rstrip(".")
-    return (
-        f"PyTorch {torch.__version__} finds none here ({reason}). Without a GPU, use `--recipe recipes/demo.yaml`. "
-        f"With one, install PyTorch for its driver: {SELECTOR}"
-    )
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        gpu, driver = (word.strip() for word in found[0].rsplit(",", 1))
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError):
+        return (
+            "this machine has none. Use `--recipe recipes/demo.yaml` on a laptop; in a notebook, the line "
+            '`recipe = "recipes/demo.yaml"`.'
+        )
+    build, cuda = f"PyTorch {torch.__version__}", torch.version.cuda
+    if not cuda:
+        return f"{build} is a build without CUDA, so it cannot use the {gpu}. Install the build for CUDA: {SELECTOR}"
+    needed = next((driver for version, driver in CUDA_DRIVERS.items() if int(cuda.split(".")[0]) >= version), 0)
+    if int(driver.split(".")[0]) < needed:
+        return (
+            f"the driver of the {gpu} is {driver}, while {build} with CUDA {cuda} needs {needed} or newer. Update the "
+            f"driver, or install a build for an older CUDA: {SELECTOR}"
+        )
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {gpu}. Remove that variable, or set it to 0."
+    return f"PyTorch cannot use the {gpu}. Look at what `python -c 'import torch; torch.cuda.init()'` says."
 
 
 def missing_compiler() -> str:

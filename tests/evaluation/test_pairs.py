@@ -377,6 +377,17 @@ def test_people_vote_on_a_page_of_samples(tmp_path: Path) -> None:
     assert of(pairs) == [(0, "two", "one"), (0, "two", "three")]
 
 
+def test_scores_say_how_long_answers_fare(tmp_path: Path, rules: str) -> None:
+    folder = write_answers(tmp_path / "given", {"m": [["right", "right, and at length", "right, and at more length"]]})
+    pairs, _ = made(tmp_path, "--answers_dir", str(folder), "--judge_module", rules)
+    assert pairs.metrics["by_length"] == [
+        {"answers": "short", "characters": "5 to 5", "mean score": 1.0, "chosen": 1, "rejected": 0},
+        {"answers": "middle", "characters": "20 to 20", "mean score": pytest.approx(2 / 3), "chosen": 0, "rejected": 1},
+        {"answers": "long", "characters": "25 to 25", "mean score": pytest.approx(2 / 3), "chosen": 0, "rejected": 0},
+    ]
+    assert isinstance(pairs, PairSet)
+
+
 @pytest.mark.parametrize("returned", ["float('nan')", "None", "'good'", "Empty()", "float('inf')"])
 def test_a_score_that_is_no_finite_number_is_refused_and_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str

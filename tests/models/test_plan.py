@@ -135,29 +135,36 @@ def test_optional_packages_are_those_that_the_libraries_take() -> None:
     assert set(checked) == {pin.name for pin in pins} == {"deepspeed"}
 
 
-NO_GPU = [  # what torch.cuda.init says without CUDA, with an old driver, and with a GPU that accelerator does not see
-    (AssertionError("Torch not compiled with CUDA enabled"), "(Torch not compiled with CUDA enabled)"),
-    (RuntimeError("The NVIDIA driver on your system is too old.\nUpdate it."), "system is too old. Update it)"),
-    (None, "(no GPU)"),
-]
+SMI = "#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, {driver}'\n"
+NO_GPU = [
+    ("", None, {}, "this machine has none. Use `--recipe recipes/demo.yaml`"),
+    ("580.65.06", None, {}, "is a build without CUDA, so it cannot use the NVIDIA GeForce RTX 4090. Install the build "
+                            "for CUDA: https://pytorch.org/get-started/locally/"),
+    ("535.183.01", "13.0", {}, "the driver of the NVIDIA GeForce RTX 4090 is 535.183.01, while PyTorch 2.13.0"),
+    ("535.183.01", "13.0", {}, "with CUDA 13.0 needs 580 or newer. Update the driver, or install a build for an older"),
+    ("580.65.06", "13.0", {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' hides the NVIDIA GeForce RTX 4090."),
+    ("580.65.06", "13.0", {}, "PyTorch cannot use the NVIDIA GeForce RTX 4090."),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "message"), NO_GPU)
-def test_why_there_is_no_gpu_is_said(error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell script")
+@pytest.mark.parametrize(("driver", "cuda", "env", "message"), NO_GPU)
+def test_why_there_is_no_gpu_is_said(
+    driver: str, cuda: str | None, env: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
-
-    def init() -> None:
-        if error:
-            raise error
-
-    monkeypatch.setattr(torch.cuda, "init", init)
+    (tmp_path / "nvidia-smi").write_text(SMI.format(driver=driver) if driver else "#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as raised:
         models.plan_model("mistralai/Mistral-7B-v0.1", "qlora")
-    said = f"mistralai/Mistral-7B-v0.1 needs a GPU (24 GB for the defaults), and PyTorch {torch.__version__} finds none"
-    assert str(raised.value).startswith(f"{said} here (")
-    assert f"{message}. Without a GPU, use `--recipe recipes/demo.yaml`. With one" in str(raised.value)
-    assert "install PyTorch for its driver: https://pytorch.org/get-started/locally/" in str(raised.value)
+    assert str(raised.value).startswith("mistralai/Mistral-7B-v0.1 needs a GPU (24 GB for the defaults), and ")
+    assert message in str(raised.value)
     with pytest.raises(UserError, match=r"--use_cpu is set\. Remove it\."):
         models.plan_model("mistralai/Mistral-7B-v0.1", "qlora", trl_args={"use_cpu": True})
 
