@@ -18,7 +18,7 @@ from helpers.settings.secrets import refuse_secrets
 COMMANDS = {
     "curves": "helpers.runs.curves",
     "report": "helpers.runs.report",
-    "sweep": "helpers.runs.sweep",
+    "sweep": "helpers.runs.start",
     "data": "helpers.data.report",
     "accept": "helpers.runs.checkpoints",
 }

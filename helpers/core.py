@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -103,22 +104,6 @@ def is_disk_full(error: BaseException) -> bool:
     return code in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in DISK_FULL_ERRORS)
 
 
-def _explain(error: BaseException) -> BaseException:
-    """An error of the operating system, or a signal, as a UserError of one line; any other error as it is."""
-    if isinstance(error, KeyboardInterrupt):
-        number = getattr(error, "number", signal.SIGINT)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the interpreter's exit
-        name = signal.Signals(number).name
-        return Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
-    path = getattr(error, "filename", None)
-    if is_disk_full(error):
-        where = f" ({path})" if path else ""
-        return UserError(f"The disk is full{where}. Free some space, then run the same command again.")
-    if isinstance(error, OSError) and error.errno in OS_ERRORS and path:
-        return UserError(f"{path}: {error.strerror}. {OS_ERRORS[error.errno]}.")
-    return error
-
-
 # Whose ValueErrors, NotImplementedErrors and ImportErrors are about the settings.
 LIBRARIES = {"trl": "TRL", "transformers": "transformers", "peft": "PEFT", "accelerate": "accelerate",
              "bitsandbytes": "bitsandbytes"}  # fmt: skip
@@ -129,21 +114,40 @@ REFUSED_BY_LIBRARIES = {
 }
 
 
+def _explain(error: BaseException, trace: TracebackType | None) -> BaseException:
+    """What a user can fix as a UserError of one line: a signal, an error of the operating system, or what a library
+    says about the settings. Any other error as it is."""
+    message, path = " ".join(str(error).split()), getattr(error, "filename", None)
+    if isinstance(error, KeyboardInterrupt):
+        number = getattr(error, "number", signal.SIGINT)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the interpreter's exit
+        name = signal.Signals(number).name
+        return Interrupted(f"Stopped by {name}. Run the same command again to resume.", 128 + number)
+    if is_disk_full(error):
+        where = f" ({path})" if path else ""
+        return UserError(f"The disk is full{where}. Free some space, then run the same command again.")
+    if isinstance(error, OSError) and error.errno in OS_ERRORS and path:
+        return UserError(f"{path}: {error.strerror}. {OS_ERRORS[error.errno]}.")
+    if message.startswith("You set `ignore_mismatched_sizes` to `False`"):  # transformers 5.23, below its report
+        what = "The model is broken: its weights do not have the shapes of its config.json (see above)"
+        return UserError(f"{what}. Restore its files, or download it again.")
+    for start, setting in REFUSED_BY_LIBRARIES.items() if isinstance(error, ValueError) else ():
+        if message.startswith(start):
+            return SettingsError(f"{setting}: {message}")
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    package = re.search(r"[\\/]site-packages[\\/](\w+)", frames[-1]) if frames else None
+    library = LIBRARIES.get(package[1]) if package and not os.environ.get("TRACEBACK") else None
+    if library and isinstance(error, ValueError | NotImplementedError | ImportError):
+        return SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
+    return error
+
+
 def install_error_hook() -> None:
     """Make a command print a UserError, or the signal that ends it, as one line, and exit with its status. Other errors
     keep their traceback."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        message = " ".join(str(error).split())
-        starts = REFUSED_BY_LIBRARIES if isinstance(error, ValueError) else {}
-        if message.startswith("You set `ignore_mismatched_sizes` to `False`"):  # transformers 5.23, below its report
-            what = "The model is broken: its weights do not have the shapes of its config.json (see above)"
-            error = UserError(f"{what}. Restore its files, or download it again.")
-        elif setting := next((setting for start, setting in starts.items() if message.startswith(start)), ""):
-            error = SettingsError(f"{setting}: {message}")
-        elif library := _refusing_library(error, trace):
-            error = SettingsError(f"{library} refuses these settings: {message} (TRACEBACK=1 shows where)")
-        error = _explain(error)
+        error = _explain(error, trace)
         if not isinstance(error, UserError):
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
@@ -159,23 +163,10 @@ def install_error_hook() -> None:
         handle_signals(_interrupt)
 
 
-def _refusing_library(error: BaseException, trace: TracebackType | None) -> str:
-    """The library whose own code raised an error about values that it was given; "" for any other error."""
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
-    if (
-        not frames
-        or not isinstance(error, ValueError | NotImplementedError | ImportError)
-        or os.environ.get("TRACEBACK")
-    ):
-        return ""
-    package = re.search(r"[\\/]site-packages[\\/](\w+)", frames[-1])
-    return LIBRARIES.get(package[1], "") if package else ""
-
-
 def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
     """For --help, print the docstring of a module and exit."""
     if {"-h", "--help"} & set(argv):
-        print((doc or "").strip())
+        print(inspect.cleandoc(doc or ""))
         raise SystemExit(0)
 
 

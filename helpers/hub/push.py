@@ -1,8 +1,10 @@
-"""Publish a model on the Hub: private by default, named files only, in one commit."""
+"""Publish a model on the Hub: private by default, named files only, in one commit, with a card made from its runs."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import html
 import json
 import math
 import os
@@ -11,32 +13,37 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from httpx2 import TransportError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from helpers.core import REPO, SettingsError, UserError, find_path, is_main_process, printable
-from helpers.hub.model_card import base_on_hub, complete_license, license_metadata, license_options, write_card
 from helpers.models.adapters import describe_error, hf_token
-from helpers.runs.checkpoints import check_model_folder
-from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run
-from helpers.settings.secrets import find_secrets
+from helpers.runs.checkpoints import MODEL_PATTERNS, check_model_folder, find_files
+from helpers.runs.report import hide_paths
+from helpers.runs.run import (
+    STEPS,
+    Run,
+    dataset_names,
+    find_parent,
+    is_hub_id,
+    lineage,
+    list_merges,
+    list_runs,
+    read_run,
+    recorded_variables,
+    serve_options,
+)
+from helpers.settings.secrets import find_paths, find_secrets
+from helpers.settings.sources import NAMES
 
-T = TypeVar("T")
-# What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's
+# What is sent, as far as it is there. Checkpoints, optimizer states, logs, run.json and .env never are. Neither is TRL's
 # README.md, which names local folders: the card is written from the run.
-PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json",
-             "*.model", "*.tiktoken", "vocab.*", "merges.txt", "added_tokens.json", "*.py", "chat_template.jinja",
-             "curves.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "tekken.json")  # fmt: skip
+PUBLISHED = (*MODEL_PATTERNS, "*.tiktoken", "tekken.json", "curves.png", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 # What loaders read from the top of a repository. A push replaces those of the model that was there before.
 ADAPTER_FILE = re.compile(r"adapter_(model|config)[^/]*")
 WEIGHTS_FILE = re.compile(
@@ -48,28 +55,27 @@ TOKENIZER_FILE = re.compile(
     r"|[^/]*\.tiktoken|chat_template\.jinja|chat_templates/[^/]+"
 )
 RECORDS = ("run.json", "*.jsonl", "*.log")  # not sent, but scanned: a secret in them may have leaked elsewhere too
-ABSOLUTE_PATH = re.compile(rb':\s*"(?:/[\w.~ -]+){2,}/?"|:\s*"[A-Za-z]:(?:\\\\|/)[^"]*"')
 MAX_TRIES, MAX_RETRY_WAIT = 5, 300.0  # the second in seconds
 HUB_ERRORS = (HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError)  # of huggingface_hub 2.4
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
+CARD_METRICS = {"eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin", "eval_loss": "loss"}
 
 
 def check_push(settings: Any, folder: Path | None = None) -> None:
     """Check before hours of work that the push at their end can succeed: the token, the license, the repositories, and
     the files of `folder`. `settings` are those of 02_dpo.py or 03_merge_push.py. Raises UserError."""
-    token = hf_token("--push_to_hub")
+    api = HfApi(token=hf_token("--push_to_hub"))
     if not is_main_process():
         return
-    api, license_args = HfApi(token=token), license_options(settings)
-    license_metadata(**license_args)
+    license_metadata(*license_of(settings))
     has_adapter = getattr(settings, "tuning", "") != "full" and not getattr(settings, "merge_adaptors", False)
     push = getattr(settings, "push", "adapter" if has_adapter else "merged")
     name = settings.hub_repo_id or hub_name(getattr(settings, "run_name", "") or "default")
     names = {name: push == "adapter"} | ({f"{name}-adapter": True} if push == "both" else {})
     try:
-        for repo_id in names:
-            validate_repo_id(repo_id)
         user = with_retries(api.whoami)
         for repo_id, is_adapter in names.items():
+            validate_repo_id(repo_id)
             full_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
             _check_access(user, full_id)
             if settings.hub_repo_id:
@@ -81,7 +87,7 @@ def check_push(settings: Any, folder: Path | None = None) -> None:
     except HUB_ERRORS as error:
         raise UserError(f"--push_to_hub cannot work: {describe_error(error)}") from None
     if folder:
-        prepare_push(folder, name, **license_args)
+        prepare_push(folder, name, *license_of(settings))
 
 
 def _check_access(user: dict[str, Any], repo_id: str) -> None:
@@ -107,12 +113,9 @@ def _check_visibility(api: HfApi, repo_id: str, private: bool) -> bool:
 
 
 def stale_files(api: HfApi, repo_id: str, revision: str, is_adapter: bool, new: Iterable[str] = ()) -> list[str]:
-    """The files of another model in the repository: weights, indexes and files of a tokenizer that are not among the
-    `new` ones. Loaders would read them. All other files stay, such as those that you added.
-
-    Raises UserError if the repository has an adapter, and a full model is pushed, or the other way round: loaders would
-    apply the adapter to the model.
-    """
+    """The files of another model in the repository, which loaders would read: weights, indexes and files of a tokenizer
+    that are not among the `new` ones. All other files stay, such as those that you added. Raises UserError if a full
+    model is pushed to a repository with an adapter, which loaders would apply to it, or the other way round."""
     try:
         names = with_retries(lambda: api.list_repo_files(repo_id, revision=revision or None))
     except RevisionNotFoundError:  # a new branch begins with the files of main
@@ -141,27 +144,26 @@ def push_before_merge(settings: Any, folder: Path) -> bool:
 def push_model(folder: Path, settings: Any) -> None:
     """Publish a folder as the settings of 03_merge_push.py ask. `--push both` also publishes the adapter that a merge
     started from, as `<hub_repo_id>-adapter`. Raises UserError."""
-    options = license_options(settings) | {"revision": settings.hub_revision, "tag": settings.hub_tag}
-    name = settings.hub_repo_id or hub_name(folder.name)
-    push_folder(folder, name, settings.private, **options)
-    if settings.push == "both" and (adapter := find_parent(folder, read_run(folder))):
-        push_folder(adapter, f"{name}-adapter", settings.private, **options)
+    name, adapter = settings.hub_repo_id or hub_name(folder.name), find_parent(folder, read_run(folder))
+    repositories = {name: folder} | ({f"{name}-adapter": adapter} if settings.push == "both" and adapter else {})
+    for repo_id, source in repositories.items():
+        branch = {"revision": settings.hub_revision, "tag": settings.hub_tag}
+        push_folder(source, repo_id, settings.private, *license_of(settings), **branch)
 
 
 def preview_push(settings: Any, folder: Path) -> None:
     """Print the files and the card that a push of the run in `folder` would send."""
     folders = [folder] if settings.push != "merged" else []
-    merges = [run for run in list_merges(folder, settings.output_dir) if run.finished]
     if settings.push != "adapter":
-        folders += [run.folder for run in merges[:1]]
-    if settings.push != "adapter" and not merges:
-        print(f"{folder.name} is not merged yet. Run the same command without --push_to_hub and --dry_run first.")
+        merges = [run.folder for run in list_merges(folder, settings.output_dir) if run.finished]
+        folders += merges[:1]
+        if not merges:
+            print(f"{folder.name} is not merged yet. Run the same command without --push_to_hub and --dry_run first.")
     for source in folders:
         suffix = "-adapter" if settings.push == "both" and source == folder else ""
         repo_id = (settings.hub_repo_id or hub_name(source.name)) + suffix
         print(f"Would push {source.name} to {repo_id}:")
-        _, card = prepare_push(source, repo_id, **license_options(settings))
-        print(printable(f"\n{card}"))
+        print(printable(f"\n{prepare_push(source, repo_id, *license_of(settings))[1]}"))
 
 
 def merge_and_push(run: Run, settings: Any) -> None:
@@ -176,37 +178,24 @@ def merge_and_push(run: Run, settings: Any) -> None:
     flags |= {n: getattr(settings, n) for n in ("output_dir", "push_to_hub", "hub_repo_id", "trust_remote_code")}
     command = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    status = subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode
-    if status:
+    if status := subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode:
         raise UserError(f"03_merge_push.py failed with status {status}. See its messages above.")
 
 
-def files_to_push(folder: Path) -> list[Path]:
-    """The files of `folder` that would be published, sorted by name."""
-    return sorted({file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file()})
-
-
-def prepare_push(
-    folder: Path, repo_id: str, license_id: str = "", license_name: str = "", license_link: str = ""
-) -> tuple[list[Path], str]:
-    """Return the files that a push would send and the text of the card; print each file with its size.
-
-    Raises UserError if there are no weights, a finished run's files have changed, the base is a local folder, or a
-    file contains a secret or a local path.
-    """
+def prepare_push(folder: Path, repo_id: str, *license: str) -> tuple[list[Path], str]:
+    """Return the files that a push would send and the text of the card; print each file with its size. `license` is as
+    for `license_metadata`; without one, it is the base model's. Raises UserError if there are no weights, a finished
+    run's files have changed, the base is a local folder, or a file contains a secret or a local path."""
     if read_run(folder) or not (folder / "run.json").is_file():  # a broken run.json is only scanned
         check_model_folder(folder)
-    adapter, files = folder / "adapter_config.json", files_to_push(folder)
-    local = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else ""
+    files, local = find_files(folder, PUBLISHED), _base_of_adapter(folder)
     if Path(local).is_absolute() or find_path(local):
         base = f"The base model of {folder.name} is a local folder, which others do not have."
         raise UserError(f"{base} Push the merged model (`--push merged`).")
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"{folder.name} has no weights to push.")
-    license_args = (license_id, license_name, license_link) if license_id else _base_license(folder)
-    card = write_card(folder, repo_id or hub_name(folder.name), *license_args)
-    records = [file for pattern in RECORDS for file in folder.glob(pattern)]
-    if secrets := find_secrets([*files, *records], card):
+    card = write_card(folder, repo_id, *(license if any(license[:1]) else _base_license(folder)))
+    if secrets := find_secrets([*files, *find_files(folder, RECORDS)], card):
         raise UserError(f"Nothing was pushed: {'; '.join(secrets)}. Remove it, revoke it, and create a new one.")
     if paths := find_paths(files, card):
         raise UserError(f"Nothing was pushed: {', '.join(paths)} contains a local path. Remove it.")
@@ -216,28 +205,35 @@ def prepare_push(
     return files, card
 
 
-def _base_license(folder: Path) -> tuple[str, str, str]:
-    """The license in the card of the base model on the Hub with its name and link, or three times ""."""
-    base = base_on_hub(folder, lineage(folder))
+def _base_license(folder: Path) -> tuple[str, ...]:
+    """The license in the card of the base model on the Hub, with its name and link; one that the Hub does not know is
+    "other". () if there is none."""
+    base, card = base_on_hub(folder, lineage(folder)), None
     with contextlib.suppress(*HUB_ERRORS):
-        data = HfApi().model_info(base).card_data if base else None
-        return complete_license(data, base) if data else ("", "", "")
-    return "", "", ""
+        card = HfApi().model_info(base).card_data if base else None
+    stated = card.get("license") if card else None
+    if not card or not stated:
+        return ()
+    license_id = str(stated[0] if isinstance(stated, list) and len(stated) == 1 else stated)
+    name, link = str(card.get("license_name") or f"license of {base}"), str(card.get("license_link") or "")
+    link = link if re.match("https?://", link) else f"https://huggingface.co/{base}"  # or a file of its repository
+    try:
+        license_metadata(license_id, name, link)
+    except SettingsError:
+        return "other", license_id, link
+    return license_id, name, link
 
 
 def push_folder(
-    folder: Path, repo_id: str, private: bool, license_id: str = "", license_name: str = "", license_link: str = "",
-    revision: str = "", tag: str = "",
-) -> None:  # fmt: skip
+    folder: Path, repo_id: str, private: bool, *license: str, revision: str = "", tag: str = ""
+) -> None:
     """Upload the files of a model and its card in one commit, which deletes those of the model that was there before.
-    Files that the Hub already has are not sent again.
-
-    `repo_id` defaults to the folder's name. An existing repository keeps its visibility; a public one is refused if
-    `private`. `revision` is a branch, created if needed; `tag` names the commit. Raises UserError.
-    """
+    Files that the Hub already has are not sent again. `license` is as for `prepare_push`; `repo_id` defaults to the
+    folder's name. An existing repository keeps its visibility; a public one is refused if `private`. `revision` is a
+    branch, created if needed; `tag` names the commit. Raises UserError."""
     repo_id = repo_id or hub_name(folder.name)
     api = HfApi(token=hf_token(f"pushing to {repo_id}"))
-    files, card = prepare_push(folder, repo_id, license_id, license_name, license_link)
+    files, card = prepare_push(folder, repo_id, *license)
     try:
         repo_id = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         is_private = _check_visibility(api, repo_id, private)
@@ -267,7 +263,7 @@ def hub_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+|\.{2,}", "-", name)[:80].strip("-.") or "model"
 
 
-def with_retries(call: Callable[[], T]) -> T:
+def with_retries(call: Callable[[], Any]) -> Any:
     """Call the Hub, up to 5 times if it is busy (429), fails (5xx) or hangs up. A longer Retry-After is an error."""
     return Retrying(
         retry=lambda state: _retry_wait(state) <= MAX_RETRY_WAIT,
@@ -290,11 +286,114 @@ def _retry_wait(state: RetryCallState) -> float:
     return float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else 2.0 ** (state.attempt_number - 1)
 
 
-def find_paths(files: Iterable[Path], text: str = "") -> list[str]:
-    """Names of `files`, or README.md for `text`, that contain a local folder (a config: any absolute path)."""
-    local = [str(path).encode() for path in (REPO, Path.home(), Path.cwd()) if len(path.parts) > 1]
-    contents = {file.name: file.read_bytes() for file in files if file.suffix in (".json", ".jinja", ".py")}
-    return [
-        name for name, content in (contents | {"README.md": text.encode()}).items()
-        if any(path in content for path in local) or (name.endswith("config.json") and ABSOLUTE_PATH.search(content))
+def license_of(settings: Any) -> list[str]:
+    """The settings about the license, which 02_dpo.py does not have."""
+    return [getattr(settings, name, "") for name in ("license", "license_name", "license_link")]
+
+
+def license_metadata(license_id: str = "", license_name: str = "", license_link: str = "") -> dict[str, str]:
+    """The fields of a card about a license, with the Hub's id for it: apache-2.0 for "Apache 2.0". Raises SettingsError
+    for a license that is not among https://huggingface.co/docs/hub/repositories-licenses."""
+    if not license_id:
+        return {}
+    ids = TEMPLATE.with_name("licenses.txt").read_text().split()
+    key, keys = _license_key(license_id), {_license_key(each): each for each in ids}
+    starts = [keys[each] for each in keys if key and each.startswith(key)]
+    known = keys.get(key) or (starts[0] if len(starts) == 1 else "")
+    if not known:
+        near = keys[difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]]
+        fix = f"Use the nearest, {near}, or other with --license_name and --license_link"
+        raise SettingsError(f"--license {license_id!r} is not a license that the Hub knows. {fix}.")
+    if known != "other":
+        return {"license": known}
+    name = re.sub(r"[^a-z0-9.]+", "-", license_name.lower()).strip("-.")
+    if not name or not re.fullmatch(r"https?://[^\s@]+|[\w.-]+", license_link):
+        raise SettingsError("--license other needs --license_name and --license_link. Give its name and its address.")
+    return {"license": known, "license_name": name, "license_link": license_link}
+
+
+def _license_key(name: str) -> str:
+    """A license's name without the words, signs and zeros in which its spellings differ: "apache2"."""
+    words = re.sub(r"[\s_,()-]+", " ", re.sub(r"v(?=\d)|version", "", name.lower()))
+    words = re.sub(r"\b(the|licen[cs]e|community|agreement|public|clause|only|or later|gnu|terms of use)\b", "", words)
+    return re.sub(r"\.0\b|[^a-z0-9.+]", "", words).removesuffix("license") or name.lower()
+
+
+def markdown(value: Any) -> str:
+    """A name or a text of others for a card: one line, without folders of this machine, that shows as it is."""
+    text = re.sub(r"\b[A-Za-z]:[\\/](?:[^\\/|<>]+[\\/])*", "", hide_paths(" ".join(str(value).split())))
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
+
+
+def write_card(folder: Path, repo_id: str, *license: str) -> str:
+    """Return the card of a run's folder, or of an adapter from elsewhere. Raises UserError if the Hub rejects it."""
+    runs = lineage(folder)
+    if runs and (gone := runs[-1]["parent_gone"]):
+        print(f"note: {gone}, which {Path(runs[-1]['folder']).name} started from, is gone. The card does not show it.")
+    kind = "merge" if read_run(folder).get("step") == "merge" else "finetune"  # the Hub's `base_model_relation`
+    kind = "adapter" if (folder / "adapter_config.json").is_file() else kind
+    dpo: dict[str, Any] = next((run for run in runs if run["step"] == "dpo"), {})
+    variables = recorded_variables(runs)
+    base = base_on_hub(folder, runs)
+    name = ", ".join(dataset_names(dpo)) or "held-out pairs"
+    metrics = {n: float(dpo.get("metrics", {}).get(n, math.nan)) for n in CARD_METRICS}
+    results = [
+        EvalResult(
+            task_type="text-generation", task_name="Preference alignment",
+            dataset_type=name, dataset_name=f"{name} (held out)",
+            metric_type=CARD_METRICS[n], metric_name=n.removeprefix("eval_"), metric_value=round(value, 6),
+        )
+        for n, value in metrics.items() if math.isfinite(value)
     ]  # fmt: skip
+    datasets = [name for run in runs for name in dataset_names(run) if is_hub_id(name)]
+    methods = [run["step"] for run in runs if run["step"] in ("dpo", "sft")]
+    data = ModelCardData(
+        base_model=base or None, base_model_relation=kind if base else None,
+        datasets=list(dict.fromkeys(datasets)) or None, library_name="peft" if kind == "adapter" else "transformers",
+        **license_metadata(*license), pipeline_tag="text-generation", tags=[*dict.fromkeys(["trl", *methods])],
+        model_name=repo_id.rpartition("/")[2], eval_results=results or None,
+    )  # fmt: skip
+    try:
+        card = ModelCard.from_template(
+            data, template_path=str(TEMPLATE), repo_id=repo_id, kind=kind, runs=runs, dpo=dpo, step_names=STEPS,
+            files={file.name for file in folder.iterdir()}, comparison=_newest_comparison(runs), md=markdown,
+            dataset_names=dataset_names, settings_table=_settings_table,
+            variables=variables, serve_options=serve_options(variables),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"The card of {repo_id} is not valid for the Hub: {error}") from None
+    return f"{card}\n"
+
+
+def _base_of_adapter(folder: Path) -> str:
+    """The base that an adapter's config names; "" without one."""
+    file = folder / "adapter_config.json"
+    return str(json.loads(file.read_text())["base_model_name_or_path"] or "") if file.is_file() else ""
+
+
+def base_on_hub(folder: Path, runs: list[dict[str, Any]]) -> str:
+    """Hub id of the model at the root of the lineage; "" for a local folder."""
+    base = str(runs[-1]["base_model"] if runs else "") or _base_of_adapter(folder)
+    is_local = bool(runs and runs[-1].get("base_folder")) or find_path(base)
+    return "" if not base or is_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) else base
+
+
+def _settings_table(run: dict[str, Any]) -> dict[str, str]:
+    """Four settings of a run and those that differ from the defaults."""
+    settings, sources, omitted = run["settings"], run.get("sources", {}), str(NAMES["not_on_card"]).split()
+    names = [name for name in ("tuning", "learning_rate", "num_train_epochs", "seed") if name in settings]
+    names += [n for n in settings if sources.get(n, "default") != "default" and n not in {*omitted, *names}]
+    values = {name: settings[name] if isinstance(settings[name], list | tuple) else [settings[name]] for name in names}
+    return {name: " ".join(map(str, value))[:200] for name, value in values.items()}
+
+
+def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
+    own = [Run(Path(run["folder"]), run) for run in runs if run["step"] != "sft"]
+    judged = [run for run in list_runs(Path(runs[0]["folder"]).parent, "judge") if run.finished] if runs else []
+    pairs = [(run, pair) for run in judged for pair in run.record["metrics"].get("pairs", [])]
+    found = next(((run, pair) for run, pair in pairs if run.is_of(pair["candidate"], own)), None)
+    if found is None:
+        return None
+    run, pair = found
+    return {"notes": []} | pair | {"judge": run.record["metrics"]["judge"], "loading": run.loading}

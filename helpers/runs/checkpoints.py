@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -156,16 +157,13 @@ def remove_quarantined(folder: Path) -> None:
         shutil.rmtree(broken, ignore_errors=True)
 
 
-def check_writable(folder: Path, is_dry: bool = False) -> None:
-    """Raise UserError before a model is downloaded for a folder that cannot be written; try it, unless `is_dry`."""
+def check_writable(folder: Path) -> None:
+    """Raise UserError before a model is downloaded for a folder that cannot be written."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise _not_writable(existing)
-    try:  # root may write anywhere, says os.access, but not in /proc
-        if not is_dry:
-            tempfile.TemporaryDirectory(dir=existing, prefix=".").cleanup()
+    try:
+        tempfile.TemporaryDirectory(dir=existing, prefix=".").cleanup()
     except OSError as error:
-        raise explain_failure(error, existing) or _not_writable(existing) from None
+        raise (explain_failure(error, existing) if is_disk_full(error) else _not_writable(existing)) from None
 
 
 def _not_writable(path: Any) -> UserError:
@@ -201,21 +199,17 @@ def explain_failure(error: BaseException, folder: Path) -> UserError | None:
 
 def hash_model_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The size and SHA-256 of every file of the model in `folder`, by name."""
-    return {file.name: _file_digest(file) for file in _model_files(folder)}
+    return {file.name: _file_digest(file) for file in find_files(folder)}
 
 
 def changed_model_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs in `folder` from `files` (of `hash_model_files`), such as "config.json has changed". Sizes are
-    compared first; each file is hashed once in a process."""
-    now = {file.name: file.stat().st_size for file in _model_files(folder)}
+    """What differs in `folder` from `files` (of `hash_model_files`), such as "config.json has changed"."""
+    if (total := sum(file.stat().st_size for file in find_files(folder))) > SLOW_BYTES and is_main_process():
+        print(f"Comparing {format_size(total)} in {short_path(folder)} with the hashes in its run.json.")
+    now = hash_model_files(folder)
     changes = [f"{name} is missing" for name in files if name not in now]
     changes += [f"{name} was added" for name in now if name not in files]
-    changes += [f"{name} has changed" for name in now if name in files and files[name]["bytes"] != now[name]]
-    if not changes:
-        if (total := sum(now.values())) > SLOW_BYTES and is_main_process():
-            print(f"Comparing {format_size(total)} in {short_path(folder)} with the hashes in its run.json.")
-        changes = [f"{name} has changed" for name in now if _file_digest(folder / name) != files[name]]
-    return changes
+    return changes + [f"{name} has changed" for name in now if files.get(name, now[name]) != now[name]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -231,6 +225,19 @@ def main(argv: Sequence[str]) -> None:
         record |= {"files": files, "fingerprint": hash_files(map(folder.joinpath, files))}
         write_json(folder / "run.json", record)
     print(f"{short_path(folder)}: {', '.join(changes)}. Accepted." if changes else "Nothing has changed.")
+
+
+def hash_data_files(names: Iterable[str]) -> dict[str, str]:
+    """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
+    hashes = {}
+    for name in names:
+        with contextlib.suppress(json.JSONDecodeError):
+            name = json.loads(name).get("id", "") if name.startswith("{") else name
+        path = find_path(name)
+        paths = [path] if path else [Path(file) for file in glob.glob(name, recursive=True)]
+        files = [(p.parent, f) for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        hashes |= {str(file.relative_to(folder)): _file_digest(file)["sha256"][:16] for folder, file in files}
+    return hashes
 
 
 def check_model_folder(folder: Path) -> None:
@@ -284,8 +291,9 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(text) if os.name == "posix" else "'" + text.replace("'", "''") + "'"
 
 
-def _model_files(folder: Path) -> list[Path]:
-    return sorted({file for pattern in MODEL_PATTERNS for file in folder.glob(pattern) if file.is_file()})
+def find_files(folder: Path, patterns: Iterable[str] = MODEL_PATTERNS) -> list[Path]:
+    """The files of `folder` with one of the patterns, by default those of a model, sorted by name."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def hash_files(files: Iterable[Path]) -> str:

@@ -75,15 +75,13 @@ class Run:
         answers = Path(str(self.record.get("answers_dir") or "-")).name
         return self.record.get(key) or read_run(self.folder.parent / answers).get(key) or {}
 
-    def is_of(self, name: str, runs: Iterable[Run]) -> bool:
+    def is_of(self, name: str, runs: list[Run]) -> bool:
         """Whether the model `name` of this comparison is one of `runs`, which may have been renamed since, or trained
         again. Its weights tell, or the name if they were not recorded."""
         weights, judged = self._of_answers("weights").get(name), str(self.record.get("finished", ""))
-        return any(
-            (weights and weights == run.record.get("fingerprint"))
-            or (name == run.name and (not weights or judged < str(run.record.get("finished", ""))))
-            for run in runs
-        )
+        same = [run for run in runs if weights and weights == run.record.get("fingerprint")]
+        named = [run.record for run in runs if run.name == name]
+        return bool(same) or any(not weights or judged < str(record.get("finished", "")) for record in named)
 
     @property
     def is_adapter(self) -> bool:
@@ -147,11 +145,9 @@ class Run:
             message = explained or (error if isinstance(error, Interrupted) else None)
             if message and self.restart and checkpoints.last_complete_checkpoint(self.folder):
                 message.args = (f"{str(message).rstrip('.')}. Omit `--resume never`: it would start over.",)
+            failure = {} if is_stopped else {"error": str(explained or f"{type(error).__name__}: {error}")}
             with contextlib.suppress(OSError):  # a full disk has no room for this either
-                if is_stopped:
-                    self.save(status="interrupted")
-                else:
-                    self.save(status="failed", error=str(explained or f"{type(error).__name__}: {error}"))
+                self.save(status="interrupted" if is_stopped else "failed", **failure)
             if self.when_stopped:
                 self.when_stopped(self.folder)
             checkpoints.unlock_folder(self.folder)
@@ -165,16 +161,14 @@ class Run:
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished, with a fingerprint of the weights in its folder and hashes of a model's files."""
         self.record.pop("error", None)
-        weights: list[Path] = []
         if is_main_process():
             checkpoints.remove_quarantined(self.folder)
-            weights = list(self.folder.glob("*.safetensors"))
-        others = [read_run(file.parent) for file in self.folder.parent.glob("[!.]*/run.json")]
-        order = 1 + max((other.get("order", 0) for other in others), default=0)
-        hashed = checkpoints.hash_files(weights)
-        if is_main_process() and self.record.get("step") in STEPS:
-            fields["files"] = checkpoints.hash_model_files(self.folder)
-        self.save(status="finished", finished=utc_now(), order=order, fingerprint=hashed, **fields)
+            others = [read_run(file.parent) for file in self.folder.parent.glob("[!.]*/run.json")]
+            fields["order"] = 1 + max((other.get("order", 0) for other in others), default=0)
+            fields["fingerprint"] = checkpoints.hash_files(self.folder.glob("*.safetensors"))
+            if self.record.get("step") in STEPS:
+                fields["files"] = checkpoints.hash_model_files(self.folder)
+        self.save(status="finished", finished=utc_now(), **fields)
         checkpoints.unlock_folder(self.folder)
 
     def next_command(self, recipe: str = "", place: str = "") -> str:
@@ -247,10 +241,8 @@ def list_runs(output_dir: Path, step: str) -> list[Run]:
     """The runs of `step` in a folder: the one that finished last first, unfinished ones at the end."""
     runs = [Run(file.parent, read_run(file.parent)) for file in output_dir.glob("[!.]*/run.json")]
     matching = [run for run in runs if run.record.get("step") == step]
-    # by `order`, because a clock may be set back
-    return sorted(
-        matching, key=lambda r: (r.record.get("order", 0), r.record.get("finished", ""), r.name), reverse=True
-    )
+    matching.sort(key=lambda r: (r.record.get("order", 0), r.record.get("finished", ""), r.name), reverse=True)
+    return matching  # by `order`, because a clock may be set back
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:

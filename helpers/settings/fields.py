@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from helpers.core import SettingsError, fingerprint, is_notebook, shorten
-from helpers.settings import trl_fields
+from helpers.settings.sources import NAMES, SHARES, compared_values, losses_that_read
 
 # Losses of TRL that are means over pairs. "sft" is a mean over tokens; aot and aot_unpaired sort the batch.
 PAIR_LOSSES = {"sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
@@ -21,14 +21,6 @@ SOURCE_ORDER = ("default", "recipe", ".env", "environment", "notebook", "flag")
 # What helpers.training.diagnose reports, in its order; "nan" ends every run.
 DIAGNOSTIC_NAMES = ("displacement", "runaway_margin", "saturated", "overfitting", "diverged", "entropy",
                     "grad_norm_spikes", "lr_never_warm", "length_drift", "no_learning", "nan")  # fmt: skip
-
-# The package that a setting or a part of an optimizer's name needs, as it is imported (transformers 5.23).
-SETTING_PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}
-OPTIMIZER_PACKAGES = {
-    "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree", "stable_adamw": "optimi", "torch_4bit": "torchao", "torch_8bit": "torchao",
-    "apex": "apex", "anyprecision": "torchdistx",
-}  # fmt: skip
 
 # Arguments of transformers' apply_chat_template that are no variables of the template; tools are a column of the rows.
 RENDERING_ARGUMENTS = {
@@ -66,7 +58,7 @@ class RunSettings:
 
     def hashed_settings(self) -> dict[str, Any]:
         """The settings that decide what a run computes."""
-        names = trl_fields.NAMES["not_hashed"]
+        names = NAMES["not_hashed"]
         excluded = f"{names['all']} {names.get(self.step, '')}".split()
         if not getattr(self, "chat_template_kwargs", ""):  # older runs do not have it
             excluded.append("chat_template_kwargs")
@@ -103,7 +95,7 @@ class RunSettings:
             f"--run_name {shorten(name, 60)!r} cannot name a folder. Use at most 200 printable characters, no / "
             "and no dot in front.",
         )
-        for interval, names in trl_fields.NAMES["ranges"].items():
+        for interval, names in NAMES["ranges"].items():
             for name in filter(values.__contains__, names.split()):
                 check_range(name, values[name], interval)
         if values.get("chat_template_kwargs"):  # one spelling, for the name of the run
@@ -195,9 +187,9 @@ class TrainSettings(RunSettings):
         self.stop_on_diagnostic = tuple(name for word in self.stop_on_diagnostic for name in word.split(",") if name)
         if self.global_batch_size:
             self.accumulation_steps()
-        tuning, targets = getattr(self, "tuning", ""), self.lora_target_modules
-        has_adapter, packing = tuning != "full", self.trl.get("packing", False)
-        bad_names = [name for name in self.stop_on_diagnostic if name not in DIAGNOSTIC_NAMES]
+        trl, tuning, targets = self.trl, getattr(self, "tuning", ""), self.lora_target_modules
+        has_adapter, packing = tuning != "full", trl.get("packing", False)
+        bad_names = " ".join(name for name in self.stop_on_diagnostic if name not in DIAGNOSTIC_NAMES)
         spawns = multiprocessing.get_start_method() != "fork" and not is_notebook()
         refuse_if(
             not has_adapter and self.quantization not in ("auto", "none"),
@@ -208,30 +200,28 @@ class TrainSettings(RunSettings):
             "--tuning qlora needs quantized weights. Use --tuning lora, or remove --quantization none.",
         )
         refuse_if(
-            bad_names,
-            f"--stop_on_diagnostic {' '.join(bad_names)} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}.",
+            bad_names, f"--stop_on_diagnostic {bad_names} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}."
         )
-        needed = {f"--{name}": package for name, package in SETTING_PACKAGES.items() if self.trl.get(name)}
-        optimizer = str(self.trl.get("optim", ""))
-        needed |= {f"--optim {optimizer}": package for part, package in OPTIMIZER_PACKAGES.items() if part in optimizer}
+        packages, optimizer = NAMES["packages"], f"--optim {trl.get('optim')}"
+        needed = {f"--{name}": package for name, package in packages["settings"].items() if trl.get(name)}
+        needed |= {optimizer: package for part, package in packages["optimizers"].items() if part in optimizer}
         for flag, package in needed.items():
             refuse_if(
                 importlib.util.find_spec(package) is None,
                 f"{flag} needs the package {package}, which is not installed. Install it, or remove the setting.",
             )
+        for group in ["all"] + ["dpo"] * (self.step == "dpo") + ["adapter"] * (self.step == "dpo" and has_adapter):
+            for name, reason in NAMES["refused"][group].items():
+                refuse_if(trl.get(name), f"--{name} {reason}")
         if hasattr(self, "loss_type"):
-            self._check_loss(has_adapter)
+            self._check_loss()
         refuse_if(
-            self.trl.get("completion_only_loss") is False or self.trl.get("assistant_only_loss") is False,
+            trl.get("completion_only_loss") is False or trl.get("assistant_only_loss") is False,
             "Answers alone are learned, never prompts. Remove --completion_only_loss and --assistant_only_loss.",
         )
         refuse_if(
-            self.trl.get("dataloader_prefetch_factor") and not self.trl.get("dataloader_num_workers"),
+            trl.get("dataloader_prefetch_factor") and not trl.get("dataloader_num_workers"),
             "--dataloader_prefetch_factor needs --dataloader_num_workers above 0.",
-        )
-        refuse_if(
-            has_adapter and self.trl.get("sync_ref_model"),
-            "--sync_ref_model cannot update the reference of an adapter, which is the base model. Use --tuning full.",
         )
         refuse_if(
             has_adapter and not targets, "--lora_target_modules is empty. Name at least one module, or use all-linear."
@@ -242,7 +232,7 @@ class TrainSettings(RunSettings):
             "adapter. Exclude it; --lora_modules_to_save lm_head trains it in full.",
         )
         refuse_if(
-            packing and self.trl.get("packing_strategy") == "wrapped",
+            packing and trl.get("packing_strategy") == "wrapped",
             "--packing_strategy wrapped lets conversations in one row attend to each other. Remove it.",
         )
         refuse_if(
@@ -250,26 +240,18 @@ class TrainSettings(RunSettings):
             "--packing fills rows of --max_length tokens. Set --max_length above 0.",
         )
         refuse_if(
-            self.trl.get("save_only_model"),
-            "--save_only_model leaves out the optimizer, so that no run can be resumed. Use --save_total_limit 1.",
-        )
-        refuse_if(
-            self.trl.get("ignore_data_skip"),
-            "--ignore_data_skip would train on the first rows again after a resume. Remove it.",
-        )
-        refuse_if(
-            spawns and self.trl.get("dataloader_num_workers", 0) > 0,
+            spawns and trl.get("dataloader_num_workers", 0) > 0,
             "--dataloader_num_workers above 0 starts the notebook again in each worker on this system. Use 0.",
         )
 
-    def _check_loss(self, has_adapter: bool) -> None:
+    def _check_loss(self) -> None:
         """Raise SettingsError for losses that TRL does not have, and for settings that they ignore (TRL 1.16)."""
-        losses, known = list(getattr(self, "loss_type", ())), sorted(trl_fields.compared_values("loss_type"))
-        bad = [name for name in losses if name not in known]
+        losses, known = list(getattr(self, "loss_type", ())), sorted(compared_values("loss_type"))
+        bad = " ".join(name for name in losses if name not in known)
         refuse_if(not losses, "--loss_type needs at least one loss.")
-        refuse_if(bad, f"--loss_type {' '.join(bad)} is none of TRL's losses: {', '.join(known)}.")
+        refuse_if(bad, f"--loss_type {bad} is none of TRL's losses: {', '.join(known)}.")
         for name in ("label_smoothing", "discopop_tau"):
-            readers = sorted(trl_fields.losses_that_read(name))
+            readers = sorted(losses_that_read(name))
             refuse_if(
                 self.trl.get(name) and not {*losses} & {*readers},
                 f"--{name} has no effect with --loss_type {' '.join(losses)}. Remove it, or use {' or '.join(readers)}",
@@ -283,7 +265,7 @@ class TrainSettings(RunSettings):
             "exo_pair" in losses and not self.trl.get("label_smoothing"),
             "--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001.",
         )
-        divergences = sorted(trl_fields.compared_values("self.f_divergence_type"))
+        divergences = sorted(compared_values("self.f_divergence_type"))
         refuse_if(
             divergences and divergence not in divergences,
             f"--f_divergence_type {divergence} is unknown. Use {', '.join(divergences)}.",
@@ -291,16 +273,6 @@ class TrainSettings(RunSettings):
         refuse_if(
             self.trl.get("f_alpha_divergence_coef") is not None and divergence != "alpha_divergence",
             "--f_alpha_divergence_coef has no effect without --f_divergence_type alpha_divergence.",
-        )
-        refuse_if(
-            self.trl.get("label_smoothing_factor"),
-            "--label_smoothing_factor has no effect on DPO's losses. Use --label_smoothing with a loss that reads it.",
-        )
-        refuse_if(self.trl.get("padding_free"), "--padding_free has no effect in TRL 1.16's DPOTrainer. Remove it.")
-        refuse_if(
-            has_adapter and self.trl.get("neftune_noise_alpha"),
-            "--neftune_noise_alpha would also add noise to the reference, which is the same model without its adapter. "
-            "Use --tuning full.",
         )
 
 
@@ -335,15 +307,14 @@ def check_range(name: str, value: Any, interval: str) -> None:
     for number in value if isinstance(value, list | tuple) else [value]:
         if number in (None, "auto") or (name == "max_steps" and number == -1):  # -1: as many as the epochs have
             continue
-        is_low = not (number >= low if interval[0] == "[" else number > low)
-        is_high = not (number <= high if interval[-1] == "]" else number < high)
-        limit = f"{'at least' if interval[0] == '[' else 'more than'} {low:.10g}"
-        if not is_low:
+        limit = ""
+        if not (number >= low if interval[0] == "[" else number > low):
+            limit = f"{'at least' if interval[0] == '[' else 'more than'} {low:.10g}"
+        elif not (number <= high if interval[-1] == "]" else number < high):
             limit = f"{'at most' if interval[-1] == ']' else 'less than'} {high:.10g}"
-        refuse_if(is_low or is_high, f"--{name} {number} is out of range. Use {limit}.")
-        is_whole = number < 1 or number == int(number)
+        refuse_if(limit, f"--{name} {number} is out of range. Use {limit}.")
         refuse_if(
-            name in trl_fields.SHARES and not is_whole,
+            name in SHARES and number > 1 and number != int(number),
             f"--{name} {number} is neither a share below 1 nor an integer.",
         )
 

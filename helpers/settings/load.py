@@ -36,11 +36,14 @@ from helpers.core import (
     show,
     silence_other_processes,
 )
-from helpers.settings import trl_fields
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 from helpers.settings.sources import (
+    CONFIGS,
+    NAMES,
     Words,
+    current_name,
     env_name,
+    field_types,
     from_namespace,
     from_recipe,
     from_variables,
@@ -49,12 +52,15 @@ from helpers.settings.sources import (
     suggest,
     takes_several,
     to_cli_tokens,
+    trl_help,
 )
 
 RUN_CODE = ("setup_module", "trust_remote_code", "judge_module", "bench")  # settings that run code of others
 # lists whose entries may hold commas
 TEXTS = ("prompts", "dataset_id", "models", "votes", "from_votes", "exclude", "generation_kwargs")
 BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+SINGULARS = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
+PLURALS = {int: "integers", float: "numbers", str: "texts"}
 # A field of a Settings class and its comment, which is on the same line or on one of the lines that continue it.
 COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)
 
@@ -79,27 +85,22 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
         argv = [] if is_notebook() else sys.argv[1:]
     own = own_types(cls)
     if {"-h", "--help", "--help_trl", "--help-trl"} & set(argv):
-        is_ours = {"-h", "--help"} & set(argv)
         try:
-            text = format_help(cls) if is_ours else trl_fields.trl_help(cls.step, own, _notebook_source())
-            print(text, flush=True)
+            is_ours = {"-h", "--help"} & set(argv)
+            print(format_help(cls) if is_ours else trl_help(cls.step, own, _notebook_source()), flush=True)
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise SystemExit(0)
 
-    types = trl_fields.field_types(cls.step) | own
+    types = field_types(cls.step) | own
     environment, unknown = from_variables(cls.step, types, os.environ)
     dotenv, refused = from_variables(cls.step, types, read_dotenv())
     if refused:
         raise SettingsError(f"{refused[0]} (in .env)")
     if names := [name for name in RUN_CODE if name in dotenv]:
         raise SettingsError(f"{env_name(cls.step, names[0])} cannot be set in .env, because it runs code. Use a flag.")
-    layers = {
-        "flag": dict(split_flags(argv)),
-        "notebook": from_namespace(types, namespace),
-        "environment": environment,
-        ".env": dotenv,
-    }
+    flags, bound = dict(split_flags(argv)), from_namespace(types, namespace)
+    layers = {"flag": flags, "notebook": bound, "environment": environment, ".env": dotenv}
     notes: list[str] = []
     given = {source: _translate(cls, types, words, source, notes) for source, words in layers.items()}
     if recipes := [(words["recipe"], source) for source, words in given.items() if "recipe" in words]:
@@ -117,7 +118,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     settings = cls(**{name: value for name, value in values.items() if name in own})
     settings.trl = {name: value for name, value in values.items() if name not in own}
     settings.sources = sources
-    _resolve(settings, own)
+    _resolve(settings)
     show(settings)
     for message in unknown if is_main_process() else ():  # below the settings, where it is seen
         print(f"warning: {message}", file=sys.stderr)
@@ -134,14 +135,13 @@ def _notebook_source() -> str:
     return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
 
 
-def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
+def _resolve(settings: RunSettings) -> None:
     """Apply what follows from several settings, and check them all."""
-    for name in [name for name, kind in own.items() if kind is Path]:
-        is_typed = settings.sources[name].startswith(("flag", "environment"))  # else relative to the repository
-        setattr(settings, name, (Path.cwd() if is_typed else REPO) / getattr(settings, name))
+    is_typed = settings.sources["output_dir"].startswith(("flag", "environment"))  # else relative to the repository
+    settings.output_dir = (Path.cwd() if is_typed else REPO) / settings.output_dir
     core.output_dir = settings.output_dir
     for group in settings.exclusive:
-        given = [name for name in group if getattr(settings, name) and settings.layer(name)]
+        given = [name for name in group if getattr(settings, name) and settings.is_set(name)]
         highest = [name for name in given if settings.layer(name) == max(map(settings.layer, given))]
         if len(highest) > 1:
             flags = " and ".join(f"--{name} {getattr(settings, name)}" for name in highest)
@@ -150,14 +150,12 @@ def _resolve(settings: RunSettings, own: Mapping[str, Any]) -> None:
             if name not in highest and (value := getattr(settings, name)):
                 layer = settings.sources[name].split()[0]
                 settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(value)()})
-    if not settings.is_set("report_to"):
-        if settings.wandb_project:
-            settings.report_to = "wandb"
-        elif settings.step in trl_fields.CONFIGS and os.environ.get(
-            "WANDB_PROJECT"
-        ):  # as in a plain use of transformers
-            settings.override("environment WANDB_PROJECT", report_to="wandb")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and settings.step not in trl_fields.CONFIGS:
+    trains = settings.step in CONFIGS
+    if not settings.is_set("report_to") and settings.wandb_project:
+        settings.report_to = "wandb"
+    elif not settings.is_set("report_to") and trains and os.environ.get("WANDB_PROJECT"):  # as transformers does
+        settings.override("environment WANDB_PROJECT", report_to="wandb")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not trains:
         raise SettingsError("this notebook runs in one process. Start it with `python`, without a launcher.")
     settings.check()
     if settings.trl.get("deepspeed"):  # transformers sets it too, but only when the trainer's config is made
@@ -235,7 +233,7 @@ def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, lay
     """Give the settings of one layer their current names. Raises SettingsError for an unknown name."""
     result: Words = {}
     for name, words in raw.items():
-        new, words, note = trl_fields.current_name(cls.step, name, words, own_types(cls))
+        new, words, note = current_name(cls.step, name, words, own_types(cls))
         if note:
             notes.append(note)
         if new is None:
@@ -245,7 +243,7 @@ def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, lay
         if new not in types:
             variable = f" {env_name(cls.step, name)}" if layer in ("environment", ".env") else ""
             place = f"--{name}" if layer == "flag" else f"{name} ({layer}{variable})"
-            more = " and --help_trl" if cls.step in trl_fields.CONFIGS else ""
+            more = " and --help_trl" if cls.step in CONFIGS else ""
             raise SettingsError(f"unknown setting {place}: {suggest(new, types, '--') or f'see --help{more}'}")
         if note and new in result and takes_several(types[new]):  # two older names of one list
             words = [*result[new], *words]
@@ -280,22 +278,16 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
         raise SettingsError(message) from None
 
 
+def _words_of(kind: Any) -> list[Any]:
+    """What a word of a setting is: [int] for int | None, and the choices of a Literal."""
+    parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
+    return list(dict.fromkeys(word for part in parts for word in _words_of(part))) or [kind]
+
+
 def describe_value(kind: Any) -> str:
     """What a setting takes, as "a number" or "full or lora"."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
-    words = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
-    if get_origin(kind) in (list, tuple):
-        return " or ".join(dict.fromkeys(f"{words[p].removeprefix('a ')}s" for p in parts))
-    return " or ".join(map(describe_value, parts)) or words.get(kind, kind.__name__)
-
-
-def describe_type(kind: Any) -> str:
-    """A type in a word or the choices, for --help: "float" or "full or lora"."""
-    parts = [part for part in get_args(kind) if part not in (Ellipsis, type(None))]
-    names = map(str, parts) if get_origin(kind) is Literal else map(describe_type, parts)
-    return " or ".join(dict.fromkeys(names)) or str(kind.__name__)
+    names = PLURALS if takes_several(kind) else SINGULARS
+    return " or ".join(names.get(word, str(word)) for word in _words_of(kind))
 
 
 def format_help(cls: type[RunSettings]) -> str:
@@ -303,14 +295,14 @@ def format_help(cls: type[RunSettings]) -> str:
     types, comments = own_types(cls), dict[str, str]()
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(COMMENT.findall(inspect.getsource(base)))
-    config = trl_fields.CONFIGS.get(cls.step)
+    config = CONFIGS.get(cls.step)
     parser = argparse.ArgumentParser(
         usage=f"python {short_path(sys.argv[0])} [--name value ...]",
         description=f"{cls.__doc__}" + f" Any field of trl.{config} is also a flag: see --help_trl." * bool(config),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
         add_help=False,
     )
-    groups = {title: names.split() for title, names in trl_fields.NAMES["groups"].items()}
+    groups = {title: names.split() for title, names in NAMES["groups"].items()}
     grouped = {name for names in groups.values() for name in names}
     groups["step"] = [name for name in types if name not in grouped]
     for title, names in groups.items():
@@ -319,11 +311,8 @@ def format_help(cls: type[RunSettings]) -> str:
             kind, default = types[name], " ".join(to_cli_tokens(getattr(cls, name)))
             end = f"default: {default}; {env_name(cls.step, name)}" if default else env_name(cls.step, name)
             text = f"{comments.get(name, '')} ({end})".replace("%", "%%")
-            if kind is bool:
-                section.add_argument(f"--{name}", help=text, action="store_true")
-            else:
-                words = (
-                    f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else describe_type(kind).upper()
-                )
-                section.add_argument(f"--{name}", help=text, metavar=words + " ..." * takes_several(kind))
+            words = " or ".join(getattr(word, "__name__", str(word)) for word in _words_of(kind)).upper()
+            words = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else words
+            options = {"action": "store_true"} if kind is bool else {"metavar": words + " ..." * takes_several(kind)}
+            section.add_argument(f"--{name}", help=text, **options)
     return parser.format_help()

@@ -1,4 +1,4 @@
-"""Find secrets: in settings before they are printed, and in files before they are pushed."""
+"""Find secrets in settings before they are printed, and secrets and local paths in files before they are pushed."""
 
 from __future__ import annotations
 
@@ -13,47 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
+import yaml
+
 from helpers.core import REPO, SettingsError
 
-# Kinds of secrets: those of detect-secrets 1.5, and of services that people who train models use. How each begins, and
-# an expression for the rest.
-KINDS = [
-    ("a Hub token", "hf_ api_org_", r"[A-Za-z0-9]{30,}"),
-    ("an API key", "sk-", r"(?<![A-Za-z0-9]sk-)(?=[\w-]*\d)[\w-]{20,}"),  # OpenAI, Anthropic, OpenRouter, DeepSeek
-    ("an API key", "gsk_ r8_ pcsk_ csk- pplx- tgp_v1_", r"[A-Za-z0-9]{32,}"),
-    ("an API key", "nvapi- xai- lsv2_pt_ lsv2_sk_", r"[\w-]{32,}"),
-    ("a GitHub token", "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_", r"\w{36,}"),
-    ("a GitLab token", "glpat- gldt- glft- glsoat- glrt- glcbt- glimt- glptt- glagent- gloas- GR1348941",
-     r"[\w-]{20,}"),
-    ("a Slack token", "xoxa- xoxb- xoxe- xoxe. xoxo- xoxp- xoxr- xoxs- xapp-", r"(?=[\w.-]*\d)[A-Za-z0-9.-]{10,}"),
-    ("a Slack webhook", "hooks.slack.com/", r"(?:services|workflows|triggers)/[\w/]{16,}"),
-    ("a Discord webhook", "discord.com/api/webhooks/ discordapp.com/api/webhooks/", r"\d+/[\w-]{30,}"),
-    ("a Google key", "AIza", r"[\w-]{35}"),
-    ("a Google token", "ya29. GOCSPX-", r"[\w-]{20,}"),
-    ("an npm token", "npm_", r"[A-Za-z0-9]{36}"),
-    ("an npm token", "_authToken=", r"[\w-]{20,}"),
-    ("a Stripe key", "sk_live_ rk_live_ sk_test_ rk_test_ whsec_", r"[A-Za-z0-9]{16,}"),
-    ("a JSON Web Token", "eyJ", r"[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"),
-    ("an AWS key", "AKIA ASIA ABIA ACCA", r"[0-9A-Z]{16}(?![0-9A-Z])"),
-    ("an Azure key", "AccountKey= SharedAccessKey= SharedAccessSignature=", r"[\w%+/=&.-]{40,}"),
-    ("an Azure secret", "8Q~", r"[\w.~-]{31,34}"),
-    ("a SendGrid key", "SG.", r"[\w-]{16,}\.[\w-]{16,}"),
-    ("a Twilio key", "AC SK", r"(?<![A-Za-z0-9]..)[0-9a-f]{32}(?![A-Za-z0-9])"),
-    ("a PyPI token", "pypi-", r"[\w-]{50,}"),
-    ("a Telegram token", ":AA", r"(?<=\d{8}:AA)[\w-]{33}(?![\w-])"),
-    ("a Mailchimp key", "-us", r"(?<=[0-9a-f]{32}-us)\d{1,2}(?!\w)"),
-    ("a Square token", "sq0csp- sq0atp- sq0idp-", r"[\w-]{22,}"),
-    ("an access token", "dop_v1_ doo_v1_ dapi shpat_ shpss_ shpca_ shppa_ sbp_", r"[0-9a-f]{32,}"),
-    ("an access token", "dckr_pat_ glsa_ rubygems_ sntrys_ sntryu_ lin_api_ ntn_ PMAK- NRAK- HRKU- hvs. dp.pt. AKCp",
-     r"[\w.-]{20,}"),
-    ("a private key", "-----BEGIN", r"[A-Z0-9 ]* PRIVATE KEY"),
-    ("a private key", "PuTTY-User-Key-File- AGE-SECRET-KEY-1", r"\w"),
-    ("a password in an address", "://", r"[^\s/?#\"'<>@:]*:(?!(?:pass(?:word|wd)?|pwd|secret|token|key|[x*.]+)@)"
-     r"[^\s/@\"'<>{}$\\]+@[\w\[]"),
-    ("a key in a header", "Bearer Basic", r" (?=[\w.~+/-]*\d)[\w.~+/-]{20,}"),
+# How a secret of each kind begins, and what follows.
+PATTERNS = [
+    (kind, start, re.compile(re.escape(start) + rest, re.ASCII))
+    for kind, forms in yaml.safe_load(Path(__file__).with_name("secrets.yaml").read_text("utf-8")).items()
+    for starts, rest in forms.items() for start in starts.split()
 ]  # fmt: skip
-PATTERNS = [(kind, start, re.compile(re.escape(start) + rest, re.ASCII))
-            for kind, starts, rest in KINDS for start in starts.split()]  # fmt: skip
 # NAME = VALUE, where the name tells that the value is secret: in quotes with a digit, or with a digit and both cases.
 NAMED = re.compile(
     r"(?:secret[_-]?(?:access[_-]?)?key|(?:api|auth|access|account|private|client|service|signing|db)[_-]?key|pwd"
@@ -79,6 +48,7 @@ ADDRESS_VARIABLES = ("HF_ENDPOINT", "OPENAI_BASE_URL", "WANDB_BASE_URL")
 SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|(?:API|ACCESS|PRIVATE)?KEY|SECRET|PASS(?:WORD|WD|PHRASE)?|PWD|PAT|CREDENTIAL|AUTH)S?\d*(?:_|$)"
 )
+ABSOLUTE_PATH = re.compile(rb':\s*"(?:/[\w.~ -]+){2,}/?"|:\s*"[A-Za-z]:(?:\\\\|/)[^"]*"')
 ESCAPE = re.compile(r"\\(?:u\{?([0-9a-fA-F]{4})\}?|x([0-9a-fA-F]{2})|([\"'/nrt\\]))")
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}")
 WEIGHTS_SCAN_BYTES = 2**24  # of a file of weights only its header is scanned
@@ -97,6 +67,16 @@ def find_secrets(files: Iterable[Path], text: str = "") -> list[str]:
             # models write code with passwords: in their texts, a name such as `password` alone does not count
             findings += [f"{kind} in {name}" for kind in find_kinds(reading, named=not name.endswith(".jsonl"))]
     return list(dict.fromkeys(findings))
+
+
+def find_paths(files: Iterable[Path], text: str = "") -> list[str]:
+    """Names of `files`, or README.md for `text`, that contain a local folder (a config: any absolute path)."""
+    local = [str(path).encode() for path in (REPO, Path.home(), Path.cwd()) if len(path.parts) > 1]
+    contents = {file.name: file.read_bytes() for file in files if file.suffix in (".json", ".jinja", ".py")}
+    return [
+        name for name, content in (contents | {"README.md": text.encode()}).items()
+        if any(path in content for path in local) or (name.endswith("config.json") and ABSOLUTE_PATH.search(content))
+    ]  # fmt: skip
 
 
 def find_kinds(text: str, named: bool = True) -> list[str]:

@@ -1,24 +1,37 @@
-"""Where settings come from: flags, a notebook's namespace, the environment, .env and recipes, as the words of flags."""
+"""Where settings come from, as the words of flags: flags, a notebook, the environment, .env and recipes. And what they
+are called: the fields of TRL's SFTConfig and DPOConfig, as in TRL 1.16 and transformers 5.23, and other accepted names.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
 
 from helpers.core import REPO, SettingsError, find_path, shorten
-from helpers.settings import trl_fields
 from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+FIELD_SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
+ENUM_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py")
+# groups, aliases, renamed, values, removed: see the comments of the file. All keys are texts: `true` is "true".
+NAMES: dict[str, dict[str, Any]] = yaml.load((Path(__file__).parent / "names.yaml").read_text(), yaml.BaseLoader)
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 
+SHARES = str(NAMES["shares"]).split()  # fields that are numbers of steps, or below 1 shares of a run
+LEGACY_NAMES = frozenset(name for part in ("aliases", "renamed", "values", "removed") for name in NAMES[part])
 Words = dict[str, list[str]]  # what is typed after the flag of each setting
 
 
@@ -44,7 +57,7 @@ def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Words:
     """Values that a line of a cell, or papermill, binds to the name of a setting."""
     plain = {n: v for n, v in namespace.items() if isinstance(v, PLAIN) and not n.startswith("_")}
-    names = {**types, **dict.fromkeys(trl_fields.LEGACY_NAMES)}
+    names = {**types, **dict.fromkeys(LEGACY_NAMES)}
     for name in plain.keys() - names.keys():
         if hint := suggest(name, names, cutoff=0.88):
             raise SettingsError(f"the variable {name} is not a setting; {hint} If not, give it another name.")
@@ -80,7 +93,7 @@ def env_name(step: str, name: str) -> str:
 
 def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[Words, list[str]]:
     """Variables with the prefix of the step, by the name of their setting, and a message on each unknown one."""
-    names = {env_name(step, name): name for name in (*sorted(trl_fields.LEGACY_NAMES - types.keys()), *types)}
+    names = {env_name(step, name): name for name in (*sorted(LEGACY_NAMES - types.keys()), *types)}
     result, unknown = Words(), []
     for key in sorted(key for key in variables if key.startswith(f"{step.upper()}_")):
         if key not in names:
@@ -102,8 +115,6 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
     """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
     section also replaces the others of its group at the top. Of the keys at the top, a step that does not train leaves
     out those that are not in `types`: they are for training."""
-    import yaml
-
     file = find_path(name)
     if file is None or not file.is_file():
         names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
@@ -111,7 +122,7 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
     try:
         text = file.read_text(encoding="utf-8-sig")
         refuse_secrets(f"recipe {name!r}", [text])
-        content = yaml.load(text, _recipe_loader())
+        content = yaml.load(text, RecipeLoader)
         json.dumps(content, default=str)
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {name!r} is not UTF-8: {error.reason}. Save it as UTF-8.") from None
@@ -121,22 +132,18 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
         raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
     section = content.get(step) or {}
     replaced = {key for group in exclusive if set(group) & set(section) for key in group}
-    left_out = {key for key in content if step not in trl_fields.CONFIGS and str(key).replace("-", "_") not in types}
+    left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in types}
     values = {k: v for k, v in content.items() if k not in {*SECTIONS, *replaced, *left_out}} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 
 
-@functools.cache
-def _recipe_loader() -> Any:
+class RecipeLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which also reads 1e-6 as a number, as YAML 1.2 does and PyYAML 6 does not."""
-    import yaml
 
-    class Loader(yaml.SafeLoader):
-        pass
 
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return Loader
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def to_cli_tokens(value: Any) -> list[str]:
@@ -154,3 +161,124 @@ def takes_several(kind: Any) -> bool:
 def suggest(name: str, names: Mapping[str, Any], prefix: str = "", cutoff: float = 0.6) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"did you mean {prefix}{close[0]}?" if close else ""
+
+
+def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
+    """Translate an accepted name into ours: (name, words, note). The name is None if nothing is to be set.
+
+    `own` are the fields of the Settings cell. A name of theirs, or of today's TRL, is never translated.
+    """
+    plain, word = name.removeprefix("training_args."), words[0].lower() if words else "true"
+    note = "" if plain == name else f"--{name} is now --{plain}"
+    if word in NAMES["values"].get(plain, {}):
+        new, *new_words = NAMES["values"][plain][word].split() or [None]
+        is_same = words and new == plain
+        return new, new_words, note if is_same or not new else f"--{name} {word} is now --{new} {' '.join(new_words)}"
+    known, new = {*own, *field_types(step)}, NAMES["aliases"].get(plain, plain)
+    if plain in own or new in known:
+        return plain if plain in own else new, words, note
+    if NAMES["renamed"].get(new) in known:
+        return NAMES["renamed"][new], words, f"--{name} is now --{NAMES['renamed'][new]}"
+    if plain in NAMES["removed"]:
+        return None, words, f"--{name} has no effect: {NAMES['removed'][plain]}"
+    return plain, words, note
+
+
+@functools.cache
+def field_types(step: str) -> dict[str, Any]:
+    """The fields of the step's config and the types of their values; NoneType for one that cannot be typed. They are
+    read from the installed sources, because importing TRL takes seconds. push_to_hub and hub_* are ours."""
+    files = (*FIELD_SOURCES, f"trl/trainer/{step}_config.py") if step in CONFIGS else ()
+    classes = [node for file in files for node in _classes(file, "TrainingArguments", "_BaseConfig", CONFIGS[step])]
+    fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
+    types = {ast.unparse(field.target): _field_type(field) for field in fields}
+    return {name: kind for name, kind in types.items() if not name.startswith(("push_to_hub", "hub_", "_"))}
+
+
+def _field_type(field: ast.AnnAssign) -> Any:
+    """What TRL's parser (HfArgumentParser) reads a field as. transformers reads JSON in a text itself."""
+    parts = ast.unparse(field.annotation).split(" | ")
+    metadata = [node for node in ast.walk(field) if isinstance(node, ast.Dict)]
+    pairs = [pair for node in metadata for pair in zip(node.keys, node.values, strict=True)]
+    choices = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "choices"]
+    kind: Any = {"int": int, "float": float}.get(parts[0], type(None))
+    if choices and isinstance(choices[0], ast.List):
+        kind = Literal[tuple(ast.literal_eval(choices[0]))]
+    elif ast.unparse(field.target).startswith("log_level"):
+        kind = Literal[LOG_LEVELS]
+    elif values := _enum_values(parts[0]):
+        kind = Literal[values]
+    elif "bool" in parts:
+        kind = bool
+    elif parts[0].startswith("list["):
+        kind = list[float] if "float" in parts[0] else list[str]
+    elif "str" in parts:
+        kind = str
+    return kind | None if "None" in parts else kind
+
+
+@functools.cache
+def _enum_values(name: str) -> tuple[str, ...]:
+    """The values of one of transformers' enums; () for any other name."""
+    nodes = [node for source in ENUM_SOURCES for cls in _classes(source, name) for node in cls.body]
+    members = [node.value for node in nodes if isinstance(node, ast.Assign)]
+    return tuple(str(value.value) for value in members if isinstance(value, ast.Constant))
+
+
+@functools.cache
+def compared_values(variable: str) -> frozenset[str]:
+    """The texts that DPOTrainer's code compares `variable` with: the losses for "loss_type"."""
+    compared = [n for n in ast.walk(_tree("trl/trainer/dpo_trainer.py")) if isinstance(n, ast.Compare)]
+    values = [value for node in compared if ast.unparse(node.left) == variable for value in node.comparators]
+    return frozenset(str(value.value) for value in values if isinstance(value, ast.Constant))
+
+
+@functools.cache
+def losses_that_read(field: str) -> frozenset[str]:
+    """The losses in whose branch DPOTrainer's code uses a field of DPOConfig; the others ignore it."""
+    found = set()
+    for branch in ast.walk(_tree("trl/trainer/dpo_trainer.py")):
+        loss = re.fullmatch(r"loss_type == '(\w+)'", ast.unparse(branch.test)) if isinstance(branch, ast.If) else None
+        if loss and any(re.search(rf"\bself\.(args\.)?{field}\b", ast.unparse(line)) for line in branch.body):
+            found.add(loss[1])
+    return frozenset(found)
+
+
+def _classes(source: str, *names: str) -> Iterator[ast.ClassDef]:
+    return (node for node in _tree(source).body if isinstance(node, ast.ClassDef) and node.name in names)
+
+
+@functools.cache
+def _tree(source: str) -> ast.Module:
+    """The syntax tree of a file of an installed package, which is not imported; empty if it is not installed."""
+    package, _, rest = source.partition("/")
+    spec = importlib.util.find_spec(package)
+    return ast.parse((Path(spec.origin).parent / rest).read_text()) if spec and spec.origin else ast.parse("")
+
+
+def notebook_defaults(source: str, step: str) -> dict[str, Any]:
+    """The fields of TRL's config to which a notebook's own cells give a value, and that value."""
+    fields, defaults = field_types(step), dict[str, Any]()
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, ast.Assign) else None
+        for word in call.keywords if isinstance(call, ast.Call) and ast.unparse(call.func) == "dict" else ():
+            if word.arg in fields and isinstance(word.value, ast.Constant):
+                defaults[word.arg] = word.value.value
+    return defaults
+
+
+def trl_help(step: str, hide: Collection[str], notebook: str = "") -> str:
+    """The help of TRL's parser for every field that the Settings cell does not name, with the defaults of the text of
+    the notebook."""
+    if step not in CONFIGS:
+        return "This notebook trains nothing: it has no TRL settings."
+    import trl
+    from trl.scripts.utils import TrlParser
+
+    parser = TrlParser([getattr(trl, CONFIGS[step])])
+    for group in parser._action_groups:
+        shown = field_types(step).keys() - set(hide)
+        group._group_actions = [action for action in group._group_actions if action.dest in shown]
+    parser.set_defaults(**notebook_defaults(notebook, step))
+    parser.usage, parser.description = f"any field of trl.{CONFIGS[step]} that --help does not list", None
+    return str(parser.format_help())

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.runs.sweep import settings_of
+from helpers.runs.start import settings_of
 from helpers.settings.load import load_settings
 from helpers.training.diagnostics import ADVICE, DIAGNOSTICS
 from tests.conftest import REPO, SFT, Project

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from jupytext.cli import jupytext
 
-from helpers.runs.sweep import settings_of
+from helpers.runs.start import settings_of
 from helpers.settings import load as settings
 from tests.conftest import DPO, REPO, SFT, Project
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.runs.sweep import settings_of
+from helpers.runs.start import settings_of
 from helpers.settings.load import load_settings
 from tests.conftest import REPO
 

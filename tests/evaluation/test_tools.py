@@ -23,7 +23,7 @@ from helpers.evaluation.generators import Generators, HFGenerator
 from helpers.evaluation.pairs import Candidate, Pair, PairSet
 from helpers.evaluation.questions import Answer, JudgePrompts, question_turns, read_bench, read_questions
 from helpers.evaluation.samples import SampleStore, find_prompts
-from helpers.hub.model_card import write_card
+from helpers.hub.push import write_card
 from helpers.models.resolve import ModelRef
 from helpers.runs.report import write_report
 from tests.evaluation.rounds import pairs_settings, write_rows

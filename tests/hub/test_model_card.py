@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from helpers.core import UserError
-from helpers.hub.model_card import write_card
+from helpers.hub.push import write_card
 
 
 def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_card_names_no_unknown_base_and_no_local_folder(tmp_path: Path) -> Non
 def test_an_invalid_card_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = tmp_path / "broken.jinja"
     template.write_text("---\n- a list\n---\n")
-    monkeypatch.setattr("helpers.hub.model_card.TEMPLATE", template)
+    monkeypatch.setattr("helpers.hub.push.TEMPLATE", template)
     with pytest.raises(UserError, match="The card of me/x is not valid for the Hub: "):
         write_card(tmp_path, "me/x")
 

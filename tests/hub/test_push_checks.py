@@ -12,8 +12,7 @@ import pytest
 
 from helpers.core import SettingsError, UserError
 from helpers.hub import check_push, push_before_merge
-from helpers.hub.model_card import license_metadata
-from helpers.hub.push import prepare_push, push_folder
+from helpers.hub.push import license_metadata, prepare_push, push_folder
 from helpers.runs.checkpoints import hash_model_files
 from tests import fake_hub as local
 from tests.conftest import REPO, code_cells

@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from papermill.cli import papermill
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers.settings import trl_fields
+from helpers.settings import sources
 from tests.conftest import DPO, REPO, Project, code_cells
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.py"))
@@ -42,8 +42,8 @@ def test_notebook_survives_the_round_trip_to_ipynb(notebook: Path) -> None:
 def test_no_cell_binds_a_name_that_is_a_setting(notebook: Path) -> None:
     cells = code_cells(notebook)
     settings = _settings_class(cells)
-    names = {f.name for f in dataclasses.fields(settings)} | trl_fields.field_types(settings.step).keys()
-    names |= trl_fields.LEGACY_NAMES
+    names = {f.name for f in dataclasses.fields(settings)} | sources.field_types(settings.step).keys()
+    names |= sources.LEGACY_NAMES
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
             bound = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()

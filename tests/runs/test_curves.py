@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from helpers.core import SettingsError, UserError
-from helpers.runs import curves, report, sweep
+from helpers.runs import curves, report, start
 from helpers.training import callbacks as live
 
 HISTORY = [
@@ -166,14 +166,16 @@ def test_the_command_plots_runs_and_prints_their_diagnostics(
             curves.main(words)
 
 
-@pytest.mark.parametrize("module", [curves, report, sweep])
-def test_help_has_the_commands_and_ends_well(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "module"), [("curves", curves), ("report", report), ("sweep", start)])
+def test_help_has_the_commands_and_ends_well(
+    name: str, module: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (["--help"], ["-h"], ["outputs/a", "--help"]):
         with pytest.raises(SystemExit) as end:
             module.main(words)
         assert end.value.code == 0
         said = capsys.readouterr()
-        assert re.search(rf"^ *python -m helpers {module.__name__.rpartition('.')[2]} \w+", said.out, re.MULTILINE)
+        assert re.search(rf"^ *python -m helpers {name} \w+", said.out, re.MULTILINE)
         assert said.err == ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError
-from helpers.hub.model_card import write_card
+from helpers.hub.push import write_card
 from helpers.models import resolve_models, resolve_start
 from helpers.runs.report import show_report
 from helpers.runs.run import Run, find_parent, lineage, list_merges, read_run

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from helpers.core import REPO, Interrupted, SettingsError, UserError, atomic_write
-from helpers.hub.model_card import write_card
+from helpers.hub.push import write_card
 from helpers.runs import report
 from helpers.runs.report import format_value, hide_paths, save_partial_report
 from helpers.runs.run import Run, find_parent
@@ -518,10 +518,11 @@ def test_what_is_no_run_has_no_report(tmp_path: Path) -> None:
 
 
 def test_a_report_is_never_published(road: Path) -> None:
-    from helpers.hub.push import files_to_push
+    from helpers.hub.push import PUBLISHED
+    from helpers.runs.checkpoints import find_files
 
     report.write_report(road)
-    assert [file.name for file in files_to_push(road)] == ["adapter_config.json", "curves.png"]
+    assert [file.name for file in find_files(road, PUBLISHED)] == ["adapter_config.json", "curves.png"]
 
 
 def test_values_are_shown_as_one_reads_them() -> None:

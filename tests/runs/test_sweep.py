@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpers.core import SettingsError
-from helpers.runs import sweep
+from helpers.runs import start
 from helpers.settings.load import load_settings
 from tests.conftest import DPO, REPO, Project
 from tests.docs.test_readme import COMMANDS
@@ -24,8 +24,8 @@ STUB = REPO / "tests" / "stub.py"
 posix = pytest.mark.skipif(os.name != "posix", reason="no signals that kill")
 
 
-def points(*words: str) -> list[sweep.Point]:
-    return sweep.plan(STUB, words)[0]
+def points(*words: str) -> list[start.Point]:
+    return start.plan_sweep(STUB, words)[0]
 
 
 def command(folder: Path, *words: str) -> list[str]:
@@ -70,20 +70,20 @@ def test_what_is_no_sweep_is_refused_before_anything_runs() -> None:
             points(*words)
     for argv in ([], ["--dpo_beta", "1", "2"], [str(REPO / "README.md")], ["notebooks/09.py"]):
         with pytest.raises(SettingsError, match="usage: python -m helpers"):
-            sweep.main(argv)
+            start.main(argv)
     with pytest.raises(SettingsError, match="has no Settings in a cell"):
-        sweep.settings_of(REPO / "helpers" / "core.py")
+        start.settings_of(REPO / "helpers" / "core.py")
 
 
 def test_dpo_keeps_the_reference_s_log_probabilities_unless_told_otherwise() -> None:
     notebook = REPO / "notebooks" / "02_dpo.py"
     betas = ["--dpo_beta", "0.1", "0.3"]
-    assert sweep.plan(notebook, betas)[0][0].flags[-2:] == ["--precompute_ref_log_probs", "True"]
-    one, _ = sweep.plan(notebook, betas)[0]
-    cls = sweep.settings_of(notebook)
+    assert start.plan_sweep(notebook, betas)[0][0].flags[-2:] == ["--precompute_ref_log_probs", "True"]
+    one, _ = start.plan_sweep(notebook, betas)[0]
+    cls = start.settings_of(notebook)
     digests = {load_settings(cls, {}, words).digest("start") for words in (one.flags, ["--dpo_beta", "0.1"])}
     assert len(digests) == 1  # a run that was made without a sweep is one of its runs
-    own = sweep.plan(notebook, [*betas, "--precompute_ref_log_probs", "False"])[0][0].flags
+    own = start.plan_sweep(notebook, [*betas, "--precompute_ref_log_probs", "False"])[0][0].flags
     assert own == ["--dpo_beta", "0.1", "--precompute_ref_log_probs", "False"]
 
 
@@ -116,10 +116,10 @@ def test_no_line_of_a_run_is_lost_to_who_reads_along(
 ) -> None:
     notebook = tmp_path / "chatty.py"
     notebook.write_text("for i in range(20_000):\n    print(f'step {i}/20000', flush=True)\nprint('Run: outputs/x')\n")
-    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    point = sweep.Point({}, [], "")
+    monkeypatch.setattr(start.time, "sleep", lambda seconds: None)
+    point = start.Point({}, [], "")
     with (tmp_path / "lock").open("w") as lock:
-        sweep._run(notebook, point, tmp_path / "1.log", lock)
+        start._run(notebook, point, tmp_path / "1.log", lock)
     said = [*(f"step {i}/20000" for i in range(20_000)), "Run: outputs/x"]
     assert (tmp_path / "1.log").read_text().splitlines() == said
     assert capsys.readouterr().out.splitlines() == [f"  {line}" for line in said]

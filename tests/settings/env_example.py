@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from helpers.core import REPO
-from helpers.runs.sweep import settings_of
+from helpers.runs.start import settings_of
 from helpers.settings.load import COMMENT, own_types
 from helpers.settings.sources import env_name, to_cli_tokens
 

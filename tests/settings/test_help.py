@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from helpers.core import REPO
-from helpers.runs.sweep import settings_of
-from helpers.settings import trl_fields
+from helpers.runs.start import settings_of
+from helpers.settings import sources
 from helpers.settings.load import COMMENT, format_help, own_types, silence_warnings
 from tests.conftest import Project
 from tests.settings.env_example import env_example
@@ -95,7 +95,7 @@ def test_every_setting_of_a_training_notebook_has_a_group_and_a_comment() -> Non
             notebook.name
         )
         if cls.step in ("sft", "dpo"):
-            grouped = " ".join(trl_fields.NAMES["groups"].values()).split()
+            grouped = " ".join(sources.NAMES["groups"].values()).split()
             assert not [name for name in own_types(cls) if name not in grouped]
 
 
@@ -116,10 +116,10 @@ def test_the_example_of_env_has_every_variable_with_its_comment_and_default() ->
 
 def test_the_help_of_trl_s_fields_has_the_defaults_of_the_notebook() -> None:
     source = (REPO / "notebooks" / "02_dpo.py").read_text()
-    defaults = trl_fields.notebook_defaults(source, "dpo")
+    defaults = sources.notebook_defaults(source, "dpo")
     assert defaults["max_grad_norm"] == 0.3
     assert defaults["lr_scheduler_type"] == "cosine"
     assert defaults["warmup_steps"] == 0.1
     assert defaults["eval_strategy"] == "steps"
-    text = " ".join(trl_fields.trl_help("dpo", (), source).split())
+    text = " ".join(sources.trl_help("dpo", (), source).split())
     assert "Set to 0 to disable. (default: 0.3)" in text

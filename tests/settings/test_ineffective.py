@@ -8,7 +8,7 @@ import pytest
 
 from helpers.core import SettingsError
 from helpers.settings.load import load_settings
-from helpers.settings.trl_fields import compared_values, losses_that_read
+from helpers.settings.sources import compared_values, losses_that_read
 from tests.conftest import REPO, code_cells
 from tests.notebooks.test_three_ways import _settings_class
 

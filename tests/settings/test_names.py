@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from helpers.core import REPO
-from helpers.runs.sweep import settings_of
-from helpers.settings import load_settings, trl_fields
+from helpers.runs.start import settings_of
+from helpers.settings import load_settings, sources
 from helpers.settings.load import own_types, parse_value
 from tests.settings.notebook import VibesSettings, load
 
@@ -90,10 +90,10 @@ def test_names_without_a_counterpart_say_so_and_do_nothing(capsys: pytest.Captur
 
 
 def test_publishing_settings_never_reach_a_trl_config() -> None:
-    names = trl_fields.field_types("dpo").keys() | trl_fields.field_types("sft").keys()
+    names = sources.field_types("dpo").keys() | sources.field_types("sft").keys()
     assert {"learning_rate", "loss_type", "packing", "gradient_checkpointing"} <= names
     assert not any(name == "push_to_hub" or name.startswith("hub_") for name in names)
-    assert trl_fields.field_types("merge") == {}
+    assert sources.field_types("merge") == {}
 
 
 def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
@@ -102,7 +102,7 @@ def test_names_read_from_the_sources_are_those_of_the_configs() -> None:
     for step, config in (("dpo", DPOConfig), ("sft", SFTConfig)):
         fields = {f.name for f in dataclasses.fields(config)}
         ours = {n for n in fields if n != "push_to_hub" and not n.startswith("hub_")}
-        assert trl_fields.field_types(step).keys() == ours
+        assert sources.field_types(step).keys() == ours
 
 
 @pytest.mark.parametrize("flag", ["--dtype", "--torch_dtype"])
@@ -117,11 +117,11 @@ def test_a_dtype_is_that_of_a_merge_and_has_no_effect_on_training(
 
 
 def test_every_renamed_setting_leads_to_one_that_exists() -> None:
-    known = trl_fields.field_types("dpo").keys() | trl_fields.field_types("sft").keys()
+    known = sources.field_types("dpo").keys() | sources.field_types("sft").keys()
     for notebook in (REPO / "notebooks").glob("*.py"):
         known |= own_types(settings_of(notebook)).keys()
-    values = [text.split()[0] for each in trl_fields.NAMES["values"].values() for text in each.values() if text]
-    assert {*trl_fields.NAMES["aliases"].values(), *trl_fields.NAMES["renamed"].values(), *values} <= known
+    values = [text.split()[0] for each in sources.NAMES["values"].values() for text in each.values() if text]
+    assert {*sources.NAMES["aliases"].values(), *sources.NAMES["renamed"].values(), *values} <= known
 
 
 def test_the_older_names_of_a_base_and_an_adapter_are_two_models_today(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,14 +140,14 @@ def test_values_are_those_of_trl_s_own_parser(step: str) -> None:
     import trl
     from trl.scripts.utils import TrlParser
 
-    parser = TrlParser([getattr(trl, trl_fields.CONFIGS[step])])
+    parser = TrlParser([getattr(trl, sources.CONFIGS[step])])
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
     parser.error = refuse
     same = 0
-    for name, kind in trl_fields.field_types(step).items():
+    for name, kind in sources.field_types(step).items():
         for words in (
             ["1"],
             ["0.5"],

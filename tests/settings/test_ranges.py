@@ -10,7 +10,7 @@ import pytest
 from helpers.core import SettingsError
 from helpers.settings.fields import check_range
 from helpers.settings.load import load_settings, own_types
-from helpers.settings.trl_fields import NAMES, field_types
+from helpers.settings.sources import NAMES, field_types
 from tests.conftest import REPO, code_cells
 from tests.notebooks.test_three_ways import _settings_class
 

@@ -129,7 +129,7 @@ def test_every_loss_is_what_stock_computes(
 
 
 def test_every_loss_that_trl_has_is_among_them() -> None:
-    from helpers.settings.trl_fields import compared_values
+    from helpers.settings.sources import compared_values
 
     named = [given.get("loss_type", "sigmoid") for given in LOSSES]
     assert {name for names in named for name in ([names] if isinstance(names, str) else names)} == compared_values(
