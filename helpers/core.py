@@ -212,10 +212,8 @@ def silence_other_processes() -> None:
 
 
 def find_path(name: str) -> Path | None:
-    """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id.
-
-    What a setup module wrote to --output_dir, because the repository cannot be written, is found as outputs/...
-    """
+    """The folder or file `name`, relative to the current folder or else to the repository; None for a Hub id. What a
+    setup module wrote to --output_dir, because the repository cannot be written, is found as outputs/..."""
     with contextlib.suppress(OSError, RuntimeError):  # too long for a file name, or ~ of an unknown user
         for place in (Path.cwd() / Path(name).expanduser(), REPO / Path(name).expanduser(), writable_output(name)):
             if name and place.exists():
@@ -254,9 +252,7 @@ def import_user_module(name: str, setting: str) -> ModuleType:
 
 def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
     """Return `__all__` and `__getattr__` for the `__init__` of a room: a name is imported when it is first used.
-
-    `modules` maps each module of the room to its public names.
-    """
+    `modules` maps each module of the room to its public names."""
     homes = {name: f"{room}.{module}" for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:
@@ -286,10 +282,8 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def read_jsonl(file: Path, end: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, or of its first `end` bytes.
-
-    Raises UserError with the line number for a line that is not UTF-8, or not a JSON object.
-    """
+    """The objects of a JSONL file, or of its first `end` bytes. Raises UserError with the line number for a line that
+    is not UTF-8, or not a JSON object."""
     rows = []
     with file.open("rb") as stream:
         lines = stream if end is None else io.BytesIO(stream.read(end))

@@ -76,11 +76,9 @@ def is_dpo_history(history: History) -> bool:
 
 
 def first_and_last(history: History, name: str, of: Callable[..., float]) -> list[float]:
-    """A value at the start and now: its first evaluation, and `of` (min or max) the last two of the others.
-
-    Medians of the first and last window of training if there are no evaluations, or the first came after training
-    logs. [] before that.
-    """
+    """A value at the start and now: its first evaluation, and `of` (min or max) the last two of the others. Medians of
+    the first and last window of training if there are no evaluations, or the first came after training logs. [] before
+    that."""
     (at, held_out), (steps, training) = series(history, f"eval_{name}"), series(history, name)
     if len(held_out) > 1 and at[0] <= min(steps, default=math.inf):
         return [held_out[0], of(held_out[1:][-2:])]
@@ -289,10 +287,8 @@ def _draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, History], colours: 
 
 
 def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
-    """The training loss, tokens, tokens per second, and held-out metrics of the weights that are saved.
-
-    If the best checkpoint was restored, its evaluation is logged at its own step, `best_step` of the metrics.
-    """
+    """The training loss, tokens, tokens per second, and held-out metrics of the weights that are saved. If the best
+    checkpoint was restored, its evaluation is logged at its own step, `best_step` of the metrics."""
     history, state = trainer.state.log_history, trainer.state
     speed = [log["train_tokens_per_second"] for log in history if "train_tokens_per_second" in log]
     # the end-of-training summary follows the last evaluation

@@ -46,9 +46,7 @@ FILE = "report.html"
 
 def write_report(folder: Path) -> Path:
     """Write report.html of a run of 01 or 02 in any state, and return its path. Raises UserError for another folder.
-
-    The page makes no request and shows every text as text. A section that cannot be rendered says why in its place.
-    """
+    The page makes no request and shows every text as text. A section that cannot be rendered says why in its place."""
     record = read_run(folder)
     if record.get("step") not in TRAINING_STEPS:
         raise UserError(f"{short_path(folder)} has no report: it is not the folder of a run of 01_sft.py or 02_dpo.py.")
@@ -92,11 +90,9 @@ def show_report(*folders: Path) -> None:
 
 
 def save_partial_report(folder: Path) -> None:
-    """Write curves.png and report.html of a run that ends early, if it has logged anything.
-
-    The caller is about to raise what ended the run, so nothing is raised here, not even for a second Ctrl-C. SIGTERM,
-    which a launcher sends to all processes when one fails, and SIGHUP are ignored until `Run.training` restores them.
-    """
+    """Write curves.png and report.html of a run that ends early, if it has logged anything. The caller is about to
+    raise what ended the run, so nothing is raised here, not even for a second Ctrl-C. SIGTERM, which a launcher sends
+    to all processes when one fails, and SIGHUP are ignored until `Run.training` restores them."""
     if not is_main_process():
         return
     with contextlib.suppress(Exception, KeyboardInterrupt):

@@ -61,12 +61,10 @@ def start_run(
     when_finished: Callable[[Run, Any], None] | None = None,
 ) -> Run:
     """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
-
     `base_model` is the root of the lineage, a Hub id or a folder. Without a `parent`, `origin` tells apart runs of the
-    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push.
-    A finished run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push
-    by 03. Raises SettingsError if the run's name belongs to a run with other settings.
-    """
+    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push. A finished
+    run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push by 03.
+    Raises SettingsError if the run's name belongs to a run with other settings."""
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])[:50]  # of a file name's 255 bytes
     checkpoints.check_writable(settings.output_dir)
     origin = parent.record.get("fingerprint", "") if parent else origin

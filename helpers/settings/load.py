@@ -68,12 +68,10 @@ S = TypeVar("S", bound=RunSettings)
 
 
 def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None) -> S:
-    """Resolve the settings `cls` from every layer, print those that were given, and return them.
-
-    `namespace` is the notebook's globals(). `argv` replaces the command line, which is never read in a kernel. Fields
-    of TRL's config that were given are in `.trl` of the result.
-    Raises SettingsError; a command prints it as one line and exits with status 2.
-    """
+    """Resolve the settings `cls` from every layer, print those that were given, and return them. `namespace` is the
+    notebook's globals(). `argv` replaces the command line, which is never read in a kernel. Fields of TRL's config that
+    were given are in `.trl` of the result. Raises SettingsError; a command prints it as one line and exits with status
+    2."""
     install_error_hook()
     silence_warnings()
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # long and short batches take turns
@@ -185,12 +183,9 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 
 def configure_kernel() -> None:
-    """Reload edited helpers (`%autoreload 0` ends it), and fit tables next to JupyterLab's file browser.
-
-    Where nobody types (papermill, nbclient), a CleanExit is no error: the cells after it do nothing.
-
-    It is done here, because VS Code reads jupyter.runStartupCommands from the user's own settings only.
-    """
+    """Reload edited helpers (`%autoreload 0` ends it), and fit tables next to JupyterLab's file browser. Where nobody
+    types (papermill, nbclient), a CleanExit is no error: the cells after it do nothing. It is done here, because VS
+    Code reads jupyter.runStartupCommands from the user's own settings only."""
     from IPython import get_ipython
 
     shell = get_ipython()

@@ -135,10 +135,8 @@ def _decode_base64(word: str) -> str:
 
 
 def env_secrets() -> dict[str, str]:
-    """What looks like a credential in the environment, in .env, and the Hub token: value → the name of its variable.
-
-    It has the name of one, or the form of one; of an address with a password it is the password too.
-    """
+    """What looks like a credential in the environment, in .env, and the Hub token: value → the name of its variable. It
+    has the name of one, or the form of one; of an address with a password it is the password too."""
     from dotenv import dotenv_values
     from huggingface_hub import get_token
 

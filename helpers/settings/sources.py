@@ -164,10 +164,8 @@ def suggest(name: str, names: Mapping[str, Any], prefix: str = "", cutoff: float
 
 
 def current_name(step: str, name: str, words: list[str], own: Collection[str]) -> tuple[str | None, list[str], str]:
-    """Translate an accepted name into ours: (name, words, note). The name is None if nothing is to be set.
-
-    `own` are the fields of the Settings cell. A name of theirs, or of today's TRL, is never translated.
-    """
+    """Translate an accepted name into ours: (name, words, note). The name is None if nothing is to be set. `own` are
+    the fields of the Settings cell. A name of theirs, or of today's TRL, is never translated."""
     plain, word = name.removeprefix("training_args."), words[0].lower() if words else "true"
     note = "" if plain == name else f"--{name} is now --{plain}"
     if word in NAMES["values"].get(plain, {}):
