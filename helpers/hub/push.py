@@ -208,11 +208,12 @@ def prepare_push(folder: Path, repo_id: str, *license: str) -> tuple[list[Path],
 def _base_license(folder: Path) -> tuple[str, ...]:
     """The license in the card of the base model on the Hub, with its name and link; one that the Hub does not know is
     "other". () if there is none."""
-    base, card = base_on_hub(folder, lineage(folder)), None
+    base = base_on_hub(folder, lineage(folder))
+    card: Any = None
     with contextlib.suppress(*HUB_ERRORS):
         card = HfApi().model_info(base).card_data if base else None
     stated = card.get("license") if card else None
-    if not card or not stated:
+    if not stated:
         return ()
     license_id = str(stated[0] if isinstance(stated, list) and len(stated) == 1 else stated)
     name, link = str(card.get("license_name") or f"license of {base}"), str(card.get("license_link") or "")

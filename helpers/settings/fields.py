@@ -210,7 +210,8 @@ class TrainSettings(RunSettings):
                 importlib.util.find_spec(package) is None,
                 f"{flag} needs the package {package}, which is not installed. Install it, or remove the setting.",
             )
-        for group in ["all"] + ["dpo"] * (self.step == "dpo") + ["adapter"] * (self.step == "dpo" and has_adapter):
+        groups = {"all": True, "dpo": self.step == "dpo", "adapter": self.step == "dpo" and has_adapter}
+        for group in filter(groups.get, groups):
             for name, reason in NAMES["refused"][group].items():
                 refuse_if(trl.get(name), f"--{name} {reason}")
         if hasattr(self, "loss_type"):

@@ -308,6 +308,6 @@ def format_help(cls: type[RunSettings]) -> str:
             text = f"{comments.get(name, '')} ({end})".replace("%", "%%")
             words = " or ".join(getattr(word, "__name__", str(word)) for word in _words_of(kind)).upper()
             words = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else words
-            options = {"action": "store_true"} if kind is bool else {"metavar": words + " ..." * takes_several(kind)}
-            section.add_argument(f"--{name}", help=text, **options)
+            options: Any = {"metavar": words + " ..." * takes_several(kind)}
+            section.add_argument(f"--{name}", help=text, **({"action": "store_true"} if kind is bool else options))
     return parser.format_help()

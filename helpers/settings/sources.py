@@ -235,8 +235,8 @@ def compared_values(variable: str) -> frozenset[str]:
 def losses_that_read(field: str) -> frozenset[str]:
     """The losses in whose branch DPOTrainer's code uses a field of DPOConfig; the others ignore it."""
     found = set()
-    for branch in ast.walk(_tree("trl/trainer/dpo_trainer.py")):
-        loss = re.fullmatch(r"loss_type == '(\w+)'", ast.unparse(branch.test)) if isinstance(branch, ast.If) else None
+    for branch in (node for node in ast.walk(_tree("trl/trainer/dpo_trainer.py")) if isinstance(node, ast.If)):
+        loss = re.fullmatch(r"loss_type == '(\w+)'", ast.unparse(branch.test))
         if loss and any(re.search(rf"\bself\.(args\.)?{field}\b", ast.unparse(line)) for line in branch.body):
             found.add(loss[1])
     return frozenset(found)
