@@ -41,7 +41,7 @@ from helpers.runs.run import (
 from helpers.settings.secrets import find_paths, find_secrets
 from helpers.settings.sources import NAMES
 
-# What is sent, as far as it is there. Checkpoints, optimizer states, logs, run.json and .env never are. Neither is TRL's
+# What a model consists of. Checkpoints, optimizer states, logs, run.json and .env are never sent. Neither is TRL's
 # README.md, which names local folders: the card is written from the run.
 PUBLISHED = (*MODEL_PATTERNS, "*.tiktoken", "tekken.json", "curves.png", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 # What loaders read from the top of a repository. A push replaces those of the model that was there before.
@@ -225,9 +225,7 @@ def _base_license(folder: Path) -> tuple[str, ...]:
     return license_id, name, link
 
 
-def push_folder(
-    folder: Path, repo_id: str, private: bool, *license: str, revision: str = "", tag: str = ""
-) -> None:
+def push_folder(folder: Path, repo_id: str, private: bool, *license: str, revision: str = "", tag: str = "") -> None:
     """Upload the files of a model and its card in one commit, which deletes those of the model that was there before.
     Files that the Hub already has are not sent again. `license` is as for `prepare_push`; `repo_id` defaults to the
     folder's name. An existing repository keeps its visibility; a public one is refused if `private`. `revision` is a

@@ -163,7 +163,8 @@ def check_writable(folder: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=existing, prefix=".").cleanup()
     except OSError as error:
-        raise (explain_failure(error, existing) if is_disk_full(error) else _not_writable(existing)) from None
+        is_full = is_disk_full(error)
+        raise (explain_failure(error, existing) if is_full else None) or _not_writable(existing) from None
 
 
 def _not_writable(path: Any) -> UserError:
@@ -229,7 +230,7 @@ def main(argv: Sequence[str]) -> None:
 
 def hash_data_files(names: Iterable[str]) -> dict[str, str]:
     """The local files of --dataset_id and a hash of each; Hub datasets are cached by revision."""
-    hashes = {}
+    hashes: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(json.JSONDecodeError):
             name = json.loads(name).get("id", "") if name.startswith("{") else name

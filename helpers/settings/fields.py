@@ -203,9 +203,9 @@ class TrainSettings(RunSettings):
             bad_names, f"--stop_on_diagnostic {bad_names} is not a diagnostic. Use {', '.join(DIAGNOSTIC_NAMES)}."
         )
         packages, optimizer = NAMES["packages"], f"--optim {trl.get('optim')}"
-        needed = {f"--{name}": package for name, package in packages["settings"].items() if trl.get(name)}
-        needed |= {optimizer: package for part, package in packages["optimizers"].items() if part in optimizer}
-        for flag, package in needed.items():
+        needed = [(f"--{name}", package) for name, package in packages["settings"].items() if trl.get(name)]
+        needed += [(optimizer, package) for part, package in packages["optimizers"].items() if part in optimizer]
+        for flag, package in needed:
             refuse_if(
                 importlib.util.find_spec(package) is None,
                 f"{flag} needs the package {package}, which is not installed. Install it, or remove the setting.",

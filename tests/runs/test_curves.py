@@ -167,9 +167,7 @@ def test_the_command_plots_runs_and_prints_their_diagnostics(
 
 
 @pytest.mark.parametrize(("name", "module"), [("curves", curves), ("report", report), ("sweep", start)])
-def test_help_has_the_commands_and_ends_well(
-    name: str, module: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_has_the_commands_and_ends_well(name: str, module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["-h"], ["outputs/a", "--help"]):
         with pytest.raises(SystemExit) as end:
             module.main(words)
