@@ -290,7 +290,7 @@ def license_of(settings: Any) -> list[str]:
     return [getattr(settings, name, "") for name in ("license", "license_name", "license_link")]
 
 
-def license_metadata(license_id: str = "", license_name: str = "", license_link: str = "") -> dict[str, str]:
+def license_metadata(license_id: str = "", license_name: str = "", license_link: str = "") -> dict[str, Any]:
     """The fields of a card about a license, with the Hub's id for it: apache-2.0 for "Apache 2.0". Raises SettingsError
     for a license that is not among https://huggingface.co/docs/hub/repositories-licenses."""
     if not license_id:
@@ -395,4 +395,4 @@ def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     if found is None:
         return None
     run, pair = found
-    return {"notes": []} | pair | {"judge": run.record["metrics"]["judge"], "loading": run.loading}
+    return {"notes": [], **pair, "judge": run.record["metrics"]["judge"], "loading": run.loading}
