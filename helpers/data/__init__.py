@@ -5,11 +5,11 @@ from helpers.core import lazy_door
 __all__, __getattr__ = lazy_door(
     __name__,
     {
+        "encode": ["LengthLimits"],
         "formats": ["PairingConfig"],
         "loading": ["DatasetSpec", "load_rows"],
-        "prepare": ["LengthLimits"],
+        "prepare": ["load_instructions", "load_preferences", "prepare_rows"],
         "report": ["DataReport", "show_example"],
-        "row_report": ["RowReport", "load_instructions", "load_preferences", "prepare_rows"],
-        "workload": ["estimate_workload"],
+        "row_report": ["RowReport", "estimate_workload"],
     },
 )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from helpers.core import Row
 from helpers.data.messages import (
+    MESSAGE_KEYS,
+    ROLE_KEYS,
     DropRow,
     Message,
     add_system_prompt,
@@ -25,6 +28,9 @@ from helpers.data.messages import (
 )
 from helpers.settings.fields import RENDERING_ARGUMENTS
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # Columns, by what they hold; the first that a row has is read.
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "question", "input")
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -36,6 +42,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row that its chat t
 IMAGE_COLUMNS = ("image", "images")
 SCORE_KEYS = ("overall_score", "score", "rating")
 ANSWER_KEYS = ("response", "text", "answer", "content")
+PROBED_ROWS = 100  # of a dataset, that show what its columns hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +77,20 @@ def _prompt(value: Any) -> list[Message]:
     """A prompt as messages, without the empty assistant turn that ends a transcript."""
     messages = to_messages(value, "user")
     if messages[-1:] == [{"role": "assistant", "content": ""}]:
-        messages = messages[:-1]
+        messages.pop()
     if not messages:
         raise unusable("prompt", value)
     return messages
 
 
 def _conversation(column: str, answer: Any, prompt: Any, row: Row) -> list[Message]:
-    """The conversation that ends with `answer`, a text or messages. These may include the prompt."""
+    """The conversation that ends with `answer`, a text or messages, which may include the prompt."""
     messages = to_messages(answer, "assistant")
     if not messages:
         raise unusable(column, answer)
     if messages[0]["role"] == "assistant":
         messages = [*_prompt(prompt), *messages]
-    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), "")
+    system = next(filter(None, map(row.get, SYSTEM_COLUMNS)), "")
     if not isinstance(system, str):
         raise unusable("system", system)
     if history := to_history(row.get("history")):
@@ -114,11 +121,10 @@ def template_columns(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """A finite number, also given as text; None for anything else."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    return None
 
 
 def _question(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
@@ -134,9 +140,7 @@ def _question(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
 
 def _pair(prompt: Any, chosen: Any, rejected: Any, row: Row, margin: float | None = None) -> Example:
     """A pair of texts or of messages."""
-    better, worse = (
-        _conversation(name, answer, prompt, row) for name, answer in (("chosen", chosen), ("rejected", rejected))
-    )
+    better, worse = _conversation("chosen", chosen, prompt, row), _conversation("rejected", rejected, prompt, row)
     if conversation_key(better[:-1]) != conversation_key(worse[:-1]):
         raise DropRow("prompts differ")
     if conversation_key(better[-1:]) == conversation_key(worse[-1:]):
@@ -168,12 +172,10 @@ def _margin(row: Row) -> float | None:
 
 def read_alpaca_farm(row: Row, config: PairingConfig) -> list[Example]:
     """tatsu-lab/alpaca_farm: instruction and input, two outputs, and the number (1 or 2) of the preferred output."""
-    preferred = _number(row.get("preference"))
+    outputs, preferred = (row.get("output_1"), row.get("output_2")), _number(row.get("preference"))
     if preferred not in (1, 2):
         raise DropRow("no preference")
-    first, second = row.get("output_1"), row.get("output_2")
-    chosen, rejected = (first, second) if preferred == 1 else (second, first)
-    return [_pair(_question(row), chosen, rejected, row)]
+    return [_pair(_question(row), *(outputs if preferred == 1 else outputs[::-1]), row)]
 
 
 def read_ranked(row: Row, config: PairingConfig) -> list[Example | str]:
@@ -185,8 +187,7 @@ def read_ranked(row: Row, config: PairingConfig) -> list[Example | str]:
 
 def read_scored(row: Row, config: PairingConfig) -> list[Example | str]:
     """A prompt, several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
-    answers = row.get("completions", row.get("responses"))
-    rated = _rate("completions", answers, SCORE_KEYS, row.get("scores"))
+    rated = _rate("completions", row.get("completions", row.get("responses")), SCORE_KEYS, row.get("scores"))
     return _pairs_of_rated(_prompt(_question(row)), rated, row, config)
 
 
@@ -261,9 +262,7 @@ class Format:
     """
 
     name: str
-    reader: Callable[[Row, PairingConfig], Sequence[Example | str]] = dataclasses.field(
-        repr=False
-    )  # repr is in a fingerprint
+    reader: Callable[[Row, PairingConfig], Sequence[Example | str]] = dataclasses.field(repr=False)  # not fingerprinted
     columns: tuple[str, ...]
     lists: str = ""
     use: Literal["pairs", "conversations", "chosen"] = "pairs"
@@ -294,19 +293,30 @@ class Format:
 
 
 class TrackedRow(dict[str, Any]):
-    """A row that remembers which of its columns were read."""
+    """A row that remembers which of its columns were read, with `get`."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(row)
         self.read: set[str] = set()
 
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return super().get(name, default)
+
+
+def unused_columns(rows: Dataset, row_format: Format, pairing: PairingConfig) -> tuple[str, ...]:
+    """Columns of a dataset that reading its first rows does not touch, and such keys of their messages."""
+    read, keys = set[str](), dict[str, None]()
+    for values in rows.take(min(PROBED_ROWS, len(rows))):
+        row = TrackedRow(values)
+        row_format.read(row, pairing)
+        read |= row.read
+        for name, value in row.items():
+            for message in (value if isinstance(value, list) else [value]) if name in row.read else ():
+                if isinstance(message, dict) and {*ROLE_KEYS} & message.keys():
+                    unread = [k for k, v in message.items() if k not in MESSAGE_KEYS and v not in (None, "", [])]
+                    keys |= {f"{name}.{key}": None for key in unread}
+    return (*(name for name in rows.column_names if name not in read), *keys)
 
 
 ANY_PROMPT = "prompt or instruction or messages or conversations"
@@ -326,15 +336,7 @@ CONVERSATION_COLUMNS = {  # prompt and answer, the first that there is of each; 
     "completion": (("prompt", "question"), ("completion", "response", "answer")),
     "alpaca": (("instruction",), ("output", "response")),
 }
-INSTRUCTION_FORMATS = (
-    *(
-        Format(
-            name,
-            partial(read_conversation, prompts, answers),
-            tuple(" or ".join(names) for names in (prompts, answers) if names),
-            use="conversations",
-        )
-        for name, (prompts, answers) in CONVERSATION_COLUMNS.items()
-    ),
-    *(dataclasses.replace(pair_format, use="chosen") for pair_format in PAIR_FORMATS),
-)
+INSTRUCTION_FORMATS = tuple(
+    Format(name, partial(read_conversation, *columns), tuple(" or ".join(c) for c in columns if c), use="conversations")
+    for name, columns in CONVERSATION_COLUMNS.items()
+) + tuple(dataclasses.replace(pair_format, use="chosen") for pair_format in PAIR_FORMATS)

@@ -36,15 +36,13 @@ def is_list_as_text(value: Any) -> bool:
 
 def parse_text(value: Any) -> Any:
     """A value that was written as JSON or as the repr of Python. Raises DropRow if it is neither."""
+    if not isinstance(value, str) or not value.strip():
+        return value
     parsers: tuple[Callable[[str], Any], ...] = (json.loads, _read_repr)
-    for parse in parsers if isinstance(value, str) else ():
-        try:
+    for parse in parsers:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    if isinstance(value, str) and value.strip():
-        raise DropRow("a list as text that cannot be parsed")
-    return value
+    raise DropRow("a list as text that cannot be parsed")
 
 
 def _read_repr(text: str) -> Any:
@@ -139,10 +137,8 @@ def to_history(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise unusable("history", value)
     if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
-        roles = ("user", "assistant")
-        return [
-            {"role": role, "content": to_text(text)} for turn in value for role, text in zip(roles, turn, strict=True)
-        ]
+        texts = [text for turn in value for text in turn]
+        return [{"role": "assistant" if i % 2 else "user", "content": to_text(text)} for i, text in enumerate(texts)]
     return to_messages(value, "user")
 
 

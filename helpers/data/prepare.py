@@ -1,55 +1,47 @@
-"""Prepare rows for training: read, check, add the system prompt, tokenize and apply the length limits, in one pass."""
+"""Load datasets for training: read each row, check it, tokenize it and apply the length limits in one pass; then mix,
+deduplicate and split them."""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
 import hashlib
+import inspect
 import os
-import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from helpers.core import SettingsError, UserError, process_lock
-from helpers.data.encode import TokenIds, adapt_messages, describe_rendering, encode, template_options
-from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig
-from helpers.data.loading import choose_format, unused_columns
-from helpers.data.messages import Message, add_system_prompt, conversation_hash
-from helpers.models.chat import (
-    encode_prompt,
-    eos_token_ids,
-    fold_system_message,
-    marked_template,
-    special_token_pattern,
-    supports_system_role,
+from helpers.data.encode import (
+    PROMPT_TOO_LONG,
+    SIDES,
+    TOO_LONG,
+    LengthLimits,
+    apply_limits,
+    bound_texts,
+    count_tokens,
+    describe_rendering,
+    encode,
+    template_options,
 )
+from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, unused_columns
+from helpers.data.loading import choose_format, load_rows, parse_dataset_specs, subsample
+from helpers.data.messages import add_system_prompt, conversation_hash
+from helpers.data.row_report import OTHERS_KEPT, RowReport, Split, config_from
+from helpers.models import chat
+from helpers.settings.fields import template_variables
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame, Series
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 TOKENIZERS: dict[str, Tokenizer] = {}  # forked workers inherit them; sending one takes half a second
-SIDES = ("prompt", "chosen", "rejected")
-MANY_CHARACTERS = 100_000  # of a row, above which its length is bounded before it is tokenized
-TOO_LONG = "longer than max_length"
-PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
-TRUNCATED_ANSWER = "answer truncated"
-
-
-@dataclasses.dataclass(frozen=True)
-class LengthLimits:
-    """Maximum tokens of a prompt, and of a prompt with its answer (0: no limit); what happens to longer rows."""
-
-    max_prompt_length: int = 0
-    max_length: int = 0
-    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Both limits as numbers to compare with."""
-        return self.max_prompt_length or sys.maxsize, self.max_length or sys.maxsize
+INTERNAL_COLUMNS = ["source_index", "drop_reason", "modification", "rendered_with", "chosen_hash", "rejected_hash"]
 
 
 def tokenize_dataset(
@@ -67,8 +59,8 @@ def tokenize_dataset(
     """Prepare all rows, cached by content; returns them and their format. Raises UserError.
 
     Pairs have the columns prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids and margin, conversations have
-    messages, input_ids and labels. Both have tokens, prompt_hash and `row_report.INTERNAL_COLUMNS`. With `validate`,
-    rows that the chat template makes unsafe to train on are dropped.
+    messages, input_ids and labels. Both have tokens, prompt_hash and INTERNAL_COLUMNS. With `validate`, rows that the
+    chat template makes unsafe to train on are dropped.
     """
     pairing, row_format = pairing or PairingConfig(), choose_format(rows, data_format, use_pairs)
     if use_pairs and pairing.recommended and "status" not in rows.column_names:
@@ -80,8 +72,7 @@ def tokenize_dataset(
         raise SettingsError(f"--min_margin needs ratings, in columns such as {names}. Leave it out.")
     row_format = dataclasses.replace(row_format, unused=unused_columns(rows, row_format, pairing))
     config = {"row_format": row_format, "limits": limits, "pairing": pairing, "system_prompt": system_prompt}
-    config |= {"options": chat_template_kwargs or {}, "template": marked_template(tokenizer)}
-    config["validate"] = validate
+    config |= {"options": chat_template_kwargs or {}, "template": chat.marked_template(tokenizer), "validate": validate}
     fingerprint = content_fingerprint(rows, tokenizer, config)
     TOKENIZERS[fingerprint] = tokenizer
     try:
@@ -107,15 +98,15 @@ def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, A
 
     datasets makes such names by pickling, which for tokenizers changes from one process to the next.
     """
-    here = Path(__file__).parent
-    own = [here / f"{name}.py" for name in ("messages", "formats", "encode", "prepare")]
-    code = [file.read_text() for file in (*own, here.parent / "models/chat.py")]
+    files = ("data/messages.py", "data/formats.py", "data/encode.py", "models/chat.py")
+    code = [(Path(__file__).parents[1] / file).read_text() for file in files]
+    code += map(inspect.getsource, (_prepare_batch, _hashes))
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # left from an earlier call, and without effect here
         tokenizer.backend_tokenizer.no_padding()
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     parts = [rows._fingerprint, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, config, *code]
-    parts.append(eos_token_ids(tokenizer))
+    parts.append(chat.eos_token_ids(tokenizer))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -150,7 +141,7 @@ def _prepare_batch(
     if multiprocess.parent_process():  # threads in each of several processes are slower
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = TOKENIZERS[tokenizer_key]
-    special, has_system_role = special_token_pattern(tokenizer), supports_system_role(tokenizer)
+    special, has_system_role = chat.special_token_pattern(tokenizer), chat.supports_system_role(tokenizer)
     prepared, usable = [], []
     for position, index in enumerate(indices):
         for example in row_format.read({column: values[position] for column, values in batch.items()}, pairing):
@@ -160,13 +151,8 @@ def _prepare_batch(
                 row["drop_reason"] = example
                 continue
             example = dataclasses.replace(example, prompt=add_system_prompt(example.prompt, system_prompt))
-            example, least = bound_texts(example, limits, tokenizer_key)
-            if least:
-                if limits.overlong == "error":
-                    raise UserError(f"row {index + 1} has at least {least} tokens, more than the limits. Raise them.")
-                row |= {"drop_reason": TOO_LONG, "tokens": least}
-                continue
             row |= _hashes(example)
+            example = bound_texts(tokenizer, example, limits)
             example = dataclasses.replace(example, options=template_options(tokenizer, example, options))
             row["rendered_with"] = describe_rendering(example)
             if any(special.search(m["content"]) for side in SIDES for m in getattr(example, side)):
@@ -182,9 +168,10 @@ def _prepare_batch(
             example, ids, row["drop_reason"], cut = apply_limits(tokenizer, example, ids, limits, template)
         except UserError as error:
             raise UserError(f"row {row['source_index'] + 1} {error}") from None
-        prompt = fold_system_message(example.prompt, has_system_role)
+        prompt = chat.fold_system_message(example.prompt, has_system_role)
         folded = "" if prompt is example.prompt else "system message folded into the first user turn"
-        tokens = _lengths(ids)[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(_lengths(ids))
+        lengths = count_tokens(ids)
+        tokens = lengths[0] if row["drop_reason"] == PROMPT_TOO_LONG else sum(lengths)
         row |= {"modification": "; ".join(filter(None, (folded, changed, cut))), "tokens": tokens, **ids}
         row |= {"prompt": prompt, "chosen": example.chosen, "rejected": example.rejected, "margin": example.margin}
         row["messages"] = [*prompt, *example.chosen]
@@ -200,37 +187,6 @@ def _prepare_batch(
     return pa.Table.from_pylist(prepared, schema=pa.schema(columns))
 
 
-def bound_texts(example: Example, limits: LengthLimits, tokenizer_key: str) -> tuple[Example, int]:
-    """The example without text that is beyond the limits for certain, and the least number of its tokens if that drops
-    it. No token has more characters than the longest one of the vocabulary, so a huge text needs no tokens to be seen
-    as too long."""
-    characters, (_, max_total) = sum(len(m["content"]) for s in SIDES for m in getattr(example, s)), limits.bounds
-    is_cut = limits.overlong == "truncate_completion" and not example.rejected  # a conversation, after its tokens
-    if characters < MANY_CHARACTERS or max_total == sys.maxsize or is_cut:
-        return example, 0
-    most = max_total * _longest_token(tokenizer_key)
-    prompt, chosen, rejected = (sum(len(m["content"]) for m in getattr(example, side)) for side in SIDES)
-    if prompt + max(chosen, rejected) <= most:
-        return example, 0
-    if limits.overlong == "truncate_prompt" and max(chosen, rejected) <= most and example.prompt[-1]["role"] == "user":
-        head = example.prompt[:1] if example.prompt[0]["role"] == "system" else []
-        turns = example.prompt[len(head) :]
-        while len(turns) > 1 and sum(len(m["content"]) for m in turns[1:]) > most:
-            turns = turns[1:]
-        last = turns[-1] | {"content": turns[-1]["content"][-2 * most :]}
-        return dataclasses.replace(example, prompt=[*head, *turns[:-1], last]), 0
-    if limits.overlong == "truncate_completion" and prompt <= most:
-        cut = [[m | {"content": m["content"][: 2 * most]} for m in getattr(example, side)] for side in SIDES[1:]]
-        return dataclasses.replace(example, chosen=cut[0], rejected=cut[1]), 0
-    return example, (prompt + max(chosen, rejected)) // _longest_token(tokenizer_key)
-
-
-@functools.cache
-def _longest_token(tokenizer_key: str) -> int:
-    """Characters of the longest token of a tokenizer."""
-    return max(map(len, TOKENIZERS[tokenizer_key].get_vocab()))
-
-
 def _hashes(example: Example) -> dict[str, str]:
     """Hashes of the sides, with the tools and variables of a row. A complete conversation is hashed under chosen, and
     its prompt is its opening."""
@@ -243,77 +199,167 @@ def _hashes(example: Example) -> dict[str, str]:
     return {"prompt_hash": conversation_hash(opening, tools), "chosen_hash": full, "rejected_hash": ""}
 
 
-def _lengths(ids: TokenIds) -> tuple[int, int]:
-    """Tokens of the prompt and of the longer answer. All tokens of a conversation count as its answer."""
-    return len(ids.get("prompt_ids", ())), max(len(i) for name, i in ids.items() if name != "prompt_ids")
+@dataclasses.dataclass(frozen=True)
+class PreparedSplit:
+    """Prepared rows of one split of a dataset, and their format. `numbers` are those of the rows of a source_index."""
+
+    rows: Dataset
+    row_format: Format
+    numbers: Sequence[int | str]
+    label: str = ""
+    is_eval: bool = False
 
 
-def apply_limits(
-    tokenizer: Tokenizer, example: Example, ids: TokenIds, limits: LengthLimits, template: str = ""
-) -> tuple[Example, TokenIds, str, str]:
-    """The example and its ids within the limits, the reason if it is dropped, and how it was modified.
+def load_preferences(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
+    """Pairs to train on, pairs to evaluate on, and the report on every row. No prompt is in both.
 
-    Raises UserError for an example beyond the limits if `limits.overlong` is "error".
+    Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids, the tokens that
+    DPOTrainer trains on; margin of the ratings, or null; prompt_hash; tokens of the prompt and the longer answer.
+    Raises UserError if a dataset or chat template cannot be used, or with `settings.strict` if a row was dropped.
     """
-    (prompt, answer), (max_prompt, max_total) = _lengths(ids), limits.bounds
-    total, is_conversation = prompt + answer, "labels" in ids
-    if prompt <= max_prompt and total <= max_total:
-        return example, ids, "", ""
-    if limits.overlong == "error":
-        raise UserError(
-            f"has {total} tokens ({prompt} in the prompt), more than --max_length {limits.max_length} or "
-            f"--max_prompt_length {limits.max_prompt_length}. Raise the limit, or use another `--overlong`."
-        )
-    if limits.overlong == "truncate_prompt":
-        if is_conversation:
-            answer -= _prompt_length(tokenizer, example.prompt, example.options)
-        short = truncate_prompt(tokenizer, example.prompt, min(max_prompt, max_total - answer), example.options)
-        shorter = dataclasses.replace(example, prompt=short)
-        encoded = encode(tokenizer, [shorter], template)[0] if shorter.prompt else ""
-        if not isinstance(encoded, str):
-            encoded.pop("modification", None)  # as of `ids`
-            if sum(_lengths(encoded)) <= max_total:
-                return shorter, encoded, "", "prompt truncated from the left"
-    elif limits.overlong == "truncate_completion" and is_conversation:
-        if any(label != -100 for label in ids["labels"][:max_total]):
-            is_in_answer = ids["labels"][max_total] != -100
-            cut = TRUNCATED_ANSWER if is_in_answer else "turns after the last complete answer removed"
-            return example, {name: values[:max_total] for name, values in ids.items()}, "", cut
-    elif limits.overlong == "truncate_completion" and prompt <= max_prompt and prompt < max_total:
-        rest = {name: values[: max_total - prompt] for name, values in ids.items() if name != "prompt_ids"}
-        return example, ids | rest, "", TRUNCATED_ANSWER
-    return example, ids, TOO_LONG if total > max_total else PROMPT_TOO_LONG, ""
+    return _load(settings, tokenizer, use_pairs=True)
 
 
-def truncate_prompt(
-    tokenizer: Tokenizer, prompt: list[Message], max_tokens: int, options: dict[str, Any] | None = None
-) -> list[Message]:
-    """The end of a prompt, rendered with `options` in at most `max_tokens` tokens; [] if nothing of the last turn fits.
+def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
+    """As `load_preferences`, for conversations. A preference dataset gives its chosen answers.
 
-    Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays.
+    Columns: messages; input_ids and labels, as SFTTrainer takes them, which learn every assistant turn; prompt_hash;
+    tokens.
     """
-    head = prompt[:1] if prompt[0]["role"] == "system" else []
-    turns = prompt[len(head) :]
-    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]  # a prompt begins with one of them
-    length = functools.partial(_prompt_length, tokenizer, options=options)
-    fits = bisect.bisect_left(users[:-1], True, key=lambda i: length(head + turns[i:]) <= max_tokens)
-    turns = turns[users[fits] :]
-    text, start, starts = turns[-1]["content"], 0, list(range(len(turns[-1]["content"])))
-    if tokenizer.is_fast:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [begin for begin, _ in encoding["offset_mapping"]]
-    while (over := length(head + turns) - max_tokens) > 0:
-        start += over
-        if start >= len(starts):
-            return []
-        at = starts[start]
-        rest = text[at:]
-        if at and not rest[:1].isspace() and not text[at - 1].isspace():  # inside a word: begin with the next one
-            rest = [*rest.split(maxsplit=1), rest][1]
-        turns = [*turns[:-1], {"role": "user", "content": rest.lstrip()}]
-    return head + turns
+    return _load(settings, tokenizer, use_pairs=False)
 
 
-def _prompt_length(tokenizer: Tokenizer, prompt: list[Message], options: dict[str, Any] | None = None) -> int:
-    folded = fold_system_message(prompt, supports_system_role(tokenizer))
-    return len(encode_prompt(tokenizer, adapt_messages(tokenizer, folded, options or {}), options))
+def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
+    split, specs = config_from(settings, Split), parse_dataset_specs(settings)
+    options = {"limits": config_from(settings, LengthLimits), "pairing": config_from(settings, PairingConfig)}
+    options |= {"system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc, "validate": True}
+    options["chat_template_kwargs"] = template_variables(settings)
+    splits, names = list[PreparedSplit](), [Path(spec.id).name for spec in specs]
+    has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
+    for spec, short in zip(specs, names, strict=True):
+        for name in filter(None, (spec.eval_split, spec.split)):
+            is_eval = name == spec.eval_split
+            rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
+            prepared = tokenize_dataset(rows, tokenizer, use_pairs, data_format=spec.format, **options)
+            label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
+            numbers = [f"{label} {index + 1}" if label else index + 1 for index in indices]
+            splits.append(PreparedSplit(*prepared, numbers, label, is_eval))
+    report, train, held_out = deduplicate(splits)
+    report.check(settings.strict, tokenizer)
+    if held_out is None:
+        train, held_out = split_by_prompt(train, split)
+    elif not len(train) or not len(held_out):
+        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
+    else:
+        train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
+        held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
+    report.train, report.eval, report.hash = len(train), len(held_out), hash_tokens(train, held_out)
+    return train, held_out, report
+
+
+def hash_tokens(*sets: Dataset) -> str:
+    """A hash over the token ids of prepared rows, in their order."""
+    import pyarrow.compute as pc
+
+    digest = hashlib.sha256()
+    for rows in sets:
+        names = [name for name in rows.column_names if name.endswith("_ids") or name == "labels"]
+        for table in rows.select_columns(names).with_format("arrow").iter(1000):
+            for column in table.columns:
+                digest.update(pc.list_value_length(column).to_numpy().tobytes())
+                digest.update(pc.list_flatten(column).to_numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def prepare_rows(
+    rows: Dataset, tokenizer: Tokenizer, limits: LengthLimits, use_pairs: bool = True, **options: Any
+) -> tuple[Dataset, RowReport]:
+    """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
+    prepared = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
+    report, kept, _ = deduplicate([PreparedSplit(*prepared, range(1, len(rows) + 1))])
+    return kept, report
+
+
+def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
+    """The report, the rows to train on, and the rows of evaluation splits, if there are any.
+
+    A pair is kept once. A pair that also occurs with swapped labels is dropped both times. A prompt of an evaluation
+    split is not trained on.
+    """
+    from datasets import concatenate_datasets
+
+    splits = sorted(splits, key=lambda split: not split.is_eval)
+    rows = concatenate_datasets([split.rows for split in splits])
+    pairs = rows.select_columns(["prompt_hash", "tokens", *INTERNAL_COLUMNS]).to_pandas()
+    pairs["split"] = np.repeat(range(len(splits)), [len(split.rows) for split in splits])
+    pairs["is_eval"] = [splits[number].is_eval for number in pairs["split"]]
+    pairs["row"] = [splits[n].numbers[i] for n, i in zip(pairs["split"], pairs["source_index"], strict=True)]
+    pairs["drop_reason"] = _drop_reasons(pairs)
+    is_kept, rows = pairs["drop_reason"] == "", rows.remove_columns(INTERNAL_COLUMNS)
+    train, held_out = (rows.select(np.flatnonzero(is_kept & side)) for side in (~pairs["is_eval"], pairs["is_eval"]))
+    return _count_rows(pairs, splits), train, held_out if splits[0].is_eval else None
+
+
+def _drop_reasons(pairs: DataFrame) -> Series[str]:
+    """Why each pair is dropped, or ""."""
+    reasons, is_eval = pairs["drop_reason"], pairs["is_eval"]
+    prompt, chosen, rejected = (pairs[f"{side}_hash"].fillna("") for side in SIDES)
+    pair, swapped = prompt + " " + chosen + " " + rejected, prompt + " " + rejected + " " + chosen
+    is_usable = reasons == ""
+    reasons = reasons.mask(is_usable & swapped.isin(pair[is_usable]), "the same pair with both labels")
+    is_usable = reasons == ""
+    is_leak = is_usable & ~is_eval & prompt.isin(prompt[is_usable & is_eval])
+    reasons = reasons.mask(is_leak, "prompt is in the evaluation split")
+    is_usable = reasons == ""
+    is_repeated = is_usable & pair.where(is_usable).duplicated()
+    return reasons.mask(is_repeated, np.where(rejected == "", "duplicate conversation", "duplicate pair"))
+
+
+def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
+    """The report on rows, each of which has one or several `pairs`."""
+    report, row = RowReport(read=sum(len(split.numbers) for split in splits)), ["split", "row"]
+    report.format = ", ".join(dict.fromkeys(str(split.row_format) for split in splits))
+    report.unused = list(dict.fromkeys(name for split in splits for name in split.row_format.unused))
+    is_kept = pairs["drop_reason"] == ""
+    is_row_kept = is_kept.groupby([pairs[name] for name in row]).transform("any")
+    kept, lost, dropped = pairs[is_kept], pairs[~is_kept & is_row_kept], pairs[~is_row_kept].drop_duplicates(row)
+    changed = kept[kept["modification"] != ""].drop_duplicates(row)
+    changes = changed.assign(modification=changed["modification"].str.split("; ")).explode("modification")
+    again = kept[kept.groupby("prompt_hash")["row"].transform("first") != kept["row"]]
+    report.count(report.flagged, ["duplicate prompt"] * len(again), again["row"])
+    report.count(report.dropped, dropped["drop_reason"], dropped["row"])
+    report.count(report.dropped_pairs, lost["drop_reason"] + f" {OTHERS_KEPT}", lost["row"])
+    report.count(report.changed, changes["modification"], changes["row"])
+    report.rendered_with.update(name for names in kept["rendered_with"] for name in names.split("\n"))
+    report.kept, report.changed_rows = report.read - len(dropped), len(changed)
+    for reason in (TOO_LONG, PROMPT_TOO_LONG):
+        report.lengths[reason] = pairs.loc[pairs["drop_reason"] == reason, "tokens"].astype(int).tolist()
+    for number, split in enumerate(splits):
+        if split.label:
+            reasons = Counter("dropped: " + dropped.loc[dropped["split"] == number, "drop_reason"])
+            read, lost_rows, changed_rows = len(split.numbers), reasons.total(), int((changed["split"] == number).sum())
+            counts = Counter(read=read, kept=read - lost_rows, changed=changed_rows, dropped=lost_rows, **reasons)
+            report.sets[split.label] = counts
+    return report
+
+
+def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:
+    """Train and evaluation rows with no prompt in both, in an order that depends on the seed, not on the file."""
+    if not (split.eval_rows or split.eval_fraction):
+        raise SettingsError("--eval_rows and --eval_fraction are both 0. Set one: evaluation needs rows.")
+    order, prompts = shuffled_indices(rows, split.seed), rows["prompt_hash"][:]
+    if (count := split.held_out(len(order))) < split.eval_rows:
+        print(f"`--eval_rows {split.eval_rows}` is more than a quarter of {len(order)} rows; using {count}.")
+    while 0 < count < len(order) and prompts[order[count]] == prompts[order[count - 1]]:
+        count += 1  # all rows of a prompt go to one side
+    train = order[count:][: split.train_rows or None]
+    if not train:
+        raise UserError(f"{len(order)} rows are too few for --eval_rows {count}: none is left to train on")
+    return rows.select(train), rows.select(order[:count])
+
+
+def shuffled_indices(rows: Dataset, seed: int) -> list[int]:
+    """Row indices in an order given by the seed and the prompts; rows of one prompt are neighbours."""
+    prompts = rows["prompt_hash"][:]
+    rank = {prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in set(prompts)}
+    return sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i))

@@ -21,12 +21,13 @@ import numpy as np
 from jinja2 import Environment
 
 from helpers.core import BLUE, GREY, ORANGE, Row, is_main_process, new_figure, short_path, show, write_json
-from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
-from helpers.data.row_report import OTHERS_KEPT, RowReport, load_instructions, load_preferences
+from helpers.data.encode import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
+from helpers.data.prepare import load_instructions, load_preferences
+from helpers.data.row_report import OTHERS_KEPT, RowReport
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
 from helpers.settings.fields import TrainSettings
 from helpers.settings.load import load_settings, own_types, parse_value
-from helpers.settings.sources import from_recipe, split_flags
+from helpers.settings.sources import Words, from_recipe, split_flags
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,6 +70,12 @@ class DataFinding:
         macros = Environment().from_string(template.read_text(encoding="utf-8")).module
         text = getattr(macros, name.replace(" ", "_"))(value, is_warning, **facts)
         return cls(name, value, " ".join(text.split()), is_warning)
+
+    @classmethod
+    def of_rows(cls, name: str, rows: Any, often: float, **facts: Any) -> list[DataFinding]:
+        """A finding on the share of rows for which `rows` holds, a warning from the share `often` on; [] for none."""
+        share, count = float(rows.mean()), int(rows.sum())
+        return [cls.of(name, share, share >= often, count=count, total=len(rows), **facts)] if count else []
 
 
 @dataclasses.dataclass
@@ -186,30 +193,19 @@ def read_texts(rows: Dataset) -> DataFrame:
 def find_data_issues(
     train: DataFrame, held_out: DataFrame, row_report: RowReport, max_length: int
 ) -> list[DataFinding]:
-    """All findings, warnings first."""
-    findings = _dropped_rows(row_report, max_length) + structure_in_text(train)
-    if "rejected" in train:
-        import pandas
+    """All findings, warnings first. Of texts: prompts that are rendered already, answers that repeat their prompt."""
+    import pandas
 
+    findings, marker = _dropped_rows(row_report, max_length), next(filter(None, train["marker"]), "")
+    findings += DataFinding.of_rows("rendered prompts", train["marker"] != "", 0, marker=repr(marker))
+    findings += DataFinding.of_rows("prompts in answers", train["repeats"], 0)
+    if "rejected" in train:
         both = pandas.concat([train, held_out])
         findings += [length_bias(both), *near_ties(both), *prefix_shortcuts(train)]
-    if share := float(train["prompt"].duplicated(keep=False).mean()):
-        most = int(train["prompt"].value_counts().iloc[0])
-        findings.append(DataFinding.of("repeated prompts", share, share >= OFTEN, most=most))
+    repeated, most = train["prompt"].duplicated(keep=False), int(train["prompt"].value_counts().max())
+    findings += DataFinding.of_rows("repeated prompts", repeated, OFTEN, most=most)
     findings += train_eval_overlap(train, held_out)
     return sorted(findings, key=lambda finding: not finding.is_warning)
-
-
-def structure_in_text(rows: DataFrame) -> list[DataFinding]:
-    """Prompts that are rendered already, and answers that repeat their prompt."""
-    findings, total = [], len(rows)
-    marked = rows["marker"][rows["marker"] != ""]
-    if len(marked):
-        facts = {"count": len(marked), "total": total, "marker": repr(marked.iloc[0])}
-        findings.append(DataFinding.of("rendered prompts", len(marked) / total, True, **facts))
-    if count := int(rows["repeats"].sum()):
-        findings.append(DataFinding.of("prompts in answers", count / total, True, count=count, total=total))
-    return findings
 
 
 def length_bias(rows: DataFrame) -> DataFinding:
@@ -223,16 +219,13 @@ def length_bias(rows: DataFrame) -> DataFinding:
 
 def near_ties(rows: DataFrame) -> list[DataFinding]:
     """Pairs with nearly equal ratings, and pairs with answers of nearly the same words."""
-    findings, margins = [], rows["margin"].dropna()
-    if len(margins) and (share := float((margins < NEAR_TIE * margins.max()).mean())):
-        facts = {"close": NEAR_TIE * margins.max(), "widest": margins.max()}
-        findings.append(DataFinding.of("near ties", share, share >= OFTEN, **facts))
+    margins, widest = rows["margin"].dropna(), rows["margin"].max()
+    close = NEAR_TIE * widest
+    findings = DataFinding.of_rows("near ties", margins < close, OFTEN, close=close, widest=widest)
     words = [(set(c.split()), set(r.split())) for c, r in zip(rows["chosen"], rows["rejected"], strict=True)]
     is_same = np.array([len(c & r) >= SAME_WORDS * max(1, len(c | r)) for c, r in words])
-    if share := float(is_same.mean()):
-        facts = {"count": int(is_same.sum()), "example": repr(rows["chosen"][is_same].iloc[0][:60])}
-        findings.append(DataFinding.of("nearly the same answers", share, share >= OFTEN, **facts))
-    return findings
+    example = repr(next(iter(rows["chosen"][is_same]), "")[:60])
+    return findings + DataFinding.of_rows("nearly the same answers", is_same, OFTEN, example=example)
 
 
 def prefix_shortcuts(rows: DataFrame) -> list[DataFinding]:
@@ -253,13 +246,9 @@ def prefix_shortcuts(rows: DataFrame) -> list[DataFinding]:
 def train_eval_overlap(train: DataFrame, held_out: DataFrame) -> list[DataFinding]:
     """Held-out rows that training sees: prompts that differ in case, spaces or punctuation only, and answers."""
     answers = {text for text in train["chosen"] if len(text.split()) > 2 * OPENING_WORDS}
-    leaks = {
-        "leaked prompts": held_out["prompt"].isin(train["prompt"]),
-        "leaked answers": held_out["chosen"].isin(answers),
-    }
-    shares = [(name, float(leak.mean()), int(leak.sum())) for name, leak in leaks.items() if leak.any()]
-    findings = [DataFinding.of(name, share, share >= 0.01, count=count) for name, share, count in shares]
-    return findings or [DataFinding.of("leaked prompts", 0.0, False, count=0)]
+    findings = DataFinding.of_rows("leaked prompts", held_out["prompt"].isin(train["prompt"]), 0.01)
+    findings += DataFinding.of_rows("leaked answers", held_out["chosen"].isin(answers), 0.01)
+    return findings or [DataFinding.of("leaked prompts", 0.0, False, count=0, total=len(held_out))]
 
 
 def _dropped_rows(rows: RowReport, max_length: int) -> list[DataFinding]:
@@ -361,15 +350,14 @@ class ReportSettings(TrainSettings):
 def main(argv: list[str] | None = None) -> None:
     """Run the command of the module's docstring."""
     words = sys.argv[1:] if argv is None else argv
-    flags = {} if {"-h", "--help"} & set(words) else dict(split_flags(words))
-    if "recipe" in flags:  # it belongs to 01 and 02, and has settings that a report has no use for
-        file, names = flags.pop("recipe")[0], own_types(ReportSettings)
-        recipe = from_recipe("sft", file)
+    flags, recipe = {} if {"-h", "--help"} & set(words) else dict(split_flags(words)), Words()
+    if "recipe" in flags:  # its sections are for 01 and 02, and have settings that a report has no use for
+        recipe = from_recipe("sft", flags["recipe"][0])
         if not parse_value(bool, "sft", flags.get("sft", ["False"]), "flag"):
-            recipe = {name: words for name, words in recipe.items() if name == "model_id"} | from_recipe("dpo", file)
-        flags = {name: values for name, values in recipe.items() if name in names} | flags
-        words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
-    settings = load_settings(ReportSettings, {}, words)
+            of_dpo = from_recipe("dpo", flags["recipe"][0])
+            recipe = {name: values for name, values in recipe.items() if name == "model_id"} | of_dpo
+    known = {name: values for name, values in recipe.items() if name in own_types(ReportSettings)}
+    settings = load_settings(ReportSettings, known, words)
     resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
     tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
     if settings.sft:

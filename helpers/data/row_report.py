@@ -1,33 +1,34 @@
-"""Load datasets for training: mix, deduplicate and split them, and report what happened to every row."""
+"""What happened to every row of a dataset; and for a dry run, the work that a dataset is, from a sample of its rows."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from helpers.core import SettingsError, UserError
-from helpers.data.encode import NOT_RENDERED
+from helpers.core import SettingsError, UserError, find_path
+from helpers.data.encode import NOT_RENDERED, LengthLimits
 from helpers.data.formats import PairingConfig
-from helpers.data.loading import load_rows, parse_dataset_specs, subsample
-from helpers.data.prepare import PROMPT_TOO_LONG, SIDES, TOO_LONG, LengthLimits, tokenize_dataset
+from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
+from helpers.data.messages import add_system_prompt
 from helpers.models.chat import suggest_template
-from helpers.settings.fields import template_variables
+from helpers.models.resolve import Start
+from helpers.runs.curves import MIN_STEPS, read_history
+from helpers.runs.run import list_runs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pandas import DataFrame, Series
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 EXAMPLES = 3  # row numbers that are shown for a reason
-INTERNAL_COLUMNS = ["source_index", "drop_reason", "modification", "rendered_with", "chosen_hash", "rejected_hash"]
 OTHERS_KEPT = "(other pairs of the row are kept)"
+SAMPLED_ROWS = 200  # of each dataset, for an estimate
+CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not cached
 Config = TypeVar("Config")
 
 
@@ -35,11 +36,11 @@ Config = TypeVar("Config")
 class RowReport:
     """What happened to every row: `kept + sum(dropped) == read`.
 
-    `examples` has up to three row numbers for each reason, counted from 1 and behind the dataset's name if there are
-    several. A row that gives several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has
-    the tokens of what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset. `unused` are the
-    columns, and keys of messages, that are not read; `hash` is one over the tokens of the rows. `rendered_with` counts
-    kept pairs and conversations with tools and thoughts, and by the variables of the chat template, as JSON.
+    `examples` has up to three row numbers for each reason, from 1, behind the dataset's name if there are several.
+    A row of several pairs is kept if one of them is; the others are in `dropped_pairs`. `lengths` has the tokens of
+    what was dropped as TOO_LONG or PROMPT_TOO_LONG, `sets` the counts of each dataset, `unused` the columns, and keys
+    of messages, that are not read; `hash` is one over the tokens. `rendered_with` counts pairs and conversations with
+    tools and thoughts, and by the variables of the chat template, as JSON.
     """
 
     read: int = 0
@@ -70,30 +71,27 @@ class RowReport:
         """Raise SettingsError if no row is left, or if `strict` and a row or pair was dropped. It names a template that
         is safe with `tokenizer` if the row's is at fault."""
         dropped = self.dropped + self.dropped_pairs
-        if not self.kept or (strict and dropped):
-            reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in dropped.items())
-            rows = f"{self.dropped.total()} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
-            by_template = [reason for reason in dropped if "chat template" in reason]
-            if by_template and all(reason.endswith(NOT_RENDERED.format("")) for reason in by_template):
-                reasons += ". Use a Jinja file that renders it as `--chat_template FILE`, or remove it from the rows."
-            elif by_template and tokenizer:
-                reasons += f". {suggest_template(tokenizer)}"
-            raise SettingsError(f"{rows} be used. {reasons}")
+        if self.kept and not (strict and dropped):
+            return
+        reasons = "; ".join(f"{reason}: {n} (row {self.examples[reason][0]})" for reason, n in dropped.items())
+        rows = f"{self.dropped.total()} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
+        by_template = [reason for reason in dropped if "chat template" in reason]
+        if by_template and all(reason.endswith(NOT_RENDERED.format("")) for reason in by_template):
+            reasons += ". Use a Jinja file that renders it as `--chat_template FILE`, or remove it from the rows."
+        elif by_template and tokenizer:
+            reasons += f". {suggest_template(tokenizer)}"
+        raise SettingsError(f"{rows} be used. {reasons}")
 
     @property
     def by_kind(self) -> dict[str, Counter[str]]:
         """Counts by reason of what was changed, dropped or flagged, and of dropped pairs of kept rows."""
-        names = {"changed": "changed", "dropped": "dropped", "dropped pairs": "dropped_pairs", "flagged": "flagged"}
-        return {kind: getattr(self, name) for kind, name in names.items()}
+        counts = {"changed": self.changed, "dropped": self.dropped, "dropped pairs": self.dropped_pairs}
+        return counts | {"flagged": self.flagged}
 
     def as_dict(self) -> dict[str, Any]:
         """All counts, ready for JSON."""
-        counts = {
-            name: getattr(self, name)
-            for name in ("format", "hash", "unused", "read", "kept", "train", "eval", "sets", "rendered_with")
-        }
-        counts["examples"] = self.examples
-        return counts | {
+        names = "format hash unused read kept train eval sets rendered_with examples"
+        return {name: getattr(self, name) for name in names.split()} | {
             "changed": self.changed_rows,
             "dropped": self.dropped.total(),
             "reasons": {reason: n for reasons in self.by_kind.values() for reason, n in reasons.items()},
@@ -128,80 +126,10 @@ class Split:
     eval_fraction: float = 0.1
     seed: int = 0
 
-
-@dataclasses.dataclass(frozen=True)
-class PreparedSplit:
-    """Prepared rows of one split of a dataset. `numbers` are those of the rows that their source_index refers to."""
-
-    rows: Dataset
-    numbers: Sequence[int | str]
-    label: str = ""
-    is_eval: bool = False
-
-
-def load_preferences(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
-    """Pairs to train on, pairs to evaluate on, and the report on every row. No prompt is in both.
-
-    Columns: prompt, chosen, rejected (lists of {role, content}); prompt_ids, chosen_ids, rejected_ids, the tokens that
-    DPOTrainer trains on; margin of the ratings, or null; prompt_hash; tokens of the prompt and the longer answer.
-    Raises UserError if a dataset cannot be read or used, if the chat template is not safe to train on (see
-    `validate_chat_template`), or with `settings.strict` if a row was dropped.
-    """
-    return _load(settings, tokenizer, use_pairs=True)
-
-
-def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, RowReport]:
-    """As `load_preferences`, for conversations. A preference dataset gives its chosen answers.
-
-    Columns: messages; input_ids and labels, which SFTTrainer takes as they are and which learn every assistant turn;
-    prompt_hash; tokens.
-    """
-    return _load(settings, tokenizer, use_pairs=False)
-
-
-def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
-    split, specs = config_from(settings, Split), parse_dataset_specs(settings)
-    limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
-    options = {"pairing": pairing, "system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
-    options |= {"chat_template_kwargs": template_variables(settings), "validate": True}
-    splits, formats, names = [], [], [Path(spec.id).name for spec in specs]
-    has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
-    for spec, short in zip(specs, names, strict=True):
-        for name in filter(None, (spec.eval_split, spec.split)):
-            is_eval = name == spec.eval_split
-            rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
-            prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, spec.format, **options)
-            label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
-            numbers = [f"{label} {index + 1}" if label else index + 1 for index in indices]
-            splits.append(PreparedSplit(prepared, numbers, label, is_eval))
-            formats.append(row_format)
-    report, train, held_out = deduplicate(splits)
-    report.format = ", ".join(dict.fromkeys(map(str, formats)))
-    report.unused = list(dict.fromkeys(name for row_format in formats for name in row_format.unused))
-    report.check(settings.strict, tokenizer)
-    if held_out is None:
-        train, held_out = split_by_prompt(train, split)
-    elif not len(train) or not len(held_out):
-        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
-    else:
-        train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
-        held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
-    report.train, report.eval, report.hash = len(train), len(held_out), hash_tokens(train, held_out)
-    return train, held_out, report
-
-
-def hash_tokens(*sets: Dataset) -> str:
-    """A hash over the token ids of prepared rows, in their order."""
-    import pyarrow.compute as pc
-
-    digest = hashlib.sha256()
-    for rows in sets:
-        names = [name for name in rows.column_names if name.endswith("_ids") or name == "labels"]
-        for table in rows.select_columns(names).with_format("arrow").iter(1000):
-            for column in table.columns:
-                digest.update(pc.list_value_length(column).to_numpy().tobytes())
-                digest.update(pc.list_flatten(column).to_numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def held_out(self, rows: int) -> int:
+        """How many of so many rows are evaluation rows, if no split of the dataset has them."""
+        share = max(1, round(self.eval_fraction * rows))
+        return max(0, min(self.eval_rows or share, max(share, rows // 4), rows - 1))
 
 
 def config_from(settings: Any, cls: type[Config]) -> Config:
@@ -210,96 +138,116 @@ def config_from(settings: Any, cls: type[Config]) -> Config:
     return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
 
-def prepare_rows(
-    rows: Dataset, tokenizer: Tokenizer, limits: LengthLimits, use_pairs: bool = True, **options: Any
-) -> tuple[Dataset, RowReport]:
-    """Prepared rows of one loaded dataset without duplicates, not split; `options` are those of `tokenize_dataset`."""
-    prepared, row_format = tokenize_dataset(rows, tokenizer, use_pairs, limits, **options)
-    report, kept, _ = deduplicate([PreparedSplit(prepared, range(1, len(rows) + 1))])
-    report.format, report.unused = str(row_format), list(row_format.unused)
-    return kept, report
+def estimate_workload(settings: Any, start: Start) -> str:
+    """The work of `settings` in words, from a sample of each dataset; nothing is downloaded. Raises UserError if a
+    local dataset cannot be used."""
+    count, note = _token_counter(start)
+    max_steps, split = settings.trl.get("max_steps", -1), config_from(settings, Split)
+    kept, tokens, has_eval_split = 0.0, 0.0, False
+    for spec in parse_dataset_specs(settings):
+        try:
+            with _offline():
+                rows = load_rows(spec)
+        except UserError:
+            if spec.is_file_name or find_path(spec.id) is not None:
+                raise
+            steps = f"{max_steps:,} steps, unknown tokens" if max_steps > 0 else "Unknown steps and tokens"
+            return f"{steps}: {spec.id} has not been downloaded yet."
+        lengths, share = _sample_lengths(rows, settings, spec, count)
+        kept, tokens = kept + len(lengths) * share, tokens + sum(lengths) * share
+        has_eval_split = has_eval_split or bool(spec.eval_split)
+    mean = tokens / max(1.0, kept)
+    evaluated = split.eval_rows if has_eval_split else split.held_out(int(kept))
+    kept -= 0 if has_eval_split else evaluated
+    if kept < 1:
+        raise UserError("none of the sampled rows can be used. Run `python -m helpers data` to see why.")
+    trained = min(split.train_rows or math.inf, kept)
+    units = trained * mean / settings.max_length if settings.trl.get("packing") else trained
+    epoch = max(1, math.ceil(round(units) / settings.rows_per_step()))
+    steps = max_steps if max_steps > 0 else math.ceil(settings.num_train_epochs * epoch)
+    passes = steps / epoch * trained
+    work = f"About {round(trained):,} rows to train on, {steps:,} steps, {passes * mean:,.0f} tokens{note}."
+    return work + _describe_evaluation(settings, steps, evaluated, passes) + _describe_time(settings, passes * mean)
 
 
-def deduplicate(splits: list[PreparedSplit]) -> tuple[RowReport, Dataset, Dataset | None]:
-    """The report, the rows to train on, and the rows of evaluation splits, if there are any.
+def _describe_evaluation(settings: Any, steps: int, evaluated: int, trained: float) -> str:
+    """A line with the number of evaluations and their share of the computation; "" without one.
 
-    A pair is kept once. A pair that also occurs with swapped labels is dropped both times. A prompt of an evaluation
-    split is not trained on.
+    A forward pass counts 1 a row, and the reference's of an evaluation row is needed once. A row that is trained on
+    takes a forward pass, another with checkpointing, a backward pass (2 with all weights) and the reference's.
     """
-    from datasets import concatenate_datasets
-
-    splits = sorted(splits, key=lambda split: not split.is_eval)
-    rows = concatenate_datasets([split.rows for split in splits])
-    pairs = rows.select_columns(["prompt_hash", "tokens", *INTERNAL_COLUMNS]).to_pandas()
-    pairs["split"] = np.repeat(range(len(splits)), [len(split.rows) for split in splits])
-    pairs["is_eval"] = [splits[number].is_eval for number in pairs["split"]]
-    pairs["row"] = [splits[n].numbers[i] for n, i in zip(pairs["split"], pairs["source_index"], strict=True)]
-    pairs["drop_reason"] = _drop_reasons(pairs)
-    is_kept, rows = pairs["drop_reason"] == "", rows.remove_columns(INTERNAL_COLUMNS)
-    train, held_out = (rows.select(np.flatnonzero(is_kept & side)) for side in (~pairs["is_eval"], pairs["is_eval"]))
-    return _count_rows(pairs, splits), train, held_out if splits[0].is_eval else None
+    trl, is_dpo = settings.trl, settings.step == "dpo"
+    every = trl.get("eval_steps", 0.2)
+    count = steps // math.ceil(every * steps if every < 1 else every)
+    count = {"no": 0, "epoch": math.ceil(settings.num_train_epochs)}.get(str(trl.get("eval_strategy")), count)
+    count += bool(trl.get("eval_on_start", is_dpo)) if count else 0
+    if not count or evaluated < 1:
+        return ""
+    own = evaluated * (count + is_dpo)
+    all_of_it = own + trained * (2 + trl.get("gradient_checkpointing", True) + (settings.tuning == "full") + is_dpo)
+    return f"\nEvaluation: {count} times {evaluated:,} rows, {own / all_of_it:.0%} of the computation."
 
 
-def _drop_reasons(pairs: DataFrame) -> Series[str]:
-    """Why each pair is dropped, or ""."""
-    reasons = pairs["drop_reason"]
-    prompt, chosen, rejected = (pairs[f"{side}_hash"].fillna("") for side in SIDES)
-    pair, swapped = prompt + " " + chosen + " " + rejected, prompt + " " + rejected + " " + chosen
-    is_usable = reasons == ""
-    reasons = reasons.mask(is_usable & swapped.isin(pair[is_usable]), "the same pair with both labels")
-    is_usable = reasons == ""
-    is_leak = ~pairs["is_eval"] & prompt.isin(prompt[is_usable & pairs["is_eval"]])
-    reasons = reasons.mask(is_usable & is_leak, "prompt is in the evaluation split")
-    is_usable = reasons == ""
-    is_repeated = is_usable & pair.where(is_usable).duplicated()
-    return reasons.mask(is_repeated, np.where(rejected == "", "duplicate conversation", "duplicate pair"))
+def _describe_time(settings: Any, tokens: float) -> str:
+    """A line with the time at the speed of the newest finished run of this step, model and tuning; "" without one."""
+    same = {name: getattr(settings, name) for name in ("model_id", "tuning", "quantization")}
+    for run in list_runs(settings.output_dir, settings.step):
+        speed = run.record.get("metrics", {}).get("tokens_per_second")
+        if not speed or not run.finished or not same.items() <= run.record.get("settings", {}).items():
+            continue
+        if max((log["step"] for log in read_history(run.folder / "metrics.jsonl")), default=0) >= MIN_STEPS:
+            minutes = round(tokens / speed / 60)
+            time = f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+            time = time if minutes > 1 else f"{tokens / speed:.0f} s"
+            return f"\nAbout {time}, at {speed:,.0f} tokens per second as in {run.name}."
+    return ""
 
 
-def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
-    """The report on rows, each of which has one or several `pairs`."""
-    report, row = RowReport(read=sum(len(split.numbers) for split in splits)), ["split", "row"]
-    is_kept = pairs["drop_reason"] == ""
-    is_row_kept = is_kept.groupby([pairs[name] for name in row]).transform("any")
-    kept, lost, dropped = pairs[is_kept], pairs[~is_kept & is_row_kept], pairs[~is_row_kept].drop_duplicates(row)
-    changed = kept[kept["modification"] != ""].drop_duplicates(row)
-    changes = changed.assign(modification=changed["modification"].str.split("; ")).explode("modification")
-    again = kept[kept.groupby("prompt_hash")["row"].transform("first") != kept["row"]]
-    report.count(report.flagged, ["duplicate prompt"] * len(again), again["row"])
-    report.count(report.dropped, dropped["drop_reason"], dropped["row"])
-    report.count(report.dropped_pairs, lost["drop_reason"] + f" {OTHERS_KEPT}", lost["row"])
-    report.count(report.changed, changes["modification"], changes["row"])
-    report.rendered_with.update(name for names in kept["rendered_with"] for name in names.split("\n"))
-    report.kept, report.changed_rows = report.read - len(dropped), len(changed)
-    for reason in (TOO_LONG, PROMPT_TOO_LONG):
-        report.lengths[reason] = pairs.loc[pairs["drop_reason"] == reason, "tokens"].astype(int).tolist()
-    for number, split in enumerate(splits):
-        if split.label:
-            reasons = Counter("dropped: " + dropped.loc[dropped["split"] == number, "drop_reason"])
-            read, lost_rows, changed_rows = len(split.numbers), reasons.total(), int((changed["split"] == number).sum())
-            counts = Counter(read=read, kept=read - lost_rows, changed=changed_rows, dropped=lost_rows, **reasons)
-            report.sets[split.label] = counts
-    return report
+def _sample_lengths(
+    rows: Dataset, settings: Any, spec: DatasetSpec, count: Callable[[str], int]
+) -> tuple[list[float], float]:
+    """Tokens to compute for each usable example of a sample, and how many examples each of them represents."""
+    limits, pairing = config_from(settings, LengthLimits), config_from(settings, PairingConfig)
+    max_prompt, max_total = limits.bounds
+    row_format = choose_format(rows, spec.format, use_pairs=settings.step == "dpo")
+    sample, lengths = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS))), list[float]()
+    examples = [example for row in sample for example in row_format.read(row, pairing)]
+    for example in (example for example in examples if not isinstance(example, str)):
+        talks = add_system_prompt(example.prompt, settings.system_prompt), example.chosen, example.rejected
+        prompt, *answers = (sum(count(m["content"]) for m in talk) for talk in talks if talk)
+        if limits.overlong == "truncate_prompt":
+            prompt = max(1, min(prompt, max_prompt, max_total - max(answers)))
+        elif limits.overlong == "truncate_completion":
+            answers = [min(answer, max(1, max_total - prompt)) for answer in answers]
+        if prompt <= max_prompt and prompt + max(answers) <= max_total:
+            lengths.append(sum(prompt + answer for answer in answers))
+    return lengths, spec.fraction * len(rows) / len(sample)
 
 
-def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:
-    """Train and evaluation rows with no prompt in both, in an order that depends on the seed, not on the file."""
-    if not (split.eval_rows or split.eval_fraction):
-        raise SettingsError("--eval_rows and --eval_fraction are both 0. Set one: evaluation needs rows.")
-    order, prompts = shuffled_indices(rows, split.seed), rows["prompt_hash"][:]
-    share = max(1, round(split.eval_fraction * len(order)))
-    count = min(split.eval_rows or share, max(share, len(order) // 4), len(order) - 1)
-    if count < split.eval_rows:
-        print(f"`--eval_rows {split.eval_rows}` is more than a quarter of {len(order)} rows; using {count}.")
-    while 0 < count < len(order) and prompts[order[count]] == prompts[order[count - 1]]:
-        count += 1  # all rows of a prompt go to one side
-    train = order[count:][: split.train_rows or None]
-    if not train:
-        raise UserError(f"{len(order)} rows are too few for --eval_rows {count}: none is left to train on")
-    return rows.select(train), rows.select(order[:count])
+def _token_counter(start: Start) -> tuple[Callable[[str], int], str]:
+    """A function that counts the tokens of a text, and a note if it only estimates them."""
+    from huggingface_hub import try_to_load_from_cache
+    from tokenizers import Tokenizer
+
+    folder = start.parent.folder if start.parent else find_path(start.model)
+    cached = None if folder else try_to_load_from_cache(start.model, "tokenizer.json", revision=start.revision)
+    file = folder / "tokenizer.json" if folder else Path(cached) if isinstance(cached, str) else Path()
+    if file.is_file():
+        tokenizer = Tokenizer.from_file(str(file))
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False)), ""
+    note = f" (at {CHARACTERS_PER_TOKEN} characters per token, because the tokenizer is not downloaded yet)"
+    return lambda text: len(text) // CHARACTERS_PER_TOKEN + 1, note
 
 
-def shuffled_indices(rows: Dataset, seed: int) -> list[int]:
-    """Row indices in an order given by the seed and the prompts; rows of one prompt are neighbours."""
-    prompts = rows["prompt_hash"][:]
-    rank = {prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in set(prompts)}
-    return sorted(range(len(prompts)), key=lambda i: (rank[prompts[i]], i))
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Use the Hub's cache only."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

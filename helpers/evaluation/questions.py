@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core import Row, UserError, find_path, fingerprint, printable, read_jsonl, short_path
-from helpers.data.files import decode, file_type, read_bytes
 from helpers.data.formats import MORE_COLUMNS, TEMPLATE_COLUMNS, row_template_options, template_columns
-from helpers.data.loading import DatasetSpec, load_rows
+from helpers.data.loading import DatasetSpec, decode, file_type, load_rows, read_bytes
 from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text, to_messages, unusable
 
 Question = dict[str, Any]

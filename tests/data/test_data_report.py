@@ -18,7 +18,8 @@ from pandas import DataFrame
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError
-from helpers.data.prepare import LengthLimits
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import load_preferences, prepare_rows
 from helpers.data.report import (
     DataReport,
     find_data_issues,
@@ -29,7 +30,7 @@ from helpers.data.report import (
     prefix_shortcuts,
     train_eval_overlap,
 )
-from helpers.data.row_report import RowReport, load_preferences, prepare_rows
+from helpers.data.row_report import RowReport
 from tests.conftest import REPO
 from tests.data.test_loading import settings
 

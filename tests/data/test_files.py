@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.core import UserError
-from helpers.data import files
+from helpers.data import loading
 from helpers.data.loading import DatasetSpec, load_rows
 
 ROW = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
@@ -119,7 +119,7 @@ def test_a_plain_file_of_lines_is_read_line_by_line(tmp_path: Path, monkeypatch:
     def never(file: Path) -> bytes:
         raise AssertionError(f"all of {file} was read")
 
-    monkeypatch.setattr(files, "read_bytes", never)
+    monkeypatch.setattr(loading, "read_bytes", never)
     assert read(tmp_path, "a.jsonl", LINE * 3) == [ROW] * 3
     with pytest.raises(UserError, match=r"b\.jsonl is empty"):
         read(tmp_path, "b.jsonl", "\n\n")

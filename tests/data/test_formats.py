@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from helpers.data.formats import (
     read_ranked,
     read_scored,
 )
-from helpers.data.loading import detect_format
+from helpers.data.loading import choose_format
 from helpers.data.messages import DropRow, parse_hh, validation_error
 
 PAIRS = {row_format.name: row_format for row_format in PAIR_FORMATS}
@@ -110,7 +111,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[Example]]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_as_its_card_gives_it_is_recognised_and_read(name: str) -> None:
     expected, row, pairs = ROWS[name]
-    row_format = detect_format({column: isinstance(value, list) for column, value in row.items()})
+    row_format = choose_format(Dataset.from_list([row]), "auto", use_pairs=True)
     assert row_format == PAIRS[expected]
     assert row_format.reader(row, PairingConfig()) == pairs
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from helpers.data.prepare import LengthLimits
-from helpers.data.row_report import prepare_rows
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import prepare_rows
 from helpers.models import chat
 from tests.data.test_formats import bot, user
 
@@ -66,8 +66,6 @@ def test_the_text_that_is_rendered_grows_with_the_turns(tokenizer: Any, monkeypa
 def test_a_huge_row_is_never_tokenized_whole(
     overlong: Any, reasons: dict[str, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.data import encode
-
     longest: list[int] = []
     tokenize = chat.tokenize
 
@@ -76,7 +74,6 @@ def test_a_huge_row_is_never_tokenized_whole(
         return tokenize(tokenizer, texts)
 
     monkeypatch.setattr(chat, "tokenize", watch)
-    monkeypatch.setattr(encode, "tokenize", watch)
     huge = "What is 3 plus 4? " * 20_000
     rows = [{"prompt": huge, "chosen": "5.", "rejected": "6."}, {"prompt": "a?", "chosen": huge, "rejected": "6."}]
     _, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits(64, 128, overlong))

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError
+from helpers.data.encode import LengthLimits, truncate_prompt
 from helpers.data.formats import PAIR_FORMATS, Format, PairingConfig
 from helpers.data.messages import parse_text
-from helpers.data.prepare import LengthLimits, truncate_prompt
-from helpers.data.row_report import Split, prepare_rows, split_by_prompt
+from helpers.data.prepare import prepare_rows, split_by_prompt
+from helpers.data.row_report import Split
 from helpers.models.chat import read_template, render, set_chat_template
 from tests.data.test_formats import JUNK, ROWS, bot, user
 

@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.core import UserError, read_jsonl
-from helpers.data.prepare import LengthLimits
-from helpers.data.row_report import Split, prepare_rows, split_by_prompt
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import prepare_rows, split_by_prompt
+from helpers.data.row_report import Split
 from helpers.models.chat import read_template, render
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
+from helpers.data.encode import LengthLimits
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PairingConfig, TrackedRow
-from helpers.data.prepare import LengthLimits
-from helpers.data.row_report import RowReport, prepare_rows
+from helpers.data.prepare import prepare_rows
+from helpers.data.row_report import RowReport
 from tests.data.test_formats import bot, user
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -14,8 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from helpers.core import REPO
-from helpers.data.prepare import LengthLimits, tokenize_dataset
-from helpers.data.row_report import RowReport, prepare_rows
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import prepare_rows, tokenize_dataset
+from helpers.data.row_report import RowReport
 
 PAGE = REPO / "docs" / "templates.md"
 FOLDER = Path(str((find_spec("trl") or Any).submodule_search_locations[0])) / "chat_templates"

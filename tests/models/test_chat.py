@@ -171,7 +171,7 @@ class Slow:
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels_and_trims(tokenizer: PreTrainedTokenizerBase) -> None:
-    from helpers.data.prepare import truncate_prompt
+    from helpers.data.encode import truncate_prompt
 
     slow: Any = Slow(tokenizer)
     assert tokenize_with_labels(slow, TALK) == tokenize_with_labels(tokenizer, TALK)

@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset
 
 from helpers.core import UserError
-from helpers.data.prepare import LengthLimits
-from helpers.data.row_report import prepare_rows
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import prepare_rows
 from helpers.models.chat import marked_template, render, validate_chat_template
 from tests.models.template_table import (
     ANSWERS,

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from trl import SFTConfig, SFTTrainer
 
 from helpers.core import SettingsError
-from helpers.data.prepare import LengthLimits
-from helpers.data.row_report import prepare_rows
+from helpers.data.encode import LengthLimits
+from helpers.data.prepare import prepare_rows
 from helpers.settings.load import load_settings
 from helpers.training.trainer import supports_packing
 from tests.conftest import REPO, code_cells
