@@ -295,10 +295,8 @@ def count_tokens(ids: TokenIds) -> tuple[int, int]:
 def apply_limits(
     tokenizer: Tokenizer, example: Example, ids: TokenIds, limits: LengthLimits, template: str = ""
 ) -> tuple[Example, TokenIds, str, str]:
-    """The example and its ids within the limits, the reason if it is dropped, and how it was modified.
-
-    Raises UserError for an example beyond the limits if `limits.overlong` is "error".
-    """
+    """The example and its ids within the limits, the reason if it is dropped, and how it was modified. Raises UserError
+    for an example beyond the limits if `limits.overlong` is "error"."""
     (prompt, answer), (max_prompt, max_total) = count_tokens(ids), limits.bounds
     total, is_conversation = prompt + answer, "labels" in ids
     if prompt <= max_prompt and total <= max_total:
@@ -333,9 +331,7 @@ def truncate_prompt(
     tokenizer: Tokenizer, prompt: list[Message], max_tokens: int, options: dict[str, Any] | None = None
 ) -> list[Message]:
     """The end of a prompt, rendered with `options` in at most `max_tokens` tokens; [] if nothing of the last turn fits.
-
-    Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays.
-    """
+    Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays."""
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
     users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]  # a prompt begins with one of them

@@ -51,10 +51,8 @@ def file_type(name: Path | str) -> str:
 
 def as_json_lines(file: Path, split: str, cache: Path) -> Path:
     """A JSON Lines file with the rows of `file`, which has type json, jsonl or csv. datasets reads it, compressed too.
-
     A file of one object per line is returned as it is; others are converted once, into `cache`. `split` chooses the
-    rows of a JSON object that has several lists of rows. Raises UserError with the line of what cannot be read.
-    """
+    rows of a JSON object that has several lists of rows. Raises UserError with the line of what cannot be read."""
     if (kind := file_type(file)) == "jsonl":
         return check_lines(file)
     if not (content := read_bytes(file)).strip():
@@ -153,10 +151,8 @@ def read_json(content: bytes, file: Path, split: str) -> list[Row] | None:
 
 
 def read_csv(content: bytes, file: Path) -> list[Row]:
-    """The rows of a CSV file, every field as text. Commas, semicolons, tabs or bars separate the fields.
-
-    Raises UserError with the line of a row that has more or fewer fields than the header.
-    """
+    """The rows of a CSV file, every field as text. Commas, semicolons, tabs or bars separate the fields. Raises
+    UserError with the line of a row that has more or fewer fields than the header."""
     csv.field_size_limit(2**31 - 1)
     # newline="" of open(): only \n and \r end lines, not the other line separators that a text may hold
     lines = decode(content, file).replace("\r\n", "\n").split("\n")
@@ -219,11 +215,9 @@ class DatasetSpec:
 
 
 def parse_dataset_specs(settings: Any) -> list[DatasetSpec]:
-    """The datasets of `settings.dataset_id`. Each entry is an id or a JSON object with fields of DatasetSpec.
-
-    Fields that an object lacks come from dataset_config, dataset_split, dataset_revision, data_format and eval_split.
-    Raises SettingsError.
-    """
+    """The datasets of `settings.dataset_id`. Each entry is an id or a JSON object with fields of DatasetSpec. Fields
+    that an object lacks come from dataset_config, dataset_split, dataset_revision, data_format and eval_split. Raises
+    SettingsError."""
     common = {key: getattr(settings, f"dataset_{key}") for key in ("config", "split", "revision")}
     common |= {"format": settings.data_format, "eval_split": settings.eval_split}
     common["any_split"] = settings.sources.get("dataset_split") == "default"
@@ -313,10 +307,8 @@ def _load(spec: DatasetSpec, split: str) -> Dataset:
 
 
 def _load_file_of_script(spec: DatasetSpec, split: str) -> Dataset | None:
-    """The data file next to a loader script, which datasets no longer runs; None if there is no such file.
-
-    tatsu-lab/alpaca_farm has alpaca_human_preference.json and alpaca_instructions/sft.json, by configuration and split.
-    """
+    """The data file next to a loader script, which datasets no longer runs: CONFIG.json or CONFIG/SPLIT.json, as
+    tatsu-lab/alpaca_farm has them. None if there is no such file."""
     from datasets import load_dataset
     from huggingface_hub import hf_hub_download
 
@@ -340,10 +332,8 @@ def subsample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[
 
 
 def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
-    """How to read a dataset: as `data_format`, or with "auto" as its columns suggest.
-
-    Raises SettingsError for an unknown format, UserError for columns that do not fit.
-    """
+    """How to read a dataset: as `data_format`, or with "auto" as its columns suggest. Raises SettingsError for an
+    unknown format, UserError for columns that do not fit."""
     known, columns = PAIR_FORMATS if use_pairs else INSTRUCTION_FORMATS, dict.fromkeys(rows.column_names, True)
     names = ", ".join(dict.fromkeys(each.name for each in known))
     candidates = known if data_format == "auto" else [each for each in known if each.name == data_format]
