@@ -35,9 +35,10 @@ TRUNCATED_ANSWER = "answer truncated"
 NOTHING = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "xyzzy", "description": "", "parameters": NOTHING}}
 CALL = {"type": "function", "function": {"name": "xyzzy", "arguments": {}}, "id": "xyzzy1234"}
-CALLING = [*chat.PROBE[:1], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+ASKED: list[Message] = [{**chat.PROBE[0]}]
+CALLING = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 ANSWERED = [*CALLING, {"role": "tool", "content": "Plugh.", "tool_call_id": "xyzzy1234", "name": "xyzzy"}]
-THINKING = [*chat.PROBE[:1], {"role": "assistant", "content": "Two.", "reasoning_content": "Plugh."}]
+THINKING = [*ASKED, {"role": "assistant", "content": "Two.", "reasoning_content": "Plugh."}]
 ARGUMENT_FORMS: tuple[Callable[[Any], Any], ...] = (  # of tool calls: as they are, an object, JSON
     lambda given: given,
     lambda given: json.loads(given) if isinstance(given, str) else given,
@@ -199,7 +200,7 @@ def not_rendered(tokenizer: Tokenizer, messages: list[Message], options: chat.Te
     options = options or {}
     given = {name for message in messages for name in (*message, message["role"])}
     probes = (  # a part, whether it is there, and a conversation with a word of it
-        ("tools", bool(options.get("tools")), chat.PROBE[:1], "xyzzy", {**options, "tools": [TOOL]}),
+        ("tools", bool(options.get("tools")), ASKED, "xyzzy", {**options, "tools": [TOOL]}),
         ("tool_calls", "tool_calls" in given, CALLING, "xyzzy", options),
         ("a tool's answer", "tool" in given, ANSWERED, "Plugh.", options),
         ("reasoning_content", "reasoning_content" in given, THINKING, "Plugh.", options),
@@ -277,7 +278,9 @@ def bound_texts(tokenizer: Tokenizer, example: Example, limits: LengthLimits) ->
     ends = dict.fromkeys(SIDES, slice(most))
     if limits.overlong == "truncate_prompt":
         ends["prompt"] = slice(-most, None)
-    cut = {side: [m | {"content": m["content"][end]} for m in getattr(example, side)] for side, end in ends.items()}
+    cut: dict[str, Any] = {
+        side: [m | {"content": m["content"][end]} for m in getattr(example, side)] for side, end in ends.items()
+    }
     return dataclasses.replace(example, **cut)
 
 

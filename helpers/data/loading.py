@@ -108,7 +108,7 @@ def _parse_json(text: str, file: Path, line: int = 0) -> Any:
 
 
 def check_lines(file: Path, parse: bool = False) -> Path:
-    """The file, read line by line. Raises UserError for a line that is not UTF-8 or no object, or if `parse`, no JSON."""
+    """The file, read by line. Raises UserError for a line that is no object or not UTF-8, or if `parse`, no JSON."""
     is_empty = True
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):

@@ -100,7 +100,7 @@ def content_fingerprint(rows: Dataset, tokenizer: Tokenizer, config: dict[str, A
     """
     files = ("data/messages.py", "data/formats.py", "data/encode.py", "models/chat.py")
     code = [(Path(__file__).parents[1] / file).read_text() for file in files]
-    code += map(inspect.getsource, (_prepare_batch, _hashes))
+    code += [inspect.getsource(_prepare_batch), inspect.getsource(_hashes)]
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # left from an earlier call, and without effect here
         tokenizer.backend_tokenizer.no_padding()
@@ -231,9 +231,9 @@ def load_instructions(settings: Any, tokenizer: Tokenizer) -> tuple[Dataset, Dat
 
 def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset, Dataset, RowReport]:
     split, specs = config_from(settings, Split), parse_dataset_specs(settings)
-    options = {"limits": config_from(settings, LengthLimits), "pairing": config_from(settings, PairingConfig)}
-    options |= {"system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc, "validate": True}
-    options["chat_template_kwargs"] = template_variables(settings)
+    options: dict[str, Any] = {"system_prompt": settings.system_prompt, "num_proc": settings.dataset_num_proc}
+    options |= {"limits": config_from(settings, LengthLimits), "pairing": config_from(settings, PairingConfig)}
+    options |= {"chat_template_kwargs": template_variables(settings), "validate": True}
     splits, names = list[PreparedSplit](), [Path(spec.id).name for spec in specs]
     has_labels = len(specs) > 1 or any(spec.eval_split for spec in specs)
     for spec, short in zip(specs, names, strict=True):
