@@ -21,7 +21,7 @@ from helpers.models import chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-T = TypeVar("T")
+Outcome = TypeVar("Outcome")
 TokenIds = dict[str, Any]  # by column; of a changed example also its "modification"
 SIDES = ("prompt", "chosen", "rejected")
 LAST_LEARNED = "only the last answer is learned: the chat template renders earlier ones differently"
@@ -178,7 +178,7 @@ def _encode_pairs(tokenizer: Tokenizer, examples: list[Example], validate: bool)
     return encoded
 
 
-def _result_or_reason(function: Callable[[Example], T], example: Example) -> T | str:
+def _result_or_reason(function: Callable[[Example], Outcome], example: Example) -> Outcome | str:
     try:
         return function(example)
     except UserError as error:
