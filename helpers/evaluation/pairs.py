@@ -171,7 +171,7 @@ class PairSet:
             own = [c for c, third in zip(self.scored, thirds, strict=True) if third == place]
             if own:
                 sizes = sorted(len(c.text) for c in own)
-                row = {"answers": name, "characters": f"{sizes[0]} to {sizes[-1]}"}
+                row: Row = {"answers": name, "characters": f"{sizes[0]} to {sizes[-1]}"}
                 row |= {"mean score": sum(c.score or 0 for c in own) / len(own)}
                 row |= {"chosen": sum(id(c) in chosen for c in own), "rejected": sum(id(c) in rejected for c in own)}
                 rows.append(row)
