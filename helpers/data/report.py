@@ -27,7 +27,7 @@ from helpers.data.row_report import OTHERS_KEPT, RowReport
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
 from helpers.settings.fields import TrainSettings
 from helpers.settings.load import load_settings, own_types, parse_value
-from helpers.settings.sources import Words, from_recipe, split_flags
+from helpers.settings.sources import from_recipe, split_flags
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -350,14 +350,15 @@ class ReportSettings(TrainSettings):
 def main(argv: list[str] | None = None) -> None:
     """Run the command of the module's docstring."""
     words = sys.argv[1:] if argv is None else argv
-    flags, recipe = {} if {"-h", "--help"} & set(words) else dict(split_flags(words)), Words()
-    if "recipe" in flags:  # its sections are for 01 and 02, and have settings that a report has no use for
-        recipe = from_recipe("sft", flags["recipe"][0])
+    flags = {} if {"-h", "--help"} & set(words) else dict(split_flags(words))
+    if "recipe" in flags:  # it belongs to 01 and 02, and has settings that a report has no use for
+        file, names = flags.pop("recipe")[0], own_types(ReportSettings)
+        recipe = from_recipe("sft", file)
         if not parse_value(bool, "sft", flags.get("sft", ["False"]), "flag"):
-            of_dpo = from_recipe("dpo", flags["recipe"][0])
-            recipe = {name: values for name, values in recipe.items() if name == "model_id"} | of_dpo
-    known = {name: values for name, values in recipe.items() if name in own_types(ReportSettings)}
-    settings = load_settings(ReportSettings, known, words)
+            recipe = {name: words for name, words in recipe.items() if name == "model_id"} | from_recipe("dpo", file)
+        flags = {name: values for name, values in recipe.items() if name in names} | flags
+        words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
+    settings = load_settings(ReportSettings, {}, words)
     resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
     tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
     if settings.sft:
