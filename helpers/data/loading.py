@@ -353,8 +353,11 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
         return dataclasses.replace(fitting, as_text=as_text)
     have = f"the dataset has columns {', '.join(columns)}"
     if data_format != "auto":
-        need = f"no {', no '.join(candidates[-1].missing(columns))}, which the format {data_format} needs"
-        raise UserError(f"{have}, and {need}. Rename them, or use another `--data_format`.")
+        lacking = ", no ".join(candidates[-1].missing(columns))
+        raise UserError(
+            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
+            "`--data_format`."
+        )
     needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
     raise UserError(
         f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."

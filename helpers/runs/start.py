@@ -199,17 +199,16 @@ def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, 
     """Raise SettingsError if the run in `folder` has other settings, or started from another model or run."""
     before = record.get("hashed_settings", {}) | {"starting point": record.get("origin", origin)}
     now = json.loads(json.dumps(hashed | {"starting point": origin}, default=str))
-    older = record.get("parent")
+    older, name = record.get("parent"), short_path(folder)
     if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
         flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
         keep = f" Use `{flag} {quoted(folder.parent / older)}` to keep the older one," if flag else " Use"
-        fault = f"started from {older}, and this command starts from {parent}" + " (trained again)" * (older == parent)
-        fault += f".{keep}"
-    else:
-        differences = [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]
-        fault = f"has other settings ({', '.join(differences)}). Use" if differences else ""
-    if fault:
-        raise SettingsError(f"{short_path(folder)} {fault} another --run_name, or `--resume never` to replace it.")
+        again = " (trained again)" * (older == parent)
+        raise SettingsError(f"{name} started from {older}, and this command starts from {parent}{again}.{keep} another "
+                            "--run_name, or `--resume never` to replace it.")  # fmt: skip
+    if differences := [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]:
+        raise SettingsError(f"{name} has other settings ({', '.join(differences)}). Use another --run_name, or "
+                            "`--resume never` to replace it.")  # fmt: skip
 
 
 @contextlib.contextmanager
