@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tests import fake_hub, warm
 from tests.browser import browser as browser  # a fixture for whichever test asks for it
 
 REPO = Path(__file__).resolve().parents[1]
+FROZEN: set[str] = set()  # modules whose objects no collection of garbage looks at
 SFT = ["--max_steps", "3", "--train_rows", "64", "--eval_rows", "8", "--save_steps", "3", "--eval_steps", "3"]
 # Enough to see a curve and three checkpoints; seconds long.
 DPO = {
@@ -49,6 +51,15 @@ def pytest_configure(config: pytest.Config) -> None:
     ):  # ignored in a job of a shell in the background, and so in its children
         if signal.getsignal(number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Collections of garbage leave alone what has been imported: each would take most of a second."""
+    if len(sys.modules) > len(FROZEN) + 200:
+        FROZEN.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
