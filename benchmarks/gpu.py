@@ -51,7 +51,7 @@ def write_inputs(folder: Path, small: bool) -> None:
     draw, words = random.Random(0), ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
     def text(shape: tuple[float, float], most: int) -> str:
-        count = min(most, max(1, int(draw.lognormvariate(*shape)) // (8 if small else 1)))
+        count = min(most, max(1, int(draw.lognormvariate(*shape)) // (32 if small else 1)))
         return " ".join(draw.choice(words) for _ in range(count))
 
     with (folder / "pairs.jsonl").open("w") as file:

@@ -21,7 +21,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_with_a_tiny_model() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     lines = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
     for name in ("stock-1", "ours-1", "stock-16", "ours-16"):
-        assert re.search(r"[\d,]+ tokens/s, [\d.]+ s a step, estimate 0\.\d\d GB, step 4, finished", lines[name]), name
+        assert re.search(r"[\d,]+ tokens/s, [\d.]+ s a step, estimate [\d.]+ GB, step 4, finished", lines[name]), name
     assert "Shared prefix: on" in lines["ours-16"]
     assert "Shared prefix" not in lines["stock-16"]
     assert "step 2" in lines["resumed interrupt"]
