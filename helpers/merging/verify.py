@@ -163,13 +163,13 @@ def last_logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 def compare_logits(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
     """Compare the next-token distributions of two models over all positions of the same conversations. `max_abs` and
     `mean_abs` are differences of logits, `top1` is the share of positions with the same most likely token, `kl` the
-    mean of KL(before ‖ after) in nats."""
+    mean of KL(before ‖ after) in nats; in double precision, or a small one would be rounding of its sum alone."""
     each = []  # of each conversation, (4, positions)
-    for a, b in zip(before, after, strict=True):
+    for a, b in ((a.double(), b.double()) for a, b in zip(before, after, strict=True)):
         difference, same = (a - b).abs(), (a.argmax(-1) == b.argmax(-1)).float()
         kl = kl_div(log_softmax(b, -1), log_softmax(a, -1), reduction="none", log_target=True).sum(-1)
         each.append(torch.stack([difference.amax(-1), difference.mean(-1), same, kl]))
-    stacked = torch.cat(each, 1).double()
+    stacked = torch.cat(each, 1)
     _, mean, top1, total = stacked.mean(1).tolist()
     total = 0.0 if total < 0 else total  # rounding can make a zero negative
     return {"max_abs": float(stacked[0].max()), "mean_abs": mean, "top1": top1, "kl": total}
