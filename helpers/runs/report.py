@@ -174,7 +174,7 @@ class RunContext(Run):
         return str(other.record.get("finished") or "~") < str(self.record.get("finished") or "")
 
     def draw(self, *panels: Panel) -> Markup:
-        """The curves of some panels, or of all that were logged."""
+        """The curves of some panels."""
         return to_data_uri(figure_to_png(plot_runs({"": self.history}, panels=panels)))
 
     def picture(self, file: Path) -> Markup | None:

@@ -276,13 +276,17 @@ def test_a_copy_of_the_runs_keeps_to_itself(road: Path, tmp_path: Path) -> None:
     assert find_parent(tmp_path / "alone", MERGE | elsewhere) == road
 
 
-def test_pictures_say_in_words_what_is_in_them(road: Path) -> None:
-    verdicts, loss, margin, data, curves = read(road).alts
+def test_pictures_say_in_words_what_is_in_them(road: Path, tmp_path: Path) -> None:
+    verdicts, loss, margin, data = read(road).alts
     assert loss == "loss: train from 0.7 to 0.5, eval from 0.6 to 0.6"
     assert margin == "reward margin: train from 0 to 0.4"
-    assert curves == f"All training curves: {loss}; {margin}."
     assert data == "Plots of the data. Tokens: prompt median 14, longest 22. Rows: 2,964 of 3,000 kept."
     assert verdicts == "Verdicts: dpo wins 55, loses 5, ties 420; sft wins 5, loses 55, ties 420."
+    more = {"rewards/accuracies": 0.5, "logps/chosen": -9, "logps/rejected": -8, "entropy": 2, "grad_norm": 1.5}
+    logs = [{"step": 1, "loss": 0.7, "rewards/margins": 0.1} | more]
+    *_, logps, others = read(make(tmp_path / "more", DPO, metrics_jsonl=logs)).alts  # no curve is drawn twice
+    assert logps.startswith("log-probabilities, chosen: train from -9 to -9")
+    assert others == "Other training curves: entropy: train from 2 to 2; gradient norm: train from 1.5 to 1.5."
 
 
 def test_sections_without_content_say_so_in_a_line(tmp_path: Path) -> None:
@@ -307,7 +311,7 @@ def test_a_stopped_run_says_why_and_how_to_resume_it(tmp_path: Path) -> None:
     page = read(make(tmp_path / "stopped", record, metrics_jsonl=LOGS))
     assert "full: outputs/x and …/cache" in page.text[""]
     assert "python notebooks/02_dpo.py --recipe r.yaml --max_steps 1000 --loss_type sigmoid sft" in page.text["next"]
-    assert len(page.alts) == 3  # two key panels, and all curves so far
+    assert len(page.alts) == 2  # the panels that have been logged so far
     logs = [*LOGS, {"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 0.1}]
     page = read(make(tmp_path / "stopped", record, metrics_jsonl=logs))  # the last evaluation, before there are metrics
     assert tiles(page)[:2] == [("Held-out accuracy", "70.0%"), ("Held-out margin", "0.1")]
