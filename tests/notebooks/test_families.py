@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.core import read_jsonl
-from tests.conftest import REPO, Project
+from tests.conftest import REPO, Project, marks
 from tests.families import FAMILIES, check_row, write_family
 from tests.notebooks.test_data import DRIVER
 from tests.training.pairs import check_same_logs
@@ -26,6 +26,9 @@ FEW = {
     "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no", "completion_steps": 0,
     "learning_rate": 0.01, "warmup_steps": 0, "logging_steps": 1,
 }  # fmt: skip
+# The long tests have one family of each kind of layers, and the matrix the others.
+OFTEN = {"Llama 3.1", "SmolLM3", "Mistral 0.1 (sliding)", "Ministral 3 (text)", "Mixtral", "Qwen3 MoE",
+         "Qwen3.5 with vision", "Gemma 3 4B with vision", "Phi-3 and 4", "OLMo 3", "GPT-NeoX (Pythia)"}  # fmt: skip
 Job = tuple[str, dict[str, Any]]
 
 
@@ -80,8 +83,7 @@ def check_merged(folder: Path, base: Path, tied: bool, again: Path) -> None:
         assert torch.equal(two, model.get_output_embeddings().weight)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(each, marks=marks(False, each in OFTEN)) for each in FAMILIES])
 def test_a_family_is_tuned_aligned_merged_and_answers(family: str, tmp_path: Path, demo_folder: Path) -> None:
     _, tied, _ = FAMILIES[family]
     project = Project(tmp_path / "project")

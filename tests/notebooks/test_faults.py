@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from helpers.runs.checkpoints import MANIFEST, checkpoint_error, list_checkpoints
-from tests.conftest import DPO, Project
+from tests.conftest import DPO, Project, marks
 from tests.notebooks.test_three_ways import results
 
-pytestmark = pytest.mark.long
 STEPS = 48
 GIVEN = DPO | {"max_steps": STEPS, "save_steps": 2, "eval_steps": 8, "eval_rows": 64}
 FLAGS = [word for name, value in GIVEN.items() for word in (f"--{name}", str(value))]
@@ -59,12 +58,16 @@ def beyond(folder: Path, step: int) -> bool:
     return last_step(folder) > step
 
 
-def test_killed_at_ten_moments_it_ends_with_the_same_numbers(project: Project, undisturbed: dict[str, float]) -> None:
-    words = [*FLAGS, "--run_name", "killed-often"]
-    folder = project.root / "outputs" / "killed-often"
+@pytest.mark.parametrize("moments", [pytest.param(n, marks=marks(False, n == 4)) for n in (4, 10)])
+def test_killed_at_many_moments_it_ends_with_the_same_numbers(
+    moments: int, project: Project, undisturbed: dict[str, float]
+) -> None:
+    name = f"killed-{moments}"
+    words = [*FLAGS, "--run_name", name]
+    folder = project.root / "outputs" / name
     draw = random.Random(0)
     kills, during_a_write = 0, 0
-    while kills < 10:
+    while kills < moments:
         process = start(project, *words)
         begun = last_step(folder)
         lost_at_most = {c.name for c in list_checkpoints(folder) if not checkpoint_error(c)}
@@ -82,13 +85,14 @@ def test_killed_at_ten_moments_it_ends_with_the_same_numbers(project: Project, u
         during_a_write += any(not (c / MANIFEST).exists() for c in folder.glob("checkpoint-*"))
         whole = {c.name for c in list_checkpoints(folder) if not checkpoint_error(c)}
         assert whole or not lost_at_most  # there is always one to go on from
-    assert kills == 10
+    assert kills == moments
     assert during_a_write >= 1
-    if project.record("killed-often")["status"] != "finished":
+    if project.record(name)["status"] != "finished":
         project.run("02_dpo.py", *words)
-    assert held_out(project, "killed-often") == undisturbed
+    assert held_out(project, name) == undisturbed
 
 
+@pytest.mark.long
 def test_a_truncated_checkpoint_is_not_resumed_from(project: Project, undisturbed: dict[str, float]) -> None:
     words = [*FLAGS, "--run_name", "truncated"]
     folder = project.root / "outputs" / "truncated"
@@ -118,19 +122,12 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
     project: Project, undisturbed: dict[str, float]
 ) -> None:
     disk = project.root / "disk"
-    words = [
-        *FLAGS,
-        "--run_name",
-        "starved",
-        "--output_dir",
-        str(disk),
-        "--sft_run",
-        str(project.root / "outputs" / "sft"),
-    ]
+    words = [*FLAGS, "--run_name", "starved", "--output_dir", str(disk)]
     with small_disk(disk, 12):
         filler = disk / "filler"
         folder = disk / "starved"
@@ -153,6 +150,7 @@ def test_a_full_disk_is_one_line_and_after_some_is_freed_it_goes_on(
         assert metrics[name] == value, name
 
 
+@pytest.mark.long
 def test_a_signal_in_an_evaluation_loses_no_step(project: Project, undisturbed: dict[str, float]) -> None:
     words = [*FLAGS, "--save_steps", "48", "--per_device_train_batch_size", "4", "--run_name", "evaluating"]
     folder = project.root / "outputs" / "evaluating"

@@ -18,7 +18,8 @@ from tests.conftest import DPO, Project
 from tests.judge_server import JudgeServer, judge_server
 from tests.notebooks.test_signals import stop
 
-SHORT = [word for name, value in (DPO | {"max_steps": 2}).items() for word in (f"--{name}", str(value))]
+GIVEN = {name: value for name, value in DPO.items() if name != "sft_run"} | {"max_steps": 2}
+SHORT = [word for name, value in GIVEN.items() for word in (f"--{name}", str(value))]
 PROMPTS = [f"What is {i} plus 7?" for i in range(10)]
 
 

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 
 from tests import warm
-from tests.conftest import Project
+from tests.conftest import Project, marks
 from tests.notebooks.test_kills import FLAGS, contents
 from tests.notebooks.test_signals import prepare
-
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +22,14 @@ def racers(project: Project) -> list[dict[str, str]]:
     return each
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.5, 2.0, 4.0])
-@pytest.mark.parametrize("notebook", FLAGS)
+@pytest.mark.parametrize(
+    ("notebook", "apart"),
+    [
+        pytest.param(notebook, apart, marks=marks(False, (place + turn) % 2 == 0))
+        for place, notebook in enumerate(FLAGS)
+        for turn, apart in enumerate((0.0, 0.5, 2.0, 4.0))
+    ],
+)
 def test_of_two_starts_one_finishes_as_if_alone_and_the_other_says_so(
     notebook: str, apart: float, project: Project, dpo_run: str, racers: list[dict[str, str]]
 ) -> None:

@@ -20,7 +20,7 @@ from helpers.models.chat import render, set_chat_template
 from helpers.settings.load import load_settings
 from helpers.settings.sources import SECTIONS
 from tests import fake_hub as local
-from tests.conftest import REPO, Project, code_cells
+from tests.conftest import REPO, Project, code_cells, marks
 from tests.data.test_formats import ROWS
 from tests.families import write_family
 from tests.notebooks.test_data import SFT_ROWS, drive, run_all, several
@@ -168,13 +168,15 @@ def test_qlora_by_the_recipe_of_pythia_is_merged_into_both_bases(
     models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:
     records = walk_to_the_merge(models, project, tmp_path, "pythia-2.8b-hh")
-    assert records["dequantized"]["metrics"]["kl"] < 1e-6 < records["original"]["metrics"]["kl"]
+    assert records["dequantized"]["metrics"]["kl"] < 1e-12 < records["original"]["metrics"]["kl"]
     for record in records.values():
         assert record["metrics"]["kl"] < record["verification"]["base alone"]["kl"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in WALKED if name != "pythia-2.8b-hh"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=marks(False, "7b" in name)) for name in WALKED if name != "pythia-2.8b-hh"],
+)
 def test_lora_by_every_other_recipe_is_merged(
     name: str, models: dict[str, Path], project: Project, tmp_path: Path
 ) -> None:

@@ -57,8 +57,8 @@ CALLS = {
     ],
 }  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ALL_THREE = ("Trainer.training_step", "merge:write_merged", "HFGenerator.generate", "Judge.run", "HFGenerator.sample")
-# Each call with one of the signals in turn; the work itself, and where a quick test needs it, with all three.
+ALL_THREE = ("Trainer.training_step", "HFGenerator.generate")
+# Each call with one of the signals in turn; training, and where a quick test needs it, with all three.
 CASES = [(notebook, *call.split(), number) for notebook, calls in CALLS.items() for place, call in enumerate(calls)
          for number in (SIGNALS if call.split()[0].endswith(ALL_THREE) else SIGNALS[place % 3 :][:1])]  # fmt: skip
 QUICK = {("01_sft.py", "helpers.settings.load:show", signal.SIGINT),

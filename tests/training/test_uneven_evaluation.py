@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Project
+from tests.conftest import Project, marks
 
 KEYS = ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_rewards/accuracies",
         "eval_logps/chosen", "eval_logps/rejected")  # fmt: skip
@@ -45,9 +45,12 @@ def evaluate(
 
 
 # Of batches of 4 and two processes: a last round of 1, 3 and 5 rows. The last has rows of both processes.
-@pytest.mark.long
 @pytest.mark.parametrize(
-    ("notebook", "rows"), [("02_dpo.py", 9), ("02_dpo.py", 3), ("02_dpo.py", 13), ("01_sft.py", 13)]
+    ("notebook", "rows"),
+    [
+        pytest.param(notebook, rows, marks=marks(False, (notebook, rows) in (("02_dpo.py", 9), ("01_sft.py", 13))))
+        for notebook, rows in (("02_dpo.py", 9), ("02_dpo.py", 3), ("02_dpo.py", 13), ("01_sft.py", 13))
+    ],
 )
 def test_two_processes_evaluate_as_one(notebook: str, rows: int, project: Project, demo_folder: Path) -> None:
     one = evaluate(project, demo_folder, f"one-{notebook[:2]}-{rows}", 1, notebook, rows)
