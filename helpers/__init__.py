@@ -1,4 +1,4 @@
-"""What the notebooks share, in eight rooms. Import from a room: `from helpers.data import load_preferences`."""
+"""What the notebooks share, in eight subpackages. Import from these: `from helpers.data import load_preferences`."""
 
 import importlib.util
 

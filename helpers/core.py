@@ -1,4 +1,4 @@
-"""What every room uses: errors, processes, paths, files and display."""
+"""What every subpackage uses: errors, processes, paths, files and display."""
 
 from __future__ import annotations
 
@@ -250,14 +250,14 @@ def import_user_module(name: str, setting: str) -> ModuleType:
         raise SettingsError(f"--{setting} {name} cannot be imported: {kind}{error}") from None
 
 
-def lazy_door(room: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
-    """Return `__all__` and `__getattr__` for the `__init__` of a room: a name is imported when it is first used.
-    `modules` maps each module of the room to its public names."""
-    homes = {name: f"{room}.{module}" for module, names in modules.items() for name in names}
+def lazy_exports(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
+    """Return `__all__` and `__getattr__` for the `__init__` of a subpackage: a name is imported when it is first used.
+    `modules` maps each of its modules to its public names."""
+    homes = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(homes[name]), name)
 
     return sorted(homes), get

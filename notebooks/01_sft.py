@@ -78,7 +78,8 @@ settings = load_settings(Settings, globals())
 # ## Starting point and run folder
 #
 # `resolve_start` finds the model to train. `start_run` names the run folder after the settings, so the same command
-# finds its own run. It resumes an interrupted run, and does not train a finished run again.
+# finds its own run. It resumes an interrupted run. If the run is finished, a command ends here and
+# prints the next one. In a kernel, the cells below skip the training and show its curves.
 #
 # `--dry_run` prints an estimate of memory, steps, tokens and time, and `start_run` then ends the notebook. Steps and
 # tokens need the dataset on disk. Time needs an earlier finished run of at least 20 steps with the same model
@@ -141,7 +142,7 @@ show(row_report)
 # loss; the model only reads the others.
 
 # %%
-data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
+data_report = DataReport.from_datasets(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
 show(data_report, data_report.figure)
 show_example(tokenizer, train_set[0])
 
@@ -191,7 +192,7 @@ training_args = SFTConfig(output_dir=str(run.folder), run_name=run.name, **confi
 # trained: small matrices next to the linear layers ([LoRA](https://arxiv.org/abs/2106.09685)).
 #
 # `lora_modules_to_save` names modules that are trained in full. PEFT ignores a name that the model lacks; here it is an
-# error. `trainable_token_indices` trains the embedding rows of `new_tokens`.
+# error. `lora_module_args` passes them to PEFT, with `trainable_token_indices`: the embedding rows of `new_tokens`.
 
 # %%
 set_seed(settings.seed)

@@ -23,7 +23,8 @@
 # ```
 #
 # DPO (Rafailov et al., 2023, arXiv:2305.18290) trains the policy $\pi$ on prompts $x$ with a chosen answer $y_c$ and a
-# rejected answer $y_r$. The reference $\pi_{ref}$ is a frozen copy of the initial policy; $\sigma$ is the sigmoid:
+# rejected answer $y_r$. The reference $\pi_{ref}$ is a frozen copy of the initial policy, and $\sigma$ is the sigmoid.
+# The loss of a pair is:
 #
 # $$-\log\sigma\Big(\beta\log\frac{\pi(y_c|x)}{\pi_{ref}(y_c|x)}-\beta\log\frac{\pi(y_r|x)}{\pi_{ref}(y_r|x)}\Big)$$
 
@@ -50,7 +51,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
     sft_run: str = ""  # start from a finished run of 01, or of 02, instead: its folder; latest: the newest run of 01
-    dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
+    dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # or latest-pairs: of 06
     dataset_split: str = "train"  # split for training; evaluation pairs come from it too
     train_rows: int = 11_000  # maximum number of training pairs; 0: all
     eval_rows: int = 2_750  # evaluation pairs, held out, at most a quarter of all; 0: the share eval_fraction
@@ -67,11 +68,11 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     learning_rate: float = 5e-5  # peak learning rate; for full tuning use 5e-7 to 1e-6
     per_device_train_batch_size: int = 1  # pairs per device and batch
     gradient_accumulation_steps: int = 16  # batches per optimizer step
-    tokens_per_microbatch: Literal["auto"] | int = "auto"  # tokens computed at a time; auto: what fits; 0: a batch
+    tokens_per_microbatch: Literal["auto"] | int = "auto"  # at most; auto: as many as fit; 0: no micro-batches
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # the adapter's output is scaled by lora_alpha / lora_r
-    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a pair's prompt once; auto: if this equals TRL
+    shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a pair's prompt once; auto: if equal to TRL
     merge_adaptors: bool = False  # merge the adapter after training, with 03_merge_push.py
     push_to_hub: bool = False  # publish after training, privately, with 03_merge_push.py
     hub_repo_id: str = ""  # repository on the Hub: name/model
@@ -85,9 +86,10 @@ settings = load_settings(Settings, globals())
 # ## Starting point and run folder
 #
 # The policy starts from a published model or from a run of `01_sft.py`. `start_run` names the run folder after the
-# settings, so the same command finds its own run. It resumes an interrupted run. It does not train a finished run
-# again, but `when_finished` then merges or publishes it if you ask for that. `--dry_run` prints an estimate of memory,
-# steps, tokens and time, and `start_run` ends the notebook. The plan for loading the model is saved in `run.json`.
+# settings, so the same command finds its own run. It resumes an interrupted run. If the run is finished,
+# `when_finished` merges or publishes it if you ask for that, and a command ends here. In a kernel, the cells below skip
+# the training. `--dry_run` prints an estimate of memory, steps, tokens and time, and `start_run` ends the notebook. The
+# plan for loading the model is saved in `run.json`.
 
 # %%
 from helpers.core import show
@@ -128,7 +130,8 @@ from helpers.training import MicroBatchDPOTrainer, microbatch_tokens, prepare_tr
 # ## Data
 #
 # Each row becomes a pair or is dropped, and the row report counts the reasons. Pairs with identical answers teach
-# nothing and are dropped. So are pairs above `max_length`; `--overlong truncate_prompt` shortens their prompts instead.
+# nothing and are dropped. So are pairs longer than `max_prompt_length` or `max_length`; `--overlong truncate_prompt`
+# shortens their prompts instead.
 # Evaluation pairs are held out: the model is not trained on their prompts. `new_tokens` come from the chat template.
 
 # %%
@@ -142,7 +145,7 @@ show(row_report)
 # that start with `!` need attention. Below the report is one pair as the model sees it.
 
 # %%
-data_report = DataReport.of(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
+data_report = DataReport.from_datasets(train_set, eval_set, row_report=row_report, max_length=settings.max_length)
 show(data_report, data_report.figure)
 show_example(tokenizer, train_set[0])
 
@@ -188,7 +191,8 @@ training_args = DPOConfig(output_dir=str(run.folder), run_name=run.name, **confi
 # %% [markdown]
 # ## Model
 #
-# With `qlora` the base is loaded in 4 bits and is frozen; only the adapter is trained. There are three references:
+# With `qlora` the base is loaded in 4 bits and is frozen; only the adapter is trained. The reference
+# model depends on what is trained:
 # - With a new adapter, the reference is the model with the adapter disabled.
 # - With the adapter of an SFT run, training continues at that adapter's rank. A frozen copy of it is the reference.
 # - With `--tuning full`, the reference is a second model, unless you use `--precompute_ref_log_probs True`.
@@ -229,10 +233,10 @@ elif not training_args.precompute_ref_log_probs:
 # ## Trainer
 #
 # The trainer is TRL's `DPOTrainer` on tokenized pairs. It computes a prompt once per pair, and compares its first batch
-# with TRL's own computation. It computes the pairs of an optimizer step together, as many at a time as fit into memory.
-# Gradients are those of the batches that you ask for. `prepare_trainer` adds logs, curves, diagnostics, sampled answers
-# and safe checkpoints. It also keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small
-# updates away.
+# with TRL's own computation. It splits the pairs of an optimizer step into micro-batches of `tokens_per_microbatch`
+# tokens at most. Gradients stay those of the batch size times the accumulation steps. `prepare_trainer` adds logs,
+# curves, diagnostics, sampled answers and safe checkpoints. It also keeps the adapter in float32: TRL casts QLoRA
+# adapters to bfloat16, which rounds small updates away.
 
 # %%
 trainer = MicroBatchDPOTrainer(

@@ -20,7 +20,7 @@
 # ```
 # python notebooks/03_merge_push.py                                       # the newest finished run of 02_dpo.py
 # python notebooks/03_merge_push.py --run outputs/dpo-... --push_to_hub --hub_repo_id me/model
-# python notebooks/03_merge_push.py --adapter FOLDER                      # an adapter from elsewhere
+# python notebooks/03_merge_push.py --adapter FOLDER                      # another adapter, or a run of 01_sft.py
 # python notebooks/03_merge_push.py --help                                # every setting of this notebook
 # ```
 #
@@ -79,15 +79,15 @@ settings = load_settings(Settings, globals())
 # A run records its base model and how it was trained. An adapter from elsewhere names its base in its configuration.
 #
 # Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
-# files and the model card. With `--push_to_hub --push adapter` it publishes the adapter. Nothing is left to merge then,
-# so the cells below do nothing. With `--dry_run`, `start_run` ends the notebook. So it does if the run is already
-# merged and nothing is to be published.
+# files and the model card. `--push_to_hub --push adapter` publishes the adapter, which needs no merge: the cells below
+# are then skipped (`is_done`). `start_run` ends the notebook with `--dry_run`, or if the run is already merged and
+# there is nothing to publish.
 
 # %%
 from helpers.core import short_path, show
 from helpers.hub import push_before_merge, push_model
 from helpers.merging import find_adapter, merge_adapter, verify_merge
-from helpers.runs import quoted, show_report, start_run
+from helpers.runs import shell_quote, show_report, start_run
 
 adapter_ref = find_adapter(settings)
 show(f"Adapter: {short_path(adapter_ref.source)}")
@@ -106,8 +106,8 @@ if not is_done:
 # - `--merge_base dequantized` merges it into these rounded weights, stored at full size. The result equals the trained
 #   policy, and this is the default for a quantized run.
 # - `--merge_base original` merges it into the published weights. The result differs in every layer. After QLoRA, its KL
-#   is usually above `--max_kl`: it was 0.05 in the demo. To keep such a merge, raise `--max_kl`. It is useful if one
-#   copy of the published weights serves several adapters.
+#   is usually above `--max_kl`: it was 0.04 in the demo. To keep such a merge, raise `--max_kl`. Use it only if the
+#   result has to start from the published weights.
 
 # %%
 if not is_done:
@@ -124,7 +124,7 @@ if not is_done:
 #
 # The same evaluation prompts go through two models: the trained policy, quantized as in training, and the merged model.
 # Both compute in float32 if there is memory for it. The KL divergence between their next-token distributions should be
-# about 1e-8 for weights in float32. In bfloat16 it is larger, because each merged weight is rounded. The row "computed
+# below 1e-8 for weights in float32. In bfloat16 it is larger, because each merged weight is rounded. The row "computed
 # in bfloat16" shows what bfloat16 adds when the merged model also computes in it. A model that does not fit into memory
 # is compared layer by layer.
 #
@@ -156,12 +156,12 @@ if settings.push_to_hub and not is_done:
 
 # %%
 if not is_done:
-    folder, word = short_path(merged.folder), quoted(merged.folder)
+    folder, target = short_path(merged.folder), shell_quote(merged.folder)
     print(f"""transformers   AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")
 PEFT           AutoPeftModelForCausalLM.from_pretrained({short_path(adapter_ref.source)!r})   # not merged
 serve          {merged.serve_commands()}
-GGUF           python llama.cpp/convert_hf_to_gguf.py {word} --outfile {word}/model.gguf --outtype bf16
-evaluate       lm_eval --model hf --model_args pretrained={word},dtype=auto --tasks ifeval --apply_chat_template""")
+GGUF           python llama.cpp/convert_hf_to_gguf.py {target} --outfile {target}/model.gguf --outtype bf16
+evaluate       lm_eval --model hf --model_args pretrained={target},dtype=auto --tasks ifeval --apply_chat_template""")
 
 # %% [markdown]
 # ## Next

@@ -86,8 +86,9 @@ settings = load_settings(Settings, globals())
 # ## Models and prompts
 #
 # Each run is preceded by the model that it started from, so you see the answers before and after training. A run is
-# loaded as in its training: after QLoRA, the base has 4 bits. A merged model is loaded as it is stored. A base is
-# loaded like the policy that was trained from it, and asked in the policy's chat template. The table shows all of this.
+# loaded as in its training: after QLoRA, in 4 bits. A merged model is loaded as it is stored. A base is loaded and
+# prompted like the policy that was trained from it: the same precision, the same chat template. The table shows all of
+# this.
 #
 # `--chat` starts a conversation instead. It is not saved, and ends the notebook here.
 
@@ -95,7 +96,7 @@ settings = load_settings(Settings, globals())
 from helpers.core import short_path, show
 from helpers.evaluation import AnswerStore, Generators, read_questions
 from helpers.models import resolve_models
-from helpers.runs import quoted, resumable, start_run
+from helpers.runs import resumable, shell_quote, start_run
 
 # %%
 model_refs = resolve_models(settings.models, settings.output_dir, base_url=settings.base_url)
@@ -141,9 +142,9 @@ with resumable(vibes_run):
 # %% [markdown]
 # ## Side by side
 #
-# The table has the first answers. `answers.html` has all of them, without the models' names. Read and vote there, and
-# export the votes. `05_judge.py --votes` counts them. Notes and the metrics in `run.json` count the answers that are
-# empty, cut off or refused. If no answer has any text, `finish` ends with an error.
+# The table shows `show_rows` prompts, spread evenly. `answers.html` has all answers, without the models' names. Read
+# and vote there, and export the votes. `05_judge.py --votes` counts them. Below the table and in `run.json` are counts
+# of answers that are empty, truncated, or refused by a server. If no answer has any text, `finish` ends with an error.
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
@@ -156,8 +157,8 @@ answers.finish(vibes_run, names, page=page_id)
 # Judge the answers: by a model, by rules, or by people's votes. The last cell prints the commands.
 
 # %%
-judge = f"python notebooks/05_judge.py --answers_dir {quoted(vibes_run.folder)}"
-is_recipe = settings.sources["prompts_file"] == "recipe"
+judge = f"python notebooks/05_judge.py --answers_dir {shell_quote(vibes_run.folder)}"
+is_recipe = settings.sources["prompts_file"] == "recipe"  # which then names its judge, too
 print(f"Page: {short_path(vibes_run.folder / 'answers.html')}")
-print(f"Next: {judge} {f'--recipe {quoted(settings.recipe)}' if is_recipe else '--judge_model NAME'}")
+print(f"Next: {judge} {f'--recipe {shell_quote(settings.recipe)}' if is_recipe else '--judge_model NAME'}")
 print(f"or, with votes exported from the page: {judge} --votes ~/Downloads/votes-{page_id}*.json")

@@ -36,8 +36,9 @@
 # ## Settings
 #
 # Each field is a flag (`--max_calls 100`), an environment variable (`JUDGE_MAX_CALLS`), a line of `.env` and a recipe
-# key. In a Jupyter kernel, insert a cell before the one that calls `load_settings` and assign the field:
-# `max_calls = 100`. `RunSettings` adds settings that all notebooks share, such as `output_dir`; see `--help`.
+# key. A field that begins with `judge_` has no second prefix: `JUDGE_MODEL`. In a Jupyter kernel, insert a cell before
+# the one that calls `load_settings` and assign the field: `max_calls = 100`. `RunSettings` adds settings that all
+# notebooks share, such as `output_dir`; see `--help`.
 
 # %% tags=["parameters"]
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Settings(RunSettings):
 
     step: ClassVar[str] = "judge"  # start of the run's name, prefix of variables, section of a recipe
     exclusive: ClassVar = (("judge_model", "reward_model", "votes", "judge_module", "judgments", "bench"),)  # give one
-    bare: ClassVar = {"bench": ["ifeval", "gsm8k"]}  # what --bench without names means
+    const: ClassVar = {"bench": ["ifeval", "gsm8k"]}  # value of --bench without names
 
     mode: Literal["pairwise", "single"] = "pairwise"  # pairwise: compare two answers; single: rate each from 1 to 10
     answers_dir: str = "latest"  # a finished run of 04_vibes.py (latest: the newest), or a folder of model_answer files
@@ -62,7 +63,7 @@ class Settings(RunSettings):
 
     judge_model: str = ""  # model that judges
     base_url: str = ""  # OpenAI-compatible endpoint of the judge; by default OPENAI_BASE_URL, or OpenAI itself
-    reward_model: str = ""  # instead of a model: a classifier with one logit, whose higher score wins
+    reward_model: str = ""  # instead of a judge model: a classifier with one logit; the higher score wins
     quantization: Literal["none", "8bit", "4bit"] = "none"  # weights of the reward model in memory
     votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
     judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
@@ -94,9 +95,9 @@ settings = load_settings(Settings, globals())
 # prints a preview of the judge's work, and `start_run` then ends the notebook.
 
 # %%
-from helpers.core import short_path, show
+from helpers.core import show
 from helpers.evaluation import find_answers, make_judge, summarize_judgments
-from helpers.runs import quoted, show_report, start_run
+from helpers.runs import show_report, start_run
 
 # %%
 answers = find_answers(settings)
@@ -104,7 +105,7 @@ show(answers)
 judge = make_judge(settings, answers)
 if settings.dry_run:
     show(judge.preview())
-judge_run = start_run(settings, base_model=judge.name, origin=judge.fingerprint)
+judge_run = start_run(settings, base_model=judge.name, origin=judge.fingerprint)  # named after the judge
 
 # %% [markdown]
 # ## Judge
@@ -119,8 +120,8 @@ verdicts = judge.run(judge_run)
 # ## Results
 #
 # The first table is the win table, with FastChat's columns. Below it, each pair of models has its win rate with an
-# interval and a significance test. Notes tell you what speaks against a result. For example, the judge may prefer the
-# first answer, or the longer one.
+# interval and a significance test. Notes list reasons to distrust a result, such as position bias or length bias of the
+# judge.
 
 # %%
 results = summarize_judgments(verdicts, answers, mode=settings.mode, seed=settings.seed)
@@ -136,15 +137,7 @@ show(results.figure(), save_as=judge_run.folder / "results.png")
 # had a verdict. `06_pairs.py` makes preference pairs for another round.
 
 # %%
-if (answers.folder / "answers.html").is_file():
-    print(f"Page: {short_path(answers.folder / 'answers.html')}")
-print(f"Results: {short_path(judge_run.folder / 'results.png')}")
-runs = [path for name in answers.answers or results.models if (path := settings.output_dir / name).is_dir()]
-if answers.answers and runs:
-    scorer = f"--judge_model {quoted(settings.judge_model)}" if settings.judge_model else "--judge_module MODULE"
-    source = f"--recipe {quoted(settings.recipe)}" if settings.recipe else f"--prompts_file OTHER_PROMPTS {scorer}"
-    print(f"Another round: python notebooks/06_pairs.py --models {quoted(runs[-1])} {source}")
-if answers.answers:
-    print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {quoted(judge_run.folder)}")
+runs = answers.find_runs(settings.output_dir, results.models)
+answers.print_next(settings, judge_run, runs=runs)
 show_report(*runs)
 verdicts.raise_if_incomplete()

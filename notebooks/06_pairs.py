@@ -26,8 +26,9 @@
 # python notebooks/02_dpo.py --sft_run outputs/dpo-... --dataset_id latest-pairs          # then: the next round
 # ```
 #
-# The best and the worst of a model's own answers become a pair. After an interruption, run the same command again: no
-# answer is sampled again, and none is scored twice. docs/another-round.md says when a round helps and when not.
+# The best and the worst of a model's own answers become a pair. `my_rules` is a Python module with
+# `score(answer, question)`. After an interruption, run the same command again: no answer is sampled again, and none is
+# scored twice. docs/another-round.md says when a round helps and when not.
 
 # %% [markdown]
 # ## Settings
@@ -92,7 +93,7 @@ class Settings(RunSettings):
     output_price: float = 0.0  # price per million tokens that the judge writes; 0: print no cost
     retry_errors: bool = False  # repeat calls of the judge whose reply had no verdict
     vote_page: bool = False  # scorer: people, who vote on a page for the best answer
-    second_scorer: Literal["", "judge_module", "reward_model", "judge_model"] = ""  # compare it with the scorer
+    second_scorer: Literal["", "judge_module", "reward_model", "judge_model"] = ""  # to compare with the first
     second_rows: int = 50  # number of prompts that the second scorer scores
     pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"  # which answers make pairs
     min_score_margin: float = 0.0  # drop pairs whose scores differ by less than this
@@ -106,9 +107,9 @@ settings = load_settings(Settings, globals())
 # %% [markdown]
 # ## Prompts, models and scorer
 #
-# The model that answers is the policy that the next round trains. Prompts that the runs of 04 have answered are left
-# out: a model is not evaluated with what it was trained on. Rules are tried, and a judge's name, key and prompts are
-# checked, before anything is sampled.
+# The model that answers is the policy that the next round trains. Prompts that runs of 04 have answered, the built-in
+# ones and those of `--exclude` are left out, so that you can evaluate the next model on them. Rules are tried, and a
+# judge's name, key and prompts are checked, before anything is sampled.
 
 # %%
 from helpers.core import show
@@ -140,7 +141,7 @@ pairs_run.set(models=prompt_set.names, loading=generators.loading, weights=gener
 # %%
 samples = prompt_set.open_store(pairs_run.folder, settings)
 with resumable(pairs_run):
-    samples.take(prompt_set.answers)  # those of --answers_dir
+    samples.import_answers(prompt_set.answers)  # those of --answers_dir
     samples.reuse(pairs_run, settings=settings, generators=generators)
     for name, generator in generators.load(samples):
         samples.generate_missing(name, generator, **generators.sampling)
@@ -148,30 +149,30 @@ with resumable(pairs_run):
 # %% [markdown]
 # ## Scores
 #
-# Thoughts are left out of what is scored. Each score is stored with its answer and used again, also by other runs. With
+# Reasoning (`<think>`) is not scored. Each score is stored with its answer and used again, also by other runs. With
 # `--vote_page` the notebook ends here. Run it again with `--from_votes` when people have voted.
 
 # %%
 with resumable(pairs_run):
-    scores = scorer.run(samples, pairs_run)
+    score_set = scorer.run(samples, pairs_run)
 
 # %% [markdown]
 # ## Pairs
 #
-# The report adds up from the prompts to the pairs. Read it before you train: if the longer answer nearly always won,
-# the next round teaches length. A `--control` shows what the scores are worth: train on it too, and compare both in 05.
+# The report counts what is dropped at each step from prompts to pairs. Read it before you train: if the longer answer
+# nearly always won, the next round teaches length. `--control` also writes pairs picked at random: train a second
+# policy on them, and compare the two with 04 and 05.
 
 # %%
-pairs = make_pairs(settings, prompt_set, samples=samples, scored=scores, generators=generators)
+pairs = make_pairs(settings, prompt_set, samples=samples, score_set=score_set, generators=generators)
 show(pairs)
 pairs.save(pairs_run)
 
 # %% [markdown]
 # ## Next
 #
-# Start the next round from the policy that answered. DPO's reference is a copy of where it starts, and the loss
-# compares the policy with it. On answers that another model gave, the loss moves the policy away from the texts that it
-# would write itself, and its gradient says little about them.
+# Start the next round from the policy that answered. The pairs are then on-policy: both answers are likely under the
+# policy and its reference. Pairs of another model's answers teach less about what this policy generates.
 
 # %%
 pairs.print_next(settings, prompt_set, run=pairs_run)

@@ -53,7 +53,7 @@ def door_of(room: str) -> dict[str, str]:
     """The names that a room's `__init__` offers, and the module of each."""
     file = REPO / "helpers" / room / "__init__.py"
     calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-    (table,) = [ast.literal_eval(c.args[1]) for c in calls if getattr(c.func, "id", "") == "lazy_door"]
+    (table,) = [ast.literal_eval(c.args[1]) for c in calls if getattr(c.func, "id", "") == "lazy_exports"]
     return {name: f"helpers.{room}.{module}" for module, names in table.items() for name in names}
 
 

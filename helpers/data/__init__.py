@@ -1,8 +1,8 @@
 """Data: published datasets to tokenized pairs or conversations, with a report on every row."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "encode": ["LengthLimits"],

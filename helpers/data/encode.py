@@ -1,5 +1,4 @@
-"""Examples as token ids, as the chat template renders them: what it leaves out, in which form it takes the rest, and
-what is done with more tokens than the limits allow."""
+"""Tokenize examples with the chat template, and apply the limits on their lengths."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 Outcome = TypeVar("Outcome")
 TokenIds = dict[str, Any]  # by column; of a changed example also its "modification"
 SIDES = ("prompt", "chosen", "rejected")
-LAST_LEARNED = "only the last answer is learned: the chat template renders earlier ones differently"
+LAST_LEARNED = "only the last answer is trained on: the chat template renders earlier ones differently"
 THOUGHTS_LOST = "the chat template begins with thoughts at generation, but not in training: use another --chat_template"
 EMPTY, EMPTY_THOUGHTS = "<think>\n\n</think>\n\n", "empty thoughts added: the chat template begins with thoughts"
 NOT_RENDERED = "{}, which the chat template does not render"
@@ -48,8 +47,8 @@ MANY_CHARACTERS = 100_000  # of a row, above which its texts are cut before they
 
 
 def template_options(tokenizer: Tokenizer, example: Example, options: dict[str, Any]) -> dict[str, Any]:
-    """What an example is rendered with: its tools, and `options` with its own. A template that thinks on demand is not
-    asked to if the answers have no thoughts: training begins as generation does. If they have, its prompt leaves room.
+    """What an example is rendered with: its tools, and `options` with its own. For a template that thinks on demand,
+    answers without thoughts are rendered with `enable_thinking` false: training then begins as generation does.
     """
     options = options | example.options
     if "enable_thinking" in options or "enable_thinking" not in str(tokenizer.chat_template):
@@ -80,8 +79,8 @@ def encode(
 ) -> list[TokenIds | str]:
     """Token ids of each example by column, or the reason why it cannot be used.
 
-    Conversations are rendered with `template` (`marked_template`). Pairs are with the tokenizer's, whose prompt is that
-    at generation; with `template` only those that it spoils. The ids of pairs are those of TRL 1.16's DPOTrainer
+    Conversations are rendered with `template` (`marked_template`). Pairs are rendered with the tokenizer's own, as at
+    generation; with `template` only where that fails. The ids of pairs are those of TRL 1.16's DPOTrainer
     (dpo_trainer.py, _prepare_dataset), which lets a completion begin where the tokens of the prompt and those of prompt
     and answer diverge. If that is before the end of the prompt, the prompt in training would differ from the one at
     generation, and the pair cannot be used. With `validate`, a rendering that is not safe to train on is refused too
@@ -189,12 +188,12 @@ def _fit_template(
     tokenizer: Tokenizer, messages: list[Message], options: chat.TemplateOptions, has_system_role: bool
 ) -> list[Message]:
     messages = chat.fold_system_message(messages, has_system_role)
-    if lacking := not_rendered(tokenizer, messages, options):
+    if lacking := find_unrendered(tokenizer, messages, options):
         raise UserError(NOT_RENDERED.format(lacking))
     return adapt_messages(tokenizer, messages, options)
 
 
-def not_rendered(tokenizer: Tokenizer, messages: list[Message], options: chat.TemplateOptions | None = None) -> str:
+def find_unrendered(tokenizer: Tokenizer, messages: list[Message], options: chat.TemplateOptions | None = None) -> str:
     """What of a conversation the template leaves out of its text: tools, tool_calls, reasoning_content, or a tool's
     answer; "" if it renders all."""
     options = options or {}

@@ -240,7 +240,7 @@ def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, 
     answer = next((name for name in answers if name in row), answers[0])
     messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
-        raise DropRow("no turn is learned")
+        raise DropRow("no turn is trained on")
     return [Example(messages[:-1], messages[-1:], options=row_template_options(row))]
 
 

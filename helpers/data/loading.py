@@ -87,7 +87,7 @@ def decode(content: bytes, file: Path, line: int = 0) -> str:
     """UTF-8 text without a byte-order mark; `line` is where `content` is in the file, 0 for all of it."""
     try:
         text = content.decode("utf-8-sig")
-        fault, at = "it has zeros, so it is no text or cut short", content.find(b"\0")
+        fault, at = "it contains NUL bytes, so it is binary or truncated", content.find(b"\0")
     except UnicodeDecodeError as error:
         hint = ". It looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         fault, at = error.reason + hint, error.start
@@ -236,7 +236,9 @@ def _parse_spec(text: str, common: dict[str, Any]) -> DatasetSpec:
         if key not in fields:
             raise SettingsError(f"--dataset_id {text!r} has an unknown key {key!r}. Use {', '.join(fields)}.")
         if not isinstance(value, (int, float) if key == "fraction" else str):
-            raise SettingsError(f"--dataset_id {text!r}: {key} must be a {'number' if key == 'fraction' else 'text'}.")
+            raise SettingsError(
+                f"--dataset_id {text!r}: {key} must be a {'number' if key == 'fraction' else 'string'}."
+            )
     spec = DatasetSpec(**{"id": "", **common, **entry, "any_split": common["any_split"] and "split" not in entry})
     if not spec.id or not 0 < spec.fraction <= 1:
         raise SettingsError(f"--dataset_id {text!r} needs an id, and a fraction above 0 and at most 1.")
@@ -285,7 +287,7 @@ def _load(spec: DatasetSpec, split: str) -> Dataset:
             options["parse_agent_traces"] = False
         return load_dataset(types.pop(), data_files=[glob.escape(str(f)) for f in files], split="train", **options)
     if path is None and spec.is_file_name:
-        raise UserError(f"dataset {spec.id!r} does not exist: there is no such file")
+        raise UserError(f"dataset {spec.id!r} does not exist. Check its path, which is relative to the current folder.")
     any_split = spec.any_split and split == spec.split
     if path and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         found = load_from_disk(str(path))

@@ -249,7 +249,8 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
     if held_out is None:
         train, held_out = split_by_prompt(train, split)
     elif not len(train) or not len(held_out):
-        raise UserError(f"no row of {'--dataset_split' if len(held_out) else '--eval_split'} can be used")
+        empty = "--dataset_split" if len(held_out) else "--eval_split"
+        raise UserError(f"No row of {empty} is left. The reasons are above; use another split.")
     else:
         train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
         held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
@@ -354,7 +355,9 @@ def split_by_prompt(rows: Dataset, split: Split) -> tuple[Dataset, Dataset]:
         count += 1  # all rows of a prompt go to one side
     train = order[count:][: split.train_rows or None]
     if not train:
-        raise UserError(f"{len(order)} rows are too few for --eval_rows {count}: none is left to train on")
+        raise UserError(
+            f"`--eval_rows {count}` leaves no training rows of {len(order)}. Lower it, or add rows with other prompts."
+        )
     return rows.select(train), rows.select(order[:count])
 
 

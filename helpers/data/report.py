@@ -2,7 +2,8 @@
 
     python -m helpers data --dataset_id my_pairs.jsonl --model_id mistralai/Mistral-7B-Instruct-v0.2
 
-takes the data settings of 02_dpo.py (with --sft, of 01_sft.py), reads .env, and needs a tokenizer but no model.
+takes the data settings of 01_sft.py and 02_dpo.py, reads .env, and needs a tokenizer but no model. With --sft it reads
+conversations instead of pairs.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class DataReport:
     prompts: list[Any] = dataclasses.field(default_factory=list)  # the first held-out ones
 
     @classmethod
-    def of(cls, train_set: Dataset, eval_set: Dataset, row_report: RowReport, max_length: int = 0) -> DataReport:
+    def from_datasets(
+        cls, train_set: Dataset, eval_set: Dataset, row_report: RowReport, max_length: int = 0
+    ) -> DataReport:
         """The report on what `load_preferences` or `load_instructions` returned, for the same `max_length`."""
         train, held_out = read_texts(train_set), read_texts(eval_set)
         prompts = [held_out_prompt(row) for row in eval_set.select(range(min(SAVED_PROMPTS, len(eval_set)))).to_list()]
@@ -327,9 +330,10 @@ def show_example(tokenizer: Tokenizer, row: dict[str, Any]) -> None:
 
 @dataclasses.dataclass
 class ReportSettings(TrainSettings):
-    """What a dataset will teach, without training on it. Settings are those of 01_sft.py and 02_dpo.py."""
+    """Report on a dataset without training on it. Defaults are those of 02_dpo.py; a recipe's section is read too."""
 
     step: ClassVar[str] = "data_report"
+    program: ClassVar[str] = "-m helpers data"
 
     sft: bool = False  # read conversations, as 01_sft.py does, instead of pairs
     out: str = ""  # folder for data_report.png and data_report.json; empty writes none
@@ -364,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.sft:
         settings.max_prompt_length = 0
     train_set, eval_set, row_report = (load_instructions if settings.sft else load_preferences)(settings, tokenizer)
-    report = DataReport.of(train_set, eval_set, row_report, settings.max_length)
+    report = DataReport.from_datasets(train_set, eval_set, row_report, settings.max_length)
     show(row_report, report)
     if settings.out:
         folder = Path(settings.out)

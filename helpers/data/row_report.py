@@ -1,4 +1,4 @@
-"""What happened to every row of a dataset; and for a dry run, the work that a dataset is, from a sample of its rows."""
+"""The report on what happened to every row; for a dry run, an estimate of steps and tokens from a sample of rows."""
 
 from __future__ import annotations
 
@@ -77,10 +77,11 @@ class RowReport:
         rows = f"{self.dropped.total()} of {self.read} rows cannot" if self.kept else f"no row of {self.read} can"
         by_template = [reason for reason in dropped if "chat template" in reason]
         if by_template and all(reason.endswith(NOT_RENDERED.format("")) for reason in by_template):
-            reasons += ". Use a Jinja file that renders it as `--chat_template FILE`, or remove it from the rows."
+            reasons += ". Use a Jinja file that renders it: `--chat_template FILE`. Or remove it from the rows."
         elif by_template and tokenizer:
             reasons += f". {suggest_template(tokenizer)}"
-        raise SettingsError(f"{rows} be used. {reasons}")
+        fix = " Fix these rows, or remove `--strict`." if self.kept else ""
+        raise SettingsError(f"{rows} be used. {reasons}{'.' * (fix != '' and reasons[-1] != '.')}{fix}")
 
     @property
     def by_kind(self) -> dict[str, Counter[str]]:

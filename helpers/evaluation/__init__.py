@@ -1,8 +1,8 @@
 """Evaluation: questions, generators, answers, the vote page, judges and their results."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "questions": ["read_bench", "read_questions"],

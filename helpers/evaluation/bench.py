@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 INSTALL = '`--bench` needs the package lm-eval. Install it with `pip install "lm-eval[hf,ifeval]"`.'
 BATCH, SHOWN = 8, 5  # requests at a time; questions that are shown of those that got worse, for each task
 BENCH_METHOD = (
-    "A question counts as right by the first metric of the task that is 0 or 1 for each of them, after the last of its "
-    "filters. p: exact McNemar test, of the questions that only one model answers right. Interval of the difference: "
+    "A question's result is the task's first metric that is 0 or 1 for each question, after the task's last filter. "
+    "p: exact McNemar test, of the questions that exactly one model answers right. Interval of the difference: "
     "Clopper and Pearson's of their share, times how many they are."
 )
 

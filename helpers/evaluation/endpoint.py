@@ -252,13 +252,15 @@ class Endpoint(Generator):
                 error = caught if isinstance(caught, _ServerError) else _ServerError.of(caught)
                 fits = _fitting_tokens(error.text, most)
                 if 0 < fits < most and error.status < 500:
-                    self._note(f"lowers --max_new_tokens {most} to what fits: {error.line}", key="fits")
+                    self._note(f"allows fewer than {most} new tokens; using {fits}: {error.line}", key="fits")
                     most = fits
                     if not re.search(CONTEXT, error.text):  # it does not depend on the prompt
                         self.most_written = fits
                 elif error.status in (400, 422) and (refused := _refused_arguments(error, sent)):
                     self.renamed |= {name: RENAMED.get(name) for name in refused}
-                    self._note(f"does not accept {', '.join(refused)}: {error.line}", key=str(refused))
+                    fixes = {n: f"sent as {RENAMED[n]}" if n in RENAMED else "left out" for n in refused}
+                    names = ", ".join(f"{name} ({fix})" for name, fix in fixes.items())
+                    self._note(f"does not accept {names}: {error.line}", key=str(refused))
                 elif error is caught and (error.status in (408, 409, 429) or error.status >= 500):
                     raise  # it may pass, and the client has not seen it
                 elif error.status in (400, 422, 500) and has_system and not fold and not self.supports_system:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Arguments of `model.generate` that change what it returns, or need an object.
 UNSUPPORTED_ARGUMENTS = {"num_return_sequences", "return_dict_in_generate", "stop_strings"}
 TEXT_ARGUMENTS = {"cache_implementation"}
-NO_INPUT = "--chat needs somebody who types, and there is no input here. Run `python notebooks/04_vibes.py --chat`."
+NO_INPUT = "--chat needs an interactive terminal. Run `python notebooks/04_vibes.py --chat` in one."
 THOUGHT_TOKEN = re.compile("think|thought|channel|message|inner_", re.IGNORECASE)  # a part of what marks thoughts
 
 
@@ -265,7 +265,7 @@ class Generators:
             own = name_template(tokenizer)
             if given == "auto" and not own:
                 fix = f"Choose one with `--chat_template`: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
-                raise SettingsError(f"{ref.name} is without a chat template. {fix}")
+                raise SettingsError(f"{ref.name} has no chat template. {fix}")
             name, _ = set_chat_template(tokenizer, given)
             if given == "auto":
                 is_policy_s = ref.policy and ref.tokenizer == ref.policy

@@ -228,14 +228,14 @@ CHUNK = 64  # answers that are scored and stored at a time
 
 
 @dataclasses.dataclass
-class Scored:
+class ScoreSet:
     """The scores of samples, and what tells how far they can be trusted."""
 
     scorer: str
     scores: Scores
     bounds: tuple[float, float] | None = None  # the worst and the best score that there is
     consistency: float | None = None  # of a judge: share of comparisons whose two orders agree
-    second: Scored | None = None  # another scorer's, of some of the prompts
+    second: ScoreSet | None = None  # another scorer's, of some of the prompts
     verdicts: list[Row] | None = None  # instead of scores: comparisons of two samples, in rows of model_judgment
 
 
@@ -254,7 +254,7 @@ class Scorer:
     def __rich__(self) -> str:
         return f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else "")
 
-    def run(self, samples: Any, run: Run) -> Scored:
+    def run(self, samples: Any, run: Run) -> ScoreSet:
         """Score all answers of a SampleStore with a text, and those to some prompts with the second scorer."""
         found = samples.answer_set
         texts = {n: {i: own[i] for i in own if own[i][0].strip()} for n, own in found.answers.items()}
@@ -266,7 +266,7 @@ class Scorer:
             scored.second = self.second.score(dataclasses.replace(answers, questions=drawn), run)
         return scored
 
-    def score(self, answers: AnswerSet, run: Run) -> Scored:
+    def score(self, answers: AnswerSet, run: Run) -> ScoreSet:
         """Score what has no score yet. Chunks are formed from all answers: a resumed run gives the same scores."""
         from tqdm.auto import tqdm
 
@@ -293,7 +293,7 @@ class Scorer:
             scores.setdefault(i, {})[name] = store.rows[key]["score"]
         low, high = self.bounds or (math.inf, -math.inf)
         are_within = all(low <= store.rows[key]["score"] <= high for key in unique)
-        return Scored(self.name, scores, self.bounds if are_within else None)
+        return ScoreSet(self.name, scores, self.bounds if are_within else None)
 
 
 def rules_scorer(settings: Any, questions: list[Question]) -> Scorer:
@@ -325,7 +325,7 @@ class JudgeScorer(Scorer):
             for match in {match["prompt"]: match for match in judge.matches}.values():
                 judge.messages(match)
 
-    def score(self, answers: AnswerSet, run: Run) -> Scored:
+    def score(self, answers: AnswerSet, run: Run) -> ScoreSet:
         judgments = self._judge(answers).run(run)
         judgments.raise_if_incomplete("--judge_max_new_tokens")
         return rating_scores(judgments) if self.settings.mode == "single" else win_shares(judgments)
@@ -337,16 +337,16 @@ class JudgeScorer(Scorer):
         return ModelJudge(given, answers, model_pairs(answers.answers, s.mode))
 
 
-def rating_scores(judgments: Judgments) -> Scored:
+def rating_scores(judgments: Judgments) -> ScoreSet:
     """The ratings of first turns as scores."""
     scores: Scores = {}
     for row in judgments.rows:
         if row["turn"] == 1 and row["score"] != -1:
             scores.setdefault(row["question_id"], {})[row["model"]] = float(row["score"])
-    return Scored(judgments.judge, scores, (1.0, 10.0))
+    return ScoreSet(judgments.judge, scores, (1.0, 10.0))
 
 
-def win_shares(judgments: Judgments) -> Scored:
+def win_shares(judgments: Judgments) -> ScoreSet:
     """The share of comparisons that each answer wins; a comparison whose two orders disagree is a tie."""
     outcomes, agree = dict[Any, dict[str, list[float]]](), list[bool]()
     for row in judgments.rows:
@@ -356,4 +356,4 @@ def win_shares(judgments: Judgments) -> Scored:
             own.setdefault(row["model_1"], []).append(1 - won)
             own.setdefault(row["model_2"], []).append(won)
     scores = {i: {name: sum(won) / len(won) for name, won in own.items()} for i, own in outcomes.items()}
-    return Scored(judgments.judge, scores, consistency=sum(agree) / len(agree) if agree else None)
+    return ScoreSet(judgments.judge, scores, consistency=sum(agree) / len(agree) if agree else None)

@@ -31,12 +31,12 @@ from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_ta
 from helpers.evaluation.questions import (
     Question,
     answer_turns,
+    answers_folder,
     find_input,
-    read_answer_files,
-    read_bench,
+    read_answers,
     safe_file_name,
 )
-from helpers.runs.checkpoints import load_record
+from helpers.runs.checkpoints import load_record, shell_quote
 from helpers.runs.run import Run, find_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
@@ -68,6 +68,27 @@ class AnswerSet:
                 notes.append(f"{' and '.join(pair)}: {sum(map(bool, lacking))} of {len(lacking)} questions are not "
                              f"judged, or not in all turns, because answers are missing: {who}.")  # fmt: skip
         return notes
+
+    def find_runs(self, outputs: Path, models: Iterable[str]) -> list[Path]:
+        """The folders of the judged models that are runs. `models` are those of a benchmark, which has no answers."""
+        return [path for name in self.answers or models if (path := outputs / name).is_dir()]
+
+    def print_next(self, settings: Any, run: Run, runs: Sequence[Path]) -> None:
+        """Print where the answers and the results are, and the commands of 06_pairs.py for another round."""
+        if (self.folder / "answers.html").is_file():
+            print(f"Page: {short_path(self.folder / 'answers.html')}")
+        print(f"Results: {short_path(run.folder / 'results.png')}")
+        if self.answers and runs:
+            scorer = (
+                f"--judge_model {shell_quote(settings.judge_model)}"
+                if settings.judge_model
+                else "--judge_module MODULE"
+            )
+            source = f"--prompts_file OTHER_PROMPTS {scorer}"
+            source = f"--recipe {shell_quote(settings.recipe)}" if settings.recipe else source
+            print(f"Another round: python notebooks/06_pairs.py --models {shell_quote(runs[-1])} {source}")
+        if self.answers:
+            print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {shell_quote(run.folder)}")
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -116,35 +137,11 @@ def find_answers(settings: Any) -> AnswerSet:
     return AnswerSet(questions, answers, folder, record.get("page", ""))
 
 
-def answers_folder(settings: Any) -> Path:
-    """The run or folder that --answers_dir names; of a run's model_answer, the run itself. Raises UserError."""
-    folder: Path = settings.output_dir / settings.answers_dir
-    folder = folder if folder.is_dir() else find_input("--answers_dir", settings.answers_dir, "folder").resolve()
-    return folder.parent if folder.name == "model_answer" and not (folder / "question.jsonl").is_file() else folder
-
-
-def read_answers(folder: Path, bench: Path | None = None) -> tuple[list[Question], dict[str, dict[str, Row]]]:
-    """The questions of a folder in FastChat's layout, or of `bench`, and each model's rows by question_id as text.
-    Raises UserError."""
-    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
-    found = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
-    if not found:
-        raise UserError(f"{short_path(place)} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
-    for name, rows in found.items():
-        try:
-            for row in rows.values():
-                for index in range(len(row.get("choices") or [0])):
-                    answer_turns(row, index)
-        except UserError as error:
-            raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
-    return read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent)), found
-
-
 def choose_models(names: Iterable[str], found: Iterable[str]) -> list[str]:
     """The models of `found` that names mean, each once. Raises SettingsError for a name that means none."""
     chosen = list(dict.fromkeys(model_name(name, found) for name in names))
     if lost := [name for name in chosen if name not in found]:
-        raise SettingsError(f"there are no answers of {', '.join(lost)}; there are of {', '.join(found)}")
+        raise SettingsError(f"There are no answers of {', '.join(lost)}. Use one of: {', '.join(found)}.")
     return chosen
 
 

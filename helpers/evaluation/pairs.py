@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 
 from helpers.core import CleanExit, Row, SettingsError, UserError, atomic_write, printable, short_path
-from helpers.data.encode import not_rendered
+from helpers.data.encode import find_unrendered
 from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
 from helpers.evaluation.answers import make_table
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.judges import JudgeScorer, Scored, Scorer, reward_scorer, rules_scorer
+from helpers.evaluation.judges import JudgeScorer, Scorer, ScoreSet, reward_scorer, rules_scorer
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import mean_interval
 from helpers.evaluation.samples import (
     VERDICTS,
-    GivenVerdicts,
+    ExistingVerdicts,
     Prompts,
     SampleStore,
     chosen_scorers,
     policy_flag,
 )
 from helpers.evaluation.verdicts import prompt_messages
-from helpers.runs.checkpoints import quoted
+from helpers.runs.checkpoints import shell_quote
 from helpers.runs.run import PAIR_FILES, Run
 
 BOTH = ("chosen", "rejected")
@@ -52,7 +52,7 @@ def make_scorer(settings: Any, prompts: Prompts | None = None) -> Scorer:
     if counts and max(counts.values()) < 2:
         raise UserError("No question has two answers to compare. Give answers of two models, or several choices.")
     if any(getattr(settings, name) for name in VERDICTS):
-        return GivenVerdicts(settings)
+        return ExistingVerdicts(settings)
     flags, second = chosen_scorers(settings), settings.second_scorer
     if second and not getattr(settings, second):
         raise SettingsError(f"--second_scorer {second} needs --{second}. Give it, too.")
@@ -78,16 +78,16 @@ class VotePage(Scorer):
     def __init__(self, settings: Any, questions: list[Question]) -> None:
         super().__init__("people", settings)
 
-    def run(self, samples: SampleStore, run: Run) -> Scored:
+    def run(self, samples: SampleStore, run: Run) -> ScoreSet:
         """Write the page. Raises CleanExit: there are no pairs before the votes."""
         s = self.settings
         sampling = {name: s.values()[name] for name in ("temperature", "top_p", "num_samples")}
         page = samples.write_vote_page([*samples.names], title=run.name, settings=sampling)
         run.save(status="interrupted", page=page)
         command = f"python notebooks/06_pairs.py --from_votes ~/Downloads/votes-{page}*.json"
-        command += f" --answers_dir {quoted(run.folder)}" + " --control" * s.control
+        command += f" --answers_dir {shell_quote(run.folder)}" + " --control" * s.control
         command += f" --min_score_margin {s.min_score_margin:g}" if s.min_score_margin else ""
-        command += f" --recipe {quoted(s.recipe)}" if s.recipe else ""
+        command += f" --recipe {shell_quote(s.recipe)}" if s.recipe else ""
         raise CleanExit(f"Vote on {short_path(run.folder / 'answers.html')} and export the votes.\nNext: {command}")
 
 
@@ -137,7 +137,7 @@ class PairSet:
         """Prompts with a pair."""
         return len({str(pair.question["question_id"]) for pair in self.pairs})
 
-    def measure(self, scored: Scored, asked: int) -> None:
+    def measure(self, score_set: ScoreSet, asked: int) -> None:
         """What to know before training on the pairs: see `notes`."""
         unequal = [p for p in self.pairs if len(p.chosen.text) != len(p.rejected.text)]
         longer = np.array([float(len(p.chosen.text) > len(p.rejected.text)) for p in unequal])
@@ -147,18 +147,18 @@ class PairSet:
         if len(longer):
             interval = mean_interval(longer, [str(p.question["question_id"]) for p in unequal], seed=0)
             self.metrics |= {"longer_won": float(longer.mean()), "longer_won_interval": interval}
-        if scored.verdicts is None and asked:
+        if score_set.verdicts is None and asked:
             self.metrics["no_spread"] = sum(self.dropped[reason] for reason in NO_SPREAD) / asked
-        if scored.consistency is not None:
-            self.metrics["consistency"] = scored.consistency
-        if scored.second:  # how often another scorer agrees on the pairs that it has scored
+        if score_set.consistency is not None:
+            self.metrics["consistency"] = score_set.consistency
+        if score_set.second:  # how often another scorer agrees on the pairs that it has scored
             counts = Counter[str]()
             for p in self.pairs:
-                scores = scored.second.scores.get(p.question["question_id"], {})
+                scores = score_set.second.scores.get(p.question["question_id"], {})
                 if {p.chosen.name, p.rejected.name} <= {*scores}:
                     margin = scores[p.chosen.name] - scores[p.rejected.name]
                     counts["agrees" if margin > 0 else "ties" if margin == 0 else "disagrees"] += 1
-            self.metrics["second"] = {"scorer": scored.second.scorer, **counts}
+            self.metrics["second"] = {"scorer": score_set.second.scorer, **counts}
         self.metrics["by_length"] = self._by_length()
 
     def _by_length(self) -> list[Row]:
@@ -184,10 +184,11 @@ class PairSet:
             low, high = m["longer_won_interval"]
             notes.append(
                 f"The longer answer was chosen in {m['longer_won']:.0%} of pairs ({low:.0%} to {high:.0%}): "
-                f"{m['chosen_length']:.0f} characters against {m['rejected_length']:.0f} on average."
+                f"chosen answers have {m['chosen_length']:.0f} characters on average, rejected ones "
+                f"{m['rejected_length']:.0f}."
             )
         if "no_spread" in m:
-            notes.append(f"{m['no_spread']:.0%} of prompts have answers that are all the same or all as good.")
+            notes.append(f"{m['no_spread']:.0%} of prompts have answers that are all the same or have equal scores.")
         if "consistency" in m:
             notes.append(f"The judge gave the same verdict in both orders in {m['consistency']:.0%} of comparisons.")
         if second := m.get("second"):
@@ -246,23 +247,23 @@ class PairSet:
             print(printable(f"note: {note}"))
         words = ["python notebooks/02_dpo.py", flag, "--dataset_id"]
         more = ["--trust_remote_code"] if settings.trust_remote_code else []
-        more += [f"--recipe {quoted(settings.recipe)}"] if settings.recipe else []
+        more += [f"--recipe {shell_quote(settings.recipe)}"] if settings.recipe else []
         if self.control:  # first: the newest run is where the next notebooks start
-            print("First the control:", *words, quoted(run.folder / PAIR_FILES[1]), *more)
-        print("Next:", *words, quoted(run.folder / PAIR_FILES[0]), *more)
+            print("First the control:", *words, shell_quote(run.folder / PAIR_FILES[1]), *more)
+        print("Next:", *words, shell_quote(run.folder / PAIR_FILES[0]), *more)
 
 
 def make_pairs(
-    settings: Any, prompts: Prompts, samples: SampleStore, scored: Scored, generators: Generators
+    settings: Any, prompts: Prompts, samples: SampleStore, score_set: ScoreSet, generators: Generators
 ) -> PairSet:
     """The pairs of scored answers or of verdicts, and their report. Empty answers make no pair, and answers that were
     cut off are never chosen. The control has the same prompts, as often, and answers that are picked at random."""
     answers, models = samples.answer_set, {name: model for name, (model, _) in samples.names.items()}
-    verdicts = _group_verdicts(scored.verdicts or [])
-    pairs = PairSet(scored.scorer, prompts.read, prompts.left_out.copy())
+    verdicts = _group_verdicts(score_set.verdicts or [])
+    pairs = PairSet(score_set.scorer, prompts.read, prompts.left_out.copy())
     for question in answers.questions:
         i, draw = question["question_id"], random.Random(f"{settings.seed} {question['turns'][0]}")
-        scores, decided = scored.scores.get(i, {}), verdicts.get(str(i), {})
+        scores, decided = score_set.scores.get(i, {}), verdicts.get(str(i), {})
         found = [Candidate(n, models[n], own[i][0], scores.get(n)) for n, own in answers.answers.items() if i in own]
         candidates = [c for c in found if c.text.strip()]
         texts = {c.text for c in candidates}
@@ -272,10 +273,10 @@ def make_pairs(
         own: list[Pair] | str
         if len(texts) < 2:
             own = ONE_ANSWER if candidates else ALL_EMPTY if found else NO_ANSWER
-        elif scored.verdicts is None:
-            own = _pairs_of_scores(question, candidates, scored, prompts.sides, settings, draw, pairs.lost)
+        elif score_set.verdicts is None:
+            own = _pairs_of_scores(question, candidates, score_set, prompts.sides, settings, draw, pairs.lost)
         else:
-            own = _pairs_of_verdicts(question, candidates, decided, scored, prompts.sides, settings, pairs.lost)
+            own = _pairs_of_verdicts(question, candidates, decided, score_set, prompts.sides, settings, pairs.lost)
         judged = {*scores, *(name for both, counts in decided.items() if {*counts} != {SAME_ANSWERS} for name in both)}
         if own != ONE_ANSWER and (not_judged := sum(c.name not in judged for c in candidates)):
             pairs.answers["not judged"] += not_judged
@@ -289,13 +290,13 @@ def make_pairs(
     pairs.sampling = {name: settings.values()[name] for name in names} if prompts.models else {}
     thought: list[Message] = [{"role": "assistant", "content": "", "reasoning_content": "Hm."}]
     kinds = [(tokenizer, generators.variables[name]) for name, (tokenizer, _) in generators.tokenizers.items()]
-    pairs.keeps_thoughts = not any(not_rendered(tokenizer, thought, variables) for tokenizer, variables in kinds)
-    pairs.measure(scored, asked=len(prompts.questions))
+    pairs.keeps_thoughts = not any(find_unrendered(tokenizer, thought, variables) for tokenizer, variables in kinds)
+    pairs.measure(score_set, asked=len(prompts.questions))
     return pairs
 
 
 def _pairs_of_scores(
-    question: Question, candidates: list[Candidate], scored: Scored, sides: tuple[str, ...], settings: Any,
+    question: Question, candidates: list[Candidate], score_set: ScoreSet, sides: tuple[str, ...], settings: Any,
     draw: random.Random, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The pairs of a prompt, or why it has none."""
@@ -304,7 +305,7 @@ def _pairs_of_scores(
     if len(rated) < 2:
         return NOT_SCORED
     if len(values) == 1:
-        worst, best = scored.bounds or (None, None)
+        worst, best = score_set.bounds or (None, None)
         return ALL_BEST if values == {best} else ALL_WORST if values == {worst} else ALL_EQUAL
     upper, lower = ([c for c in rated if side in ("", c.model)] for side in sides)
     both = [(a, b) for a in upper for b in lower if not a.answer.cut and _margin(a, b) > 0]
@@ -317,7 +318,7 @@ def _pairs_of_scores(
     kept = [(a, b) for a, b in both if _margin(a, b) >= settings.min_score_margin]
     if 0 < len(kept) < len(both):
         lost[MARGIN] += len(both) - len(kept)
-    return [Pair(question, a, b, scored.scorer) for a, b in kept] or MARGIN
+    return [Pair(question, a, b, score_set.scorer) for a, b in kept] or MARGIN
 
 
 def _margin(a: Candidate, b: Candidate) -> float:
@@ -357,7 +358,7 @@ def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
 
 
 def _pairs_of_verdicts(
-    question: Question, candidates: list[Candidate], verdicts: Verdicts, scored: Scored, sides: tuple[str, ...],
+    question: Question, candidates: list[Candidate], verdicts: Verdicts, score_set: ScoreSet, sides: tuple[str, ...],
     settings: Any, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
@@ -378,7 +379,7 @@ def _pairs_of_verdicts(
         elif _margin(chosen, rejected) < settings.min_score_margin:
             reasons[MARGIN] += 1
         else:
-            pairs.append(Pair(question, chosen, rejected, scored.scorer))
+            pairs.append(Pair(question, chosen, rejected, score_set.scorer))
     if pairs:
         lost.update(reasons)
         return pairs

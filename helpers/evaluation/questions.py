@@ -18,7 +18,7 @@ from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text,
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
-NOTHING_ANSWERED = "nothing to judge: no question has been answered by {}"
+NOTHING_ANSWERED = "Nothing to judge: no question has answers of all of {}. Run 04_vibes.py with them together."
 # FastChat (llm_judge/common.py) shows a reference in these categories only.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
 FASTCHAT_NAMES = {"pairwise": ("pair-v2", "pair-math-v1"), "single": ("single-v1", "single-math-v1")}
@@ -321,3 +321,27 @@ def _transcript(asked: list[str], answers: list[str], turn: int) -> str:
         return "".join(answers[:1])
     pairs = zip(asked[:turn], answers[:turn], strict=False)
     return "\n\n".join(f"## User\n\n{question}\n\n## Assistant\n\n{answer}" for question, answer in pairs)
+
+
+def answers_folder(settings: Any) -> Path:
+    """The run or folder that --answers_dir names; of a run's model_answer, the run itself. Raises UserError."""
+    folder: Path = settings.output_dir / settings.answers_dir
+    folder = folder if folder.is_dir() else find_input("--answers_dir", settings.answers_dir, "folder").resolve()
+    return folder.parent if folder.name == "model_answer" and not (folder / "question.jsonl").is_file() else folder
+
+
+def read_answers(folder: Path, bench: Path | None = None) -> tuple[list[Question], dict[str, dict[str, Row]]]:
+    """The questions of a folder in FastChat's layout, or of `bench`, and each model's rows by question_id as text.
+    Raises UserError."""
+    place = folder / "model_answer" if (folder / "model_answer").is_dir() else folder
+    found = read_answer_files(sorted({*place.glob("*.jsonl")} - {folder / "question.jsonl"}))
+    if not found:
+        raise UserError(f"{short_path(place)} has no answers. Give a folder with FastChat's NAME.jsonl for each model.")
+    for name, rows in found.items():
+        try:
+            for row in rows.values():
+                for index in range(len(row.get("choices") or [0])):
+                    answer_turns(row, index)
+        except UserError as error:
+            raise UserError(f"{short_path(place)}, answers of {name}: {error}") from None
+    return read_bench(bench or (folder if (folder / "question.jsonl").is_file() else folder.parent)), found

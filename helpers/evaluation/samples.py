@@ -14,14 +14,12 @@ from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, 
 from helpers.data.formats import row_template_options
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.generators import Generators
-from helpers.evaluation.judges import Scored, Scorer, rating_scores, win_shares
+from helpers.evaluation.judges import Scorer, ScoreSet, rating_scores, win_shares
 from helpers.evaluation.judgments import (
     AnswerSet,
     Judgments,
-    answers_folder,
     choose_models,
     model_name,
-    read_answers,
     read_exports,
     read_judgments,
     read_votes,
@@ -31,12 +29,14 @@ from helpers.evaluation.questions import (
     Answer,
     Question,
     answer_turns,
+    answers_folder,
+    read_answers,
     read_question_file,
     read_questions,
 )
 from helpers.evaluation.verdicts import prompt_messages
 from helpers.models.resolve import ModelRef, resolve_models
-from helpers.runs.checkpoints import hash_files, quoted, read_run
+from helpers.runs.checkpoints import hash_files, read_run, shell_quote
 from helpers.runs.run import STEPS, Run, is_hub_id, list_runs
 
 VERDICTS = ("from_judgments", "from_votes")  # settings that name pairs which are decided already
@@ -295,7 +295,7 @@ class SampleStore(AnswerStore):
         """The samples as answers of that many models: what judges take."""
         return AnswerSet(self.questions, {name: self.answers(name) for name in self.names}, self.folder, self.page)
 
-    def take(self, answers: dict[str, dict[str, Row]]) -> None:
+    def import_answers(self, answers: dict[str, dict[str, Row]]) -> None:
         """Store rows that there are already, by model and by question_id as text."""
         self.write_questions()
         for name, rows in answers.items():
@@ -313,7 +313,7 @@ class SampleStore(AnswerStore):
             for theirs, key in (other.record.get("sampling") or {}).items():
                 if name := next((name for name, own in keys.items() if own == key and self.missing(name)), None):
                     rows = SampleStore(other.folder, []).file(theirs).rows
-                    self.take({name: {str(i): row for i, row in rows.items()}})
+                    self.import_answers({name: {str(i): row for i, row in rows.items()}})
 
     def _ask(
         self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
@@ -327,7 +327,7 @@ class SampleStore(AnswerStore):
         return [super(SampleStore, self)._choices([turn])[0] | {"index": k} for k, turn in enumerate(turns)]
 
 
-class GivenVerdicts(Scorer):
+class ExistingVerdicts(Scorer):
     """What a judge or people have decided before: nothing is scored."""
 
     def __init__(self, settings: Any) -> None:
@@ -340,7 +340,7 @@ class GivenVerdicts(Scorer):
         if not self.is_rated:
             refuse_without_effect(settings, ("pairing",), *(name for name in VERDICTS if getattr(settings, name)))
 
-    def run(self, samples: SampleStore, run: Run) -> Scored:
+    def run(self, samples: SampleStore, run: Run) -> ScoreSet:
         """Ratings of first turns as scores, or comparisons. Verdicts on a model are about its first sample."""
         answers, judgments = samples.answer_set, self.judgments
         firsts = {model: name for name, (model, k) in samples.names.items() if k == 0}
@@ -359,7 +359,7 @@ class GivenVerdicts(Scorer):
         if self.is_rated:
             return rating_scores(judgments)
         consistency = win_shares(judgments).consistency if self.judgments else None
-        return Scored(judgments.judge, {}, consistency=consistency, verdicts=rows)
+        return ScoreSet(judgments.judge, {}, consistency=consistency, verdicts=rows)
 
 
 def policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
@@ -372,11 +372,11 @@ def policy_flag(settings: Any, prompts: Prompts) -> tuple[str, str]:
         place, is_served = find_answering_model(name, prompts.folder or settings.output_dir, settings.output_dir)
     path = find_path(str(settings.output_dir / place)) or find_path(place)
     if path and read_run(path).get("step") in ("sft", "dpo"):
-        return f"--sft_run {quoted(path)}", ""
+        return f"--sft_run {shell_quote(path)}", ""
     if (model and model.adapter) or (path and (path / "adapter_config.json").is_file()):
-        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {quoted(path or place)}`"
+        merge = f"Merge it with `python notebooks/03_merge_push.py --adapter {shell_quote(path or place)}`"
         return "--model_id MODEL", f"{name} is an adapter. {merge}, and replace MODEL by the merged folder."
     if (path and (path / "config.json").is_file()) or (place and not path and (is_hub_id(place) or not is_served)):
-        return f"--model_id {quoted(path or place)}", ""
+        return f"--model_id {shell_quote(path or place)}", ""
     fix = "Replace MODEL by its folder or Hub id, or give --sft_run and the folder of its run"
-    return "--model_id MODEL", f"Where the weights of {name} are is not known. {fix}."
+    return "--model_id MODEL", f"The location of the weights of {name} is unknown. {fix}."

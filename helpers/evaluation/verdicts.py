@@ -175,7 +175,7 @@ class RewardModel:
             what = f"a classifier with {labels} labels" if is_classifier else f"no classifier ({kind})"
             raise UserError(f"{self.name} is {what}, not a reward model. {SCORER_NEEDED}")
         if not self.tokenizer.chat_template:
-            raise UserError(f"{self.name} is without a chat template. {SCORER_NEEDED}")
+            raise UserError(f"{self.name} has no chat template. {SCORER_NEEDED}")
         self._has_system_role = supports_system_role(self.tokenizer)
         self.fingerprint = f"{self.ref.fingerprint}-{quantization}"  # of the weights, and how they are loaded
 
@@ -239,7 +239,7 @@ class RewardModel:
             if not name.startswith(f"{model.base_model_prefix}."):
                 saved = next((weight for key, weight in own.items() if key.endswith(f".{name}")), None)
                 if saved is None:
-                    raise UserError(f"{self.name} is without weights of its head ({name}). {SCORER_NEEDED}")
+                    raise UserError(f"{self.name} has no weights for its head ({name}). {SCORER_NEEDED}")
                 if len(saved) != 1:
                     raise UserError(f"{self.name} is an adapter with {len(saved)} labels, not 1. {SCORER_NEEDED}")
                 model.get_parameter(name)._is_hf_initialized = True  # load_adapter will fill it

@@ -1,7 +1,7 @@
 """Publishing on the Hub: upload, model card, scan for secrets."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__, {"push": ["check_push", "merge_and_push", "push_before_merge", "push_model"]}
 )

@@ -101,7 +101,7 @@ def _check_access(user: dict[str, Any], repo_id: str) -> None:
         raise UserError(f"Your token may not write to {repo_id}. Set HF_TOKEN to a token with write access to it.")
     if not is_limited and roles.get(owner, "read") == "read":
         mine = " or ".join(name for name, role in roles.items() if role != "read")
-        raise UserError(f"{repo_id} is not yours to write to: your token is of {mine}. Use another --hub_repo_id.")
+        raise UserError(f"Your token cannot write to {repo_id}: it belongs to {mine}. Use another --hub_repo_id.")
 
 
 def _check_visibility(api: HfApi, repo_id: str, private: bool) -> bool:
@@ -391,7 +391,7 @@ def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     own = [Run(Path(run["folder"]), run) for run in runs if run["step"] != "sft"]
     judged = [run for run in list_runs(Path(runs[0]["folder"]).parent, "judge") if run.finished] if runs else []
     pairs = [(run, pair) for run in judged for pair in run.record["metrics"].get("pairs", [])]
-    found = next(((run, pair) for run, pair in pairs if run.is_of(pair["candidate"], own)), None)
+    found = next(((run, pair) for run, pair in pairs if run.matches_model(pair["candidate"], own)), None)
     if found is None:
         return None
     run, pair = found

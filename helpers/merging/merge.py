@@ -20,8 +20,8 @@ from helpers.core import SettingsError, UserError, find_path, short_path, write_
 from helpers.merging.weights import StreamingMerger, UnsupportedAdapter, write_merged
 from helpers.models.adapters import (
     CARRIED_FILES,
-    carry_files,
     check_model_files,
+    copy_base_files,
     describe_error,
     load_adapter,
     make_portable,
@@ -30,7 +30,7 @@ from helpers.models.adapters import (
 from helpers.models.chat import eos_token_ids, set_chat_template
 from helpers.models.plan import prepare_model, quantization_config
 from helpers.models.resolve import ModelRef, resolve_adapter
-from helpers.runs.checkpoints import format_size, hash_files, quoted, read_run
+from helpers.runs.checkpoints import format_size, hash_files, read_run, shell_quote
 from helpers.runs.run import Run, find_parent, find_run, lineage, recorded_variables, serve_options
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", *CARRIED_FILES]
@@ -174,7 +174,7 @@ class MergedModel:
         if self.is_text_part:
             return "not possible: this is the text part of a model that also has others"
         options = serve_options(recorded_variables(lineage(self.run.folder)))
-        return f"vllm serve {quoted(self.folder)}{options}\n{'':15}transformers serve {quoted(self.folder)}"
+        return f"vllm serve {shell_quote(self.folder)}{options}\n{'':15}transformers serve {shell_quote(self.folder)}"
 
     def finalize(self, verification: Any) -> None:
         """Finish the run, and rename the staging folder to the run's in one step; an older merge there is complete
@@ -245,7 +245,7 @@ def save_config(folder: Path, adapter: Adapter) -> None:
     its generation settings as they are, with every token that ends an answer."""
     adapter.tokenizer.save_pretrained(folder)
     make_portable(folder)
-    carry_files(str(adapter.base_folder), folder)
+    copy_base_files(str(adapter.base_folder), folder)
     config, file = adapter.base_config, adapter.base_folder / "generation_config.json"
     text = file.read_text() if file.is_file() else GenerationConfig.from_model_config(config).to_json_string()
     values = json.loads(text)

@@ -162,7 +162,9 @@ class StreamingMerger:
         self.names, self.file_names, converted = tensor_names(model, self.base)
         weights = model.state_dict()
         if wrong := [each for each, name in self.names.items() if self.base.spec(each).shape != weights[name].shape]:
-            raise UserError(f"{display_name(base)} is broken: {wrong[0]} has not the shape of config.json. Restore it.")
+            raise UserError(
+                f"{display_name(base)} is broken: {wrong[0]} does not have the shape in config.json. Restore it."
+            )
         parameters = {name: torch.nn.Parameter(self.adapter.spec(name), False) for name in self.adapter}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.rows = int(model.get_input_embeddings().num_embeddings)

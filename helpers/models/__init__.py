@@ -1,8 +1,8 @@
 """Models: how they are loaded, their chat templates, and the memory that training takes."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "adapters": ["load_adapter", "save_model"],

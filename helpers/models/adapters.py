@@ -101,7 +101,9 @@ def hf_token(purpose: str) -> str:
         with contextlib.suppress(EOFError, RuntimeError, KeyboardInterrupt):  # RuntimeError: a kernel without stdin
             token = getpass.getpass("HF_TOKEN (not shown; press Enter to continue without): ").strip()
     if not token:
-        raise UserError(f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or `hf auth login`")
+        raise UserError(
+            f"{purpose} needs a Hub token. Set HF_TOKEN in the environment or in .env, or run `hf auth login`."
+        )
     return token
 
 
@@ -132,7 +134,7 @@ def check_model_file(file: Path, kind: str) -> list[str]:
             with safe_open(file, framework="numpy") as weights:
                 return list(weights.keys())
         if kind == ".bin" and head.startswith(b"PK") and not zipfile.is_zipfile(file):
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         text: Any = file.read_text("utf-8") if kind in (".json", ".jinja", ".txt") else ""
         if kind == ".json":
             content = json.loads(text)
@@ -274,7 +276,7 @@ def save_model(trainer: Any, folder: Path) -> None:
         model.save_pretrained(str(folder), selected_adapters=names, state_dict=state, save_embedding_layers=layers)
         trainer.processing_class.save_pretrained(folder)
     else:
-        carry_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
+        copy_base_files(model.config._name_or_path, folder, getattr(model.config, "_commit_hash", None))
     (folder / "README.md").unlink(missing_ok=True)  # of TRL or PEFT, which do not know the base. 03 writes a card
     make_portable(folder)
 
@@ -298,7 +300,7 @@ def make_portable(folder: Path) -> None:
     write_json(file, config)
 
 
-def carry_files(base: str, folder: Path, commit: str | None = None) -> None:
+def copy_base_files(base: str, folder: Path, commit: str | None = None) -> None:
     """Copy what belongs to a base model and is not in its successor's folder: code, other tokenizers, licence. They are
     downloaded from the Hub; without a network they are left out."""
     source = find_path(base)

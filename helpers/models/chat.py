@@ -54,8 +54,8 @@ def set_chat_template(tokenizer: Tokenizer, chat_template: str, is_of_run: bool 
         name = display_name(tokenizer.name_or_path)
         if is_of_run:  # each run saves the template that it trained with
             fix = "Restore chat_template.jinja, or name the template with `--chat_template`."
-            raise UserError(f"{name} is without its chat template. {fix}")
-        print(f"note: {name} is without a chat template. Mistral's is used, and saved.")
+            raise UserError(f"{name} has lost its chat template. {fix}")
+        print(f"note: {name} has no chat template. Mistral's is used, and saved.")
         chat_template = "mistral"
     if chat_template not in CHAT_TEMPLATES:
         file = find_path(chat_template)
@@ -274,8 +274,8 @@ def find_fault(tokenizer: Tokenizer, messages: Messages, text: str, ids: list[in
         names = " or ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
         closing = "" if last is None else str(tokenizer.convert_ids_to_tokens(last))
         is_special = closing in tokenizer.get_added_vocab()
-        fix = f"; `--eos_token '{closing}'` makes that its end" if is_special else ""
-        return f"the end of the answer is not learned: {names} does not close it{fix}"
+        fix = f"; use `--eos_token '{closing}'`" if is_special else ""
+        return f"the answer does not end with {names}, so the model would not learn to stop{fix}"
     return ""
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from helpers.core import SettingsError, find_path
 from helpers.models.adapters import follows_longest_row
-from helpers.models.plan import sharding_engine, uncut_reason, zero_stage
+from helpers.models.plan import no_microbatch_reason, sharding_engine, zero_stage
 from helpers.models.resolve import Start, check_positions, fetch_file, missing_weights
 from helpers.settings.fields import TrainSettings
 
@@ -156,7 +156,7 @@ class TrainingSpec:
         self.varlen = is_shared or "flash" in values["attn_implementation"]
         self.stage = zero_stage(values, engine)  # of ZeRO; FSDP shards like stage 3
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        is_cut = dpo and not uncut_reason(decoder.config, values)
+        is_cut = dpo and not no_microbatch_reason(decoder.config, values)
         self.budget = values.get("tokens_per_microbatch", 0) if is_cut else 0  # auto; 0: a batch
         is_pooled = self.budget and "sft" not in values.get("loss_type", ())
         self.pairs = self.batch * (int(values["gradient_accumulation_steps"]) if is_pooled else 1)
@@ -366,7 +366,7 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     fits = parts["peak"] <= limit
     if not fits:
         options = suggest_changes(decoder, values, settings.step, limit, start.adapter is not None)
-        heading = "What would make it fit:" if options[0][1] <= limit else "Nothing makes it fit. It needs least with:"
+        heading = "What would make it fit:" if options[0][1] <= limit else "No flags make it fit. The smallest is:"
         lines = [heading, *(f"  {flags}  ({_format_bytes(peak)})" for flags, peak in options), *lines]
     plain = "float32" if spec.compute == 4 or (spec.full and not spec.stage) else "bfloat16"
     pages = ", which may page to the CPU" if "paged" in spec.optimizer else ""
@@ -375,7 +375,7 @@ def estimate_memory(settings: TrainSettings, start: Start) -> MemoryEstimate:
     if spec.budget:
         largest = largest_microbatch(decoder, spec, USED_SHARE * limit)
         count, shape = math.ceil(spec.pairs / (largest // spec.pair)), f"micro-batches of {spec.tokens:,} tokens"
-        step = f"a step of {spec.pairs} pairs takes {count} or fewer" if count > 1 else "all pairs of a step"
+        step = f"at most {count} micro-batches per step of {spec.pairs} pairs" if count > 1 else "all pairs of a step"
         lines += [f"The largest --tokens_per_microbatch that fits is {largest:,}: {step}."] if fits else []
     notes = {
         "weights": plain if spec.full else {4: "4-bit NF4", 8: "8-bit"}.get(spec.bits, plain),

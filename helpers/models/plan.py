@@ -353,7 +353,7 @@ def zero_stage(values: Mapping[str, Any], engine: str) -> int:
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def uncut_reason(config: Any, given: Mapping[str, Any], has_virtual_tokens: bool = False) -> str:
+def no_microbatch_reason(config: Any, given: Mapping[str, Any], has_virtual_tokens: bool = False) -> str:
     """Why a batch cannot be computed in parts with the same gradient, or "". `given` are fields of DPOConfig."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     router = getattr(text, "router_aux_loss_coef", 0.0) if given.get("router_aux_loss_coef") is None else 1.0

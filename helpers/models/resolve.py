@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.core import SettingsError, UserError, find_path, fingerprint
 from helpers.models.adapters import check_hub, check_model_files, describe_error, hf_token, read_pretrained
 from helpers.models.chat import set_chat_template
-from helpers.runs.checkpoints import check_model_folder, quoted
+from helpers.runs.checkpoints import check_model_folder, shell_quote
 from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run, resolve_pairs
 from helpers.settings.fields import SOURCE_ORDER, RunSettings
 
@@ -176,7 +176,7 @@ def _is_no_model(adapter: str) -> str:
 
 
 def _merge_command(adapter: str) -> str:
-    return f"`python notebooks/03_merge_push.py --adapter {quoted(adapter)}`"
+    return f"`python notebooks/03_merge_push.py --adapter {shell_quote(adapter)}`"
 
 
 def fetch_file(model_id: str, revision: str | None, file: str) -> Path:

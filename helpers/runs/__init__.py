@@ -1,13 +1,13 @@
-"""Run folders: settings, data account, checkpoints, curves and reports of each run."""
+"""Run folders: settings, row report, checkpoints, curves and reports of each run."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "run": ["Run", "find_run"],
         "start": ["resumable", "start_run"],
-        "checkpoints": ["quoted", "read_run"],
+        "checkpoints": ["read_run", "shell_quote"],
         "curves": ["Curves", "final_metrics", "plot_runs"],
         "report": ["show_report"],
     },

@@ -77,7 +77,7 @@ def lock_folder(folder: Path) -> bool:
         with contextlib.suppress(OSError):
             file.write_bytes(owner)
         who = owner.decode(errors="replace") or "another process"
-        raise UserError(f"{short_path(folder)} is in use by {who}. Wait for its end, or stop it.") from None
+        raise UserError(f"{short_path(folder)} is in use by {who}. Wait until it finishes, or stop it.") from None
     except OSError as error:
         raise explain_failure(error, folder) or error from None
     _locks[file] = lock
@@ -256,8 +256,8 @@ def check_model_folder(folder: Path) -> None:
     if files and (changes := changed_model_files(folder, files)):
         place = short_path(folder)
         raise UserError(
-            f"{place} is not as its run finished: {', '.join(changes)}. Restore it, or repeat that run with `--resume "
-            f"never`. If you changed it on purpose, run `python -m helpers accept {quoted(folder)}`."
+            f"{place} has changed since its run finished: {', '.join(changes)}. Restore it, or repeat that run with "
+            f"`--resume never`. If you changed it on purpose, run `python -m helpers accept {shell_quote(folder)}`."
         )
 
 
@@ -276,7 +276,7 @@ def load_record(folder: Path) -> dict[str, Any]:
     if not (record := read_run(folder)) and os.path.lexists(folder / "run.json"):
         raise UserError(
             f"{short_path(folder / 'run.json')} is broken. Restore it, or repeat that run with another --run_name. "
-            "Delete it to use the folder without what is known of its run."
+            "Or delete it: the folder is then a model without a run."
         )
     return record
 
@@ -286,7 +286,7 @@ def format_size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def quoted(path: Path | str) -> str:
+def shell_quote(path: Path | str) -> str:
     """`path` as a word of a command; on Windows, of one of PowerShell."""
     text = short_path(path)
     return shlex.quote(text) if os.name == "posix" else "'" + text.replace("'", "''") + "'"

@@ -40,7 +40,7 @@ from helpers.runs.checkpoints import load_record, remove_drafts
 from helpers.runs.curves import Curves, Panel, logged_panels, no_problem_text, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
-TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every room
+TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every subpackage
 FILE = "report.html"
 
 
@@ -164,7 +164,7 @@ class RunContext(Run):
         own = [Run(self.folder.resolve(), self.record), *self.merges]
         judged = list_runs(self.folder.resolve().parent, "judge")
         models = [(run, (run.record.get("metrics") or {}).get("models") or ()) for run in judged]
-        return [run for run, names in models if any(run.is_of(name, own) for name in names)]
+        return [run for run, names in models if any(run.matches_model(name, own) for name in names)]
 
     def is_outdated(self, other: Run) -> bool:
         """Whether a merge or comparison was made before this run was trained again."""

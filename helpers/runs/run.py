@@ -29,7 +29,7 @@ from helpers.core import (
     write_json,
 )
 from helpers.runs import checkpoints
-from helpers.runs.checkpoints import check_model_folder, load_record, quoted
+from helpers.runs.checkpoints import check_model_folder, load_record, shell_quote
 from helpers.runs.checkpoints import read_run as read_run
 
 STEPS = {"sft": "instruction-tuned", "dpo": "aligned with DPO", "merge": "merged"}
@@ -75,7 +75,7 @@ class Run:
         answers = Path(str(self.record.get("answers_dir") or "-")).name
         return self.record.get(key) or read_run(self.folder.parent / answers).get(key) or {}
 
-    def is_of(self, name: str, runs: list[Run]) -> bool:
+    def matches_model(self, name: str, runs: list[Run]) -> bool:
         """Whether the model `name` of this comparison is one of `runs`, which may have been renamed since, or trained
         again. Its weights tell, or the name if they were not recorded."""
         weights, judged = self._of_answers("weights").get(name), str(self.record.get("finished", ""))
@@ -93,7 +93,9 @@ class Run:
         before, data = self.record.get("data") or {}, fields.get("data") or {}
         if before.get("hash", data.get("hash")) != data.get("hash", before.get("hash")):
             changes = [f"{n} {before[n]} → {data[n]}" for n in COUNTS if before.get(n) != data.get(n)]
-            message = f"{short_path(self.folder)} trained on other rows: {', '.join(changes) or 'their texts differ'}."
+            message = (
+                f"{short_path(self.folder)} trained on different rows: {', '.join(changes) or 'their texts differ'}."
+            )
             if not self.finished:
                 raise SettingsError(f"{message} Use another --run_name, or `--resume never` to replace it.")
             print(f"note: {message}")
@@ -178,13 +180,13 @@ class Run:
         is_merged = any(run.finished and run.record.get("origin") == weights for run in list_merges(folder))
         if step == "dpo" and (not self.is_adapter or is_merged):
             step = "merge"  # a fully tuned model needs no merge, and another one is merged already
-        models = place or quoted(folder)
+        models = place or shell_quote(folder)
         if self.record["step"] == "merge":  # 04 compares a run of 02 with what it started from, and else two models
             parent = find_parent(folder, self.record) or folder
             is_of_dpo = read_run(parent).get("step") == "dpo"
-            models = quoted(parent) if is_of_dpo else f"{quoted(self.base_model)} {models}"
+            models = shell_quote(parent) if is_of_dpo else f"{shell_quote(self.base_model)} {models}"
         code = " --trust_remote_code" if (self.record.get("settings") or {}).get("trust_remote_code") else ""
-        return f"python notebooks/{NEXT[step]} {models}{code}" + (f" --recipe {quoted(recipe)}" if recipe else "")
+        return f"python notebooks/{NEXT[step]} {models}{code}" + (f" --recipe {shell_quote(recipe)}" if recipe else "")
 
     def metrics_table(self) -> Any:
         """The run's metrics as a table for `show`."""

@@ -36,7 +36,7 @@ from helpers.core import (
     write_json,
 )
 from helpers.runs import checkpoints
-from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, quoted, read_run
+from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, read_run, shell_quote
 from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import NEXT, TRAINING_STEPS, Run, relative_place, utc_now
@@ -190,8 +190,8 @@ def check_process_count(folder: Path, before: int | None, now: int, is_same_batc
     """Raise SettingsError if a resumed run would get other rows per step from another number of processes."""
     if before and before != now and not is_same_batch and last_complete_checkpoint(folder):
         raise SettingsError(
-            f"{short_path(folder)} was started with {before} processes. With {now}, a step would have other rows. "
-            f"Launch {before}, or start over with `--resume never`. --global_batch_size keeps a step's rows the same."
+            f"{short_path(folder)} was started with {before} processes. With {now}, the batch size would change. "
+            f"Launch {before}, keep the batch size with `--global_batch_size`, or start over with `--resume never`."
         )
 
 
@@ -202,13 +202,13 @@ def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, 
     older, name = record.get("parent"), short_path(folder)
     if before["starting point"] != origin and older and parent:  # hashes of weights say nothing to a reader
         flag = {"dpo": "--sft_run", "merge": "--run"}.get(str(record.get("step")), "")
-        keep = f" Use `{flag} {quoted(folder.parent / older)}` to keep the older one," if flag else " Use"
+        keep = f" Use `{flag} {shell_quote(folder.parent / older)}` to keep the older one," if flag else " Use"
         again = " (trained again)" * (older == parent)
         raise SettingsError(f"{name} started from {older}, and this command starts from {parent}{again}.{keep} another "
                             "--run_name, or `--resume never` to replace it.")  # fmt: skip
     if differences := [f"{n} {before.get(n)!r} → {now.get(n)!r}" for n in now | before if before.get(n) != now.get(n)]:
-        raise SettingsError(f"{name} has other settings ({', '.join(differences)}). Use another --run_name, or "
-                            "`--resume never` to replace it.")  # fmt: skip
+        raise SettingsError(f"{name} was run with different settings ({', '.join(differences)}). Use another "
+                            "--run_name, or `--resume never` to replace it.")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -296,7 +296,7 @@ def plan_sweep(notebook: Path, argv: Sequence[str]) -> tuple[list[Point], Path]:
         is_one_value = takes_several(types.get(name)) or len(words) < 2
         axes.setdefault(name, []).extend([words] if is_one_value else [[word] for word in words])
     if not any(len(values) > 1 for values in axes.values()):
-        raise SettingsError("No flag has several values. Give one several, as in `--dpo_beta 0.05 0.1 0.3`.")
+        raise SettingsError("No flag has several values. Give at least one several, as in `--dpo_beta 0.05 0.1 0.3`.")
     if {"run_name", "dry_run"} & set(axes):
         raise SettingsError("--run_name and --dry_run do not work in a sweep. Omit them: settings name the runs.")
     points = []

@@ -1,8 +1,8 @@
 """Settings: one dataclass per notebook, resolved from flags, environment, .env, recipe and defaults."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "fields": ["RunSettings", "TrainSettings"],

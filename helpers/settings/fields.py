@@ -36,13 +36,14 @@ class RunSettings:
 
     step: ClassVar[str] = ""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of settings of which only one can be used
-    bare: ClassVar[dict[str, list[str]]] = {}  # what a flag means that is given without a value
+    const: ClassVar[dict[str, list[str]]] = {}  # the values of flags that are given without one
+    program: ClassVar[str] = ""  # what follows `python` on the command line; by default the file that runs
 
     recipe: str = ""  # YAML file of settings; recipes/demo.yaml runs without a GPU
     output_dir: Path = Path("outputs")  # folder of all runs
     run_name: str = ""  # name of this run's folder; by default derived from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
-    resume: Literal["auto", "never", "always"] = "auto"  # never: replace the run; always: even without its run.json
+    resume: Literal["auto", "never", "always"] = "auto"  # auto: resume; never: replace; always: even without run.json
     dry_run: bool = False  # print what would be done, then stop
     report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
     wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on
@@ -102,7 +103,7 @@ class RunSettings:
             self.chat_template_kwargs = json.dumps(template_variables(self), sort_keys=True)
 
     def rows_per_step(self) -> int:
-        """Rows per optimizer step over all processes; 0 for a step that does not train."""
+        """Rows per optimizer step over all processes; 0 for a notebook that does not train."""
         return 0
 
     def __rich__(self) -> Any:
@@ -139,12 +140,14 @@ class TrainSettings(RunSettings):
     stop_on_diagnostic: tuple[str, ...] = ()  # problems that end a run, with a checkpoint: displacement, entropy ...
     completion_steps: float = 0.2  # steps between answers to evaluation prompts; below 1: a share of all; 0: none
     completion_tokens: int = 512  # maximum tokens of an answer to an evaluation prompt
-    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for rows over a limit
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = (
+        "drop"  # for rows over a length limit
+    )
     strict: bool = False  # stop if any row would be dropped
-    chat_template: str = "auto"  # auto: the tokenizer's or mistral; mistral, chatml, tulu, alpaca, vicuna, hh; a file
+    chat_template: str = "auto"  # auto: the tokenizer's, or else mistral; chatml, tulu, alpaca, vicuna, hh; a file
     chat_template_kwargs: str = ""  # variables of the chat template, as JSON: {"enable_thinking": false}
-    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # of the frozen base; auto: 4bit for qlora
-    attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or a Hub kernel
+    quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # bits of the frozen base; auto: 4bit for qlora
+    attn_implementation: str = "auto"  # auto: flash_attention_2 or sdpa; or eager, a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the adapter's weights
     use_rslora: bool = False  # scale the adapter by alpha / sqrt(r) instead of alpha / r, for high ranks
@@ -218,7 +221,7 @@ class TrainSettings(RunSettings):
             self._check_loss()
         refuse_if(
             trl.get("completion_only_loss") is False or trl.get("assistant_only_loss") is False,
-            "Answers alone are learned, never prompts. Remove --completion_only_loss and --assistant_only_loss.",
+            "The loss counts answers only, never prompts. Remove --completion_only_loss and --assistant_only_loss.",
         )
         refuse_if(
             trl.get("dataloader_prefetch_factor") and not trl.get("dataloader_num_workers"),
@@ -229,8 +232,8 @@ class TrainSettings(RunSettings):
         )
         refuse_if(
             has_adapter and _matches(targets, "lm_head", "embed_out"),
-            f"--lora_target_modules {targets!r} includes the LM head, whose weight TRL's loss reads without its "
-            "adapter. Exclude it; --lora_modules_to_save lm_head trains it in full.",
+            f"--lora_target_modules {targets!r} includes the LM head, but TRL's loss ignores an adapter on it. "
+            "Exclude it, or train it in full with `--lora_modules_to_save lm_head`.",
         )
         refuse_if(
             packing and trl.get("packing_strategy") == "wrapped",

@@ -111,7 +111,7 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     for layer in SOURCE_ORDER:  # the lowest first
         for name, words in given.get(layer, {}).items():
             sources[name] = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
-            values[name] = words or cls.bare.get(name, [])
+            values[name] = words or cls.const.get(name, [])
     values = {name: parse_value(types[name], name, words, sources[name]) for name, words in values.items()}
     settings = cls(**{name: value for name, value in values.items() if name in own})
     settings.trl = {name: value for name, value in values.items() if name not in own}
@@ -255,9 +255,9 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
     if takes_several(kind) and name not in TEXTS and all(re.fullmatch(r"[\w.,+-]+", word) for word in words):
         words = [part for word in words for part in word.split(",") if part]
     if kind is Path and words in ([""], ["."]) and name == "output_dir":
-        raise SettingsError(f"--{name} {words[0]!r} is no folder for runs (from {source}). Use one such as outputs.")
+        raise SettingsError(f"--{name} {words[0]!r} cannot hold runs (from {source}). Use a folder such as outputs.")
     if kind is type(None):
-        raise SettingsError(f"--{name} cannot be set (from {source}). Write it into the config of the notebook.")
+        raise SettingsError(f"--{name} cannot be a flag (from {source}). Set it in `config` in the notebook.")
     if bool in (kind, *get_args(kind)):
         words = [BOOLEANS.get(word.lower(), word) for word in words] or ["True"]
     try:
@@ -292,11 +292,13 @@ def format_help(cls: type[RunSettings]) -> str:
         comments |= dict(COMMENT.findall(inspect.getsource(base)))
     config = CONFIGS.get(cls.step)
     parser = argparse.ArgumentParser(
-        usage=f"python {short_path(sys.argv[0])} [--name value ...]",
+        usage=f"python {cls.program or short_path(sys.argv[0])} [--name value ...]",
         description=f"{cls.__doc__}" + f" Any field of trl.{config} is also a flag: see --help_trl." * bool(config),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
         add_help=False,
     )
+    unused = NAMES["unused"].get(cls.step, "").split()
+    types = {name: kind for name, kind in types.items() if name not in unused}
     groups = {title: names.split() for title, names in NAMES["groups"].items()}
     grouped = {name for names in groups.values() for name in names}
     groups["step"] = [name for name in types if name not in grouped]

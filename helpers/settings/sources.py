@@ -77,7 +77,7 @@ def read_dotenv() -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise SettingsError(f".env is not UTF-8: {error.reason}. Save it as UTF-8.") from None
     if file and b"\0" in file.read_bytes():
-        raise SettingsError(".env has zeros in it, so it is no text. Write it again, in UTF-8.")
+        raise SettingsError(".env contains NUL bytes, so it is binary or truncated. Save it as UTF-8 text.")
     for name, value in values.items():
         if name.startswith(EXPORTED):
             os.environ.setdefault(name, value)
@@ -129,7 +129,10 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # ValueError: an alias of itself
         raise SettingsError(f"recipe {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(s) or {}, dict) for s in SECTIONS):
-        raise SettingsError(f"recipe {name!r} must hold names with values, in sections {', '.join(SECTIONS)} or above.")
+        raise SettingsError(
+            f"recipe {name!r} is no mapping of settings. Write `name: value` at the top level, or in a section: "
+            f"{', '.join(SECTIONS)}."
+        )
     section = content.get(step) or {}
     replaced = {key for group in exclusive if set(group) & set(section) for key in group}
     left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in types}

@@ -1,8 +1,8 @@
 """Training: DPO with shared prefixes, callbacks and diagnostics."""
 
-from helpers.core import lazy_door
+from helpers.core import lazy_exports
 
-__all__, __getattr__ = lazy_door(
+__all__, __getattr__ = lazy_exports(
     __name__,
     {
         "trainer": ["SharedPrefixDPOTrainer", "supports_packing"],

@@ -52,13 +52,13 @@ def prepare_trainer(trainer: Any, run: Run, settings: TrainSettings, eval_set: A
     """Add all callbacks that `settings` ask for, and keep an adapter in float32 unless `--adapter_dtype` is bf16.
 
     Completions are sampled for the first rows of `eval_set`. Raises UserError if the processes of a launch would each
-    train another model.
+    train their own copy of the model.
     """
     launched, together = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
     if launched != together:
         raise UserError(
-            f"{launched} processes were launched, and each would train another model: accelerate counts "
-            f"{together}. Launch one process, or use a configuration of recipes/accelerate/ that fits this machine."
+            f"{launched} processes were launched, but accelerate sees {together}: each would train its own copy. "
+            "Launch one process, or use a configuration of recipes/accelerate/ that fits this machine."
         )
     if settings.values()["tuning"] != "full" and settings.adapter_dtype == "fp32":
         upcast_adapter(trainer.model)
@@ -140,7 +140,7 @@ class CheckpointCallback(TrainerCallback):
     def _check_weights(self, state: TrainerState) -> None:
         """Raise UserError before NaN or Inf is saved in a checkpoint."""
         if not all(bool(p.isfinite().all()) for p in self.trainer.model.parameters() if p.requires_grad):
-            raise self._nan_error(state, "Trained weights are")
+            raise self._nan_error(state, "The trained weights contain")
 
     def _nan_error(self, state: TrainerState, subject: str) -> UserError:
         last = last_complete_checkpoint(self.folder)

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from helpers.core import UserError
 from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
-from helpers.models.plan import uncut_reason
+from helpers.models.plan import no_microbatch_reason
 from helpers.runs.run import Run
 from helpers.settings.fields import PAIR_LOSSES, TrainSettings
 from helpers.training.prefix_sharing import PER_TOKEN, PairBatch
@@ -43,7 +43,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         self._is_inner = False  # within a micro-batch, or in what is computed of all of them
         self._references: dict[bytes, Any] = {}  # log-probabilities by evaluation batch
         is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-        if self._budget and (reason := uncut_reason(model.config, vars(args), is_prompt)):
+        if self._budget and (reason := no_microbatch_reason(model.config, vars(args), is_prompt)):
             self._budget = 0
             print(f"Micro-batches: off, because {reason}.")
         elif self._budget:
@@ -60,7 +60,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         known, asked = (record.get(name, self._budget) for name in ("tokens_per_microbatch", "tokens_asked"))
         is_same = given.get("tokens_per_microbatch", "auto") == "auto" and self._budget <= MORE_TOKENS * asked
         if is_same and known < self._budget:
-            print(f"--tokens_per_microbatch is {known:,}, as after a lack of memory in this run. Set it to change it.")
+            print(f"--tokens_per_microbatch is {known:,}: more did not fit in this run before. Set it to override.")
             self._budget = known
 
     @property

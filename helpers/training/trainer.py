@@ -83,7 +83,7 @@ def disable_dropout(*models: Any) -> None:
 
 
 @contextlib.contextmanager
-def evaluated(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Evaluate a model without gradients, and leave its mode and its rotary embeddings as they were.
 
     Some of these follow the length of the last rows (transformers 5.23, modeling_rope_utils.py, dynamic_rope_update).
@@ -212,7 +212,7 @@ def supports_packing(model: Any, train_set: Any) -> bool:
     device = next(model.parameters()).device
     both = {"input_ids": [i for row in rows for i in row], "position_ids": [i for row in rows for i in range(len(row))]}
     try:
-        with evaluated(model):
+        with eval_mode(model):
             apart = torch.cat([model(input_ids=torch.tensor([row], device=device)).logits[0] for row in rows]).float()
             inputs = {name: torch.tensor([values], device=device) for name, values in both.items()}
             packed = model(**inputs, use_cache=False).logits[0].float()
@@ -340,7 +340,7 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         self._disable_sharing(f"{text}, above the tolerance of {tolerance:.1g}, with {versions}")
 
     def _log_probs(self, model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with evaluated(model), self.accelerator.autocast():
+        with eval_mode(model), self.accelerator.autocast():
             out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
         return cast(torch.Tensor, out.log_probs)
 

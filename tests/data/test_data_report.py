@@ -63,7 +63,7 @@ def test_prompts_that_are_rendered_already_are_counted(prompt: str, marker: str,
     plain.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     rows = [{"prompt": prompt.format(i=i), "chosen": f"It is {i}.", "rejected": "No."} for i in range(12)]
     good, report = prepare_rows(Dataset.from_list(rows), plain, LengthLimits())
-    (found,) = [f for f in DataReport.of(good, good, report).findings if f.name == "rendered prompts"]
+    (found,) = [f for f in DataReport.from_datasets(good, good, report).findings if f.name == "rendered prompts"]
     assert found.is_warning
     assert found.text.startswith(f"12 of 12 prompts hold markers of a chat template, such as {marker}.")
 
@@ -72,12 +72,12 @@ def test_answers_that_repeat_their_prompt_are_counted(tokenizer: Any) -> None:
     ask = [f"What is {i} and 2?" for i in range(12)]
     rows = [{"prompt": p, "chosen": f"{p} It is {i}.", "rejected": f"{p} No."} for i, p in enumerate(ask)]
     good, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits())
-    (found,) = [f for f in DataReport.of(good, good, report).findings if f.name == "prompts in answers"]
+    (found,) = [f for f in DataReport.from_datasets(good, good, report).findings if f.name == "prompts in answers"]
     assert found.text.startswith("12 of 12 chosen answers begin with their prompt.")
     rows = [{"prompt": p, "chosen": f"It is {i}.", "rejected": "No."} for i, p in enumerate(ask)]
     good, report = prepare_rows(Dataset.from_list(rows), tokenizer, LengthLimits())
     assert {"prompts in answers", "rendered prompts"}.isdisjoint(
-        f.name for f in DataReport.of(good, good, report).findings
+        f.name for f in DataReport.from_datasets(good, good, report).findings
     )
 
 
@@ -155,7 +155,7 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = settings(str(tmp_path / "rows.jsonl"), max_prompt_length=64, max_length=128, eval_rows=8)
     train, held_out, row_report = load_preferences(given, tokenizer)
-    report = DataReport.of(train, held_out, row_report, 128)
+    report = DataReport.from_datasets(train, held_out, row_report, 128)
     report.save(tmp_path)
     saved = json.loads((tmp_path / "data_report.json").read_text())
     assert saved["rows"] == {"train": 31, "held_out": 8, "read": 40}

@@ -64,7 +64,7 @@ def test_a_glob_reads_its_files_in_order_and_of_one_kind(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert load_rows(DatasetSpec("part-*.jsonl")).to_list() == ROWS
     Dataset.from_list(ROWS).to_parquet(tmp_path / "part-2.parquet")
-    for pattern, said in (("part-*", "must be files of one type"), ("none-*.jsonl", "there is no such file")):
+    for pattern, said in (("part-*", "must be files of one type"), ("none-*.jsonl", "does not exist. Check its path")):
         with pytest.raises(UserError, match=said):
             load_rows(DatasetSpec(pattern))
 
@@ -245,7 +245,7 @@ def test_a_split_for_evaluation_is_not_trained_on(tmp_path: Path, tokenizer: Pre
     assert (len(conversations), len(held), report.kept) == (10, 4, 14)
     rows["test_prefs"] = [{"prompt": "c", "chosen": "x", "rejected": "x"}]
     DatasetDict({s: Dataset.from_list(r) for s, r in rows.items()}).save_to_disk(tmp_path / "tied")
-    with pytest.raises(UserError, match="no row of --eval_split can be used"):
+    with pytest.raises(UserError, match="No row of --eval_split is left"):
         load_preferences(settings(str(tmp_path / "tied"), **splits), tokenizer)
 
 

@@ -211,7 +211,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(chatml: Any) -> None:
     assert "Right." in learned
     assert "Wrong." not in learned
     nothing = [user("Why?"), {**bot("Wrong."), "weight": 0}]
-    assert dict(prepare(chatml, [{"messages": nothing}], use_pairs=False)[1].dropped) == {"no turn is learned": 1}
+    assert dict(prepare(chatml, [{"messages": nothing}], use_pairs=False)[1].dropped) == {"no turn is trained on": 1}
 
 
 TOOLS = [{"type": "function", "function": {"name": "colour_of", "parameters": {"type": "object", "properties": {}}}}]

@@ -21,7 +21,7 @@ COMMANDS = [line.partition("#")[0].split() for line in LINES]
 # What is added to a command of the README where it does not say it itself: the demo, and few steps.
 SMALL = {
     "01_sft.py": SFT,
-    "02_dpo.py": [w for n, v in DPO.items() if n not in ("recipe", "dpo_beta") for w in (f"--{n}", str(v))],
+    "02_dpo.py": [w for n, v in DPO.items() if n not in ("recipe", "sft_run", "dpo_beta") for w in (f"--{n}", str(v))],
     "03_merge_push.py": [],
     "04_vibes.py": ["--max_new_tokens", "4"],
     "05_judge.py": [],

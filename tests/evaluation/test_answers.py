@@ -132,7 +132,7 @@ def test_answers_are_found_in_a_run_a_folder_or_a_bench(tmp_path: Path) -> None:
     for given, said in (
         ({"bench_dir": "nowhere"}, "--bench_dir 'nowhere' is not a folder"),
         ({"answers_dir": str(tmp_path)}, "has no answers"),
-        ({"bench_dir": str(bench), "models": ("m3",)}, "there are no answers of m3; there are of m1, m2"),
+        ({"bench_dir": str(bench), "models": ("m3",)}, "There are no answers of m3. Use one of: m1, m2"),
         ({}, "no finished vibes run"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

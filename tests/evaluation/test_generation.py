@@ -322,7 +322,7 @@ def test_a_chat_where_nobody_can_type_is_one_line(raised: Exception, monkeypatch
         raise raised
 
     monkeypatch.setattr("builtins.input", read_line)
-    with pytest.raises(SettingsError, match="--chat needs somebody who types") as caught:
+    with pytest.raises(SettingsError, match="--chat needs an interactive terminal") as caught:
         Generators([ModelRef("judge", "judge", base_url="http://127.0.0.1:1/v1")], settings_of()).chat()
     assert "\n" not in str(caught.value)
 
@@ -331,7 +331,7 @@ def test_a_chat_in_a_kernel_without_input_ends_before_a_model_is_loaded(monkeypa
     monkeypatch.setattr(Generators, "load", lambda self: pytest.fail("a model is loaded"))
     generators = Generators([ModelRef("judge", "judge", base_url="http://127.0.0.1:1/v1")], settings_of())
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=Kernel()))  # papermill's
-    with pytest.raises(SettingsError, match="--chat needs somebody who types"):
+    with pytest.raises(SettingsError, match="--chat needs an interactive terminal"):
         generators.chat()
 
 

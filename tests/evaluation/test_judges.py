@@ -192,7 +192,7 @@ def test_every_turn_is_judged_in_both_orders_where_both_have_answered_it() -> No
     assert [(m["question_id"], m["turn"], tuple(m["models"])) for m in matches] == [
         (0, 1, ("a", "b")), (0, 1, ("b", "a")), (0, 2, ("a", "b")), (0, 2, ("b", "a")),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
+    with pytest.raises(UserError, match=r"Nothing to judge: no question has answers of all of a and b\. Run 04"):
         PROMPTS.make_matches(questions_of(1), {"a": {}, "b": {}}, [("a", "b")], "pairwise")
 
 

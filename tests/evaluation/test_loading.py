@@ -220,9 +220,9 @@ def test_the_base_is_asked_in_its_policy_s_template_and_each_template_is_printed
         show(generators)
         assert "vicuna of dpo" in capsys.readouterr().out
     alone = Generators(resolve_models(("raw",), tmp_path), settings_of())
-    with pytest.raises(SettingsError, match=r"raw is without a chat template\. Choose one with `--chat_template`"):
+    with pytest.raises(SettingsError, match=r"raw has no chat template\. Choose one with `--chat_template`"):
         show(alone)
-    with pytest.raises(SettingsError, match="raw is without a chat template"):
+    with pytest.raises(SettingsError, match="raw has no chat template"):
         list(alone.load())
     named = Generators(resolve_models(("raw",), tmp_path), settings_of("--chat_template", "alpaca"))
     [(_, generator)] = [(name, g.tokenizer) for name, g in named.load()]

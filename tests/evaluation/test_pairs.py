@@ -41,9 +41,9 @@ def made(folder: Path, *words: str, name: str = "pairs-x") -> tuple[PairSet, Run
     prompts, run = find_prompts(settings), Run(folder / "outputs" / name, {})
     scorer = make_scorer(settings, prompts)
     samples = prompts.open_store(run.folder, settings)
-    samples.take(prompts.answers)
+    samples.import_answers(prompts.answers)
     scored = scorer.run(samples, run)
-    return make_pairs(settings, prompts, samples=samples, scored=scored, generators=NO_MODELS), run
+    return make_pairs(settings, prompts, samples=samples, score_set=scored, generators=NO_MODELS), run
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_score_is_kept_and_used_again_by_another_run(tmp_path: Path, rules: st
     settings = pairs_settings(tmp_path, *flags)
     prompts = find_prompts(settings)
     samples = prompts.open_store(other.folder, settings)
-    samples.take(prompts.answers)
+    samples.import_answers(prompts.answers)
     scored = make_scorer(settings).run(samples, other)
     assert scored is not None
     assert scored.scores[0]["m #1"] == 0.25
@@ -371,9 +371,9 @@ def test_people_vote_on_a_page_of_samples(tmp_path: Path) -> None:
     settings = pairs_settings(tmp_path, "--from_votes", str(file))
     prompts = find_prompts(settings)
     samples = prompts.open_store(tmp_path / "other", settings)
-    samples.take(prompts.answers)
+    samples.import_answers(prompts.answers)
     scored = make_scorer(settings).run(samples, Run(tmp_path / "other", {}))
-    pairs = make_pairs(settings, prompts, samples=samples, scored=scored, generators=NO_MODELS)
+    pairs = make_pairs(settings, prompts, samples=samples, score_set=scored, generators=NO_MODELS)
     assert of(pairs) == [(0, "two", "one"), (0, "two", "three")]
 
 

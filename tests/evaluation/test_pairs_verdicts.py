@@ -33,9 +33,9 @@ def next_command(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) 
     settings = pairs_settings(folder, *words)
     prompts, run = find_prompts(settings), Run(folder / "outputs" / "pairs-x", {})
     samples = prompts.open_store(run.folder, settings)
-    samples.take(prompts.answers)
+    samples.import_answers(prompts.answers)
     scored = make_scorer(settings, prompts).run(samples, run)
-    pairs = make_pairs(settings, prompts, samples=samples, scored=scored, generators=NO_MODELS)
+    pairs = make_pairs(settings, prompts, samples=samples, score_set=scored, generators=NO_MODELS)
     capsys.readouterr()
     pairs.print_next(settings, prompts, run=run)
     *notes, command = capsys.readouterr().out.splitlines()
@@ -325,7 +325,9 @@ def test_the_next_round_starts_from_the_model_whose_answers_were_judged(
     assert printed(["org/base", "gpt2"], name="gpt2") == ("--model_id gpt2", "")
     assert printed(["org/base", "org/m"], "--models", "m", "org-base")[0] == "--model_id MODEL"
     assert printed(["org/m@http://127.0.0.1:1/v1"]) == ("--model_id org/m", "")  # a server has the name of its model
-    unknown = "note: Where the weights of m are is not known. Replace MODEL by its folder or Hub id, or give --sft_run"
+    unknown = (
+        "note: The location of the weights of m is unknown. Replace MODEL by its folder or Hub id, or give --sft_run"
+    )
     flag, note = printed(["m@http://127.0.0.1:1/v1"])
     assert flag == "--model_id MODEL"
     assert note.startswith(unknown)
@@ -354,7 +356,7 @@ def test_fastchats_names_are_not_taken_for_models(tmp_path: Path, capsys: pytest
     write_rows(bench / "model_judgment" / "gpt-4_pair.jsonl", verdicts("ab", "gpt-4", "vicuna-7b"))
     flag, note = next_command(tmp_path, capsys, "--from_judgments", str(bench))
     assert flag == "--model_id MODEL"
-    assert note.startswith("note: Where the weights of vicuna-7b are is not known.")
+    assert note.startswith("note: The location of the weights of vicuna-7b is unknown.")
     trained(tmp_path / "outputs" / "vicuna-7b", "sft", "w1")
     assert next_command(tmp_path, capsys, "--from_judgments", str(bench))[0].endswith("outputs/vicuna-7b")
 

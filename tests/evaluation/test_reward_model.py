@@ -172,7 +172,7 @@ def test_an_adapter_without_a_head_is_refused(adapter: Path) -> None:
 
     file = adapter / "adapter_model.safetensors"
     save_file({name: weight for name, weight in load_file(file).items() if "score" not in name}, file)
-    with pytest.raises(UserError, match=r"adapter is without weights of its head \(score.weight\)\. Use a model"):
+    with pytest.raises(UserError, match=r"adapter has no weights for its head \(score.weight\)\. Use a model"):
         RewardModel(str(adapter)).score(TALKS)
 
 
@@ -187,11 +187,11 @@ def test_what_has_no_single_score_is_refused(tokenizer: PreTrainedTokenizerBase,
         RewardModel(str(tmp_path / "lm"))
     file = tmp_path / "lm" / "config.json"  # a head that is only announced would be drawn at random
     file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": {"0": "LABEL_0"}, "label2id": {}}))
-    with pytest.raises(UserError, match=r"lm is without weights of its head \(score.weight\)\. Use a model that"):
+    with pytest.raises(UserError, match=r"lm has no weights for its head \(score.weight\)\. Use a model that"):
         RewardModel(str(tmp_path / "lm")).score(TALKS)
     plain = write_model(tmp_path / "plain", tokenizer)
     (plain / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"plain is without a chat template. Use a model that was trained"):
+    with pytest.raises(UserError, match=r"plain has no chat template. Use a model that was trained"):
         RewardModel(str(plain))
     with pytest.raises(UserError, match=r"'no/where' cannot be loaded|'no/where' is neither"):
         RewardModel("no/where")
@@ -284,5 +284,5 @@ def test_a_reward_model_does_not_rate_and_needs_answers_to_compare(
     with pytest.raises(SettingsError, match="--mode single rates answers from 1 to 10; --reward_model compares them"):
         make_judge(settings_for(tmp_path, mode="single", **given), answers)
     nothing = AnswerSet(answers.questions, {"a": {0: ["x"]}, "b": {}})
-    with pytest.raises(UserError, match="nothing to judge: no question has been answered by a and b"):
+    with pytest.raises(UserError, match=r"Nothing to judge: no question has answers of all of a and b\. Run 04"):
         make_judge(settings_for(tmp_path / "run", **given), nothing).run(Run(tmp_path / "run", {}))

@@ -196,15 +196,15 @@ def test_answers_of_files_are_taken_as_they_are(tmp_path: Path) -> None:
     folder = write_answers(tmp_path / "given", {"a": [["one", "two"], ["three"]], "b": [["four"], ["five"]]})
     prompts = find_prompts(pairs_settings(tmp_path, "--answers_dir", str(folder)))
     store = prompts.open_store(tmp_path / "run", pairs_settings(tmp_path))
-    store.take(prompts.answers)
-    store.take(prompts.answers)  # once
+    store.import_answers(prompts.answers)
+    store.import_answers(prompts.answers)  # once
     assert [*store.names] == ["a #1", "a #2", "b"]
     assert store.answers("a #2") == {0: ["two"]}
     assert store.answers("b") == {0: ["four"], 1: ["five"]}
     assert len(read_jsonl(tmp_path / "run" / "model_answer" / "a.jsonl")) == 2
     only = find_prompts(pairs_settings(tmp_path, "--answers_dir", str(folder), "--models", "b"))
     assert [*only.answers] == ["b"]
-    with pytest.raises(SettingsError, match="there are no answers of c; there are of a, b"):
+    with pytest.raises(SettingsError, match=r"There are no answers of c\. Use one of: a, b"):
         find_prompts(pairs_settings(tmp_path, "--answers_dir", str(folder), "--models", "c"))
 
 

@@ -210,7 +210,7 @@ def test_a_limit_of_openais_is_not_taken_for_an_unknown_argument(capsys: Any) ->
         for _ in range(2):
             assert model.ask([{"role": "user", "content": "x"}], max_tokens=100_000).text == "fine"
     assert [r["max_tokens"] for r in server.requests] == [100_000, 16384, 16384]  # the limit is remembered
-    assert "m lowers --max_new_tokens 100000 to what fits" in capsys.readouterr().out
+    assert "m allows fewer than 100000 new tokens; using " in capsys.readouterr().out
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_and_the_others_are_answered(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ USERS = [
     (token("write"), "x", ""),
     (token("write"), "team/x", ""),
     (token("read"), "me/x", "Your token may not write to me/x. Set HF_TOKEN to a token with write access to it."),
-    (token("write"), "readers/x", "readers/x is not yours to write to: your token is of me or team. Use another"),
+    (token("write"), "readers/x", "Your token cannot write to readers/x: it belongs to me or team. Use another"),
     (
         token("write"),
         "org/x",
-        "org/x is not yours to write to: your token is of me or team. Use another --hub_repo_id.",
+        "Your token cannot write to org/x: it belongs to me or team. Use another --hub_repo_id.",
     ),
     (token("fineGrained", ("me", "repo.write")), "me/x", ""),
     (token("fineGrained", ("me/x", "repo.write")), "me/x", ""),
@@ -122,7 +122,7 @@ def test_a_run_whose_files_have_changed_is_not_pushed(trained: dict[str, Path], 
     prepare_push(folder, "me/name")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 999}))
-    with pytest.raises(UserError, match=r"is not as its run finished: adapter_config\.json has changed"):
+    with pytest.raises(UserError, match=r"has changed since its run finished: adapter_config\.json has changed"):
         prepare_push(folder, "me/name")
 
 

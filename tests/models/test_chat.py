@@ -128,7 +128,7 @@ def test_every_format_is_safe_to_train_on(name: str, demo_folder: Path) -> None:
     [
         (("{{- bos_token -}}", "{{- bos_token + bos_token -}}"), "it has more than one beginning-of-sequence token"),
         (("{{- bos_token -}}", ""), "<s> is missing, which this tokenizer puts before any other text"),
-        ((" + eos_token", ""), "the end of the answer is not learned: </s> does not close it"),
+        ((" + eos_token", ""), "the answer does not end with </s>, so the model"),
         (("' [/INST]'", "' [/INST] '"), "the prompt at generation differs from the text before the answer in training"),
         (("+ message['content'] + ' [/INST]'", "+ message['content'][:5] + ' [/INST]'"), "a turn is missing"),
     ],

@@ -84,7 +84,7 @@ def test_a_dry_run_of_a_published_model_needs_its_config_alone(project: Project,
     for (name, published), text in zip(PUBLISHED.items(), shown, strict=True):
         has_experts = "expert" in str(published["config"])
         assert ("fits into 24 GB" in text) == (not has_experts), (name, text)
-        assert ("Nothing makes it fit. It needs least with:" in text) == has_experts, (name, text)
+        assert ("No flags make it fit. The smallest is:" in text) == has_experts, (name, text)
         assert "unknown" not in text, (name, text)
 
 
@@ -278,7 +278,7 @@ def test_a_dry_run_fetches_a_config_alone_in_seconds_and_writes_nothing(project:
         assert needed <= set(parts) <= {*needed, "logits"}
         assert parts["weights"] == ["4.13", "GB"]
         assert "fits into 24 GB" in out
-        assert re.search(r"The largest --tokens_per_microbatch that fits is 1\d,\d+: a step of 16 pairs takes", out)
+        assert re.search(r"The largest --tokens_per_microbatch that fits is 1\d,\d+: at most", out)
         assert "Unknown steps and tokens: org/pairs has not been downloaded yet." in out
         assert "Dry run: outputs/dpo-large-7b-" in said
         fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
@@ -328,7 +328,7 @@ def test_a_dry_run_of_what_cannot_work_is_one_line(project: Project, demo_folder
         (["--lora_target_modules", "q_prj"], 2, "`--lora_target_modules q_prj` matches no linear layer of"),
         (["--max_grad_norm", "much"], 2, "--max_grad_norm takes a number, not 'much' (from flag)"),
         (["--global_batch_size", "7", "--per_device_train_batch_size", "2"], 2, "is not a multiple of"),
-        (["--dataset_id", "nothing.jsonl"], 1, "there is no such file"),
+        (["--dataset_id", "nothing.jsonl"], 1, "does not exist. Check its path"),
     ):
         _, error, _ = dry_run(project, "02_dpo.py", "--model_id", tiny, "--dataset_id", pairs, *words, status=status)
         assert said in error

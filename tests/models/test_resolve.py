@@ -244,7 +244,7 @@ def test_a_file_that_changed_after_its_run_is_named_with_what_to_do(name: str, t
     content[-2] ^= 1  # one bit, of the same size
     (folder / name).write_bytes(content)
     fix = f"Restore it, or repeat that run .*`python -m helpers accept {folder}`"
-    with pytest.raises(UserError, match=rf"{folder} is not as its run finished: {name} has changed\. {fix}"):
+    with pytest.raises(UserError, match=rf"{folder} has changed since its run finished: {name} has changed\. {fix}"):
         check_model_folder(folder)
     (folder / name).write_text("longer than it was before, so that it need not be read at all")
     with pytest.raises(UserError, match=f"{name} has changed"):
@@ -325,7 +325,9 @@ def test_a_changed_run_is_refused_by_every_notebook_that_reads_it(tmp_path: Path
         folder, file = what.split(": ")
         with pytest.raises(UserError) as error:
             read()
-        assert str(error.value).startswith(f"{tmp_path / folder} is not as its run finished: {file} has changed."), what
+        assert str(error.value).startswith(
+            f"{tmp_path / folder} has changed since its run finished: {file} has changed."
+        ), what
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_an_unknown_template_that_changes_earlier_answers_learns_the_last(
         "<think>\nLet me see.\n</think>\n\nBecause.<|im_end|>\n"
     )
     assert dict(report.changed) == {
-        "only the last answer is learned: the chat template renders earlier ones differently": 1
+        "only the last answer is trained on: the chat template renders earlier ones differently": 1
     }
 
 
@@ -198,8 +198,8 @@ def test_the_end_of_a_turn_may_be_one_of_the_models_generation_config() -> None:
     with pytest.raises(UserError) as raised:
         report.check(strict=False, tokenizer=tokenizer)
     said = str(raised.value)
-    assert "the end of the answer is not learned: <eos> does not close it" in said
-    assert "`--eos_token '<end_of_turn>'` makes that its end" in said
+    assert "the answer does not end with <eos>, so the model would not learn to stop" in said
+    assert "; use `--eos_token '<end_of_turn>'`: 1 (row 1)" in said
     assert "(row 1)" in said
     assert "Use `--chat_template mistral`, or a Jinja file." in said
 

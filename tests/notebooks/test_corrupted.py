@@ -361,7 +361,7 @@ def test_broken_calls_of_another_run_stop_no_judge(project: Project, tmp_path: P
 
 
 def test_a_broken_dotenv_is_one_line(project: Project, tmp_path: Path) -> None:
-    for fault, said in (("zeros", "zeros"), ("utf-16", "not UTF-8"), ("latin-1", "not UTF-8")):
+    for fault, said in (("zeros", "NUL bytes"), ("utf-16", "not UTF-8"), ("latin-1", "not UTF-8")):
         (project.root / ".env").write_bytes(TEXT[fault](b"DPO_LORA_R=4\nHF_HOME=/tmp/x\n"))
         try:
             error = refused(project, tmp_path / "out", ["02_dpo.py", "--dry_run"], ".env", real=True)

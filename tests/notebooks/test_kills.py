@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 DEMO = ["--recipe", "recipes/demo.yaml"]
 SFT_FLAGS = [
     *DEMO, "--max_steps", "7", "--train_rows", "64", "--eval_rows", "8", "--save_steps", "3", "--eval_steps", "7",
-    "--logging_steps", "2", "--lr_scheduler_type", "constant",
+    "--logging_steps", "2", "--lr_scheduler_type", "constant", "--per_device_train_batch_size", "4",
 ]  # fmt: skip
 FLAGS = {
     "01_sft.py": SFT_FLAGS,

@@ -123,7 +123,7 @@ def test_a_notebook_runs_in_jupyterlab_and_gives_the_numbers_of_the_command(
         drawn = {i: picture.count() for i, picture in enumerate(pictures) if picture.count()}
         report, training, curves = (
             next(i for i, text in enumerate(code) if words in text)
-            for words in ("DataReport.of(", "trainer.train(", "Curves.read(")
+            for words in ("DataReport.from_datasets(", "trainer.train(", "Curves.read(")
         )
         assert drawn == {report: 1, training: 1, curves: 1}  # the live curves are one output, drawn anew in its place
         for i in drawn:

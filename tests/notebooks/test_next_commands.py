@@ -60,7 +60,9 @@ def test_a_run_that_was_changed_is_refused_until_that_is_accepted(project: Proje
     fix = f"If you changed it on purpose, run `python -m helpers accept {place}`."
     for flags in (["03_merge_push.py", "--run", place], ["04_vibes.py", "--models", place, *SHORT["04_vibes.py"]]):
         (line,) = project.run(*flags, status=1).stderr.strip().splitlines()
-        assert line.startswith(f"error: {place} is not as its run finished: adapter_model.safetensors has changed. ")
+        assert line.startswith(
+            f"error: {place} has changed since its run finished: adapter_model.safetensors has changed. "
+        )
         assert line.endswith(fix)
     shutil.copy(project.root / "outputs" / dpo_run / file.name, file)
     config = json.loads((run / "adapter_config.json").read_text())
@@ -81,6 +83,6 @@ def test_a_model_that_was_changed_is_not_trained_further(project: Project, sft_r
     flags = ("--recipe", "recipes/demo.yaml", "--sft_run", "outputs/changed-sft", "--max_steps", "1")
     error = project.run("02_dpo.py", *flags, status=1).stderr.strip().splitlines()[-1]
     assert error.startswith(
-        "error: outputs/changed-sft is not as its run finished: config.json has changed. Restore it"
+        "error: outputs/changed-sft has changed since its run finished: config.json has changed. Restore it"
     )
     assert not [file for file in Path(project.root, "outputs").glob("dpo-*") if "changed" in file.name]

@@ -76,7 +76,7 @@ def test_pairs_of_an_endpoint_are_the_next_round_s_data(
     assert not any("" in (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in [*rows, *control])
     assert rows[0]["sampling"]["temperature"] == 0.8
     assert "Next: python notebooks/02_dpo.py --model_id MODEL --dataset_id outputs/round/preferences.jsonl" in shown
-    assert "note: Where the weights of policy are is not known. Replace MODEL by its folder or Hub id" in shown
+    assert "note: The location of the weights of policy is unknown. Replace MODEL by its folder or Hub id" in shown
     count = len(server.requests)
     before = (folder / "preferences.jsonl").read_bytes()
     project.run("06_pairs.py", *flags, "--run_name", "round", "--control")

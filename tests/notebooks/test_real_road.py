@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -89,44 +91,51 @@ def test_prompts_are_of_all_kinds_and_a_third_of_them_is_held_out() -> None:
     assert not any(facts.score(row["prompt"], row).correct for row in asked)
 
 
-def take_the_road(project: Project, outputs: str) -> dict[str, Any]:
-    """A short `make real` into `outputs`: what it made, without times and paths."""
+FEW = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--eval_rows", "1", "--completion_steps", "0"]
+
+
+def train_on_own_pairs(project: Project, outputs: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The first steps of a short `make real` into `outputs`: pairs, and the hash of the adapter trained on them."""
     own, root = ["--output_dir", outputs], project.root / outputs
-    few = ["--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--eval_rows", "1", "--completion_steps", "0"]
-    short = ["--rows", "4", "--max_new_tokens", "24"]
     prompts = [f"{row['prompt']} Answer in one or two sentences." for row in read_jsonl(FOLDER / "train.jsonl")]
     (project.root / "prompts.txt").write_text("\n".join(prompts[:12]))  # short answers end before --max_new_tokens
     sampling = ["--num_samples", "3", "--max_new_tokens", "64", "--run_name", "pairs"]
     project.run("06_pairs.py", *RECIPE, *own, "--prompts_file", str(project.root / "prompts.txt"), *sampling)
-    for name, file in (("dpo", "preferences"), ("control", "control")):
-        data = ["--dataset_id", str(root / "pairs" / f"{file}.jsonl")]
-        project.run("02_dpo.py", *RECIPE, *own, *data, *few, "--run_name", name)
-    project.run("03_merge_push.py", *RECIPE, *own, "--run", str(root / "dpo"), "--run_name", "merged")
-    models = ["--models", str(root / "control"), str(root / "dpo")]
-    results = []
-    for name, file, rules in (("answers", "heldout", "recipes.real"), ("facts", "facts", "recipes.real.facts")):
-        asked = ["--prompts_file", f"recipes/real/{file}.jsonl", *short, "--run_name", name]
-        project.run("04_vibes.py", *RECIPE, *own, *models, *asked)
-        judge = ["--answers_dir", str(root / name), "--judge_module", rules, "--run_name", f"{name}-judged"]
-        project.run("05_judge.py", *RECIPE, *own, *judge)
-        results.append((root / f"{name}-judged" / "results.json").read_text())
+    data = ["--dataset_id", str(root / "pairs" / "preferences.jsonl")]
+    project.run("02_dpo.py", *RECIPE, *own, *data, *FEW, "--run_name", "dpo")
+    weights = (root / "dpo" / "adapter_model.safetensors").read_bytes()
     rows = {name: read_jsonl(root / "pairs" / f"{name}.jsonl") for name in ("preferences", "control")}
-    return rows | {"results": results, "kl": project.record(f"{Path(outputs).name}/merged")["metrics"]["kl"]}
+    return rows, hashlib.sha256(weights).hexdigest()
 
 
 @pytest.mark.long
-def test_a_short_road_from_pairs_to_verdicts_gives_the_same_numbers_twice(
+def test_a_short_road_leads_from_pairs_to_verdicts_and_its_training_is_the_same_twice(
     tmp_path_factory: pytest.TempPathFactory, real_model: Path
 ) -> None:
     project = Project(tmp_path_factory.mktemp("project"))
     shutil.copytree(real_model, project.root / smollm2.FOLDER)
-    first, second = (take_the_road(project, f"outputs/{name}") for name in ("one", "two"))
+    first, second = (train_on_own_pairs(project, f"outputs/{name}") for name in ("one", "two"))
     assert first == second
-    assert len(first["preferences"]) >= 4
-    asked, control = ([row["prompt"][0]["content"] for row in first[name]] for name in ("preferences", "control"))
+    rows, _ = first
+    assert len(rows["preferences"]) >= 4
+    asked, control = ([row["prompt"][0]["content"] for row in rows[name]] for name in ("preferences", "control"))
     assert asked == control
-    for row in first["preferences"]:
+    for row in rows["preferences"]:
         question = {"prompt": row["prompt"][0]["content"]}
         better, worse = (real.score(row[side][0]["content"], question) for side in ("chosen", "rejected"))
         assert dataclasses.astuple(better) > dataclasses.astuple(worse)
-    assert first["kl"] < 1e-6
+
+    own, root = ["--output_dir", "outputs/one"], project.root / "outputs" / "one"
+    data = ["--dataset_id", str(root / "pairs" / "control.jsonl")]
+    project.run("02_dpo.py", *RECIPE, *own, *data, *FEW, "--run_name", "control")
+    project.run("03_merge_push.py", *RECIPE, *own, "--run", str(root / "dpo"), "--run_name", "merged")
+    assert project.record("one/merged")["metrics"]["kl"] < 1e-6
+    models, short = ["--models", str(root / "control"), str(root / "dpo")], ["--rows", "4", "--max_new_tokens", "24"]
+    for name, file, rules in (("answers", "heldout", "recipes.real"), ("facts", "facts", "recipes.real.facts")):
+        words = ["--prompts_file", f"recipes/real/{file}.jsonl", *short, "--run_name", name]
+        project.run("04_vibes.py", *RECIPE, *own, *models, *words)
+        judge = ["--answers_dir", str(root / name), "--judge_module", rules, "--run_name", f"{name}-judged"]
+        project.run("05_judge.py", *RECIPE, *own, *judge)
+        pairs = json.loads((root / f"{name}-judged" / "results.json").read_text())["pairs"]
+        assert {("control", "dpo")} < {(pair["baseline"], pair["candidate"]) for pair in pairs}
+        assert all(pair["win"] + pair["loss"] + pair["tie"] == 4 for pair in pairs)

@@ -217,7 +217,7 @@ def test_a_step_of_other_rows_is_refused_when_a_run_is_resumed(tmp_path: Path) -
     check_process_count(tmp_path, None, 8, False)
     check_process_count(tmp_path, 8, 8, False)
     check_process_count(tmp_path, 1, 8, True)  # a step is the same with any number
-    with pytest.raises(UserError, match=r"was started with 1 processes\. With 8, a step would have other rows"):
+    with pytest.raises(UserError, match=r"was started with 1 processes\. With 8, the batch size would change"):
         check_process_count(tmp_path, 1, 8, False)
 
 

@@ -43,7 +43,7 @@ def holder(tmp_path: Path) -> Any:
 def test_a_run_that_another_process_writes_is_refused_until_that_ends(tmp_path: Path, holder: Any) -> None:
     folder = tmp_path / "one"
     with pytest.raises(
-        UserError, match=rf"one is in use by process {holder.pid} on .+ since \d.+ UTC\. Wait for its end"
+        UserError, match=rf"one is in use by process {holder.pid} on .+ since \d.+ UTC\. Wait until it finishes"
     ):
         Run(folder, {"status": "running"}).save()
     assert not folder.exists()

@@ -153,13 +153,13 @@ def test_a_run_is_not_resumed_on_other_rows_and_a_finished_one_says_so(
     run.save(data=rows)
     again = start.start_run(settings_of(tmp_path), "org/m")
     again.set(data=rows)
-    with pytest.raises(SettingsError, match=r"trained on other rows: read 40 → 41, kept 38 → 39, train 30 → 31\. Use"):
+    with pytest.raises(SettingsError, match=r"on different rows: read 40 → 41, kept 38 → 39, train 30 → 31\. Use"):
         again.set(data=rows | {"hash": "b", "read": 41, "kept": 39, "train": 31})
-    with pytest.raises(SettingsError, match="trained on other rows: their texts differ"):
+    with pytest.raises(SettingsError, match="trained on different rows: their texts differ"):
         again.set(data=rows | {"hash": "b"})
     run.finish()
     run.set(data=rows | {"hash": "b"})  # as a cell of a notebook does
-    assert "trained on other rows" in capsys.readouterr().out
+    assert "trained on different rows" in capsys.readouterr().out
     assert run.record["data"]["hash"] == "a"
 
 
@@ -287,12 +287,12 @@ def test_a_run_may_go_on_with_the_same_optimizer_in_other_memory(tmp_path: Path)
     start.start_run(settings("paged_adamw_8bit"), "org/m").save()
     start.start_run(settings("adamw_8bit"), "org/m")
     assert settings("adamw_8bit").digest() == settings("paged_adamw_8bit").digest()
-    with pytest.raises(SettingsError, match=r"other settings \(optim 'adamw_8bit' → 'adamw_torch'\)"):
+    with pytest.raises(SettingsError, match=r"different settings \(optim 'adamw_8bit' → 'adamw_torch'\)"):
         start.start_run(settings("adamw_torch"), "org/m")
 
 
 def test_a_printed_path_is_one_word_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoints.quoted("a b/it's") == """'a b/it'"'"'s'"""
+    assert checkpoints.shell_quote("a b/it's") == """'a b/it'"'"'s'"""
     monkeypatch.setattr(checkpoints.os, "name", "nt")
     monkeypatch.setattr(checkpoints, "short_path", str)
-    assert checkpoints.quoted(r"C:\it's") == r"'C:\it''s'"
+    assert checkpoints.shell_quote(r"C:\it's") == r"'C:\it''s'"

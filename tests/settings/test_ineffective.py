@@ -64,7 +64,7 @@ def test_what_has_an_effect_is_taken(flags: str) -> None:
 def test_answers_alone_are_learned_as_always() -> None:
     for name in ("completion_only_loss", "assistant_only_loss"):
         assert load_settings(SFT, {}, [f"--{name}", "True"]).trl == {}
-        with pytest.raises(SettingsError, match="Answers alone are learned"):
+        with pytest.raises(SettingsError, match="The loss counts answers only"):
             load_settings(SFT, {}, [f"--{name}", "False"])
 
 

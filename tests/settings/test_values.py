@@ -31,8 +31,8 @@ DPO: Any = _settings_class(code_cells(REPO / "notebooks" / "02_dpo.py"))
             (["--run_name", name], "cannot name a folder")
             for name in ("../x", "/tmp/x", "a/b", ".hidden", "..", "a\x00b", "a\nb", "x" * 201, "ä" * 101)
         ],
-        (["--output_dir", ""], "--output_dir '' is no folder for runs (from flag). Use one such as outputs."),
-        (["--output_dir", "."], "--output_dir '.' is no folder for runs (from flag)."),
+        (["--output_dir", ""], "--output_dir '' cannot hold runs (from flag). Use a folder such as outputs."),
+        (["--output_dir", "."], "--output_dir '.' cannot hold runs (from flag)."),
         (["--run_name", "x" * 5000], "cannot name a folder"),
         (["--run_name", "a\x1b[2J"], "cannot name a folder"),
     ],
@@ -76,7 +76,7 @@ def test_numbers_in_a_recipe_s_mapping_stay_numbers(tmp_path: Path) -> None:
         (b"dpo:\n  run_name: \xe9\n", "is not UTF-8"),
         (b"a: &a [*a]\n", "is not YAML: Circular reference"),
         (b"a: [1\n", "is not YAML"),
-        (b"- 1\n", "must hold names with values"),
+        (b"- 1\n", "is no mapping of settings"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:

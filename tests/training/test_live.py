@@ -269,5 +269,5 @@ def test_processes_that_would_not_train_together_are_refused(monkeypatch: pytest
     """As under a launcher of FSDP on a machine without a GPU: accelerate then starts no process group."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
-    with pytest.raises(UserError, match=r"2 processes were launched, and each would train another model"):
+    with pytest.raises(UserError, match="2 processes were launched, but accelerate sees 1: each would train"):
         callbacks.prepare_trainer(trainer, Run(tmp_path, {}), settings=settings_of(tmp_path), eval_set=None)

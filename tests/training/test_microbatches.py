@@ -17,7 +17,7 @@ from trl import DPOConfig
 
 from helpers.core import UserError
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder
-from helpers.models.plan import uncut_reason
+from helpers.models.plan import no_microbatch_reason
 from helpers.runs.run import Run
 from helpers.settings.fields import PAIR_LOSSES
 from helpers.training.microbatches import MicroBatchDPOTrainer, PairBatch, microbatch_tokens
@@ -309,17 +309,17 @@ def test_what_needs_the_whole_batch_is_not_cut(
     check_equal(whole, cut)
     assert "Micro-batches: off, because the loss aot compares all pairs of a batch." in capsys.readouterr().out
     model, args = build(), DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    assert uncut_reason(model.config, vars(args)) == ""
+    assert no_microbatch_reason(model.config, vars(args)) == ""
     for optimizer in ("adalomo", "galore_adamw_layerwise"):
         own = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", optim=optimizer)
-        assert uncut_reason(model.config, vars(own)) == f"{optimizer} updates weights in the backward pass"
+        assert no_microbatch_reason(model.config, vars(own)) == f"{optimizer} updates weights in the backward pass"
     for kind in ("dynamic", "longrope"):
         model.config.rope_parameters = {"rope_type": kind}
-        assert uncut_reason(model.config, vars(args)) == "rotary embeddings follow the longest row of a batch"
+        assert no_microbatch_reason(model.config, vars(args)) == "rotary embeddings follow the longest row of a batch"
     model.config.rope_parameters = {"full_attention": {"rope_type": "default"}}
-    assert uncut_reason(model.config, vars(args)) == ""
+    assert no_microbatch_reason(model.config, vars(args)) == ""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert uncut_reason(model.config, vars(args)) == "DeepSpeed and FSDP need as many passes in every process"
+    assert no_microbatch_reason(model.config, vars(args)) == "DeepSpeed and FSDP need as many passes in every process"
 
 
 @pytest.mark.parametrize(
