@@ -37,7 +37,16 @@ from helpers.core import (
     short_path,
 )
 from helpers.runs.checkpoints import load_record, remove_drafts
-from helpers.runs.curves import Curves, Panel, logged_panels, no_problem_text, plot_runs, read_history, read_samples
+from helpers.runs.curves import (
+    MIN_STEPS,
+    Curves,
+    Panel,
+    logged_panels,
+    no_problem_text,
+    plot_runs,
+    read_history,
+    read_samples,
+)
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every subpackage
@@ -135,6 +144,11 @@ class RunContext(Run):
     @property
     def no_problem(self) -> str:
         return no_problem_text(self.history)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the run is long enough for diagnostics."""
+        return max((log["step"] for log in self.history), default=0) >= MIN_STEPS
 
     @cached_property
     def panels(self) -> list[Panel]:

@@ -232,9 +232,12 @@ def test_the_win_table_comes_first_and_its_reliability_is_folded(road: Path) -> 
 def test_the_page_opens_with_a_summary_of_what_was_measured(road: Path, tmp_path: Path) -> None:
     assert tiles(read(road)) == [
         ("Held-out accuracy", "90.0%"), ("Held-out margin", "0.25"), ("Win rate", "55.2%"), ("Merge", "verified"),
-        ("Diagnostics", "no problems"),
+        ("Diagnostics", "not judged"),  # of few steps
     ]  # fmt: skip
+    long = read(make(tmp_path / "long", DPO, metrics_jsonl=[{"step": step, "loss": 0.6} for step in range(1, 21)]))
+    assert tiles(long)[-1] == ("Diagnostics", "no problems")
     text = read(road).text[""]
+    assert "Too few steps to judge: 2. Diagnostics need 20 or more." in text
     assert "95% interval 54.0% to 57.0%, against sft" in text
     assert "KL 1.5e-08 nats; base alone 0.05" in text
     assert tiles(read(road.parent / "sft")) == [
