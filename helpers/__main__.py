@@ -10,6 +10,7 @@ python -m helpers accept RUN            use files of a finished run that were ch
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 
 from helpers.core import SettingsError, install_error_hook
@@ -32,4 +33,8 @@ if __name__ == "__main__":
         raise SettingsError(f"`python -m helpers {name}` is not a command. Use one of {', '.join(COMMANDS)}.")
     else:
         refuse_secrets("the command line", sys.argv[2:])
-        importlib.import_module(COMMANDS[name]).main(sys.argv[2:])
+        command = importlib.import_module(COMMANDS[name]).main
+        if {"-h", "--help"} & set(sys.argv[2:]) and name != "data":  # which lists its settings itself
+            print(inspect.cleandoc(command.__doc__))
+        else:
+            command(sys.argv[2:])

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import os
@@ -161,13 +160,6 @@ def install_error_hook() -> None:
     if not is_notebook():
         sys.excepthook = hook
         handle_signals(_interrupt)
-
-
-def print_help_if_asked(argv: Sequence[str], doc: str | None) -> None:
-    """For --help, print the docstring of a module and exit."""
-    if {"-h", "--help"} & set(argv):
-        print(inspect.cleandoc(doc or ""))
-        raise SystemExit(0)
 
 
 def is_notebook() -> bool:
@@ -349,9 +341,9 @@ def show(*things: Any, save_as: Path | None = None) -> None:
         if is_figure and save_as:
             thing.savefig(save_as, dpi=120)
         if is_notebook() and (is_figure or hasattr(thing, "_repr_html_")):
-            from IPython.display import display
+            from IPython.display import Image, display
 
-            display(figure_to_image(thing) if is_figure else thing)
+            display(Image(figure_to_png(thing, dpi=100)) if is_figure else thing)
         elif isinstance(thing, str):
             print(printable(thing))  # without wrapping: commands are there to be pasted
         elif not is_figure:  # a Text without wrapping keeps its flags on one line; brackets in data are not markup
@@ -370,13 +362,6 @@ def new_figure(**options: Any) -> Any:
             super().draw(renderer)
 
     return PlainFigure(**options)
-
-
-def figure_to_image(figure: Any) -> Any:
-    """A matplotlib figure as a PNG that a notebook can display."""
-    from IPython.display import Image
-
-    return Image(figure_to_png(figure, dpi=100))
 
 
 def figure_to_png(figure: Any, dpi: int = 120) -> bytes:

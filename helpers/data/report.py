@@ -291,6 +291,8 @@ def _plot_lengths(axis: Any, report: DataReport) -> str:
     if report.max_length:
         axis.axvline(report.max_length, color="black", linestyle=":", label=f"max_length {report.max_length:,}")
     axis.set(xscale="log", xlabel="tokens")
+    axis.xaxis.set_major_formatter("{x:,g}")  # by default powers in TeX, which a PlainFigure shows as they are
+    axis.xaxis.set_minor_formatter("")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return "lengths"
 

@@ -18,7 +18,7 @@ from helpers.data.formats import TEMPLATE_COLUMNS, template_columns
 from helpers.data.messages import THOUGHT_KEYS, Message
 from helpers.evaluation.answers import Generator
 from helpers.evaluation.questions import Answer
-from helpers.models.chat import fold_system_message
+from helpers.models.chat import EachOptions, fold_system_message
 
 SAMPLING_ARGUMENTS = ("temperature", "top_p", "top_k")
 BODY_ARGUMENTS = {"top_k": 50, "repetition_penalty": 1.0}  # vLLM and others read these from the body; their defaults
@@ -127,11 +127,7 @@ class Endpoint(Generator):
         self._refusals, self._has_answered = 0, False
 
     def generate(
-        self,
-        conversations: list[list[Message]],
-        seed: int = 0,
-        options: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        self, conversations: list[list[Message]], seed: int = 0, options: EachOptions = None, **kwargs: Any
     ) -> list[Answer]:
         """The conversations of a batch are sent at the same time, each with the tools and variables in its `options`.
 
@@ -150,11 +146,7 @@ class Endpoint(Generator):
         return answers
 
     def sample(
-        self,
-        conversations: list[list[Message]],
-        seeds: list[list[int]],
-        options: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        self, conversations: list[list[Message]], seeds: list[list[int]], options: EachOptions = None, **kwargs: Any
     ) -> list[list[Answer]]:
         """Answers are asked for with `n`. Those that the server leaves out or that are empty are asked for again, until
         two requests in a row have no text. An answer that is still missing is empty."""

@@ -9,7 +9,7 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
 from helpers.models.adapters import load_adapter, read_pretrained
 from helpers.models.chat import (
     CHAT_TEMPLATES,
-    TemplateOptions,
+    EachOptions,
     eos_token_ids,
     fold_system_message,
     name_template,
@@ -108,11 +108,7 @@ class HFGenerator(Generator):
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generate(
-        self,
-        conversations: list[list[Message]],
-        seed: int = 0,
-        options: Sequence[TemplateOptions] | None = None,
-        **kwargs: Any,
+        self, conversations: list[list[Message]], seed: int = 0, options: EachOptions = None, **kwargs: Any
     ) -> list[Answer]:
         """One answer per conversation, all in one batch, padded on the left so that answers start at the same place."""
         import torch
@@ -139,11 +135,7 @@ class HFGenerator(Generator):
         return [Answer(thoughts + text.strip(), cut=was_cut) for thoughts, text, was_cut in answers]
 
     def sample(
-        self,
-        conversations: list[list[Message]],
-        seeds: list[list[int]],
-        options: Sequence[TemplateOptions] | None = None,
-        **kwargs: Any,
+        self, conversations: list[list[Message]], seeds: list[list[int]], options: EachOptions = None, **kwargs: Any
     ) -> list[list[Answer]]:
         """All answers in one batch. Each is drawn with its own seed, whatever else is in the batch."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper

@@ -21,14 +21,7 @@ from helpers.evaluation.generators import Generators
 from helpers.evaluation.judges import JudgeScorer, Scorer, ScoreSet, reward_scorer, rules_scorer
 from helpers.evaluation.questions import Answer, Question
 from helpers.evaluation.results import mean_interval
-from helpers.evaluation.samples import (
-    VERDICTS,
-    ExistingVerdicts,
-    Prompts,
-    SampleStore,
-    chosen_scorers,
-    policy_flag,
-)
+from helpers.evaluation.samples import VERDICTS, ExistingVerdicts, Prompts, SampleStore, chosen_scorers, policy_flag
 from helpers.evaluation.verdicts import prompt_messages
 from helpers.runs.checkpoints import shell_quote
 from helpers.runs.run import PAIR_FILES, Run
@@ -343,15 +336,9 @@ def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
     found: dict[str, Verdicts] = {}
     for row in rows:
         calls = row["g1_winner"], row["g2_winner"]
-        won = str(row.get(calls[0], calls[0]))
-        if row["turn"] > 1:
-            won = LATER_TURN
-        elif "error" in calls:
-            won = NO_VERDICT
-        elif calls[0] != calls[1]:
-            won = DISAGREE
-        elif row.get("identical"):
-            won = SAME_ANSWERS
+        won = SAME_ANSWERS if row.get("identical") else str(row.get(calls[0], calls[0]))
+        faults = {LATER_TURN: row["turn"] > 1, NO_VERDICT: "error" in calls, DISAGREE: calls[0] != calls[1]}
+        won = next((fault for fault, is_there in faults.items() if is_there), won)
         own, pair = found.setdefault(str(row["question_id"]), {}), (row["model_1"], row["model_2"])
         own.setdefault(pair if pair[::-1] not in own else pair[::-1], Counter())[won] += 1
     return found

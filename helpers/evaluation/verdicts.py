@@ -21,7 +21,7 @@ from helpers.evaluation.answers import JsonlStore
 from helpers.evaluation.judgments import AnswerSet, Judge, Judgments, pair_row, tie_row
 from helpers.evaluation.questions import NOTHING_ANSWERED, Answer, Question, strip_thoughts
 from helpers.models.adapters import display_name, load_adapter, read_pretrained
-from helpers.models.chat import TemplateOptions, fold_system_message, render, supports_system_role, tokenize
+from helpers.models.chat import EachOptions, fold_system_message, render, supports_system_role, tokenize
 from helpers.models.plan import plan_model, prepare_model
 from helpers.models.resolve import ModelRef, fetch_file, resolve_adapter, resolve_model
 from helpers.runs.run import Run
@@ -184,9 +184,7 @@ class RewardModel:
         talks = [conversation(question, answers) for question, answers in answered]
         return self.score(talks, [row_template_options(question) for question, _ in answered])
 
-    def score(
-        self, conversations: Sequence[list[Message]], options: Sequence[TemplateOptions] | None = None
-    ) -> list[float]:
+    def score(self, conversations: Sequence[list[Message]], options: EachOptions = None) -> list[float]:
         """The logit of each conversation, equal to that of the model alone on it. `options` are what its template is
         given besides, such as tools. Raises UserError for one that is too long, or a score that is not a number."""
         import torch

@@ -161,7 +161,7 @@ def preview_push(settings: Any, folder: Path) -> None:
             print(f"{folder.name} is not merged yet. Run the same command without --push_to_hub and --dry_run first.")
     for source in folders:
         suffix = "-adapter" if settings.push == "both" and source == folder else ""
-        repo_id = (settings.hub_repo_id or hub_name(source.name)) + suffix
+        repo_id = (settings.hub_repo_id or hub_name(folders[-1].name)) + suffix  # both are named after the merge
         print(f"Would push {source.name} to {repo_id}:")
         print(printable(f"\n{prepare_push(source, repo_id, *license_of(settings))[1]}"))
 

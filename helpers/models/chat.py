@@ -81,6 +81,7 @@ def name_template(tokenizer: Tokenizer) -> str:
 Messages = list[dict[str, Any]]
 TemplateOptions = Mapping[str, Any]  # further arguments of apply_chat_template: tools, and variables of the template
 Options = TemplateOptions | None
+EachOptions = Sequence[TemplateOptions] | None  # of several conversations, in their order
 Span = tuple[int, int]  # start and end in a text, in characters
 
 

@@ -25,7 +25,6 @@ from helpers.core import (
     find_path,
     is_disk_full,
     is_main_process,
-    print_help_if_asked,
     short_path,
     write_json,
 )
@@ -215,7 +214,6 @@ def changed_model_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[
 
 def main(argv: Sequence[str]) -> None:
     """Accept files of a finished run that were changed on purpose: python -m helpers accept outputs/<run>"""
-    print_help_if_asked(argv, main.__doc__)
     folder = find_path(argv[0]) if len(argv) == 1 else None
     if folder is None or not (folder / "run.json").is_file():
         raise SettingsError("usage: python -m helpers accept outputs/<run>")

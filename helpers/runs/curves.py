@@ -1,7 +1,4 @@
-"""Training curves: read what a run has logged, and plot it.
-
-python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]
-"""
+"""Training curves: read what a run has logged, and plot it."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from helpers.core import (
     UserError,
     find_path,
     new_figure,
-    print_help_if_asked,
     short_path,
 )
 from helpers.runs.run import Run, read_run
@@ -304,8 +300,10 @@ def final_metrics(trainer: Trainer, result: TrainOutput) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Plot the runs whose folders are named, and print their diagnostics."""
-    print_help_if_asked(argv, __doc__)
+    """Plot the curves of runs, and print their diagnostics.
+
+    python -m helpers curves outputs/a [outputs/b ...] [--out curves.png]
+    """
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     flags = dict(split_flags(list(argv[at:])))
     if not argv[:at] or set(flags) - {"out"} or len(flags.get("out", [""])) != 1:

@@ -1,7 +1,4 @@
-"""Write report.html: one self-contained page for a run of 01 or 02, and for what was made from it.
-
-python -m helpers report outputs/<run>
-"""
+"""Write report.html: one self-contained page for a run of 01 or 02, and for what was made from it."""
 
 from __future__ import annotations
 
@@ -33,20 +30,10 @@ from helpers.core import (
     figure_to_png,
     find_path,
     is_main_process,
-    print_help_if_asked,
     short_path,
 )
 from helpers.runs.checkpoints import load_record, remove_drafts
-from helpers.runs.curves import (
-    MIN_STEPS,
-    Curves,
-    Panel,
-    logged_panels,
-    no_problem_text,
-    plot_runs,
-    read_history,
-    read_samples,
-)
+from helpers.runs.curves import Curves, Panel, logged_panels, no_problem_text, plot_runs, read_history, read_samples
 from helpers.runs.run import TRAINING_STEPS, Run, dataset_names, lineage, list_merges, list_runs, read_run
 
 TEMPLATES = [str(folder) for folder in sorted(Path(__file__).parents[1].glob("*/templates"))]  # of every subpackage
@@ -118,8 +105,10 @@ def _training_run(folder: Path) -> Path | None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the report of one run."""
-    print_help_if_asked(argv, __doc__)
+    """Write report.html: one self-contained page for a run of 01 or 02, and for what was made from it.
+
+    python -m helpers report outputs/<run>
+    """
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SettingsError("usage: python -m helpers report outputs/<run>")
     folder = find_path(argv[0])
@@ -144,11 +133,6 @@ class RunContext(Run):
     @property
     def no_problem(self) -> str:
         return no_problem_text(self.history)
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether the run is long enough for diagnostics."""
-        return max((log["step"] for log in self.history), default=0) >= MIN_STEPS
 
     @cached_property
     def panels(self) -> list[Panel]:

@@ -30,7 +30,6 @@ from helpers.core import (
     fingerprint,
     is_main_process,
     is_notebook,
-    print_help_if_asked,
     short_path,
     show,
     write_json,
@@ -266,7 +265,6 @@ def main(argv: Sequence[str]) -> None:
     TRL's cache depends on the rows and on all weights, so runs share it along --dpo_beta, --loss_type and
     --learning_rate. Each value of --seed, --lora_r, --tuning or of a data setting computes them again.
     """
-    print_help_if_asked(argv, main.__doc__)
     notebook = find_path(argv[0]) if argv and not argv[0].startswith("-") else None
     if notebook is None or notebook.suffix != ".py":
         raise SettingsError("usage: python -m helpers sweep notebooks/02_dpo.py --dpo_beta 0.05 0.1 0.3 [flags]")

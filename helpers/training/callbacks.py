@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from helpers.core import (
     Interrupted,
     UserError,
-    figure_to_image,
+    figure_to_png,
     handle_signals,
     is_main_process,
     is_notebook,
@@ -235,11 +235,11 @@ class LiveCurvesCallback(TrainerCallback):
             self.on_train_end(args, state, control)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        from IPython.display import display
+        from IPython.display import Image, display
 
         start = time.monotonic()
         figure = plot_run(state.log_history, f"{self.name}, step {state.global_step}", _diagnose(args, state))
-        display(figure_to_image(figure), display_id=f"curves-{id(self)}", update=self.is_shown)
+        display(Image(figure_to_png(figure, dpi=100)), display_id=f"curves-{id(self)}", update=self.is_shown)
         self.is_shown, self.next_time = True, time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from matplotlib.image import imread
+from matplotlib.text import Text
 from pandas import DataFrame
 from transformers import PreTrainedTokenizerBase
 
@@ -177,6 +178,10 @@ def test_the_report_of_a_set_as_a_table_a_page_and_json(tokenizer: PreTrainedTok
     assert [lengths.get_ylabel(), difference.get_ylabel(), begin.get_xlabel()] == ["pairs"] * 3
     ticks = [*lengths.get_yticks(), *difference.get_yticks(), *begin.get_xticks()]
     assert all(tick == int(tick) for tick in ticks)
+    report.figure.draw_without_rendering()
+    figures = {"1", "10", "100"}  # of a logarithmic axis, as numbers and not as formulas
+    assert figures <= {text.get_text() for text in lengths.get_xticklabels()}
+    assert not any("$" in text.get_text() for text in report.figure.findobj(Text))
 
 
 @pytest.mark.long

@@ -193,6 +193,10 @@ def test_a_model_and_a_dataset_are_read_from_the_hub_and_then_offline(
     assert "MB  model.safetensors" in listed
     assert "MB  config.json" in listed
     assert "Would push from_hub to me/merged-adapter:" in listed
+    push_before_merge(dataclasses.replace(settings, hub_repo_id=""), project.root / "outputs" / "from_hub")
+    unnamed = capsys.readouterr().out  # the names that push_model would give
+    assert "Would push from_hub to from_hub_merged-adapter:" in unnamed
+    assert "Would push from_hub_merged to from_hub_merged:" in unnamed
     assert "MB  adapter_model.safetensors" in listed
     assert "base_model: org/tiny" in listed
     assert len(hub.writes()) == sent

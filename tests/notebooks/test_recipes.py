@@ -219,8 +219,9 @@ def compare(first, second, question):
 PROMPTS = ["What is 2 plus 3?", "Name a fruit.", "Why?"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", WALKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks(False, place % 2 == 0)) for place, name in enumerate(WALKED)]
+)
 def test_the_road_of_every_recipe_ends_on_the_hub_with_the_trained_policy(
     name: str, models: dict[str, Path], project: Project, hub: local.Hub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.models.memory import GB, TrainingSpec, memory_by_part, read_decoder, suggest_changes
+from tests.conftest import marks
 from tests.models.test_memory import MISTRAL_7B, QLORA
 from tests.training.trace import Traced, trace_step
 
@@ -57,10 +58,15 @@ def test_the_default_step_of_mistral_7b_holds_what_is_estimated(shared: bool) ->
     assert 0.98 <= ratio <= 1.08
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("shared", [False, True], ids=["stock", "shared"])
-@pytest.mark.parametrize("rank", [16, 256])
-@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("batch", "rank"),
+    [
+        pytest.param(batch, rank, marks=marks(False, (batch, rank) in ((1, 16), (4, 256), (8, 16))))
+        for batch in (1, 4, 8)
+        for rank in (16, 256)
+    ],
+)
 def test_a_step_of_a_quarter_of_mistral_7b_holds_what_is_estimated(batch: int, rank: int, shared: bool) -> None:
     """With eight layers of 32: less time, and activations weigh more."""
     traced, ratio = trace(8, shared, {"lora_r": rank, "per_device_train_batch_size": batch})
@@ -77,9 +83,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("shared", [False, True], ids=["stock", "shared"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        pytest.param(name, shared, marks=marks(False, shared == place % 2), id=f"{name}-{('stock', 'shared')[shared]}")
+        for place, name in enumerate(OTHERS)
+        for shared in (False, True)
+    ],
+)
 def test_other_steps_of_mistral_hold_what_is_estimated(name: str, shared: bool) -> None:
     traced, ratio = trace(8, shared, OTHERS[name])
     check_calls(traced, shared=shared, varlen=True)
