@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPO
 
 
-@pytest.mark.long
+@pytest.mark.matrix  # four minutes, and nothing else runs the script
 def test_the_script_for_a_gpu_runs_on_a_cpu_with_a_tiny_model() -> None:
     done = subprocess.run(
         ["bash", str(REPO / "benchmarks" / "gpu.sh")], capture_output=True, text=True, cwd=REPO,

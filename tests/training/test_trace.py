@@ -97,8 +97,7 @@ def test_other_steps_of_mistral_hold_what_is_estimated(name: str, shared: bool) 
     assert 0.98 <= ratio <= 1.08
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("memory", [16, 24, 80])
+@pytest.mark.parametrize("memory", [pytest.param(gb, marks=marks(False, gb < 80)) for gb in (16, 24, 80)])
 def test_what_dry_run_proposes_fits(memory: int) -> None:
     """The default recipe with 16 pairs at once, which fits 80 GB alone: the first change that is proposed otherwise."""
     decoder, values = read_decoder(MISTRAL_7B), VALUES | {"per_device_train_batch_size": 16, "shared_prefix": "auto"}
@@ -114,8 +113,7 @@ def test_what_dry_run_proposes_fits(memory: int) -> None:
     assert expected == pytest.approx(ratio * traced.peak)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("memory", [16, 24, 80])
+@pytest.mark.parametrize("memory", [pytest.param(gb, marks=marks(False, gb < 80)) for gb in (16, 24, 80)])
 def test_a_micro_batch_of_the_size_that_dry_run_chooses_holds_what_is_estimated(memory: int) -> None:
     decoder = read_decoder(MISTRAL_7B)
     values = VALUES | {"per_device_train_batch_size": 16, "shared_prefix": "auto", "tokens_per_microbatch": "auto"}
