@@ -106,7 +106,7 @@ if not is_done:
 # - `--merge_base dequantized` merges it into these rounded weights, stored at full size. The result equals the trained
 #   policy, and this is the default for a quantized run.
 # - `--merge_base original` merges it into the published weights. The result differs in every layer. After QLoRA, its KL
-#   is usually above `--max_kl`: it was 0.04 in the demo. To keep such a merge, raise `--max_kl`. Use it only if the
+#   is usually above `--max_kl`: it was 0.05 in the demo. To keep such a merge, raise `--max_kl`. Use it only if the
 #   result has to start from the published weights.
 
 # %%
