@@ -21,7 +21,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 # Each room may import those before it, itself, and nothing after it.
 ROOMS = ("core", "settings", "runs", "models", "data", "training", "merging", "hub", "evaluation")
-MODULES, LINES = 53, 14_300  # of helpers/, at most: lower them when code goes, and do not raise them
+MODULES, LINES = 53, 14_250  # of helpers/, at most: lower them when code goes, and do not raise them
 MODULE_LINES = 80, 400  # of a module; `__init__` and `__main__` may be shorter
 DOORS, NAMES = 9, 45  # that the notebooks together import, at most
 NOTEBOOK_LINES, CELL_LINES, SETTINGS_LINES, MEDIAN_LINES = 300, 25, 60, 12
