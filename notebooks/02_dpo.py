@@ -51,7 +51,7 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
 
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
     sft_run: str = ""  # start from a finished run of 01, or of 02, instead: its folder; latest: the newest run of 01
-    dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # or latest-pairs: of 06
+    dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
     dataset_split: str = "train"  # split for training; evaluation pairs come from it too
     train_rows: int = 11_000  # maximum number of training pairs; 0: all
     eval_rows: int = 2_750  # evaluation pairs, held out, at most a quarter of all; 0: the share eval_fraction
@@ -191,8 +191,8 @@ training_args = DPOConfig(output_dir=str(run.folder), run_name=run.name, **confi
 # %% [markdown]
 # ## Model
 #
-# With `qlora` the base is loaded in 4 bits and is frozen; only the adapter is trained. The reference
-# model depends on what is trained:
+# With `qlora` the base is loaded in 4 bits and is frozen; only the adapter is trained. Which model is the
+# reference depends on what is trained:
 # - With a new adapter, the reference is the model with the adapter disabled.
 # - With the adapter of an SFT run, training continues at that adapter's rank. A frozen copy of it is the reference.
 # - With `--tuning full`, the reference is a second model, unless you use `--precompute_ref_log_probs True`.

@@ -21,7 +21,8 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 # Each room may import those before it, itself, and nothing after it.
 ROOMS = ("core", "settings", "runs", "models", "data", "training", "merging", "hub", "evaluation")
-MODULES, LINES = 53, 14_250  # of helpers/, at most: lower them when code goes, and do not raise them
+MODULES, LINES = 50, 8500  # of helpers/, at most
+STANDING = 53, 14_250  # what there is: neither may grow
 MODULE_LINES = 80, 400  # of a module; `__init__` and `__main__` may be shorter
 DOORS, NAMES = 9, 45  # that the notebooks together import, at most
 NOTEBOOK_LINES, CELL_LINES, SETTINGS_LINES, MEDIAN_LINES = 300, 25, 60, 12
@@ -30,7 +31,12 @@ DEFINED_OFTEN = {"main"}  # what `python -m helpers NAME` calls
 HELPERS = sorted((REPO / "helpers").rglob("*.py"))
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.py"))
 OUTSIDE = [*NOTEBOOKS, *sorted((REPO / "benchmarks").glob("*.py")), *sorted((REPO / "docs").glob("*.py"))]
+unfinished = pytest.mark.xfail(strict=False, reason="helpers/ still has more lines and modules than the limits")
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def count_lines() -> int:
+    return sum(len(file.read_text().splitlines()) for file in HELPERS)
 
 
 def module_name(file: Path) -> str:
@@ -217,12 +223,18 @@ def test_notebooks_take_few_names_from_few_doors() -> None:
     assert len(taken) <= NAMES, sorted(taken)
 
 
+@unfinished
 def test_helpers_has_few_modules() -> None:
     assert len(HELPERS) <= MODULES
 
 
+@unfinished
+def test_helpers_is_small() -> None:
+    assert count_lines() <= LINES
+
+
 def test_helpers_does_not_grow() -> None:
-    assert sum(len(file.read_text().splitlines()) for file in HELPERS) <= LINES
+    assert (len(HELPERS) <= STANDING[0], count_lines() <= STANDING[1]) == (True, True)
 
 
 def test_every_module_has_a_readable_size() -> None:

@@ -250,7 +250,8 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
         train, held_out = split_by_prompt(train, split)
     elif not len(train) or not len(held_out):
         empty = "--dataset_split" if len(held_out) else "--eval_split"
-        raise UserError(f"No row of {empty} is left. The reasons are above; use another split.")
+        lost = "; ".join(f"{reason}: {n}" for reason, n in report.dropped.items())
+        raise UserError(f"No row of {empty} is left. Use another split. Of all rows, dropped: {lost or 'none'}.")
     else:
         train = train.select(shuffled_indices(train, split.seed)[: split.train_rows or None])
         held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])

@@ -80,8 +80,9 @@ class RowReport:
             reasons += ". Use a Jinja file that renders it: `--chat_template FILE`. Or remove it from the rows."
         elif by_template and tokenizer:
             reasons += f". {suggest_template(tokenizer)}"
-        fix = " Fix these rows, or remove `--strict`." if self.kept else ""
-        raise SettingsError(f"{rows} be used. {reasons}{'.' * (fix != '' and reasons[-1] != '.')}{fix}")
+        if self.kept:
+            reasons = f"{reasons.rstrip('.')}. Fix these rows, or remove `--strict`."
+        raise SettingsError(f"{rows} be used. {reasons}")
 
     @property
     def by_kind(self) -> dict[str, Counter[str]]:

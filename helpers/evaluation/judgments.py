@@ -79,13 +79,10 @@ class AnswerSet:
             print(f"Page: {short_path(self.folder / 'answers.html')}")
         print(f"Results: {short_path(run.folder / 'results.png')}")
         if self.answers and runs:
-            scorer = (
-                f"--judge_model {shell_quote(settings.judge_model)}"
-                if settings.judge_model
-                else "--judge_module MODULE"
-            )
-            source = f"--prompts_file OTHER_PROMPTS {scorer}"
-            source = f"--recipe {shell_quote(settings.recipe)}" if settings.recipe else source
+            judge = settings.judge_model
+            scorer = f"--judge_model {shell_quote(judge)}" if judge else "--judge_module MODULE"
+            recipe = f"--recipe {shell_quote(settings.recipe)}" if settings.recipe else ""
+            source = recipe or f"--prompts_file OTHER_PROMPTS {scorer}"
             print(f"Another round: python notebooks/06_pairs.py --models {shell_quote(runs[-1])} {source}")
         if self.answers:
             print(f"or with these verdicts: python notebooks/06_pairs.py --from_judgments {shell_quote(run.folder)}")

@@ -140,9 +140,7 @@ class TrainSettings(RunSettings):
     stop_on_diagnostic: tuple[str, ...] = ()  # problems that end a run, with a checkpoint: displacement, entropy ...
     completion_steps: float = 0.2  # steps between answers to evaluation prompts; below 1: a share of all; 0: none
     completion_tokens: int = 512  # maximum tokens of an answer to an evaluation prompt
-    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = (
-        "drop"  # for rows over a length limit
-    )
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for overlong rows
     strict: bool = False  # stop if any row would be dropped
     chat_template: str = "auto"  # auto: the tokenizer's, or else mistral; chatml, tulu, alpaca, vicuna, hh; a file
     chat_template_kwargs: str = ""  # variables of the chat template, as JSON: {"enable_thinking": false}

@@ -257,7 +257,7 @@ def parse_value(kind: Any, name: str, words: list[str], source: str) -> Any:
     if kind is Path and words in ([""], ["."]) and name == "output_dir":
         raise SettingsError(f"--{name} {words[0]!r} cannot hold runs (from {source}). Use a folder such as outputs.")
     if kind is type(None):
-        raise SettingsError(f"--{name} cannot be a flag (from {source}). Set it in `config` in the notebook.")
+        raise SettingsError(f"--{name} cannot be set from outside (from {source}). Set it in `config` in the notebook.")
     if bool in (kind, *get_args(kind)):
         words = [BOOLEANS.get(word.lower(), word) for word in words] or ["True"]
     try:

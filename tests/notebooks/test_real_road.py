@@ -16,7 +16,7 @@ import yaml
 from helpers.core import read_jsonl
 from recipes import real, smollm2
 from recipes.real import Score, facts
-from tests.conftest import REPO, Project
+from tests.conftest import REPO, Project, marks
 
 RECIPE = ["--recipe", "recipes/real.yaml"]
 
@@ -108,9 +108,31 @@ def train_on_own_pairs(project: Project, outputs: str) -> tuple[dict[str, list[d
     return rows, hashlib.sha256(weights).hexdigest()
 
 
-@pytest.mark.long
-def test_a_short_road_leads_from_pairs_to_verdicts_and_its_training_is_the_same_twice(
-    tmp_path_factory: pytest.TempPathFactory, real_model: Path
+def compare_with_control(project: Project, outputs: str) -> tuple[list[str], float]:
+    """The other steps: the results of 05, and the KL of the merge."""
+    own, root, results = ["--output_dir", outputs], project.root / outputs, []
+    data = ["--dataset_id", str(root / "pairs" / "control.jsonl")]
+    project.run("02_dpo.py", *RECIPE, *own, *data, *FEW, "--run_name", "control")
+    project.run("03_merge_push.py", *RECIPE, *own, "--run", str(root / "dpo"), "--run_name", "merged")
+    merged = project.record(f"{Path(outputs).name}/merged")["metrics"]["kl"]
+    assert merged < 1e-6
+    models, short = ["--models", str(root / "control"), str(root / "dpo")], ["--rows", "4", "--max_new_tokens", "24"]
+    for name, file, rules in (("answers", "heldout", "recipes.real"), ("facts", "facts", "recipes.real.facts")):
+        words = ["--prompts_file", f"recipes/real/{file}.jsonl", *short, "--run_name", name]
+        project.run("04_vibes.py", *RECIPE, *own, *models, *words)
+        judge = ["--answers_dir", str(root / name), "--judge_module", rules, "--run_name", f"{name}-judged"]
+        project.run("05_judge.py", *RECIPE, *own, *judge)
+        results.append((root / f"{name}-judged" / "results.json").read_text())
+        pairs = json.loads(results[-1])["pairs"]
+        assert {("control", "dpo")} < {(pair["baseline"], pair["candidate"]) for pair in pairs}
+        assert all(pair["win"] + pair["loss"] + pair["tie"] == 4 for pair in pairs)
+    return results, merged
+
+
+# The long tests take the second half of the road once.
+@pytest.mark.parametrize("times", [pytest.param(times, marks=marks(False, times == 1)) for times in (1, 2)])
+def test_a_short_road_from_pairs_to_verdicts_gives_the_same_numbers_twice(
+    times: int, tmp_path_factory: pytest.TempPathFactory, real_model: Path
 ) -> None:
     project = Project(tmp_path_factory.mktemp("project"))
     shutil.copytree(real_model, project.root / smollm2.FOLDER)
@@ -124,18 +146,5 @@ def test_a_short_road_leads_from_pairs_to_verdicts_and_its_training_is_the_same_
         question = {"prompt": row["prompt"][0]["content"]}
         better, worse = (real.score(row[side][0]["content"], question) for side in ("chosen", "rejected"))
         assert dataclasses.astuple(better) > dataclasses.astuple(worse)
-
-    own, root = ["--output_dir", "outputs/one"], project.root / "outputs" / "one"
-    data = ["--dataset_id", str(root / "pairs" / "control.jsonl")]
-    project.run("02_dpo.py", *RECIPE, *own, *data, *FEW, "--run_name", "control")
-    project.run("03_merge_push.py", *RECIPE, *own, "--run", str(root / "dpo"), "--run_name", "merged")
-    assert project.record("one/merged")["metrics"]["kl"] < 1e-6
-    models, short = ["--models", str(root / "control"), str(root / "dpo")], ["--rows", "4", "--max_new_tokens", "24"]
-    for name, file, rules in (("answers", "heldout", "recipes.real"), ("facts", "facts", "recipes.real.facts")):
-        words = ["--prompts_file", f"recipes/real/{file}.jsonl", *short, "--run_name", name]
-        project.run("04_vibes.py", *RECIPE, *own, *models, *words)
-        judge = ["--answers_dir", str(root / name), "--judge_module", rules, "--run_name", f"{name}-judged"]
-        project.run("05_judge.py", *RECIPE, *own, *judge)
-        pairs = json.loads((root / f"{name}-judged" / "results.json").read_text())["pairs"]
-        assert {("control", "dpo")} < {(pair["baseline"], pair["candidate"]) for pair in pairs}
-        assert all(pair["win"] + pair["loss"] + pair["tie"] == 4 for pair in pairs)
+    ends = [compare_with_control(project, f"outputs/{name}") for name in ("one", "two")[:times]]
+    assert ends[0] == ends[-1]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import warm
-from tests.conftest import DPO, SFT, Project
+from tests.conftest import DPO, SFT, Project, marks
 
 KILLER = str(Path(__file__).resolve().parents[1] / "killed.py")
 DEMO = ["--recipe", "recipes/demo.yaml"]
@@ -57,12 +57,18 @@ CALLS = {
     ],
 }  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ALL_THREE = ("Trainer.training_step", "HFGenerator.generate")
-# Each call with one of the signals in turn; training, and where a quick test needs it, with all three.
+ALL_THREE = ("Trainer.training_step", "merge:write_merged", "HFGenerator.generate", "Judge.run", "HFGenerator.sample")
+# Each call with one of the signals in turn; the work itself, and where a quick test needs it, with all three.
 CASES = [(notebook, *call.split(), number) for notebook, calls in CALLS.items() for place, call in enumerate(calls)
          for number in (SIGNALS if call.split()[0].endswith(ALL_THREE) else SIGNALS[place % 3 :][:1])]  # fmt: skip
 QUICK = {("01_sft.py", "helpers.settings.load:show", signal.SIGINT),
          ("04_vibes.py", "helpers.evaluation.generators:HFGenerator.generate", signal.SIGTERM)}  # fmt: skip
+
+
+def is_long(notebook: str, target: str, count: str, number: signal.Signals) -> bool:
+    """All three signals for training and generation, and for other calls the one whose turn it is."""
+    place = CALLS[notebook].index(f"{target} {count}")
+    return target.endswith(("Trainer.training_step", "HFGenerator.generate")) or number is SIGNALS[place % 3]
 
 
 def prepare(project: Project, notebook: str) -> None:
@@ -84,7 +90,7 @@ def stop(project: Project, notebook: str, target: str, count: str, number: int, 
     ("notebook", "target", "count", "number"),
     [
         pytest.param(*case, id=f"{case[0][:2]}-{case[1].rpartition(':')[2]}-{case[3].name}",
-                     marks=[] if (case[0], case[1], case[3]) in QUICK else pytest.mark.long)
+                     marks=marks((case[0], case[1], case[3]) in QUICK, is_long(*case)))
         for case in CASES
     ],
 )  # fmt: skip

@@ -61,7 +61,10 @@ def test_a_switch_means_what_it_says(words: list[str], expected: bool) -> None:
         (["--max_grad_norm", "high"], "--max_grad_norm takes a number, not 'high' (from flag)"),
         (["--optim"], "--optim takes adamw_torch or adamw_torch_fused or "),
         (["--max_steps", "1", "2"], "--max_steps takes one value, not '1 2'"),
-        (["--liger_kernel_config", "{}"], "--liger_kernel_config cannot be a flag (from flag). Set it in `config`"),
+        (
+            ["--liger_kernel_config", "{}"],
+            "--liger_kernel_config cannot be set from outside (from flag). Set it in `config`",
+        ),
         (["--ddp_backend", "best"], "--ddp_backend takes nccl or gloo or mpi or "),
         (["--log_level", "loud"], "--log_level takes detail or debug or info or "),
         (["--lora_r", "0"], "--lora_r 0 is out of range. Use at least 1."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from helpers.runs.checkpoints import checkpoint_error
 from helpers.runs.run import Run, read_run
 from helpers.settings.fields import TrainSettings
 from helpers.training import callbacks
+from helpers.training.diagnostics import diagnose
 from tests.conftest import DPO, REPO, SFT, Project
 from tests.tiny import settings_of
 
@@ -95,8 +97,9 @@ def test_stop_on_diagnostic_saves_a_checkpoint_and_the_run_resumes_without_it(pr
     assert "displacement: the log-probability of chosen answers fell" in done.stdout
     record = project.record("wrong")
     assert record["status"] == "finished"
-    # which of them it is at such a learning rate depends on the machine's rounding
-    assert {"diverged", "no_learning"} & {diagnostic["name"] for diagnostic in record["diagnostics"]}
+    # which problems such a learning rate has in the end depends on the machine's rounding: all that the logs show
+    shown = diagnose(logs(project, "wrong"), 24)
+    assert record["diagnostics"] == [dataclasses.asdict(each) for each in shown] != []
 
 
 @pytest.mark.long
