@@ -182,6 +182,19 @@ def wait_for_everyone() -> None:
 
 
 @contextlib.contextmanager
+def replaced(target: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object or a module other values within the block."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+@contextlib.contextmanager
 def process_lock(name: str) -> Iterator[None]:
     """Run the block in one process at a time: the first does the work, the others find its result in the cache."""
     if "WORLD_SIZE" not in os.environ:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.core import SettingsError, UserError, find_path
+from helpers.core import SettingsError, UserError, find_path, replaced
 from helpers.data.encode import NOT_RENDERED, LengthLimits
 from helpers.data.formats import PairingConfig
 from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
@@ -143,12 +142,15 @@ def config_from(settings: Any, cls: type[Config]) -> Config:
 def estimate_workload(settings: Any, start: Start) -> str:
     """The work of `settings` in words, from a sample of each dataset; nothing is downloaded. Raises UserError if a
     local dataset cannot be used."""
+    import datasets
+    from huggingface_hub import constants
+
     count, note = _token_counter(start)
     max_steps, split = settings.trl.get("max_steps", -1), config_from(settings, Split)
     kept, tokens, has_eval_split = 0.0, 0.0, False
     for spec in parse_dataset_specs(settings):
         try:
-            with _offline():
+            with replaced(constants, HF_HUB_OFFLINE=True), replaced(datasets.config, HF_HUB_OFFLINE=True):
                 rows = load_rows(spec)
         except UserError:
             if spec.is_file_name or find_path(spec.id) is not None:
@@ -239,17 +241,3 @@ def _token_counter(start: Start) -> tuple[Callable[[str], int], str]:
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False)), ""
     note = f" (at {CHARACTERS_PER_TOKEN} characters per token, because the tokenizer is not downloaded yet)"
     return lambda text: len(text) // CHARACTERS_PER_TOKEN + 1, note
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Use the Hub's cache only."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

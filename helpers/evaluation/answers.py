@@ -178,7 +178,22 @@ class AnswerStore:
     def _ask(
         self, batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]
     ) -> list[list[Answer]]:
-        return _play(batch, generator, seed, kwargs)
+        """The answers to each question of a batch, turn by turn, up to one that is refused."""
+        talks: list[list[Message]] = [
+            [{"role": "system", "content": q["system"]}] if q.get("system") else [] for q in batch
+        ]
+        answers: list[list[Answer]] = [[] for _ in batch]
+        for turn in range(len(batch[0]["turns"])):
+            active = [i for i, turns in enumerate(answers) if not (turns and turns[-1].refused)]
+            for i in active:
+                talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
+            options = [row_template_options(batch[i]) for i in active]
+            more = {"options": options} if any(options) else {}
+            texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs, **more) if active else []
+            for i, text in zip(active, texts, strict=True):
+                answers[i].append(text if isinstance(text, Answer) else Answer(text))
+                talks[i].append({"role": "assistant", "content": str(answers[i][-1])})
+        return answers
 
     def _add(self, name: str, answers: list[tuple[Any, list[Answer]]]) -> None:
         """Store answers by question_id; a question with a refused turn has none, and is asked again next time."""
@@ -278,25 +293,6 @@ class AnswerStore:
             group.sort(key=lambda q: sum(map(len, q["turns"])), reverse=True)
             batches += [(temperature, group[start : start + size]) for start in range(0, len(group), size)]
         return batches
-
-
-def _play(batch: list[Question], generator: Generator, seed: int, kwargs: dict[str, Any]) -> list[list[Answer]]:
-    """The answers to each question of a batch, turn by turn, up to one that is refused."""
-    talks: list[list[Message]] = [
-        [{"role": "system", "content": q["system"]}] if q.get("system") else [] for q in batch
-    ]
-    answers: list[list[Answer]] = [[] for _ in batch]
-    for turn in range(len(batch[0]["turns"])):
-        active = [i for i, turns in enumerate(answers) if not (turns and turns[-1].refused)]
-        for i in active:
-            talks[i].append({"role": "user", "content": batch[i]["turns"][turn]})
-        options = [row_template_options(batch[i]) for i in active]
-        more = {"options": options} if any(options) else {}
-        texts = generator.generate([talks[i] for i in active], seed + turn, **kwargs, **more) if active else []
-        for i, text in zip(active, texts, strict=True):
-            answers[i].append(text if isinstance(text, Answer) else Answer(text))
-            talks[i].append({"role": "assistant", "content": str(answers[i][-1])})
-    return answers
 
 
 def count_marks(answers: dict[Any, list[Any]]) -> dict[str, int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from scipy.stats import binomtest
+
 from helpers.core import BLUE, ORANGE, Row, SettingsError, UserError, fingerprint, new_figure, shorten
 from helpers.evaluation.answers import JsonlStore, make_table
 from helpers.evaluation.generators import Generators, HFGenerator
@@ -133,8 +135,6 @@ class Bench:
 
 def compare_right(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
     """How many questions got better and worse, the difference of the accuracies with its 95 % interval, and p."""
-    from scipy.stats import binomtest
-
     n, better = len(before), sum(b < a for b, a in zip(before, after, strict=True))
     worse = sum(b > a for b, a in zip(before, after, strict=True))
     bound = float(binomtest(0, n).proportion_ci(method="exact").high)

@@ -11,11 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, norm, t
 
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row, new_figure
 from helpers.evaluation.answers import make_table, render_template
@@ -53,10 +53,8 @@ def bootstrap_interval(
         for start in range(0, resamples, 500)
     )
     tail = 0.0
-    if questions > 2:  # as wide for a mean as Student's t makes it; t by its expansion (Abramowitz and Stegun, 26.7.5)
-        z, df = 1.959964, questions - 1
-        t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-        tail = 100 * NormalDist().cdf(-t * math.sqrt(questions / df))
+    if questions > 2:  # as wide for a mean as Student's t makes it
+        tail = 100 * norm.cdf(t.ppf(0.025, questions - 1) * math.sqrt(questions / (questions - 1)))
     values = np.concatenate([statistic(weights.astype(float)) for weights in drawn])
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
@@ -74,15 +72,14 @@ def mean_interval(outcomes: Floats, groups: Sequence[object], seed: int) -> Inte
 
 def zero_event_upper_bound(questions: int, tail: float = 0.05) -> float:
     """The largest share, at 95 %, of outcomes that none of so many questions had (Clopper and Pearson, 1934)."""
-    return float(1 - tail ** (1 / questions)) if questions else 1.0
+    return float(binomtest(0, questions).proportion_ci(1 - 2 * tail).high) if questions else 1.0
 
 
 def sign_test(outcomes: Floats, groups: Sequence[object]) -> float:
     """The two-sided exact p of the sign test. A question counts once, for the model that its outcomes favour."""
     _, sums, counts = _by_question(outcomes, groups)
     wins, losses = int((2 * sums > counts).sum()), int((2 * sums < counts).sum())
-    tail: int = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2 ** (wins + losses)))
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def length_controlled(outcomes: Floats, lengths: Floats, weights: Floats | None = None) -> Floats:

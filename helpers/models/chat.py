@@ -280,23 +280,15 @@ def find_fault(tokenizer: Tokenizer, messages: Messages, text: str, ids: list[in
     return ""
 
 
-def validate_chat_template(tokenizer: Tokenizer, conversations: list[Messages]) -> None:
-    """Check on conversations that the template is safe to train on. Raises UserError with the text and the ids."""
-    for messages in [*conversations, PROBE]:
-        fault, text, ids = _template_fault(tokenizer, messages)
-        if fault:
-            raise UserError(f"{UNSAFE.format(fault)}. {suggest_template(tokenizer)} Text {text!r}, ids {ids}")
-
-
-def _template_fault(tokenizer: Tokenizer, messages: Messages) -> tuple[str, str, list[int]]:
-    """Why a conversation is not safe to train on (`find_fault`, or it does not begin as at generation), its text, and
-    its tokens."""
+def find_template_fault(tokenizer: Tokenizer, messages: Messages) -> str:
+    """`find_fault` in a conversation as the tokenizer's template renders it, or that it begins otherwise than at
+    generation; "" for none."""
     text, prompt = render(tokenizer, messages), render(tokenizer, messages[:-1], prompt=True)
     ids, before = tokenize(tokenizer, [text, prompt])
     fault = find_fault(tokenizer, messages, text, ids, ids[len(before) :])
     if not fault and not (text.startswith(prompt) and ids[: len(before)] == before):
         fault = "the prompt at generation differs from the text before the answer in training"
-    return fault, text, ids
+    return fault
 
 
 def suggest_template(tokenizer: Tokenizer) -> str:
@@ -306,6 +298,6 @@ def suggest_template(tokenizer: Tokenizer) -> str:
     for name in sorted(CHAT_TEMPLATES, key=lambda name: not has_tokens.get(name)):
         other = copy.deepcopy(tokenizer)
         set_chat_template(other, name)
-        if not _template_fault(other, PROBE)[0]:
+        if not find_template_fault(other, PROBE):
             return f"Use `--chat_template {name}`, or a Jinja file."
     return "Use another `--chat_template`, or a Jinja file."

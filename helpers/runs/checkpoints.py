@@ -67,15 +67,13 @@ def lock_folder(folder: Path) -> bool:
     if file in _locks:
         return False
     lock = filelock.FileLock(file, timeout=0)
-    owner = b""
-    with contextlib.suppress(OSError):  # Windows lets no other process read it
-        owner = file.read_bytes()  # an attempt to lock it empties the file
     try:
         lock.acquire()
     except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            file.write_bytes(owner)
-        who = owner.decode(errors="replace") or "another process"
+        who = ""
+        with contextlib.suppress(OSError):  # Windows lets no other process read it
+            who = file.read_text(errors="replace")
+        who = who or "another process"
         raise UserError(f"{short_path(folder)} is in use by {who}. Wait until it finishes, or stop it.") from None
     except OSError as error:
         raise explain_failure(error, folder) or error from None

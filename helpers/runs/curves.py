@@ -165,7 +165,7 @@ class Curves:
 
     @property
     def figure(self) -> Figure:
-        return plot_run(self.history, self.name, self.diagnostics)
+        return plot_runs({"": self.history}, self.name, self.diagnostics)
 
     def __rich__(self) -> Any:
         """The diagnostics in words, then the first and last completion of each prompt."""
@@ -202,18 +202,14 @@ class Curves:
         wandb.log(tables)
 
 
-def plot_run(history: History, title: str = "", diagnostics: Sequence[Diagnostic] = ()) -> Figure:
-    """A panel for each logged value over the same steps: training as lines, evaluation as dots; diagnostics below."""
-    return plot_runs({"": history}, title, diagnostics)
-
-
 def plot_runs(
     histories: Mapping[str, History],
     title: str = "",
     diagnostics: Sequence[Diagnostic] = (),
     panels: Sequence[Panel] = (),
 ) -> Figure:
-    """Runs over one another in one colour each, by their names; without a name in blue and orange."""
+    """A panel for each logged value over the same steps: training as lines, evaluation as dots; diagnostics below. Runs
+    are in one colour each, by their names; without a name in blue and orange."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 

@@ -31,6 +31,7 @@ from helpers.core import (
     is_main_process,
     is_notebook,
     process_lock,
+    replaced,
     short_path,
     shorten,
     show,
@@ -207,15 +208,12 @@ def configure_kernel() -> None:
 
 def run_setup_module(module: str) -> None:
     """Run `python -m module` in this process, without our command line."""
-    argv, sys.argv = sys.argv, sys.argv[:1]
     add_user_paths()
     try:
-        with process_lock(f"prepare {module}"):
+        with process_lock(f"prepare {module}"), replaced(sys, argv=sys.argv[:1]):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except (ImportError, SyntaxError) as error:
         raise SettingsError(f"--setup_module {module} cannot be run: {error}") from None
-    finally:
-        sys.argv = argv
 
 
 def own_types(cls: type) -> dict[str, Any]:

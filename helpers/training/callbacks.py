@@ -32,14 +32,14 @@ from helpers.core import (
 from helpers.models.adapters import make_portable, upcast_adapter
 from helpers.models.chat import eos_token_ids
 from helpers.runs.checkpoints import last_complete_checkpoint, write_manifest
-from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_run, read_samples
+from helpers.runs.curves import SAMPLES_FILE, Diagnostic, plot_runs, read_samples
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import Run
 from helpers.settings.fields import DIAGNOSTIC_NAMES, TrainSettings
 from helpers.training.diagnostics import diagnose
 from helpers.training.microbatches import MicroBatchDPOTrainer
 from helpers.training.resume import ResumeCallback
-from helpers.training.trainer import count_rows_once
+from helpers.training.trainer import count_rows_once, eval_mode
 
 DIAGNOSTIC_CODE = 128  # above the number of every signal
 NO_CHECKPOINT = "No checkpoint was saved."
@@ -238,7 +238,8 @@ class LiveCurvesCallback(TrainerCallback):
         from IPython.display import Image, display
 
         start = time.monotonic()
-        figure = plot_run(state.log_history, f"{self.name}, step {state.global_step}", _diagnose(args, state))
+        title = f"{self.name}, step {state.global_step}"
+        figure = plot_runs({"": state.log_history}, title, _diagnose(args, state))
         display(Image(figure_to_png(figure, dpi=100)), display_id=f"curves-{id(self)}", update=self.is_shown)
         self.is_shown, self.next_time = True, time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
 
@@ -325,12 +326,7 @@ def generate_greedily(
     )
     batch = tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            output = model.generate(**batch, generation_config=config)
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        output = model.generate(**batch, generation_config=config)
     new = output[:, batch["input_ids"].shape[1] :].tolist()
     return [ids[: next((i + 1 for i, t in enumerate(ids) if t in ends), len(ids))] for ids in new]

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 
-from helpers.core import UserError
+from helpers.core import UserError, replaced
 from helpers.models.memory import CPU_TOKENS, USED_SHARE, TrainingSpec, largest_microbatch, memory_by_part, read_decoder
 from helpers.models.plan import no_microbatch_reason
 from helpers.runs.run import Run
@@ -217,9 +217,9 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         metrics, tokens = {"train": defaultdict[str, Any](list)}, self._total_train_tokens
         try:
             with (
-                _replaced(self.accelerator, gather=_same, gather_for_metrics=_same),
-                _replaced(self, loss_types=types, loss_weights=weights, _metrics=metrics),
-                _replaced(self, precompute_ref_logps=True, _is_inner=True),
+                replaced(self.accelerator, gather=_same, gather_for_metrics=_same),
+                replaced(self, loss_types=types, loss_weights=weights, _metrics=metrics),
+                replaced(self, precompute_ref_logps=True, _is_inner=True),
             ):
                 yield
         finally:
@@ -243,7 +243,7 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
 
     def _compute_all(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """TRL's loss and metrics of a batch that has its reference's log-probabilities."""
-        with _replaced(self, _is_inner=True, precompute_ref_logps=True):
+        with replaced(self, _is_inner=True, precompute_ref_logps=True):
             return super()._compute_loss(model, inputs, return_outputs)
 
     def _record(self, model: Any, outputs: list[Any], **kwargs: Any) -> Any:
@@ -296,18 +296,6 @@ def _fitting() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-
-
-@contextlib.contextmanager
-def _replaced(target: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
 
 
 def _same(values: Any) -> Any:

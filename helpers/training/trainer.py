@@ -19,7 +19,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from helpers.core import SettingsError, UserError, shorten
+from helpers.core import SettingsError, UserError, replaced, shorten
 from helpers.models.adapters import follows_longest_row
 from helpers.training.prefix_sharing import PACKED, PER_TOKEN, pack_pairs, register_attention
 
@@ -172,11 +172,8 @@ def count_rows_once(trainer: Any) -> None:
         def gather_real(values: Any) -> Any:
             return gather(pad(values, (0, size - len(values))))[:total] if values.dim() else gather(values)
 
-        accelerator.gather = gather_real
-        try:
+        with replaced(accelerator, gather=gather_real):
             loss, *outputs = predict(model, inputs, *args, **kwargs)
-        finally:
-            accelerator.gather = gather
         counts.append(total)
         losses.append(float(gather(loss.detach()[None] * own if own else torch.zeros_like(loss)[None]).sum()) / total)
         return loss, *outputs

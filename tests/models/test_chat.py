@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from helpers.core import SettingsError, UserError
 from helpers.models.chat import (
     CHAT_TEMPLATES,
+    PROBE,
     TEMPLATE_FOLDER,
+    find_template_fault,
     read_template,
     render,
     set_chat_template,
     tokenize,
     tokenize_with_labels,
-    validate_chat_template,
 )
 from helpers.models.plan import lora_module_args, resize_embeddings
 
@@ -120,7 +121,8 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: PreTrainedT
 def test_every_format_is_safe_to_train_on(name: str, demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral")
     set_chat_template(tokenizer, name)
-    validate_chat_template(tokenizer, [TALK, TALK[:2], [{"role": "system", "content": "Be brief."}, *TALK]])
+    for talk in (TALK, TALK[:2], [{"role": "system", "content": "Be brief."}, *TALK], PROBE):
+        assert find_template_fault(tokenizer, talk) == ""
 
 
 @pytest.mark.parametrize(
@@ -133,24 +135,16 @@ def test_every_format_is_safe_to_train_on(name: str, demo_folder: Path) -> None:
         (("+ message['content'] + ' [/INST]'", "+ message['content'][:5] + ' [/INST]'"), "a turn is missing"),
     ],
 )  # fmt: skip
-def test_an_unsafe_template_is_refused_with_its_text_and_ids(
-    change: tuple[str, str], fault: str, demo_folder: Path
-) -> None:
+def test_what_makes_a_template_unsafe_is_found(change: tuple[str, str], fault: str, demo_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_folder / "tiny-mistral", add_bos_token=True)
     backend = tokenizer.backend_tokenizer
     backend.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.chat_template = MISTRAL
-    validate_chat_template(tokenizer, [TALK[:2]])
+    assert find_template_fault(tokenizer, TALK[:2]) == ""
     tokenizer.chat_template = MISTRAL.replace(*change)
     if "[/INST] '" in change[1]:
         tokenizer.chat_template = tokenizer.chat_template.replace("{{- ' ' + message", "{{- message")
-    with pytest.raises(UserError) as raised:
-        validate_chat_template(tokenizer, [TALK[:2]])
-    said = str(raised.value)
-    assert fault in said
-    assert "Text '" in said
-    assert "ids [" in said
-    assert "--chat_template" in said
+    assert find_template_fault(tokenizer, TALK[:2]).startswith(fault)
 
 
 class Slow:

@@ -39,7 +39,7 @@ def panels_of(figure: Figure) -> dict[str, Axes]:
 
 
 def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
-    figure = curves.plot_run(HISTORY, "run")
+    figure = curves.plot_runs({"": HISTORY}, "run")
     panels = panels_of(figure)
     assert list(panels) == ["loss", "reward margin", "rewards", "gradient norm"]
     training, held_out, guide = panels["loss"].lines
@@ -47,11 +47,11 @@ def test_the_figure_has_a_panel_for_each_thing_that_was_logged() -> None:
     assert held_out.get_xydata().tolist() == [[2, 0.6]]
     assert guide.get_ydata() == [math.log(2)] * 2
     assert panels["loss"].get_shared_x_axes().joined(panels["loss"], panels["gradient norm"])
-    assert curves.plot_run([]).axes  # a run without logs still draws
+    assert curves.plot_runs({"": []}).axes  # a run without logs still draws
 
 
 def test_a_legend_tells_training_from_evaluation_and_axes_have_units() -> None:
-    figure = curves.plot_run(HISTORY)
+    figure = curves.plot_runs({"": HISTORY})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "eval"]
     training, held_out, _ = panels_of(figure)["loss"].lines
     assert (training.get_color(), held_out.get_color()) == (curves.BLUE, curves.ORANGE)
@@ -69,7 +69,7 @@ def test_a_legend_tells_training_from_evaluation_and_axes_have_units() -> None:
 def test_no_axis_makes_noise_look_like_a_collapse() -> None:
     logs = [{"step": i, "loss": 0.69 + i % 2 / 1000, "rewards/margins": i % 2 / 1000, "rewards/accuracies": 0.95,
              "logps/chosen": -200 - i % 2 / 10, "logps/rejected": -200.0} for i in range(1, 20)]  # fmt: skip
-    limits = {title: axis.get_ylim() for title, axis in panels_of(curves.plot_run(logs)).items()}
+    limits = {title: axis.get_ylim() for title, axis in panels_of(curves.plot_runs({"": logs})).items()}
     assert limits["loss"][0] < 0 < 0.69 < limits["loss"][1]
     assert limits["reward accuracy"][0] < 0 < 1 < limits["reward accuracy"][1] < 1.1
     assert limits["reward margin"][1] - limits["reward margin"][0] > 0.1  # noise of 0.001 is flat
@@ -77,12 +77,12 @@ def test_no_axis_makes_noise_look_like_a_collapse() -> None:
 
 
 def test_guides_are_only_for_dpo_and_the_accuracy_before_the_first_step_is_not_drawn() -> None:
-    (loss,) = panels_of(curves.plot_run([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}])).values()
+    (loss,) = panels_of(curves.plot_runs({"": [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}]})).values()
     assert len(loss.lines) == 2
     logs = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0},
             {"step": 1, "rewards/accuracies": 0.5, "rewards/margins": 0.1},
             {"step": 2, "eval_rewards/accuracies": 0.8, "eval_rewards/margins": 0.2}]  # fmt: skip
-    _, held_out, guide = panels_of(curves.plot_run(logs))["reward accuracy"].lines
+    _, held_out, guide = panels_of(curves.plot_runs({"": logs}))["reward accuracy"].lines
     assert held_out.get_xydata().tolist() == [[2, 0.8]]
     assert guide.get_ydata() == [0.5, 0.5]
 
@@ -111,12 +111,15 @@ def test_many_runs_have_a_colour_each_too() -> None:
 
 def test_diagnostics_are_listed_below_the_figure() -> None:
     diagnostic = curves.Diagnostic("margin", "the reward margin is 12", "", "")
-    assert curves.plot_run(HISTORY, "run", [diagnostic]).get_supxlabel() == "margin: the reward margin is 12"
+    assert curves.plot_runs({"": HISTORY}, "run", [diagnostic]).get_supxlabel() == "margin: the reward margin is 12"
 
 
 def test_names_with_dollar_signs_are_text(tmp_path: Path) -> None:
     diagnostic = curves.Diagnostic("margin", "$x_{ is not closed", "", "")
-    for figure in (curves.plot_run(HISTORY, "$a_{", [diagnostic]), curves.plot_runs({"$b_{": HISTORY, "c$^": HISTORY})):
+    for figure in (
+        curves.plot_runs({"": HISTORY}, "$a_{", [diagnostic]),
+        curves.plot_runs({"$b_{": HISTORY, "c$^": HISTORY}),
+    ):
         figure.savefig(tmp_path / "figure.png")  # as mathematics these would raise
 
 
