@@ -52,12 +52,12 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     model_id: str = "mistralai/Mistral-7B-v0.1"  # base model: Hub id or folder
 
     dataset_id: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)  # conversations: Hub ids, files or folders
-    dataset_split: str = "train_sft"  # split for training; evaluation rows come from it too
+    dataset_split: str = "train_sft"  # split for training, and for evaluation unless eval_split is set
     train_rows: int = 20_000  # maximum number of training conversations; 0: all
-    eval_rows: int = 500  # evaluation conversations, held out, at most a quarter of all; 0: the share eval_fraction
+    eval_rows: int = 500  # at most this many, and a quarter of all; 0: the share eval_fraction, or all of eval_split
     eval_fraction: float = 0.05  # share of rows for evaluation; see docs/data.md
     data_format: str = "auto"  # auto: by the columns; or messages, sharegpt, completion, alpaca, or one of 02_dpo.py
-    max_length: int = 2048  # maximum tokens of a conversation; 0: no limit
+    max_length: int = 2048  # maximum tokens of a conversation; longer ones: see overlong; 0: no limit
 
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 64  # rank of the adapter
@@ -98,7 +98,7 @@ run = start_run(settings, base_model=start.base_model)
 
 # %% [markdown]
 # The plan says how the model is loaded on this machine: device, number format (dtype), quantization and attention
-# implementation. `run.set` adds it to `run.json`, the record of the run.
+# implementation. `run.set` adds it to the run's record, which training saves as `run.json`.
 
 # %%
 plan = plan_model(
@@ -127,8 +127,8 @@ from helpers.training import prepare_trainer, supports_packing
 # Each row is kept or dropped, and the row report counts the reasons. Evaluation rows are held out: the model is not
 # trained on them. Rows with the same first prompt are either all for training or all for evaluation.
 #
-# `new_tokens` are the tokens that the chat template needs and the model lacks. A recipe can combine several datasets
-# and take a `fraction` of each.
+# `new_tokens` are the tokens that the chat template needs and the tokenizer lacks. A recipe can combine several
+# datasets and take a `fraction` of each.
 
 # %%
 tokenizer, new_tokens = load_tokenizer(start, settings)
@@ -226,8 +226,8 @@ if settings.tuning != "full":
 #
 # The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens. Packing is
 # off for a model in which they would attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to
-# evaluation prompts, and checkpoints that are safe to resume from. It also keeps the adapter in float32: TRL casts
-# QLoRA adapters to bfloat16, which rounds small updates away.
+# evaluation prompts, and checkpoints that are safe to resume from. It lets each evaluation row count once, and keeps
+# the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 if training_args.packing:

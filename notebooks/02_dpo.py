@@ -52,30 +52,30 @@ class Settings(TrainSettings):  # inherits the settings that 01 and 02 share: se
     model_id: str = "mistralai/Mistral-7B-Instruct-v0.2"  # model to align: Hub id or folder
     sft_run: str = ""  # start from a finished run of 01, or of 02, instead: its folder; latest: the newest run of 01
     dataset_id: tuple[str, ...] = ("argilla/ultrafeedback-binarized-preferences-cleaned",)  # Hub ids, files, folders
-    dataset_split: str = "train"  # split for training; evaluation pairs come from it too
+    dataset_split: str = "train"  # split for training, and for evaluation unless eval_split is set
     train_rows: int = 11_000  # maximum number of training pairs; 0: all
-    eval_rows: int = 2_750  # evaluation pairs, held out, at most a quarter of all; 0: the share eval_fraction
+    eval_rows: int = 2_750  # at most this many, and a quarter of all; 0: the share eval_fraction, or all of eval_split
     eval_fraction: float = 0.2  # share of pairs for evaluation; see docs/data.md
     data_format: str = "auto"  # auto: by the columns; or messages, pairs, orca, ranked, hh, alpaca_farm, scored
     pairing: Literal["best_vs_worst", "best_vs_random", "all_pairs"] = "best_vs_worst"  # for ranked or scored answers
     recommended: bool = False  # keep only rows that the dataset's card recommends (distilabel-intel-orca)
     min_margin: float = 0.0  # drop pairs whose ratings differ by less than this; equal ratings are always dropped
     max_prompt_length: int = 1024  # maximum tokens of a prompt; 0: no limit
-    max_length: int = 1512  # maximum tokens of prompt and answer together; 0: no limit
+    max_length: int = 1512  # maximum tokens of prompt and answer; longer rows: see overlong; 0: no limit
     dpo_beta: float = 0.1  # β: strength of the constraint towards the reference model
     loss_type: tuple[str, ...] = ("sigmoid",)  # losses of TRL, added up; "sigmoid sft" keeps chosen answers likely
     num_train_epochs: float = 1.0  # passes over the training pairs
     learning_rate: float = 5e-5  # peak learning rate; for full tuning use 5e-7 to 1e-6
     per_device_train_batch_size: int = 1  # pairs per device and batch
     gradient_accumulation_steps: int = 16  # batches per optimizer step
-    tokens_per_microbatch: Literal["auto"] | int = "auto"  # at most; auto: as many as fit; 0: no micro-batches
+    tokens_per_microbatch: Literal["auto"] | int = "auto"  # maximum; auto: what fits on the GPU (CPU: 4,096); 0: off
     tuning: Literal["full", "lora", "qlora", "dora"] = "qlora"  # full: all weights; qlora: adapter on a 4-bit base
     lora_r: int = 256  # rank of the adapter
     lora_alpha: int = 128  # the adapter's output is scaled by lora_alpha / lora_r
     shared_prefix: Literal["auto", "on", "off"] = "auto"  # compute a pair's prompt once; auto: if equal to TRL
     merge_adaptors: bool = False  # merge the adapter after training, with 03_merge_push.py
-    push_to_hub: bool = False  # publish after training, privately, with 03_merge_push.py
-    hub_repo_id: str = ""  # repository on the Hub: name/model
+    push_to_hub: bool = False  # publish privately after training: the adapter, or with merge_adaptors the merged model
+    hub_repo_id: str = ""  # repository on the Hub: user/model; by default named after the run
 
 
 # %%
@@ -89,7 +89,7 @@ settings = load_settings(Settings, globals())
 # settings, so the same command finds its own run. It resumes an interrupted run. If the run is finished,
 # `when_finished` merges or publishes it if you ask for that, and a command ends here. In a kernel, the cells below skip
 # the training. `--dry_run` prints an estimate of memory, steps, tokens and time, and `start_run` ends the notebook. The
-# plan for loading the model is saved in `run.json`.
+# run's record, `run.json`, has the plan for loading the model.
 
 # %%
 from helpers.core import show
@@ -162,7 +162,7 @@ optimization = dict(
     warmup_steps=0.1,  # below 1: a share of all steps
     max_grad_norm=0.3,
     per_device_train_batch_size=settings.per_device_train_batch_size,
-    per_device_eval_batch_size=settings.per_device_train_batch_size,
+    per_device_eval_batch_size=settings.per_device_train_batch_size,  # micro-batches: the pairs of a step
     gradient_accumulation_steps=settings.accumulation_steps(),
     optim=plan.optimizer,
     bf16=plan.bf16,
@@ -235,8 +235,8 @@ elif not training_args.precompute_ref_log_probs:
 # The trainer is TRL's `DPOTrainer` on tokenized pairs. It computes a prompt once per pair, and compares its first batch
 # with TRL's own computation. It splits the pairs of an optimizer step into micro-batches of `tokens_per_microbatch`
 # tokens at most. Gradients stay those of the batch size times the accumulation steps. `prepare_trainer` adds logs,
-# curves, diagnostics, sampled answers and safe checkpoints. It also keeps the adapter in float32: TRL casts QLoRA
-# adapters to bfloat16, which rounds small updates away.
+# curves, diagnostics, answers to evaluation prompts and safe checkpoints. It lets each evaluation pair count once, and
+# keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 trainer = MicroBatchDPOTrainer(

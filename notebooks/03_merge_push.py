@@ -52,7 +52,7 @@ class Settings(RunSettings):
     run: str = "latest"  # finished run of 02_dpo.py: its folder, or latest
     adapter: str = ""  # folder or Hub id of an adapter, instead of a run
     base_model_id: str = ""  # base model of the adapter; by default the one in its configuration
-    merge_base: Literal["auto", "original", "dequantized"] = "auto"  # weights to merge into; auto: those of training
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"  # auto: as in training; original if that is unknown
     merge_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the result; auto: the base's
     trust_remote_code: bool = False  # run code that comes with the model
     attn_implementation: str = "auto"  # of the models that are compared; auto: sdpa, or eager for a model without it
@@ -60,7 +60,7 @@ class Settings(RunSettings):
     max_kl: float = 0.01  # maximum KL divergence from the trained policy, in nats; above it, the merge is deleted
 
     push_to_hub: bool = False  # publish to the Hub
-    hub_repo_id: str = ""  # repository on the Hub: name/model
+    hub_repo_id: str = ""  # repository on the Hub: user/model; by default named after the run
     hub_revision: str = ""  # branch to push to; by default main
     hub_tag: str = ""  # tag for the pushed commit
     push: Literal["merged", "adapter", "both"] = "merged"  # what to publish; both: the adapter as name/model-adapter
@@ -80,8 +80,8 @@ settings = load_settings(Settings, globals())
 #
 # Before the merge, `push_before_merge` checks that a later push can work. With `--push_to_hub --dry_run` it prints the
 # files and the model card. `--push_to_hub --push adapter` publishes the adapter, which needs no merge: the cells below
-# are then skipped (`is_done`). `start_run` ends the notebook with `--dry_run`, or if the run is already merged and
-# there is nothing to publish.
+# are then skipped (`is_done`). `start_run` ends the notebook with `--dry_run`. A command also ends there if the run is
+# already merged and there is nothing to publish.
 
 # %%
 from helpers.core import short_path, show
@@ -91,7 +91,7 @@ from helpers.runs import shell_quote, show_report, start_run
 
 adapter_ref = find_adapter(settings)
 show(f"Adapter: {short_path(adapter_ref.source)}")
-is_done = push_before_merge(settings, adapter_ref.source)  # False without --push_to_hub
+is_done = push_before_merge(settings, adapter_ref.source)  # True once --push adapter is published: no merge
 
 # %%
 if not is_done:

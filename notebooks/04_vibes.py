@@ -68,10 +68,10 @@ class Settings(RunSettings):
 
     max_new_tokens: int = 256  # maximum tokens per answer
     batch_size: int = 8  # prompts per batch
-    do_sample: bool = False  # draw tokens at random instead of taking the most likely one
-    temperature: float = 1.0  # with do_sample: values below 1 favour likely tokens
-    top_p: float = 1.0  # with do_sample: draw from the most likely tokens with this total probability
-    top_k: int = 50  # with do_sample: draw from this many most likely tokens
+    do_sample: bool = False  # sample instead of greedy decoding; setting temperature, top_p or top_k turns it on
+    temperature: float = 1.0  # of sampling: values below 1 favour likely tokens
+    top_p: float = 1.0  # of sampling: draw from the most likely tokens with this total probability
+    top_k: int = 50  # of sampling: draw from this many most likely tokens
     num_beams: int = 1  # beams of a beam search; 1: no beam search
     repetition_penalty: float = 1.0  # values above 1 make tokens less likely that already occur in the text
     generation_kwargs: tuple[str, ...] = ()  # other arguments of model.generate, for example min_p=0.1
@@ -142,9 +142,10 @@ with resumable(vibes_run):
 # %% [markdown]
 # ## Side by side
 #
-# The table shows `show_rows` prompts, spread evenly. `answers.html` has all answers, without the models' names. Read
-# and vote there, and export the votes. `05_judge.py --votes` counts them. Below the table and in `run.json` are counts
-# of answers that are empty, truncated, or refused by a server. If no answer has any text, `finish` ends with an error.
+# The table shows `show_rows` prompts, spread evenly. `answers.html` has all answers and hides the models' names until
+# you vote. Read and vote there, and export the votes: `05_judge.py --votes` counts them. Below the table and in
+# `run.json` are counts of answers that are empty, truncated, or refused by a server. If no answer has any text,
+# `finish` ends with an error.
 
 # %%
 show(answers.side_by_side(names, rows=settings.show_rows))
@@ -158,7 +159,7 @@ answers.finish(vibes_run, names, page=page_id)
 
 # %%
 judge = f"python notebooks/05_judge.py --answers_dir {shell_quote(vibes_run.folder)}"
-is_recipe = settings.sources["prompts_file"] == "recipe"  # which then names its judge, too
+has_recipe_prompts = settings.sources["prompts_file"] == "recipe"  # such a recipe names a judge, too
 print(f"Page: {short_path(vibes_run.folder / 'answers.html')}")
-print(f"Next: {judge} {f'--recipe {shell_quote(settings.recipe)}' if is_recipe else '--judge_model NAME'}")
+print(f"Next: {judge} {f'--recipe {shell_quote(settings.recipe)}' if has_recipe_prompts else '--judge_model NAME'}")
 print(f"or, with votes exported from the page: {judge} --votes ~/Downloads/votes-{page_id}*.json")

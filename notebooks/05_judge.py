@@ -24,7 +24,7 @@
 # python notebooks/05_judge.py --judge_model gpt-4.1 --dry_run               # one complete prompt, and how many calls
 # python notebooks/05_judge.py --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B        # a reward model
 # python notebooks/05_judge.py --votes ~/Downloads/votes-*.json              # people's votes on the page of 04_vibes.py
-# python notebooks/05_judge.py --bench --models latest --limit 100     # IFEval and GSM8K before and after, by lm-eval
+# python notebooks/05_judge.py --bench --models latest --limit 100     # IFEval and GSM8K; needs lm-eval[hf,ifeval]
 # python notebooks/05_judge.py --bench_dir mt_bench --judge_model gpt-4      # MT-Bench, with the answers in mt_bench/
 # ```
 #
@@ -64,7 +64,7 @@ class Settings(RunSettings):
     judge_model: str = ""  # model that judges
     base_url: str = ""  # OpenAI-compatible endpoint of the judge; by default OPENAI_BASE_URL, or OpenAI itself
     reward_model: str = ""  # instead of a judge model: a classifier with one logit; the higher score wins
-    quantization: Literal["none", "8bit", "4bit"] = "none"  # weights of the reward model in memory
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # quantization of the reward model
     votes: tuple[str, ...] = ()  # instead of a model: votes of people, exported from the page of 04_vibes.py
     judge_module: str = ""  # instead of a model: rules in a Python module, such as recipes.demo.questions
     judgments: str = ""  # instead of a model: a FastChat model_judgment file, whose verdicts are only counted
@@ -76,7 +76,7 @@ class Settings(RunSettings):
     max_new_tokens: int = 2048  # maximum tokens per judgment
     max_concurrency: int = 8  # calls at the same time
     timeout: float = 120.0  # seconds without data after which a call fails; each call is tried up to six times
-    max_calls: int = 0  # maximum number of calls, without retries; 0: no limit
+    max_calls: int = 0  # maximum number of calls each time you run the command, without retries; 0: no limit
     max_tokens: int = 0  # start no more calls after this many tokens, read and written; 0: no limit
     input_price: float = 0.0  # price per million tokens that the judge reads; 0: print no cost
     output_price: float = 0.0  # price per million tokens that the judge writes; 0: print no cost

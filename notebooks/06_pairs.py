@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 6. Make pairs for another round
 #
-# **In:** prompts, and a model that answers them several times, or answers that were judged. **Out:**
+# **In:** prompts and a model that samples several answers to each, or answers that are already judged. **Out:**
 # `outputs/pairs-<model>-<hash>/preferences.jsonl`, preference pairs for the next run of `02_dpo.py`.
 #
 # ```
@@ -55,8 +55,8 @@ class Settings(RunSettings):
         ("from_judgments", "from_votes"),
     )
 
-    models: tuple[str, ...] = ("latest",)  # who answers: as in 04; latest, latest-sft: the newest run of 02, of 01
-    chosen_from: str = ""  # instead: the model of all chosen answers ...
+    models: tuple[str, ...] = ("latest",)  # who answers, as in 04; latest: newest run of 02; latest-sft: of 01
+    chosen_from: str = ""  # instead of models: the model of all chosen answers ...
     rejected_from: str = ""  # ... and the model of all rejected answers, which 02 then trains
     base_url: str = ""  # OpenAI-compatible endpoint of the models
     trust_remote_code: bool = False  # run code that comes with a model
@@ -87,7 +87,7 @@ class Settings(RunSettings):
     judge_max_new_tokens: int = 2048  # maximum tokens per judgment
     max_concurrency: int = 8  # calls of the judge at the same time
     timeout: float = 120.0  # seconds without data after which a call fails; each call is tried up to six times
-    max_calls: int = 0  # maximum number of calls of the judge, without retries; 0: no limit
+    max_calls: int = 0  # maximum number of calls of the judge each time you run the command; 0: no limit
     max_tokens: int = 0  # start no more calls after this many tokens, read and written; 0: no limit
     input_price: float = 0.0  # price per million tokens that the judge reads; 0: print no cost
     output_price: float = 0.0  # price per million tokens that the judge writes; 0: print no cost
@@ -108,8 +108,8 @@ settings = load_settings(Settings, globals())
 # ## Prompts, models and scorer
 #
 # The model that answers is the policy that the next round trains. Prompts that runs of 04 have answered, the built-in
-# ones and those of `--exclude` are left out, so that you can evaluate the next model on them. Rules are tried, and a
-# judge's name, key and prompts are checked, before anything is sampled.
+# ones and those of `--exclude` are left out, so that you can evaluate the next model on them. Before anything is
+# sampled, rules are tried on one answer, and a judge's address, key and prompts are checked.
 
 # %%
 from helpers.core import show
@@ -135,7 +135,7 @@ pairs_run.set(models=prompt_set.names, loading=generators.loading, weights=gener
 # ## Answers
 #
 # Every model answers each prompt `num_samples` times. Each answer is drawn with its own seed, from the prompt and the
-# answer's number, so an interrupted run gives the same answers. They are stored as FastChat's `choices`. Answers of
+# answer's number, so a resumed run gives the same answers. They are stored as FastChat's `choices`. Answers of
 # an earlier run with the same prompts and sampling are used again.
 
 # %%

@@ -39,7 +39,7 @@ from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint,
 from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.report import save_partial_report
 from helpers.runs.run import NEXT, TRAINING_STEPS, Run, relative_place, utc_now
-from helpers.settings.fields import RunSettings
+from helpers.settings.fields import RunSettings, TrainSettings
 from helpers.settings.load import load_settings, own_types
 from helpers.settings.sources import field_types, split_flags, takes_several
 
@@ -95,7 +95,7 @@ def start_run(
         processes, rows = int(os.environ.get("WORLD_SIZE", "1")), settings.rows_per_step()
         is_same_batch = rows == run.record.get("rows_per_step")
         check_process_count(folder, run.record.get("processes"), processes, is_same_batch)
-        if _trains(settings):
+        if isinstance(settings, TrainSettings):
             prepare_tracker(settings)
         run.set(
             settings=settings.values(),
@@ -138,7 +138,7 @@ def _open_finished(run: Run, settings: RunSettings, when_finished: Callable[[Run
     raise CleanExit(f"{message}\nNext: {run.next_command(settings.recipe)}")
 
 
-def prepare_tracker(settings: RunSettings) -> None:
+def prepare_tracker(settings: TrainSettings) -> None:
     """Check --report_to before a model is loaded. Without a key, wandb runs offline instead of asking for one. Raises
     SettingsError for a tracker that is unknown or not installed."""
     name = settings.report_to

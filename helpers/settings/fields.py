@@ -43,10 +43,8 @@ class RunSettings:
     output_dir: Path = Path("outputs")  # folder of all runs
     run_name: str = ""  # name of this run's folder; by default derived from the settings
     seed: int = 42  # seed of the data split, the adapter's initialization, shuffling and sampling
-    resume: Literal["auto", "never", "always"] = "auto"  # auto: resume; never: replace; always: even without run.json
+    resume: Literal["auto", "never", "always"] = "auto"  # never: start over; always: resume even without run.json
     dry_run: bool = False  # print what would be done, then stop
-    report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
-    wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on
     setup_module: str = ""  # Python module to run first, to create what a recipe needs
 
     sources: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -128,6 +126,8 @@ class RunSettings:
 class TrainSettings(RunSettings):
     """What 01 and 02 share. A Settings cell that repeats one of these changes its default."""
 
+    report_to: str = "none"  # tracker: none, wandb, tensorboard, trackio ...
+    wandb_project: str = ""  # Weights & Biases project; setting it turns wandb on
     trust_remote_code: bool = False  # run code that comes with the model
     revision: str = ""  # branch, tag or commit of the model on the Hub
     dataset_config: str = ""  # configuration of the dataset, if it has several
@@ -140,12 +140,12 @@ class TrainSettings(RunSettings):
     stop_on_diagnostic: tuple[str, ...] = ()  # problems that end a run, with a checkpoint: displacement, entropy ...
     completion_steps: float = 0.2  # steps between answers to evaluation prompts; below 1: a share of all; 0: none
     completion_tokens: int = 512  # maximum tokens of an answer to an evaluation prompt
-    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # for overlong rows
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = "drop"  # rows above max_length
     strict: bool = False  # stop if any row would be dropped
     chat_template: str = "auto"  # auto: the tokenizer's, or else mistral; chatml, tulu, alpaca, vicuna, hh; a file
     chat_template_kwargs: str = ""  # variables of the chat template, as JSON: {"enable_thinking": false}
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # bits of the frozen base; auto: 4bit for qlora
-    attn_implementation: str = "auto"  # auto: flash_attention_2 or sdpa; or eager, a Hub kernel
+    attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or eager, or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the adapter's weights
     use_rslora: bool = False  # scale the adapter by alpha / sqrt(r) instead of alpha / r, for high ranks

@@ -37,7 +37,7 @@ from helpers.core import (
     show,
     silence_other_processes,
 )
-from helpers.settings.fields import SOURCE_ORDER, RunSettings
+from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
 from helpers.settings.sources import (
     CONFIGS,
     NAMES,
@@ -150,10 +150,11 @@ def _resolve(settings: RunSettings) -> None:
                 layer = settings.sources[name].split()[0]
                 settings.override(f"{layer} (but {highest[0]} wins)", **{name: type(value)()})
     trains = settings.step in CONFIGS
-    if not settings.is_set("report_to") and settings.wandb_project:
-        settings.report_to = "wandb"
-    elif not settings.is_set("report_to") and trains and os.environ.get("WANDB_PROJECT"):  # as transformers does
-        settings.override("environment WANDB_PROJECT", report_to="wandb")
+    if isinstance(settings, TrainSettings) and not settings.is_set("report_to"):
+        if settings.wandb_project:
+            settings.report_to = "wandb"
+        elif os.environ.get("WANDB_PROJECT"):  # as transformers does
+            settings.override("environment WANDB_PROJECT", report_to="wandb")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not trains:
         raise SettingsError("this notebook runs in one process. Start it with `python`, without a launcher.")
     settings.check()

@@ -23,6 +23,7 @@ from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+DATASET = ("dataset_id", "dataset_split")  # of 01 and 02: rows to train on; of 04 and 06: prompts
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 FIELD_SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 ENUM_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py")
@@ -114,7 +115,7 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
 def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), types: Iterable[str] = ()) -> Words:
     """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
     section also replaces the others of its group at the top. Of the keys at the top, a step that does not train leaves
-    out those that are not in `types`: they are for training."""
+    out those that are not in `types`, and the dataset of a recipe that trains: they are for training."""
     file = find_path(name)
     if file is None or not file.is_file():
         names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
@@ -135,7 +136,8 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
         )
     section = content.get(step) or {}
     replaced = {key for group in exclusive if set(group) & set(section) for key in group}
-    left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in types}
+    used = set(types) - set(DATASET if CONFIGS.keys() & content.keys() else ())
+    left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in used}
     values = {k: v for k, v in content.items() if k not in {*SECTIONS, *replaced, *left_out}} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}
 

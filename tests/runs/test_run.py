@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from helpers.core import CleanExit, SettingsError, UserError, show
+from helpers.core import REPO, CleanExit, SettingsError, UserError, show
 from helpers.runs import checkpoints, start
 from helpers.runs import run as runs
+from helpers.settings import load_settings
 from tests.tiny import settings_of
 
 
@@ -119,9 +120,11 @@ def test_the_tracker_is_settled_before_a_run_trains_and_only_then(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(start, "prepare_tracker", lambda settings: asked.append(settings.report_to))
-    start.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m").finish()
+    flags = ["--output_dir", str(tmp_path), "--wandb_project", "mine"]
+    training = load_settings(start.settings_of(REPO / "notebooks" / "02_dpo.py"), {}, flags)
+    start.start_run(training, "org/m").finish()
     with pytest.raises(CleanExit):
-        start.start_run(settings_of(tmp_path, "--wandb_project", "mine"), "org/m")
+        start.start_run(training, "org/m")
     settings = settings_of(tmp_path, "--run_name", "judged")
     monkeypatch.setattr(type(settings), "step", "judge")
     start.start_run(settings, "gpt")

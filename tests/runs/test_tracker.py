@@ -16,7 +16,7 @@ from helpers.data.row_report import RowReport
 from helpers.runs.curves import Curves
 from helpers.runs.run import Run
 from helpers.runs.start import prepare_tracker
-from helpers.settings import RunSettings
+from helpers.settings import TrainSettings
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def prepare(report_to: str, project: str = "") -> None:
-    prepare_tracker(RunSettings(report_to=report_to, wandb_project=project))
+    prepare_tracker(TrainSettings(report_to=report_to, wandb_project=project))
 
 
 def test_wandb_goes_offline_without_a_key_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

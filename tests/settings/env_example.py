@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers.core import REPO
 from helpers.runs.start import settings_of
-from helpers.settings.load import COMMENT, own_types
+from helpers.settings.load import COMMENT, RUN_CODE, own_types
 from helpers.settings.sources import env_name, to_cli_tokens
 
 
@@ -26,7 +26,7 @@ def section(notebook: Path) -> str:
         comments |= dict(COMMENT.findall(inspect.getsource(base)))
     comments |= dict(COMMENT.findall(notebook.read_text()))
     lines = [f"# notebooks/{notebook.name}: {cls.__doc__}"]
-    for name in own_types(cls):
+    for name in (name for name in own_types(cls) if name not in RUN_CODE):
         lines += [f"# {comments[name]}", f"# {env_name(cls.step, name)}={' '.join(to_cli_tokens(getattr(cls, name)))}"]
     return "\n".join(lines) + "\n"
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from helpers.core import REPO
 from helpers.runs.start import settings_of
 from helpers.settings import sources
-from helpers.settings.load import COMMENT, format_help, own_types, silence_warnings
+from helpers.settings.load import COMMENT, format_help, load_settings, own_types, silence_warnings
 from tests.conftest import Project
 from tests.settings.env_example import env_example
 from tests.settings.notebook import MergeSettings, Settings
@@ -112,6 +114,21 @@ def test_help_takes_less_than_0_6_seconds(project: Project) -> None:
 def test_the_example_of_env_has_every_variable_with_its_comment_and_default() -> None:
     """Run `python -m tests.settings.env_example` after a change of a Settings cell."""
     assert (REPO / ".env.example").read_text() == env_example(), "run `python -m tests.settings.env_example`"
+
+
+def test_every_line_of_the_example_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (REPO / ".env.example").read_text().splitlines()
+    prefixes = r"# ((?:SFT|DPO|MERGE|VIBES|JUDGE|PAIRS)_[A-Z0-9_]+=.+)"
+    (tmp_path / ".env").write_text("\n".join(found[1] for line in lines if (found := re.fullmatch(prefixes, line))))
+    monkeypatch.chdir(tmp_path)
+    for notebook in sorted((REPO / "notebooks").glob("*.py")):
+        cls = settings_of(notebook)
+        settings = load_settings(cls, {}, [])
+        assert {source.split()[0] for source in settings.sources.values()} == {"default", ".env"}
+        assert {n: v for n, v in settings.values().items() if n != "output_dir"} == {
+            field.name: getattr(cls, field.name) for field in dataclasses.fields(cls)
+            if field.init and field.name != "output_dir"
+        }  # fmt: skip
 
 
 def test_the_help_of_trl_s_fields_has_the_defaults_of_the_notebook() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.core import REPO, SettingsError
+from helpers.runs.start import settings_of
 from helpers.settings import load_settings
 from tests.settings.notebook import MergeSettings, load
 
@@ -44,6 +45,22 @@ def test_the_section_of_a_recipe_beats_its_top(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("seed: 1\nreport_to: none\nwandb_project:\ndpo:\n  seed: 2\n")
     assert load("--recipe", "r.yaml").seed == 2
     assert load_settings(MergeSettings, {}, ["--recipe", "r.yaml"]).seed == 1
+
+
+def test_the_dataset_of_a_recipe_that_trains_holds_no_prompts(tmp_path: Path) -> None:
+    top = "dataset_id: org/pairs\ndataset_split: train_prefs\nseed: 3\n"
+    vibes = settings_of(REPO / "notebooks" / "04_vibes.py")
+
+    def read(section: str) -> tuple[str, str, int]:
+        (tmp_path / "r.yaml").write_text(top + section)
+        settings = load_settings(vibes, {}, ["--recipe", "r.yaml"])
+        return settings.dataset_id, settings.dataset_split, settings.seed
+
+    assert read("dpo: {dpo_beta: 0.1}") == ("", "", 3)
+    assert read("sft: {}\nvibes: {dataset_id: org/prompts}") == ("org/prompts", "", 3)
+    assert read("") == ("org/pairs", "train_prefs", 3)  # a recipe for 04 alone
+    dpo = load_settings(settings_of(REPO / "notebooks" / "02_dpo.py"), {}, ["--recipe", "r.yaml"])
+    assert dpo.values()["dataset_id"] == ("org/pairs",)
 
 
 def test_what_differs_from_the_recipe_is_printed_and_the_rest_is_counted(
