@@ -111,8 +111,8 @@ if settings.chat and not settings.dry_run:
 # %% [markdown]
 # ## The run
 #
-# The run is named after the settings, the questions and the models' weights, so the same command finds the same run.
-# With `--dry_run`, `start_run` ends the notebook here.
+# The run is named after the settings, the questions and the models' weights and chat templates, so the same command
+# finds the same run. With `--dry_run`, `start_run` ends the notebook here.
 
 # %%
 show(f"{len(questions)} prompts for {', '.join(names)}")

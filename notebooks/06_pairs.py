@@ -124,11 +124,12 @@ show(prompt_set, generators, scorer)
 # %% [markdown]
 # ## The run
 #
-# The run is named after the settings, the prompts and the models' weights, so the same command finds the same run.
-# With `--dry_run`, `start_run` ends the notebook here.
+# The run is named after the settings, the prompts, the scorer and the models' weights and chat templates, so the same
+# command finds the same run. With `--dry_run`, `start_run` ends the notebook here.
 
 # %%
-pairs_run = start_run(settings, base_model=prompt_set.base_model, origin=prompt_set.fingerprint)
+origin = generators.fingerprint(prompt_set.fingerprint, scorer.identity)
+pairs_run = start_run(settings, base_model=prompt_set.base_model, origin=origin)
 pairs_run.set(models=prompt_set.names, loading=generators.loading, weights=generators.weights)
 
 # %% [markdown]
@@ -149,8 +150,8 @@ with resumable(pairs_run):
 # %% [markdown]
 # ## Scores
 #
-# Reasoning (`<think>`) is not scored. Each score is stored with its answer and used again, also by other runs. With
-# `--vote_page` the notebook ends here. Run it again with `--from_votes` when people have voted.
+# Reasoning (`<think>`) is not scored. Each score is stored with its answer. Scores of a model are used again by other
+# runs. With `--vote_page` the notebook ends here. Run it again with `--from_votes` when people have voted.
 
 # %%
 with resumable(pairs_run):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, atomic_write, printable, read_jsonl
+from helpers.core import Row, UserError, atomic_write, fingerprint, printable, read_jsonl
 from helpers.data.formats import row_template_options, template_columns
 from helpers.data.messages import Message
 from helpers.evaluation.questions import (
@@ -80,6 +80,8 @@ class JsonlStore:
 
 class Generator:
     """Generates answers to conversations."""
+
+    in_batches = True  # whether an answer may depend on the other conversations of its batch
 
     def generate(self, conversations: list[list[Message]], seed: int = 0, **kwargs: Any) -> Sequence[str]:
         """One answer per conversation, in order: an Answer, or a str. `kwargs` as `model.generate`'s, and where a
@@ -163,8 +165,10 @@ class AnswerStore:
         self.write_questions()
         missing = {q["question_id"] for q in self.missing(name)}
         for number, (temperature, batch) in enumerate(tqdm(self._batches(), desc=name, unit="batch")):
-            if missing.isdisjoint(q["question_id"] for q in batch):
+            left = [q for q in batch if q["question_id"] in missing]
+            if not left:
                 continue
+            batch = batch if generator.in_batches else left
             kwargs = generation_kwargs
             if temperature is not None:
                 kwargs = kwargs | {"do_sample": temperature > 0}
@@ -339,6 +343,11 @@ class SideBySide:
     def _cells(self) -> list[list[tuple[str, str]]]:
         thoughts = self.thoughts or [[""] * len(row) for row in self.rows]
         return [list(zip(*pair, strict=True)) for pair in zip(self.rows, thoughts, strict=True)]
+
+
+def hash_answers(answers: ModelAnswers) -> dict[str, str]:
+    """What identifies each model's answers, by their texts and question ids."""
+    return {name: fingerprint(sorted((str(i), turns) for i, turns in own.items())) for name, own in answers.items()}
 
 
 def describe_thoughts(text: str) -> str:

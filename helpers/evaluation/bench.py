@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scipy.stats import binomtest
 
-from helpers.core import BLUE, ORANGE, Row, SettingsError, UserError, fingerprint, new_figure, shorten
+from helpers.core import BLUE, ORANGE, Row, SettingsError, UserError, new_figure, shorten
 from helpers.evaluation.answers import JsonlStore, make_table
 from helpers.evaluation.generators import Generators, HFGenerator
 from helpers.evaluation.judgments import Judgments
 from helpers.evaluation.questions import find_input
 from helpers.models.adapters import describe_error
 from helpers.models.resolve import resolve_models
+from helpers.runs.checkpoints import hash_files
 from helpers.runs.run import Run
 from helpers.runs.start import resumable
 
@@ -51,9 +53,10 @@ class Bench:
             raise SettingsError("--bench asks the models. Remove --answers_dir and --bench_dir, and give --models.")
         files = {name: find_input("--bench", name) for name in settings.bench if name.endswith((".yaml", ".yml"))}
         self.manager = TaskManager(include_defaults=len(files) < len(settings.bench))  # it reads 14,000 files
-        self.specs = {
-            files[name].stem if name in files else name: str(files.get(name, name)) for name in settings.bench
-        }
+        named = [(files[name].stem if name in files else name, str(files.get(name, name))) for name in settings.bench]
+        self.specs = dict(named)
+        if len(self.specs) < len(set(named)):
+            raise SettingsError(f"--bench {' '.join(settings.bench)}: two tasks have one name. Rename a file.")
         for name in self.specs.values():
             if name not in self.manager.task_index and not Path(name).is_file():
                 raise SettingsError(f"--bench {name} is no task of lm-eval and no YAML file. See `lm-eval ls tasks`.")
@@ -70,8 +73,8 @@ class Bench:
         self.generators = Generators(refs, how, sampling={})
         self.models, self.limit = [ref.name for ref in refs], settings.limit
         self.name = f"lm-eval {' '.join(self.specs)}"
-        contents = [Path(spec).read_text("utf-8") if Path(spec).is_file() else spec for spec in self.specs.values()]
-        self.fingerprint = fingerprint([ref.fingerprint for ref in refs], contents, self.limit)
+        contents = [_contents(Path(spec)) if Path(spec).is_file() else spec for spec in self.specs.values()]
+        self.fingerprint = self.generators.fingerprint(contents, self.limit)
 
     def preview(self) -> str:
         """What `run` would do."""
@@ -80,18 +83,18 @@ class Bench:
 
     def missing(self, model: str) -> list[str]:
         """The tasks that a model has not answered yet."""
-        return [task for task in self.specs if (model, task) not in self.store.rows]
+        return [task for task in self.specs if "metrics" not in self.store.rows.get((model, task), {})]
 
     def run(self, run: Run) -> BenchJudgments:
         """Let each model answer what is missing; what it answered is stored in the run's folder after each task."""
-        self.store = JsonlStore(run.folder / "bench.jsonl", lambda row: (row["model"], row["task"]))
-        with resumable(run):
+        with resumable(run):  # which may delete a run
+            self.store = JsonlStore(run.folder / "bench.jsonl", lambda row: (row["model"], row["task"]))
             if not run.finished:
                 run.save(models=self.models, loading=self.generators.loading, weights=self.generators.weights)
             for model, generator in self.generators.load(cast(Any, self)):
                 for task in self.missing(model):
                     self.store.add({"model": model, "task": task, **self._ask(task, cast(HFGenerator, generator))})
-        rows = [self.store.rows[model, task] for task in self.specs for model in self.models]
+        rows = [row for task in self.specs for row in self._choose_metric(task)]
         return BenchJudgments(self.name, [], answered=rows)
 
     def _load(self, task: str) -> dict[str, Any]:
@@ -122,15 +125,41 @@ class Bench:
         last = samples[-1][1]["filter"]
         samples = [(name, sample) for name, sample in samples if sample["filter"] == last]
         metrics = [m for m in samples[0][1]["metrics"] if all(sample.get(m) in (0, 1) for _, sample in samples)]
-        if not metrics:
-            known = ", ".join(samples[0][1]["metrics"])
-            raise UserError(f"--bench {task} has no metric that says right or wrong for each question ({known}).")
         docs = [
             {"id": f"{name}/{sample['doc_id']}", "question": str(tasks[name].doc_to_text(sample["doc"])),
-             "target": str(sample["target"]), "answer": str(sample["resps"][0][0]), "right": int(sample[metrics[0]])}
+             "target": str(sample["target"]), "answer": str(sample["resps"][0][0]),
+             "values": {metric: int(sample[metric]) for metric in metrics}}
             for name, sample in samples
         ]  # fmt: skip
-        return {"metric": metrics[0] + f" ({last})" * (last != "none"), "docs": docs}
+        if not metrics:
+            raise self._no_metric(task, samples[0][1]["metrics"])
+        return {"metrics": metrics, "filter": last, "docs": docs}
+
+    def _no_metric(self, task: str, known: Sequence[str]) -> UserError:
+        names = ", ".join(known)
+        return UserError(f"--bench {task} has no metric that says right or wrong for each question ({names}).")
+
+    def _choose_metric(self, task: str) -> list[Row]:
+        """What the models answered, by the first metric that is 0 or 1 for every answer of all of them."""
+        rows = [self.store.rows[model, task] for model in self.models]
+        shared = [name for name in rows[0]["metrics"] if all(name in row["metrics"] for row in rows)]
+        if not shared:
+            raise self._no_metric(task, rows[0]["metrics"])
+        metric = shared[0] + f" ({rows[0]['filter']})" * (rows[0]["filter"] != "none")
+        docs = [[doc | {"right": doc["values"][shared[0]]} for doc in row["docs"]] for row in rows]
+        return [row | {"metric": metric, "docs": own} for row, own in zip(rows, docs, strict=True)]
+
+
+def _contents(task: Path) -> list[str]:
+    """A YAML file of a task, and hashes of the files of its folder that it names: data, and modules of functions."""
+    text = task.read_text("utf-8")
+    words = {*re.findall(r"[\w.-]+", text)}
+    named = [
+        f
+        for f in sorted(task.parent.iterdir())
+        if f.name in words or (f.suffix == ".py" and f"function {f.stem}." in text)
+    ]
+    return [text, *(hash_files([file]) for file in named if file.is_file())]
 
 
 def compare_right(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:

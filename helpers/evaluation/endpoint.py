@@ -98,6 +98,8 @@ class Endpoint(Generator):
     chat template are sent with every conversation that is answered. `flag` is the one of the address, for errors.
     """
 
+    in_batches = False
+
     def __init__(
         self,
         model: str,

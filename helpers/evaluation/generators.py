@@ -17,7 +17,7 @@ from helpers.core import CleanExit, SettingsError, Terminated, UserError, find_p
 from helpers.data.messages import Message
 from helpers.evaluation.answers import AnswerStore, Generator
 from helpers.evaluation.endpoint import SAMPLING_ARGUMENTS, Endpoint
-from helpers.evaluation.questions import OPEN_THOUGHT, Answer, Question
+from helpers.evaluation.questions import OPEN_THOUGHT, Answer
 from helpers.models.adapters import load_adapter, read_pretrained
 from helpers.models.chat import (
     CHAT_TEMPLATES,
@@ -265,9 +265,15 @@ class Generators:
             found[ref.name] = tokenizer, name
         return found
 
-    def fingerprint(self, questions: list[Question]) -> str:
-        """Identifies the questions and the models' weights."""
-        return fingerprint(questions, [model.fingerprint for model in self.models])
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Identifies the weights and the chat template of each model."""
+        templates = {name: str(tokenizer.chat_template) for name, (tokenizer, _) in self.tokenizers.items()}
+        return {model.name: fingerprint(model.fingerprint, templates.get(model.name)) for model in self.models}
+
+    def fingerprint(self, *asked: Any) -> str:
+        """Identifies what is asked, and the models' weights and chat templates."""
+        return fingerprint(*asked, [*self.fingerprints.values()])
 
     def load(self, answers: AnswerStore | None = None) -> Iterator[tuple[str, Generator]]:
         """Yield (name, generator) for each model that lacks an answer in `answers`; for each model without `answers`.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import inspect
 import math
 import random
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,6 @@ from helpers.evaluation.judgments import (
     Judge,
     Judgments,
     call_failure,
-    model_name,
     model_pairs,
     outcome_of,
     pair_row,
@@ -34,7 +34,7 @@ from helpers.evaluation.judgments import (
     read_votes,
     tie_row,
 )
-from helpers.evaluation.questions import Answer, JudgePrompts, Question
+from helpers.evaluation.questions import Answer, JudgePrompts, Question, model_name
 from helpers.evaluation.verdicts import (
     RewardJudge,
     RewardModel,
@@ -45,6 +45,7 @@ from helpers.evaluation.verdicts import (
     prompt_messages,
     score_by_rules,
 )
+from helpers.runs.checkpoints import hash_files
 from helpers.runs.run import Run, list_runs
 from helpers.runs.start import resumable
 
@@ -64,7 +65,8 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge | Bench:
     if flag == "bench":
         return Bench(settings)
     if flag == "judgments":
-        return Judge(read_judgments(settings.judgments, settings.mode, settings.models), answers)
+        found = read_judgments(settings.judgments, settings.mode, settings.models, settings.baseline)
+        return Judge(found, answers)
     pairs = model_pairs(answers.answers, settings.mode, model_name(settings.baseline, answers.answers))
     if flag == "judge_model":
         return ModelJudge(settings, answers, pairs)
@@ -72,7 +74,7 @@ def make_judge(settings: Any, answers: AnswerSet) -> Judge | Bench:
         return RewardJudge(settings, answers, pairs)
     if flag == "judge_module":
         return Judge(apply_rules(settings.judge_module, answers, pairs), answers, pairs)
-    judgments = Judgments("human", read_votes(settings.votes, answers, pairs))
+    judgments = Judgments("human", read_votes(settings.votes, answers, pairs, is_part=bool(settings.models)))
     unseen = len(answers.questions) - len({row["question_id"] for row in judgments.rows})
     judgments.notes += [f"{unseen} of {len(answers.questions)} questions have no vote."] if unseen else []
     return Judge(judgments, answers, pairs)
@@ -94,6 +96,7 @@ class ModelJudge(Judge):
         self.ties = [tie_row(m, m["turn"], m["models"], [self.name, m["prompt"]]) for m in same[::2]]
         self.questions = {question["question_id"]: question for question in answers.questions}
         self.replies: list[Reply] = []  # of this run; a list is safe among threads
+        self._started, self._lock = 0, threading.Lock()  # calls of this run
 
     def messages(self, match: Row) -> list[Message]:
         return self.prompts.messages(match, self.questions[match["question_id"]], self.answers.answers)
@@ -141,11 +144,11 @@ class ModelJudge(Judge):
         """Make the calls that are missing, `max_concurrency` at a time, until the budget is spent."""
         from tqdm.auto import tqdm
 
-        s, self.replies = self.settings, []
+        s, self.replies, self._started = self.settings, [], 0
         endpoint = Endpoint(s.judge_model, s.base_url, s.timeout)
-        store = JsonlStore(run.folder / "calls.jsonl", lambda row: row["asked"])
-        super().run(run)
+        super().run(run)  # first: it may delete a run
         with resumable(run):
+            store = JsonlStore(run.folder / "calls.jsonl", lambda row: row["asked"])
             asked, cached = dict(zip(self.hashes, self.matches, strict=True)), self.cached_calls()
             reused = [key for key in asked if key in cached and key not in store.rows]
             store.add(*(_as_match(cached[key], asked[key]) for key in reused))
@@ -174,17 +177,21 @@ class ModelJudge(Judge):
         price = (read * self.settings.input_price + written * self.settings.output_price) / 1e6
         return f"{text}: {price:,.2f} at the prices given" if price else text
 
-    def _is_spent(self) -> bool:
-        tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in self.replies)
-        return bool(0 < self.settings.max_calls <= len(self.replies) or 0 < self.settings.max_tokens <= tokens)
+    def _may_call(self) -> bool:
+        """Whether the budget has room for one more call, which counts from here."""
+        with self._lock:
+            tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in self.replies)
+            is_spent = 0 < self.settings.max_calls <= self._started or 0 < self.settings.max_tokens <= tokens
+            self._started += not is_spent
+        return not is_spent
 
     def _judge(self, key: str, match: Row, endpoint: Endpoint) -> list[Row]:
         """The row of a call; none once the budget is spent."""
         s, messages = self.settings, self.messages(match)
-        if self._is_spent():
+        if not self._may_call():
             return []
         refused: dict[str, str] = {}
-        for _ in range(2):  # a reply without a verdict is asked for once more
+        for is_second in (False, True):  # a reply without a verdict is asked for once more
             try:
                 reply = endpoint.ask(messages, temperature=s.temperature, max_tokens=s.max_new_tokens)
             except RequestRefused as error:  # for example too long: the others may be judged
@@ -192,7 +199,7 @@ class ModelJudge(Judge):
             self.replies.append(reply)
             text = reply.text + "…" * (not reply.finished)  # the end of what was cut off is not a verdict
             winner = _winner(match, text)
-            if winner != "error" or refused or self._is_spent():
+            if winner != "error" or refused or is_second or not self._may_call():
                 break
         row = match | {"winner": winner, "finished": reply.finished, **refused, "asked": key}
         row |= {"user_prompt": messages[-1]["content"], "judgment": reply.text, "tstamp": time.time()}
@@ -242,7 +249,7 @@ class ScoreSet:
 @dataclasses.dataclass
 class Scorer:
     """Gives each answer a number by `function`, which takes (question, answer) pairs. It is kept in scores.jsonl, and
-    used again by every run with the same `identity`."""
+    if `is_reusable`, used again by every run with the same `identity`."""
 
     name: str
     settings: Any
@@ -250,6 +257,7 @@ class Scorer:
     function: Callable[[list[tuple[Question, Answer]]], list[float]] | None = None
     bounds: tuple[float, float] | None = None
     second: Scorer | None = None
+    is_reusable: bool = True
 
     def __rich__(self) -> str:
         return f"Scored by {self.name}" + (f", and in part by {self.second.name}" if self.second else "")
@@ -272,7 +280,8 @@ class Scorer:
 
         assert self.function
         store, known = JsonlStore(run.folder / "scores.jsonl", lambda row: row["asked"]), dict[Any, Row]()
-        for other in list_runs(self.settings.output_dir, "pairs") if self.settings.resume != "never" else []:
+        is_reused = self.is_reusable and self.settings.resume != "never"
+        for other in list_runs(self.settings.output_dir, "pairs") if is_reused else []:
             with contextlib.suppress(UserError):  # a broken file
                 known |= JsonlStore(other.folder / "scores.jsonl", store.key).rows
         asked = {(q["question_id"], name): (q, own[q["question_id"]][0]) for name, own in answers.answers.items()
@@ -301,9 +310,15 @@ def rules_scorer(settings: Any, questions: list[Question]) -> Scorer:
     rules = load_rules(settings.judge_module, "score")
     for question in {tuple(sorted(question)): question for question in questions}.values():
         score_by_rules(rules, question, Answer("x"))
-    name = f"rules {settings.judge_module}"
-    identity = f"{settings.judge_module} {hashlib.sha256(inspect.getsource(rules).encode()).hexdigest()[:16]}"
-    return Scorer(name, settings, identity, lambda each: [score_by_rules(rules, *one) for one in each], (0.0, 1.0))
+
+    def score(answered: list[tuple[Question, Answer]]) -> list[float]:
+        return [score_by_rules(rules, *each) for each in answered]
+
+    # what rules read besides, such as a list of words, may change too: their scores are not used again
+    folder = Path(str(rules.__file__)).parent
+    files = {Path(str(getattr(module, "__file__", None))) for module in [*sys.modules.values()]}
+    identity = f"{settings.judge_module} {hash_files(file for file in files if file.parent == folder)}"
+    return Scorer(f"rules {settings.judge_module}", settings, identity, score, (0.0, 1.0), is_reusable=False)
 
 
 def reward_scorer(settings: Any, questions: list[Question]) -> Scorer:

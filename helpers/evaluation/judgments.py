@@ -8,7 +8,6 @@ import glob
 import itertools
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,12 +26,14 @@ from helpers.core import (
     short_path,
     write_json,
 )
-from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, make_table
+from helpers.evaluation.answers import MARKS, ModelAnswers, count_marks, hash_answers, make_table
 from helpers.evaluation.questions import (
     Question,
     answer_turns,
     answers_folder,
+    choose_models,
     find_input,
+    model_name,
     read_answers,
     safe_file_name,
 )
@@ -40,6 +41,7 @@ from helpers.runs.checkpoints import load_record, shell_quote
 from helpers.runs.run import Run, find_run
 
 VOTES_FORMAT = "votes-1"  # see AnswerStore.write_vote_page
+ONE_ORDER = ("human", "rules", "reward model")  # judges that the order of two answers cannot influence, or saw one only
 OUTCOMES = {"model_1": 0.0, "tie": 0.5, "model_2": 1.0}  # of a call, for the second model
 
 
@@ -132,20 +134,6 @@ def find_answers(settings: Any) -> AnswerSet:
         answers[name] = {i: turns for i, row in rows if row and (turns := answer_turns(row))}
     print(printable(f"Answers: {short_path(folder)} ({', '.join(names)})"))
     return AnswerSet(questions, answers, folder, record.get("page", ""))
-
-
-def choose_models(names: Iterable[str], found: Iterable[str]) -> list[str]:
-    """The models of `found` that names mean, each once. Raises SettingsError for a name that means none."""
-    chosen = list(dict.fromkeys(model_name(name, found) for name in names))
-    if lost := [name for name in chosen if name not in found]:
-        raise SettingsError(f"There are no answers of {', '.join(lost)}. Use one of: {', '.join(found)}.")
-    return chosen
-
-
-def model_name(name: str, known: Iterable[str]) -> str:
-    """The model of `known` that a name or the path of its run means; `name` if there is none."""
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if name not in known and last in known else name
 
 
 def model_pairs(answers: ModelAnswers, mode: str, baseline: str = "") -> list[tuple[str, ...]]:
@@ -287,6 +275,10 @@ def read_votes(
             newest[key] = export | {"file": f"{flag} {name!r}", "voter": str(voter)}
     if not any(export["votes"] for export in newest.values()):
         raise UserError(f"{flag} {' '.join(files)} has no votes")
+    for voter in {str(export["voter"]) for export in newest.values()}:  # two people may have given one name
+        own = [export for export in newest.values() if export["voter"] == voter]
+        for number, export in enumerate(own[1:], 2):
+            export["voter"] = f"{voter} ({number})"
     pairs = pairs or list(itertools.combinations(answers.answers, 2))
     return [row for export in newest.values() for row in _vote_rows(export, answers, pairs, is_part)]
 
@@ -314,9 +306,12 @@ def _vote_rows(export: Row, answers: AnswerSet, pairs: Sequence[tuple[str, ...]]
                 yield row | {"blind": bool(vote.get("blind", True))}
 
 
-def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str = "--judgments") -> Judgments:
-    """The rows of a FastChat file of judgments, of `models` only if any are named; of repeated rows the last. Without
-    `mode`, the first row tells whether they are pairwise or single. Raises UserError."""
+def read_judgments(
+    name: str, mode: str, models: tuple[str, ...] = (), baseline: str = "", flag: str = "--judgments"
+) -> Judgments:
+    """The rows of a FastChat file of judgments; of repeated rows the last. If `models` are named, only theirs, and in
+    each pair the earlier one is the baseline; with `baseline`, only its pairs. Without `mode`, the first row tells
+    whether they are pairwise or single. Raises UserError."""
     rows = read_jsonl(find_input(flag, name))
     kind = mode or ("single" if rows and "score" in rows[0] else "pairwise")
     for number, row in enumerate(rows, 1):
@@ -328,10 +323,14 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str
     if len(judges) > 1:
         raise UserError(f"{flag} {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
     known = list(dict.fromkeys(name for row in rows for name in _models_of(row)))
-    if models:
-        rows = [row for row in rows if {*_models_of(row)} <= {model_name(name, known) for name in models}]
+    first = [model_name(baseline, known)] if baseline else []
+    order = [*dict.fromkeys([*first, *(model_name(name, known) for name in models or known)])]
+    rows = [row for row in rows if {*_models_of(row)} <= {*order} and {*first} <= {*_models_of(row)}]
     if not rows:
-        raise UserError(f"{flag} {name!r} has no judgments of {' and '.join(models) or 'any model'}")
+        named = [*dict.fromkeys([*filter(None, [baseline]), *models])]
+        raise UserError(f"{flag} {name!r} has no judgments of {' and '.join(named) or 'any model'}, but of "
+                        f"{', '.join(known) or 'none'}")  # fmt: skip
+    rows = [row if _models_of(row) == [m for m in order if m in _models_of(row)] else _swap(row) for row in rows]
     # what a row is about: a question's turn, one or two models, a judge and its prompt
     unique = {(str(r["question_id"]), r["turn"], *sorted(_models_of(r)), *map(str, r["judge"])): r for r in rows}
     notes = []
@@ -345,6 +344,15 @@ def read_judgments(name: str, mode: str, models: tuple[str, ...] = (), flag: str
 
 def _models_of(row: Row) -> list[str]:
     return [row[name] for name in ("model", "model_1", "model_2") if name in row]
+
+
+def _swap(row: Row) -> Row:
+    """A row about a pair the other way round."""
+    names = {"model_1": "model_2", "model_2": "model_1"}
+    calls = {f"g{i}_{key}": row[old] for i in (1, 2) for key in ("winner", "user_prompt", "judgment")
+             if (old := f"g{3 - i}_{key}") in row}  # fmt: skip
+    calls |= {key: names.get(calls[key], calls[key]) for key in ("g1_winner", "g2_winner")}
+    return row | calls | {"model_1": row["model_2"], "model_2": row["model_1"]}
 
 
 def _is_judgment(row: Row, mode: str) -> bool:
@@ -383,5 +391,5 @@ class Judge:
     def run(self, run: Run) -> Judgments:
         """All judgments; what costs time is stored in the run's folder as it completes."""
         if not run.finished:
-            run.save(answers_dir=short_path(self.answers.folder))
+            run.save(answers_dir=short_path(self.answers.folder), answers=hash_answers(self.answers.answers))
         return self.judgments

@@ -344,13 +344,24 @@ def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
     return found
 
 
+def _once(verdicts: Verdicts, candidates: list[Candidate]) -> Verdicts:
+    """The verdicts, of samples with the same text those on the first: a comparison of two texts is one."""
+    first = {(c.model, c.text): c.name for c in reversed(candidates)}
+    names, found = {c.name: first[c.model, c.text] for c in candidates}, dict[tuple[str, ...], Counter[str]]()
+    for (one, two), counts in verdicts.items():
+        pair = tuple(sorted((names.get(one, one), names.get(two, two))))
+        renamed = Counter({names.get(winner, winner): count for winner, count in counts.items()})
+        found[pair] = max(found.get(pair, Counter()), renamed, key=Counter.total)
+    return {(pair[0], pair[1]): counts for pair, counts in found.items()}
+
+
 def _pairs_of_verdicts(
     question: Question, candidates: list[Candidate], verdicts: Verdicts, score_set: ScoreSet, sides: tuple[str, ...],
     settings: Any, lost: Counter[str],
 ) -> list[Pair] | str:  # fmt: skip
     """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
     by_name, pairs, reasons = {c.name: c for c in candidates}, list[Pair](), Counter[str]()
-    for (one, two), counts in verdicts.items():
+    for (one, two), counts in _once(verdicts, candidates).items():
         if not {one, two} <= {*by_name}:
             reasons[MISSING] += 1
             continue

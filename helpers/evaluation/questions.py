@@ -7,13 +7,14 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.core import Row, UserError, find_path, fingerprint, printable, read_jsonl, short_path
+from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, printable, read_jsonl, short_path
 from helpers.data.formats import MORE_COLUMNS, TEMPLATE_COLUMNS, row_template_options, template_columns
 from helpers.data.loading import DatasetSpec, decode, file_type, load_rows, read_bytes
-from helpers.data.messages import DropRow, Message, is_list_as_text, parse_text, to_messages, unusable
+from helpers.data.messages import DropRow, Message, is_list_as_text, parse_hh, parse_text, to_messages, unusable
 
 Question = dict[str, Any]
 OUR_QUESTIONS = Path(__file__).with_name("questions.jsonl")
@@ -94,9 +95,10 @@ def _read_file(flag: str, name: str) -> list[Row]:
 
 def _parse_rows(rows: list[Row], source: str) -> list[Question]:
     questions, dropped = [], dict[str, list[int]]()
+    ids = {str(_own_id(row)) for row in rows}
     for number, row in enumerate(rows, 1):
         try:
-            questions.append(_parse_row(row, number))
+            questions.append(_parse_row(row, f"row {number}" if str(number) in ids else number))
         except DropRow as reason:
             dropped.setdefault(str(reason), []).append(number)
     reasons = "; ".join(f"{reason}: {len(numbers)} (row {numbers[0]})" for reason, numbers in dropped.items())
@@ -110,7 +112,7 @@ def _parse_rows(rows: list[Row], source: str) -> list[Question]:
     return questions
 
 
-def _parse_row(row: Row, number: int) -> Question:
+def _parse_row(row: Row, number: int | str) -> Question:
     """Raises DropRow for a row without a question, for the reasons of `helpers.data`."""
     column = next((c for c in COLUMNS if row.get(c)), "")
     turns: Any = row.get(column)
@@ -118,7 +120,7 @@ def _parse_row(row: Row, number: int) -> Question:
     rest = {name: value for name, value in row.items() if name not in USED}
     more = [given for name in MORE_COLUMNS if column == "instruction" and (given := rest.pop(name, ""))]
     turns = "\n\n".join([turns, *more]) if more else turns
-    turns = parse_text(turns) if is_list_as_text(turns) else turns
+    turns = parse_text(turns) if is_list_as_text(turns) else parse_hh(turns) or turns
     if isinstance(turns, dict) or (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)):
         messages = to_messages(turns, "user")  # only the user's turns are asked
         system = next((m["content"] for m in messages if m["role"] == "system"), system)
@@ -127,7 +129,7 @@ def _parse_row(row: Row, number: int) -> Question:
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise unusable("prompt", next((t for t in turns if t), None) if isinstance(turns, list) else turns)
     question: Question = {
-        "question_id": next((row[name] for name in IDS if isinstance(row.get(name), int | str)), number),
+        "question_id": own if (own := _own_id(row)) is not None else number,
         "category": str(row.get("category") or "general"),
         "turns": [_clean(turn) for turn in turns],
     }
@@ -136,6 +138,11 @@ def _parse_row(row: Row, number: int) -> Question:
     if system:
         question["system"] = _clean(system)
     return question | template_columns(row_template_options(row)) | rest
+
+
+def _own_id(row: Row) -> int | str | None:
+    """The id of a row; None for one without, or with a blank one."""
+    return next((row[name] for name in IDS if isinstance(row.get(name), int | str) and str(row[name]).strip()), None)
 
 
 def _clean(text: object) -> str:
@@ -163,8 +170,8 @@ class Answer(str):
     refused: str  # why there is no answer
 
     def __new__(cls, raw: str, cut: bool = False, refused: str = "", text: str | None = None) -> Answer:
-        answer = super().__new__(cls, strip_thoughts(raw if text is None else text))
-        answer.raw, answer.cut, answer.refused = raw, cut, refused
+        answer = super().__new__(cls, strip_thoughts(_clean(raw if text is None else text)))
+        answer.raw, answer.cut, answer.refused = _clean(raw), cut, refused
         return answer
 
     @property
@@ -218,6 +225,20 @@ def file_owner(rows: list[Row], stem: str) -> str:
     models = list(dict.fromkeys(str(row.get("model_id", stem)) for row in rows))
     named = {file_name_key(safe_file_name(model, unique)): model for unique in (True, False) for model in models[::-1]}
     return named.get(file_name_key(stem), models[0] if len(models) > 1 else stem)
+
+
+def choose_models(names: Iterable[str], found: Iterable[str]) -> list[str]:
+    """The models of `found` that names mean, each once. Raises SettingsError for a name that means none."""
+    chosen = list(dict.fromkeys(model_name(name, found) for name in names))
+    if lost := [name for name in chosen if name not in found]:
+        raise SettingsError(f"There are no answers of {', '.join(lost)}. Use one of: {', '.join(found)}.")
+    return chosen
+
+
+def model_name(name: str, known: Iterable[str]) -> str:
+    """The model of `known` that a name or the path of its run means; `name` if there is none."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if name not in known and last in known else name
 
 
 def read_answer_files(files: list[Path]) -> dict[str, dict[str, Row]]:

@@ -20,7 +20,7 @@ from scipy.stats import binomtest, norm, t
 from helpers.core import BLUE, LIGHT_GREY, ORANGE, Row, new_figure
 from helpers.evaluation.answers import make_table, render_template
 from helpers.evaluation.bench import BenchJudgments, BenchResults
-from helpers.evaluation.judgments import AnswerSet, Judgments, describe_self_judging, outcome_of
+from helpers.evaluation.judgments import ONE_ORDER, AnswerSet, Judgments, describe_self_judging, outcome_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,6 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES, REFITS = 10_000, 1_000  # of a mean, and of the length-controlled rate
 RIDGE = 1e-3 * np.eye(2)  # without one, outcomes that length alone decides have no finite fit
-ONE_ORDER = ("human", "rules", "reward model")  # judges that the order of two answers cannot influence, or saw one only
 FEW = 10  # decided comparisons below which no share of them is worth a note
 LENGTH_NEEDS = 20  # for the rate at equal lengths: ten for each parameter (Peduzzi et al., 1996, J Clin Epidemiol 49)
 BELOW = 0.4  # where the interval of a bar is drawn, in bars

@@ -12,14 +12,13 @@ from typing import Any
 
 from helpers.core import Row, SettingsError, UserError, find_path, fingerprint, short_path
 from helpers.data.formats import row_template_options
-from helpers.evaluation.answers import AnswerStore, Generator
+from helpers.evaluation.answers import AnswerStore, Generator, hash_answers
 from helpers.evaluation.generators import Generators
 from helpers.evaluation.judges import Scorer, ScoreSet, rating_scores, win_shares
 from helpers.evaluation.judgments import (
+    ONE_ORDER,
     AnswerSet,
     Judgments,
-    choose_models,
-    model_name,
     read_exports,
     read_judgments,
     read_votes,
@@ -30,6 +29,8 @@ from helpers.evaluation.questions import (
     Question,
     answer_turns,
     answers_folder,
+    choose_models,
+    model_name,
     read_answers,
     read_question_file,
     read_questions,
@@ -80,10 +81,9 @@ class Prompts:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the prompts and the models' weights, or their answers."""
+        """Identifies the prompts, and answers and verdicts that there are already."""
         texts = [[name, *((i, row["choices"]) for i, row in rows.items())] for name, rows in self.answers.items()]
-        models = [model.fingerprint for model in self.models]
-        return fingerprint(self.questions, models, texts, self.sides, self.verdicts)
+        return fingerprint(self.questions, texts, self.sides, self.verdicts)
 
     def open_store(self, folder: Path, settings: Any) -> SampleStore:
         """Where the answers are stored: in a run's folder."""
@@ -209,17 +209,22 @@ def _key(question: Question) -> str:
 
 def _find_folder(settings: Any) -> Path | None:
     """The folder of the answers that are there already; None if models are to be asked."""
-    if settings.answers_dir:
-        return answers_folder(settings)
     if settings.from_judgments:
         file = find_judgments(settings)
         source = file.parents[1] if file.parent.name == "model_judgment" else file.parent
-        recorded = Path(str(read_run(source).get("answers_dir") or "-"))
-        places = [source.parent / recorded.name, find_path(str(recorded)), source]
-        folder = next((p for p in places if p and (p / "model_answer").is_dir()), None)
-        if folder is None:
+        record = read_run(source)
+        recorded = Path(str(record.get("answers_dir") or "-"))
+        places = [place for place in (find_path(str(recorded)), source.parent / recorded.name, source)
+                  if place and (place / "model_answer").is_dir()]  # fmt: skip
+        places = [answers_folder(settings)] if settings.answers_dir else places
+        if not places:
             raise UserError(f"The answers of {short_path(source)} are gone. Name their folder with --answers_dir.")
-        return folder.resolve()
+        if judged := [place for place in places if _were_judged(place, record)]:
+            return judged[0].resolve()
+        raise UserError(f"{short_path(places[0])} does not have the answers that were judged in {short_path(source)}. "
+                        "Judge these, or name the folder with --answers_dir.")  # fmt: skip
+    if settings.answers_dir:
+        return answers_folder(settings)
     if settings.from_votes:
         page = next(iter(read_exports(settings.from_votes, "--from_votes").values()))["page"]
         runs = [*list_runs(settings.output_dir, "vibes"), *list_runs(settings.output_dir, "pairs")]
@@ -227,6 +232,17 @@ def _find_folder(settings: Any) -> Path | None:
             return found[0].resolve()
         raise UserError(f"No run in {short_path(settings.output_dir)} has the page {page}. Name it with --answers_dir.")
     return None
+
+
+def _were_judged(place: Path, record: Row) -> bool:
+    """Whether a folder has the answers that a run of 05 judged, as far as its record tells."""
+    judged = record.get("answers") or {}
+    if not judged or (record.get("settings") or {}).get("bench_dir"):  # its questions may be others than the folder's
+        return True
+    questions, found = read_answers(place)
+    ids, names = [str(q["question_id"]) for q in questions], found.keys() & judged.keys()
+    answers = {name: {i: answer_turns(found[name][i]) for i in ids if i in found[name]} for name in names}
+    return hash_answers(answers) == judged
 
 
 def find_judgments(settings: Any) -> Path:
@@ -305,7 +321,8 @@ class SampleStore(AnswerStore):
     def reuse(self, run: Run, settings: Any, generators: Generators) -> None:
         """Take answers from other runs in which the same models were asked the same in the same way."""
         common = self.questions, generators.sampling, self.num_samples, self.seed
-        keys = {m.name: fingerprint(*common, m.fingerprint, generators.loading[m.name]) for m in generators.models}
+        loading, own = generators.loading, generators.fingerprints
+        keys = {name: fingerprint(*common, own[name], loading[name]) for name in own}
         if not run.finished:
             run.save(sampling=keys)
         others = list_runs(settings.output_dir, "pairs") if settings.resume != "never" else []
@@ -358,7 +375,7 @@ class ExistingVerdicts(Scorer):
         judgments = dataclasses.replace(judgments, rows=rows)
         if self.is_rated:
             return rating_scores(judgments)
-        consistency = win_shares(judgments).consistency if self.judgments else None
+        consistency = None if judgments.judge in ONE_ORDER else win_shares(judgments).consistency
         return ScoreSet(judgments.judge, {}, consistency=consistency, verdicts=rows)
 
 

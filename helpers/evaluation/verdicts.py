@@ -273,27 +273,25 @@ def load_rules(module: str, *functions: str) -> ModuleType:
 
 def apply_rules(module: str, answers: AnswerSet, pairs: list[tuple[str, ...]]) -> Judgments:
     """Judge by `module`: compare(first, second, question) is "win", "tie" or "loss" for the second; in both orders. The
-    scores are the shares of a model's answers for which each field of score(answer, question) is true. Raises
-    SettingsError if there is no such module, or if it needs a field that the questions lack."""
+    scores are a model's means of what score(answer, question) returns, by field. Raises SettingsError if there is no
+    such module, or if it fails or returns anything else."""
     rules, rows, scores = load_rules(module, "score", "compare"), list[Row](), dict[str, dict[str, float]]()
-    asked = [{"prompt": question["turns"][0], **question} for question in answers.questions]
     texts = {model: {i: turns[0] for i, turns in by_id.items()} for model, by_id in answers.answers.items()}
-    try:
-        for question, (one, two) in itertools.product(asked, pairs):
-            first, second = (texts[model].get(question["question_id"]) for model in (one, two))
-            if answers.is_same(question["question_id"], (one, two), 1):
-                rows.append(tie_row(question, 1, (one, two), ["rules", module]))
-            elif first is not None and second is not None:
-                verdicts = rules.compare(first, second, question), rules.compare(second, first, question)
-                winners = {"win": two, "loss": one}.get(verdicts[0]), {"win": one, "loss": two}.get(verdicts[1])
-                calls = [{"winner": winner or "tie"} for winner in winners]
-                rows.append(pair_row(question, 1, (one, two), ["rules", module], calls))
-        for model, own in texts.items():
-            each = [dataclasses.asdict(rules.score(own[i], q)) for q in asked if (i := q["question_id"]) in own]
-            scores[model] = {name: sum(s[name] for s in each) / len(each) for name in each[0]} if each else {}
-    except KeyError as error:
-        raise SettingsError(f"--judge_module {module} needs a field {error} in every question. Without it, judge with "
-                            "--votes FILE or --judge_model NAME.") from None  # fmt: skip
+    for question, (one, two) in itertools.product(answers.questions, pairs):
+        first, second = (texts[model].get(question["question_id"]) for model in (one, two))
+        if answers.is_same(question["question_id"], (one, two), 1):
+            rows.append(tie_row(question, 1, (one, two), ["rules", module]))
+        elif first is not None and second is not None:
+            verdicts = [call_rules(rules, "compare", question, *both) for both in ((first, second), (second, first))]
+            if unknown := [verdict for verdict in verdicts if verdict not in ("win", "tie", "loss")]:
+                raise SettingsError(f"--judge_module {module}: compare() returns {printable(repr(unknown[0]))}. Return "
+                                    '"win", "tie" or "loss" for the second answer.')  # fmt: skip
+            winners = {"win": two, "loss": one}.get(verdicts[0]), {"win": one, "loss": two}.get(verdicts[1])
+            calls = [{"winner": winner or "tie"} for winner in winners]
+            rows.append(pair_row(question, 1, (one, two), ["rules", module], calls))
+    for model, own in texts.items():
+        each = [score_fields(rules, q, own[i]) for q in answers.questions if (i := q["question_id"]) in own]
+        scores[model] = {name: fmean(fields[name] for fields in each) for name in each[0]} if each else {}
     if not rows:
         raise UserError(NOTHING_ANSWERED.format(" and ".join(pairs[0])))
     return Judgments(f"rules {module}", rows, scores)
@@ -309,30 +307,41 @@ class _Fields(dict[str, Any]):
         raise self.MissingField(key)
 
 
-def score_by_rules(rules: ModuleType, question: Question, answer: Answer) -> float:
-    """What a module's score() returns, as a number. Of several fields each counts twice as much as the next, in all at
-    most 1. Raises SettingsError where it fails, or for anything else."""
+def call_rules(rules: ModuleType, function: str, question: Question, *texts: str) -> Any:
+    """What a function of a module returns for answers to a question. Raises SettingsError where it fails."""
     flag = f"--judge_module {rules.__name__}"
     try:
-        score = rules.score(str(answer), _Fields({"prompt": question["turns"][0], **question}))
+        return getattr(rules, function)(*map(str, texts), _Fields({"prompt": question["turns"][0], **question}))
     except _Fields.MissingField as error:
-        raise SettingsError(f"{flag} needs a field {error} in every question. Add it to the prompts, or use another "
-                            "scorer.") from None  # fmt: skip
+        raise SettingsError(f"--judge_module {rules.__name__} needs a field {error} in every question. Add it to the "
+                            "prompts, or use --judge_model NAME.") from None  # fmt: skip
     except Exception as error:
         at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == rules.__file__]
         where = f" in line {at[-1].lineno}" if at else ""
         raise SettingsError(printable(
-            f"{flag}: score() fails{where} on the answer {str(answer)[:60]!r} to question {question['question_id']}: "
+            f"{flag}: {function}() fails{where} on the answer {texts[0][:60]!r} to question {question['question_id']}: "
             f"{type(error).__name__}: {error}. Correct the module."
         )) from None  # fmt: skip
+
+
+def score_fields(rules: ModuleType, question: Question, answer: str) -> dict[str, float]:
+    """The fields of what a module's score() returns, or a number as the field "score". Raises SettingsError where it
+    fails, or for anything else."""
+    score = call_rules(rules, "score", question, answer)
     is_record = dataclasses.is_dataclass(score) and not isinstance(score, type)
-    values = [math.nan]
+    fields = {"score": math.nan}
     with contextlib.suppress(TypeError, ValueError):
-        parts = dataclasses.astuple(cast(Any, score)) if is_record else (score,)
-        values = [math.nan if isinstance(part, str) else float(part) for part in parts]
-    if not all(map(math.isfinite, values)):
-        raise SettingsError(f"{flag}: score() returns {printable(repr(score))}. Return a finite number, or a dataclass "
-                            "of such numbers.")  # fmt: skip
+        given = dataclasses.asdict(cast(Any, score)) if is_record else {"score": score}
+        fields = {name: math.nan if isinstance(value, str) else float(value) for name, value in given.items()}
+    if not all(map(math.isfinite, fields.values())):
+        raise SettingsError(f"--judge_module {rules.__name__}: score() returns {printable(repr(score))}. Return a "
+                            "finite number, or a dataclass of such numbers.")  # fmt: skip
+    return fields
+
+
+def score_by_rules(rules: ModuleType, question: Question, answer: Answer) -> float:
+    """What a module's score() returns, as a number: each field counts twice as much as the next, in all at most 1."""
+    values = score_fields(rules, question, answer).values()
     weights = [2.0**-k for k in range(len(values))]
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 

@@ -104,7 +104,7 @@ def test_lm_eval_counts_what_a_plain_loop_counts_and_the_report_says_what_got_wo
     stored = {row["model"]: row["docs"] for row in read_jsonl(folder / "bench.jsonl")}
     for side, name in enumerate(("start", "dpo-x")):
         assert [doc["answer"].strip() for doc in stored[name]] == said[side]
-        assert [doc["right"] for doc in stored[name]] == [row[side] for row in TABLE]
+        assert [doc["values"] for doc in stored[name]] == [{"acc": row[side]} for row in TABLE]
         assert [doc["question"] for doc in stored[name]] == questions
     metrics = json.loads((folder / "results.json").read_text())
     assert metrics["models"] == {"start": {"tiny_sums": 0.5}, "dpo-x": {"tiny_sums": 0.75}}

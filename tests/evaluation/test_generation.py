@@ -214,7 +214,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_answers_of_one_that_was_not(
 def test_a_sampled_answer_follows_the_seed_and_categories_have_fastchats_temperatures(tmp_path: Path) -> None:
     asked: list[tuple[list[str], dict[str, Any]]] = []
 
-    class Listens:
+    class Listens(Generator):
         def generate(self, conversations: list[list[Message]], seed: int, **kwargs: Any) -> list[str]:
             asked.append(([talk[-1]["content"] for talk in conversations], kwargs | {"seed": seed}))
             return ["yes"] * len(conversations)

@@ -181,7 +181,7 @@ def test_thoughts_are_trained_where_the_template_keeps_them(tmp_path: Path, rule
 # ---- Scorers ----
 
 
-def test_a_score_is_kept_and_used_again_by_another_run(tmp_path: Path, rules: str) -> None:
+def test_a_score_is_kept_and_used_again_by_another_run_but_not_one_of_rules(tmp_path: Path, rules: str) -> None:
     folder = write_answers(tmp_path / "given", {"m": ANSWERS})
     flags = ["--answers_dir", str(folder), "--judge_module", rules]
     first, run = made(tmp_path, *flags)
@@ -196,11 +196,15 @@ def test_a_score_is_kept_and_used_again_by_another_run(tmp_path: Path, rules: st
     prompts = find_prompts(settings)
     samples = prompts.open_store(other.folder, settings)
     samples.import_answers(prompts.answers)
-    scored = make_scorer(settings).run(samples, other)
-    assert scored is not None
-    assert scored.scores[0]["m #1"] == 0.25
+    scorer = make_scorer(settings)
+    assert scorer.run(samples, other).scores[0]["m #1"] == 1.0
+    (other.folder / "scores.jsonl").unlink()
+    scorer.is_reusable = True  # as that of a reward model
+    assert scorer.run(samples, other).scores[0]["m #1"] == 0.25
     (folder.parent / "outputs" / "pairs-x" / "scores.jsonl").write_text("broken\n{}\n")
-    fresh = make_scorer(settings).run(prompts.open_store(tmp_path / "z", settings), Run(tmp_path / "z", {}))
+    scorer = make_scorer(settings)
+    scorer.is_reusable = True
+    fresh = scorer.run(prompts.open_store(tmp_path / "z", settings), Run(tmp_path / "z", {}))
     assert fresh is not None
 
 

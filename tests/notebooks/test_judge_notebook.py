@@ -205,8 +205,8 @@ def test_votes_are_counted_in_place_of_a_recipe_s_rules_and_more_of_them_are_ano
     export(1)
     ended, _ = run_all(project, [("05_judge.py", here), ("05_judge.py", here + votes)])
     assert ended[0] == (
-        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question. Without it, "
-        "judge with --votes FILE or --judge_model NAME."
+        "SettingsError: --judge_module recipes.demo.questions needs a field 'answer' in every question. Add it to "
+        "the prompts, or use --judge_model NAME."
     )
     assert ended[1] == "well"
     export(3)
