@@ -14,7 +14,7 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any, cast
 
-from helpers.core import Row, SettingsError, UserError, import_user_module, printable
+from helpers.core import Row, SettingsError, UserError, fingerprint, import_user_module, printable
 from helpers.data.formats import row_template_options
 from helpers.data.messages import Message
 from helpers.evaluation.answers import JsonlStore
@@ -177,7 +177,8 @@ class RewardModel:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.name} has no chat template. {SCORER_NEEDED}")
         self._has_system_role = supports_system_role(self.tokenizer)
-        self.fingerprint = f"{self.ref.fingerprint}-{quantization}"  # of the weights, and how they are loaded
+        # of the weights, how they are loaded, and the chat template
+        self.fingerprint = fingerprint(self.ref.fingerprint, quantization, str(self.tokenizer.chat_template))
 
     def score_answers(self, answered: Sequence[tuple[Question, Sequence[str]]]) -> list[float]:
         """The score of each question with the answers to its turns. Raises UserError as `score`."""

@@ -146,6 +146,15 @@ def test_four_bits_where_asked(short_is_better: Path) -> None:
     assert reward.fingerprint != RewardModel(str(short_is_better)).fingerprint
 
 
+def test_another_chat_template_is_another_reward_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, tokenizer)
+    before = RewardModel(str(folder)).fingerprint
+    assert RewardModel(str(folder)).fingerprint == before
+    (template,) = folder.glob("*.jinja")
+    template.write_text(template.read_text() + " ")
+    assert RewardModel(str(folder)).fingerprint != before
+
+
 @pytest.fixture
 def adapter(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
     """A LoRA adapter with its head, on a language model."""
