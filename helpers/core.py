@@ -184,14 +184,14 @@ def wait_for_everyone() -> None:
 @contextlib.contextmanager
 def replaced(target: Any, **values: Any) -> Iterator[None]:
     """Give attributes of an object or a module other values within the block."""
-    before = {name: getattr(target, name) for name in values}
+    before = {name: vars(target)[name] for name in values if name in vars(target)}  # others are of its class
     try:
         for name, value in values.items():
             setattr(target, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(target, name, value)
+        for name in values:
+            setattr(target, name, before[name]) if name in before else delattr(target, name)
 
 
 @contextlib.contextmanager

@@ -176,6 +176,7 @@ def merge_and_push(run: Run, settings: Any) -> None:
         return
     flags = {"run": run.folder, "push": "merged" if is_merged else "adapter"}
     flags |= {n: getattr(settings, n) for n in ("output_dir", "push_to_hub", "hub_repo_id", "trust_remote_code")}
+    flags |= {"recipe": settings.recipe} if settings.recipe else {}
     command = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if status := subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode:
@@ -387,8 +388,9 @@ def _settings_table(run: dict[str, Any]) -> dict[str, str]:
 
 
 def _newest_comparison(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Result of the newest finished pairwise run of 05_judge.py with one of these models as the candidate."""
-    own = [Run(Path(run["folder"]), run) for run in runs if run["step"] != "sft"]
+    """Result of the newest finished pairwise run of 05_judge.py with the first run, or what it merges, as candidate."""
+    published = runs[: 1 + (runs[0]["step"] == "merge")] if runs else []
+    own = [Run(Path(run["folder"]), run) for run in published if run["step"] != "sft"]
     judged = [run for run in list_runs(Path(runs[0]["folder"]).parent, "judge") if run.finished] if runs else []
     pairs = [(run, pair) for run in judged for pair in run.record["metrics"].get("pairs", [])]
     found = next(((run, pair) for run, pair in pairs if run.matches_model(pair["candidate"], own)), None)

@@ -38,7 +38,7 @@ from helpers.runs import checkpoints
 from helpers.runs.checkpoints import checkpoint_error, last_complete_checkpoint, list_checkpoints, read_run, shell_quote
 from helpers.runs.curves import plot_runs, read_history
 from helpers.runs.report import save_partial_report
-from helpers.runs.run import NEXT, TRAINING_STEPS, Run, relative_place, utc_now
+from helpers.runs.run import NEXT, TRAINING_STEPS, Run, lineage, relative_place, utc_now
 from helpers.settings.fields import RunSettings, TrainSettings
 from helpers.settings.load import load_settings, own_types
 from helpers.settings.sources import field_types, split_flags, takes_several
@@ -61,9 +61,8 @@ def start_run(
 ) -> Run:
     """The run that these settings name: new, to be resumed, or finished. Nothing is written before the first `save`.
     `base_model` is the root of the lineage, a Hub id or a folder. Without a `parent`, `origin` tells apart runs of the
-    same settings. `when_finished` is called for a finished run if the settings ask for a merge or a push. A finished
-    run of 01, 02 or 03 raises CleanExit, except in a notebook, where cells may be run again, and for a push by 03.
-    Raises SettingsError if the run's name belongs to a run with other settings."""
+    same settings. `when_finished` is called for a finished run, for a merge or a push. A finished run of 01, 02 or 03
+    raises CleanExit, except in a notebook, and for a push by 03. Raises SettingsError if the name is another run's."""
     short = re.sub(r"[^\w.-]", "-", re.split(r"[\\/]", base_model.rstrip("\\/"))[-1])[:50]  # of a file name's 255 bytes
     checkpoints.check_writable(settings.output_dir)
     origin = parent.record.get("fingerprint", "") if parent else origin
@@ -75,6 +74,7 @@ def start_run(
             when_refused.callback(checkpoints.unlock_folder, folder)
         record = read_run(folder)
         run = Run(folder, record, restart=settings.resume == "never", read=None if is_locked else dict(record))
+        check_replaceable(folder, record, settings.step, parent)
         if settings.dry_run:
             begin = f" would start from {start}" if settings.step in NEXT else ""
             raise CleanExit(f"Dry run: {short_path(folder)} ({record.get('status', 'new')}){begin}.")
@@ -192,6 +192,14 @@ def check_process_count(folder: Path, before: int | None, now: int, is_same_batc
             f"{short_path(folder)} was started with {before} processes. With {now}, the batch size would change. "
             f"Launch {before}, keep the batch size with `--global_batch_size`, or start over with `--resume never`."
         )
+
+
+def check_replaceable(folder: Path, record: dict[str, Any], step: str, parent: Run | None) -> None:
+    """Raise SettingsError if the run in `folder` is of another step, or one that this run starts from."""
+    is_source = parent and folder.resolve() in {Path(each["folder"]).resolve() for each in lineage(parent.folder)}
+    if is_source or record.get("step", step) != step:
+        what = "the run that this one starts from" if is_source else f"a {record['step']} run"
+        raise SettingsError(f"{short_path(folder)} is {what}. Use another --run_name.")
 
 
 def check_same_settings(folder: Path, record: dict[str, Any], hashed: dict[str, Any], origin: str, parent: str) -> None:

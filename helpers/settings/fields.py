@@ -156,7 +156,7 @@ class TrainSettings(RunSettings):
         """The fields of the trainer's config that --early_stopping_patience needs."""
         if not self.early_stopping_patience:
             return {}
-        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
         best["restore_callback_states_from_checkpoint"] = True  # so that a resumed run keeps its count
         steps = self.trl.get("eval_steps", self.trl.get("save_steps"))  # each evaluation needs its checkpoint
         return best | ({} if steps is None else {"eval_steps": steps, "save_steps": steps})
@@ -266,6 +266,14 @@ class TrainSettings(RunSettings):
         refuse_if(
             "exo_pair" in losses and not self.trl.get("label_smoothing"),
             "--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001.",
+        )
+        refuse_if(
+            self.trl.get("use_weighting") and len(losses) > 1,
+            f"--use_weighting works with one loss in TRL 1.16, not with --loss_type {' '.join(losses)}. Remove it.",
+        )
+        refuse_if(
+            (strategy := self.trl.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"),
+            f"--train_sampling_strategy {strategy} needs rows with one length, and a pair has two. Remove it.",
         )
         divergences = sorted(compared_values("self.f_divergence_type"))
         refuse_if(

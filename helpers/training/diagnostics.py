@@ -26,12 +26,13 @@ def diagnose(history: History, max_steps: float = 0, loss_types: Collection[str]
     """Return every diagnostic of a history. `max_steps` is the planned length; 0 means that the history is complete.
     A run of fewer than MIN_STEPS has none.
 
-    The IPO loss asks for a margin of 1 / 2β nats a token, so `runaway_margin` does not apply to it.
+    `runaway_margin` does not apply to losses that divide by the length of an answer, whose β is larger: IPO, which asks
+    for a margin of 1 / 2β nats a token, and sigmoid_norm.
     """
     end = max_steps or max((log["step"] for log in history), default=0)
     diagnostics = []
     for name, check in DIAGNOSTICS.items() if end >= MIN_STEPS else ():
-        does_not_apply = name == "runaway_margin" and "ipo" in loss_types
+        does_not_apply = name == "runaway_margin" and {"ipo", "sigmoid_norm"} & {*loss_types}
         if not does_not_apply and (observation := check(history, end)):
             options = [each for each in ADVICE[name]["try"] if "--dpo_beta" not in each or is_dpo_history(history)]
             suggestion = ", or ".join(filter(None, (", ".join(options[:-1]), options[-1])))

@@ -49,7 +49,8 @@ class MicroBatchDPOTrainer(SharedPrefixDPOTrainer):
         elif self._budget:
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
             args.precompute_ref_batch_size = args.precompute_ref_batch_size or rows
-            if args.per_device_eval_batch_size == args.per_device_train_batch_size:
+            # with drop_last, a batch of a step's rows may leave out all evaluation rows
+            if args.per_device_eval_batch_size == args.per_device_train_batch_size and not args.dataloader_drop_last:
                 args.per_device_eval_batch_size = rows
         super().__init__(model=model, args=args, **kwargs)
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import CallbackHandler
 
-from helpers.core import write_json
+from helpers.core import UserError, write_json
 
-PROGRESS = "progress.json"  # in a checkpoint
+PROGRESS, REFERENCE = "progress.json", "reference.pt"  # in a checkpoint; the second with --sync_ref_model
 
 
 class ResumeCallback(TrainerCallback):
@@ -37,8 +38,20 @@ class ResumeCallback(TrainerCallback):
         handler: CallbackHandler = self.trainer.callback_handler
         handler.callbacks.insert(1, self)
 
+    @property
+    def base(self) -> Any:
+        """The model itself, which outlives the trainers of a notebook."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return getattr(model, "get_base_model", lambda: model)()
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Raises UserError if the start would not be that of an undisturbed run."""
         trainer, step = self.trainer, state.global_step
+        if not step and getattr(self.base, "_has_trained", False):
+            raise UserError("The model was trained already, and no checkpoint was saved. Run the cell that loads the "
+                            "model and those below it again.")  # fmt: skip
+        if step and getattr(args, "sync_ref_model", False):
+            self._load_reference(self.folder / f"checkpoint-{step}" / REFERENCE)
         unpage_loaded_states(kwargs.get("optimizer"))
         args.eval_on_start = self.eval_on_start and step == 0  # a resumed run has this evaluation
         try:
@@ -57,8 +70,11 @@ class ResumeCallback(TrainerCallback):
         self.seconds, self.started = saved.get("seconds", 0.0), time.monotonic()
         self.evaluation_due, self.order = saved.get("evaluation_due", False), saved.get("order", "")
 
-    def _early_stopping(self) -> list[Any]:
-        return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+    def _load_reference(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(f"{file.parent.name} lacks the reference of --sync_ref_model. Use `--resume never`.")
+        reference = self.trainer.accelerator.unwrap_model(self.trainer.ref_model)
+        reference.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train the rest of an epoch, unless the last step or an early stop has been reached already."""
@@ -66,10 +82,9 @@ class ResumeCallback(TrainerCallback):
         if self.evaluation_due and kwargs["resume_from_checkpoint"]:  # as in trainer.py, _maybe_log_save_evaluate
             metrics = trainer._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
             trainer._determine_best_metric(metrics=metrics, trial=kwargs["trial"])
-        out_of_patience = [
-            e.early_stopping_patience_counter >= e.early_stopping_patience for e in self._early_stopping()
-        ]
-        if trainer.state.global_step >= trainer.state.max_steps or any(out_of_patience):
+        stoppers = [each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        is_stopped = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers)
+        if trainer.state.global_step >= trainer.state.max_steps or is_stopped:
             trainer.control.should_training_stop = True
         else:
             self._restore_order(**kwargs)
@@ -96,7 +111,7 @@ class ResumeCallback(TrainerCallback):
         self.order = bytes(torch.get_rng_state().tolist()).hex()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.evaluation_due = control.should_evaluate
+        self.evaluation_due, self.base._has_trained = control.should_evaluate, True
 
     on_epoch_end = on_step_end
 
@@ -129,7 +144,11 @@ class ResumeCallback(TrainerCallback):
                 "order": self.order,
                 "is_training": trainer.model.training,
             }
-            write_json(self.folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+            folder = self.folder / f"checkpoint-{state.global_step}"
+            write_json(folder / PROGRESS, progress)
+            is_sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+            if getattr(args, "sync_ref_model", False) and not is_sharded:
+                torch.save(trainer.accelerator.unwrap_model(trainer.ref_model).state_dict(), folder / REFERENCE)
 
 
 def unpage_loaded_states(optimizer: Any) -> None:

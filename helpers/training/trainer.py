@@ -57,9 +57,16 @@ class TokenizedDPOTrainer(DPOTrainer):
             disable_dropout(*(each for each in (model, ref_model) if each is not None))
         weights = model.named_parameters() if isinstance(model, PeftModel) else ()
         exact = {name: weight.detach().clone() for name, weight in weights if name.endswith(".default")}
-        super().__init__(model, ref_model, args, **kwargs)
-        for name, weight in exact.items():
-            model.get_parameter(name.removesuffix("default") + "ref").data.copy_(weight)
+
+        def add_exactly(name: str, *args: Any, **kwargs: Any) -> None:
+            add_adapter(name, *args, **kwargs)
+            for each, weight in exact.items():
+                model.get_parameter(each.removesuffix("default") + name).data.copy_(weight)
+
+        add_adapter: Any = getattr(model, "add_adapter", None)
+        # before TRL computes log-probabilities with the copy
+        with replaced(model, add_adapter=add_exactly) if exact else contextlib.nullcontext():
+            super().__init__(model, ref_model, args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
@@ -152,8 +159,11 @@ def count_rows_once(trainer: Any) -> None:
     """Let an evaluation in several processes count each row once, and each row the same in its loss and rewards.
 
     accelerate 1.15 fills the last batch of each process with rows from the start (BatchSamplerShard). transformers 5.23
-    and TRL 1.16 count them, and TRL takes the mean of batches, whatever their sizes.
+    and TRL 1.16 count them, and TRL takes the mean of batches, whatever their sizes. Batches of packed rows, in which a
+    row has several conversations or a part of one, stay as they are.
     """
+    if getattr(trainer, "padding_free", False):
+        return
     accelerator, predict, log = trainer.accelerator, trainer.prediction_step, trainer.log
     gather, processes, rank = accelerator.gather, accelerator.num_processes, accelerator.process_index
     halves = 2 if isinstance(trainer, DPOTrainer) else 1  # chosen answers, then rejected ones
@@ -239,6 +249,8 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         self._enable_sharing()
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        if not str(self._precompute_model_hash).endswith(f" {self.ld_alpha}"):  # TRL's cache does not tell them apart
+            self._precompute_model_hash = f"{self._precompute_model_hash} {self.ld_alpha}"
         self._enable_sharing()  # this runs inside DPOTrainer's __init__
         return super()._precompute_ref_logps(*args, **kwargs)
 

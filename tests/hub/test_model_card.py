@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from helpers.core import UserError
 from helpers.hub.push import write_card
 
+MERGED = {"kl": 1e-6, "top1": 1.0, "max_abs": 0.1, "mean_abs": 0.01}
+
 
 def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_path: Path) -> None:
     from helpers.evaluation.judgments import AnswerSet, Judgments, pair_row
@@ -25,7 +27,7 @@ def test_a_card_names_the_base_at_the_root_of_a_lineage_of_local_folders(tmp_pat
     runs: dict[str, dict[str, Any]] = {
         "sft": {"settings": settings, "data": data, "sources": {}},
         "dpo": {"settings": dpo, "sources": {"max_steps": "flag"}, "data": data, "metrics": {"eval_loss": 0.5}},
-        "merge": {"settings": {}, "metrics": {"kl": 1e-6, "top1": 1.0, "max_abs": 0.1, "mean_abs": 0.01}},
+        "merge": {"settings": {}, "metrics": MERGED},
     }
     parent = None
     for step, record in runs.items():
@@ -114,3 +116,39 @@ def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
     assert not re.search(
         r"(?<!\\)[*`\[]", re.sub(r"`[^`]*`|\]\(https://\S+\)|\[(DPO|org/base)", "", body.split("```")[-1])
     )
+
+
+def test_a_card_has_no_result_of_a_model_that_it_was_trained_from(tmp_path: Path) -> None:
+    from helpers.evaluation.judgments import AnswerSet, Judgments, pair_row
+    from helpers.evaluation.results import PairwiseResults
+
+    parent = None
+    for order, (name, step) in enumerate((("dpo-1", "dpo"), ("dpo-2", "dpo"), ("merged", "merge")), 1):
+        record = {"base_model": "org/base", "versions": {}, "status": "finished", "sources": {}, "step": step}
+        record |= {"order": order, "fingerprint": name, "finished": f"2026-11-0{order}", "parent_folder": parent}
+        record |= {"settings": {"dpo_beta": 0.1, "loss_type": ["sigmoid"]}, "metrics": MERGED | {"eval_loss": 0.5}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        parent = str(tmp_path / name)
+
+    def judge(order: int, wins: dict[str, str]) -> None:
+        winners = {"new": lambda name: name, "old": lambda name: "base"}
+        rows = [
+            pair_row({"question_id": i}, 1, ("base", name), ["gpt", "pair"], [{"winner": winners[side](name)}] * 2)
+            for name, sides in wins.items() for i, side in enumerate(sides.split())
+        ]  # fmt: skip
+        metrics = PairwiseResults.from_judgments(Judgments("gpt", rows), AnswerSet([], {})).as_dict()
+        record = {"step": "judge", "status": "finished", "order": order, "finished": "2026-11-09", "metrics": metrics}
+        record["weights"] = {name: name for name in wins}
+        (tmp_path / f"judge-{order}").mkdir()
+        (tmp_path / f"judge-{order}" / "run.json").write_text(json.dumps(record))
+
+    judge(4, {"dpo-1": "new new new new old"})
+    assert "80.0%" in write_card(tmp_path / "dpo-1", "me/dpo-1")
+    for name in ("dpo-2", "merged"):
+        assert "80.0%" not in write_card(tmp_path / name, f"me/{name}")
+    judge(5, {"dpo-1": "new new new new old", "dpo-2": "old old old new old"})
+    for name in ("dpo-2", "merged"):
+        card = write_card(tmp_path / name, f"me/{name}")
+        assert re.findall(r"\| ([\d.]+%) \|", card)[:1] == ["20.0%"], card

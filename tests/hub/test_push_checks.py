@@ -6,14 +6,16 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers.core import SettingsError, UserError
-from helpers.hub import check_push, push_before_merge
+from helpers.hub import check_push, push, push_before_merge
 from helpers.hub.push import license_metadata, prepare_push, push_folder
 from helpers.runs.checkpoints import hash_model_files
+from helpers.runs.run import Run
 from tests import fake_hub as local
 from tests.conftest import REPO, code_cells
 from tests.hub.test_push import PushSettings
@@ -191,3 +193,15 @@ def test_the_cells_of_03_end_normally_after_the_push_of_an_adapter(
     output = capsys.readouterr().out
     assert "Pushed: " in output
     assert "vllm serve" not in output
+
+
+def test_02_merges_with_the_recipe_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(push.subprocess, "run", lambda words, **_: asked.append(words) or SimpleNamespace(returncode=0))
+    (tmp_path / "dpo-x").mkdir()
+    (tmp_path / "dpo-x" / "adapter_config.json").write_text("{}")
+    values = {"merge_adaptors": True, "push_to_hub": False, "hub_repo_id": "", "trust_remote_code": False}
+    for recipe in ("recipes/mine.yaml", ""):
+        settings = SimpleNamespace(**values, output_dir=tmp_path, recipe=recipe)
+        push.merge_and_push(Run(tmp_path / "dpo-x", {"step": "dpo"}), settings)
+        assert ("--recipe=recipes/mine.yaml" in asked[-1]) == bool(recipe)

@@ -257,6 +257,23 @@ def test_a_run_from_another_start_is_refused_with_both_names(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_is_not_replaced_by_one_that_starts_from_it_or_is_of_another_step(resume: str, tmp_path: Path) -> None:
+    root = runs.Run(tmp_path / "root", {"step": "sft", "status": "finished", "fingerprint": "a"})
+    root.save()
+    middle = runs.Run(tmp_path / "middle", {"step": "dpo", "parent": "root", "parent_folder": "root", "origin": "a"})
+    middle.save()
+    for name, parent, what in (
+        ("middle", middle, "the run that this one starts from"),
+        ("root", middle, "the run that this one starts from"),
+        ("root", None, "a sft run"),
+    ):
+        settings = settings_of(tmp_path, "--run_name", name, "--resume", resume)
+        with pytest.raises(SettingsError, match=f"{name} is {what}. Use another --run_name"):
+            start.start_run(settings, "org/m", parent)
+        assert (tmp_path / name / "run.json").is_file()
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_an_output_folder_that_only_seems_writable_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/proc is not writable\. Use another --output_dir"):

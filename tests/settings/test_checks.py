@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from trl import DPOConfig
 
 from helpers.core import SettingsError
 from helpers.settings import RunSettings, load_settings
@@ -135,6 +136,9 @@ def test_early_stopping_saves_when_it_evaluates() -> None:
     assert load().early_stopping() == {}
     given = load("--early_stopping_patience", "2", "--save_steps", "50").early_stopping()
     assert (given["load_best_model_at_end"], given["eval_steps"], given["save_steps"]) == (True, 50, 50)
+    for metric, is_better in ((given["metric_for_best_model"], False), ("eval_rewards/margins", True)):
+        args = DPOConfig(**given | {"metric_for_best_model": metric, "eval_strategy": "steps", "bf16": False})
+        assert args.greater_is_better == is_better
 
 
 def test_a_notebook_that_does_not_train_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

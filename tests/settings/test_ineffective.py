@@ -40,6 +40,15 @@ def test_losses_read_label_smoothing_as_they_did_in_trl_1_16() -> None:
         ("--f_alpha_divergence_coef 0.5", "has no effect without --f_divergence_type alpha_divergence"),
         ("--loss_type sigmoid sft --loss_weights 1", "has 1 values for 2 losses"),
         ("--loss_type sigmoit", "--loss_type sigmoit is none of TRL's losses"),
+        (
+            "--use_weighting --loss_type sigmoid sft",
+            "works with one loss in TRL 1.16, not with --loss_type",
+        ),
+        (
+            "--group_by_length",
+            "group_by_length needs rows with one length, and a pair has two",
+        ),
+        ("--train_sampling_strategy batch_rebalance", "needs rows with one length"),
         ("--dataloader_prefetch_factor 2", "needs --dataloader_num_workers above 0"),
     ],
 )

@@ -43,7 +43,6 @@ def test_any_field_of_the_trl_config_is_a_flag(words: list[str], expected: dict[
         (["--max_seq_length", "512"], "max_length", 512),
         (["--training_args.report_to", "None"], "report_to", "none"),
         (["--adam_8bit"], "optim", "paged_adamw_8bit"),
-        (["--group_by_length", "True"], "train_sampling_strategy", "group_by_length"),
     ],
 )
 def test_older_names_keep_working_with_a_note(

@@ -131,7 +131,7 @@ def test_ipo_asks_for_a_margin_of_its_own() -> None:
     logps = {"logps__chosen": [-20.0] * 10, "logps__rejected": [-25.0] * 10, "rewards__accuracies": [0.9] * 10}
     far = trained(rewards__margins=[15.0 * i for i in range(10)], **logps)
     assert [diagnostic.name for diagnostic in diagnose(far, 0, ["sigmoid"])] == ["runaway_margin"]
-    assert diagnose(far, 0, ["ipo"]) == []
+    assert diagnose(far, 0, ["ipo"]) == diagnose(far, 0, ["sigmoid_norm"]) == []
 
 
 def test_pairs_told_apart_late_or_not_always_are_not_saturated() -> None:
