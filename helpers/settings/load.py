@@ -39,6 +39,7 @@ from helpers.core import (
 )
 from helpers.settings.fields import SOURCE_ORDER, RunSettings, TrainSettings
 from helpers.settings.sources import (
+    BOOLEANS,
     CONFIGS,
     NAMES,
     Words,
@@ -59,7 +60,6 @@ from helpers.settings.sources import (
 RUN_CODE = ("setup_module", "trust_remote_code", "judge_module", "bench")  # settings that run code of others
 # lists whose entries may hold commas
 TEXTS = ("prompts", "dataset_id", "models", "votes", "from_votes", "exclude", "generation_kwargs")
-BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 SINGULARS = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
 PLURALS = {int: "integers", float: "numbers", str: "texts"}
 # A field of a Settings class and its comment, which is on the same line or on one of the lines that continue it.

@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
+BOOLEANS = {"true": "True", "1": "True", "yes": "True", "on": "True",
+            "false": "False", "0": "False", "no": "False", "off": "False"}  # fmt: skip
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 DATASET = ("dataset_id", "dataset_split")  # of 01 and 02: rows to train on; of 04 and 06: prompts
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
@@ -56,9 +59,19 @@ def split_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Words:
-    """Values that a line of a cell, or papermill, binds to the name of a setting."""
-    plain = {n: v for n, v in namespace.items() if isinstance(v, PLAIN) and not n.startswith("_")}
+    """Values that a line of a cell, or papermill, binds to the name of a setting. Raises SettingsError."""
     names = {**types, **dict.fromkeys(LEGACY_NAMES)}
+    public = {n: v for n, v in namespace.items() if not n.startswith("_")}
+    for name in public.keys() & names.keys():
+        if getattr(public[name], "ndim", None) == 0:  # a number of numpy or torch
+            public[name] = public[name].item()
+        value, setting = public[name], NAMES["aliases"].get(name, name)
+        if setting in types and not (isinstance(value, PLAIN) or callable(value) or inspect.ismodule(value)):
+            raise SettingsError(
+                f"the variable {name} is a {type(value).__name__}. Give a text, a number, True or False, a list, "
+                "a dict or a path. If it is not the setting, give it another name."
+            )
+    plain = {n: v for n, v in public.items() if isinstance(v, PLAIN)}
     for name in plain.keys() - names.keys():
         if hint := suggest(name, names, cutoff=0.88):
             raise SettingsError(f"the variable {name} is not a setting; {hint} If not, give it another name.")
@@ -143,7 +156,25 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also reads 1e-6 as a number, as YAML 1.2 does and PyYAML 6 does not."""
+    """PyYAML's safe loader, which also reads 1e-6 as a number, as YAML 1.2 does and PyYAML 6 does not. The value of a
+    setting, or of a list, keeps its text (1.10, off, 2024_11_29), which is read later as the setting's type."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return super().construct_document(self._keep_texts(node, SECTIONS))
+
+    def _keep_texts(self, node: yaml.Node, sections: Sequence[str] = ()) -> yaml.Node:
+        if not isinstance(node, yaml.MappingNode):
+            return node
+        self.flatten_mapping(node)
+        pairs = [(key, self._keep_texts(v) if key.value in sections else _as_text(v)) for key, v in node.value]
+        return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+
+
+def _as_text(node: yaml.Node, in_list: bool = False) -> yaml.Node:
+    if isinstance(node, yaml.SequenceNode) and not in_list:
+        return yaml.SequenceNode(node.tag, [_as_text(n, True) for n in node.value], node.start_mark, node.end_mark)
+    is_resolved = node.tag.rpartition(":")[2] in ("bool", "int", "float", "timestamp")
+    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value) if is_resolved else node
 
 
 RecipeLoader.add_implicit_resolver(
@@ -155,7 +186,11 @@ def to_cli_tokens(value: Any) -> list[str]:
     """A value of a recipe or a notebook, as it would be typed after its flag."""
     if isinstance(value, list | tuple):
         return [word for item in value for word in to_cli_tokens(item)]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [json.dumps(value, default=_plain) if isinstance(value, dict) else str(value)]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def takes_several(kind: Any) -> bool:
@@ -172,6 +207,7 @@ def current_name(step: str, name: str, words: list[str], own: Collection[str]) -
     """Translate an accepted name into ours: (name, words, note). The name is None if nothing is to be set. `own` are
     the fields of the Settings cell. A name of theirs, or of today's TRL, is never translated."""
     plain, word = name.removeprefix("training_args."), words[0].lower() if words else "true"
+    word = BOOLEANS.get(word, word).lower()
     note = "" if plain == name else f"--{name} is now --{plain}"
     if word in NAMES["values"].get(plain, {}):
         new, *new_words = NAMES["values"][plain][word].split() or [None]
@@ -280,7 +316,7 @@ def trl_help(step: str, hide: Collection[str], notebook: str = "") -> str:
 
     parser = TrlParser([getattr(trl, CONFIGS[step])])
     for group in parser._action_groups:
-        shown = field_types(step).keys() - set(hide)
+        shown = [name for name in field_types(step) if NAMES["aliases"].get(name, name) not in hide]
         group._group_actions = [action for action in group._group_actions if action.dest in shown]
     parser.set_defaults(**notebook_defaults(notebook, step))
     parser.usage, parser.description = f"any field of trl.{CONFIGS[step]} that --help does not list", None

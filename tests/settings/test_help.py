@@ -140,3 +140,8 @@ def test_the_help_of_trl_s_fields_has_the_defaults_of_the_notebook() -> None:
     assert defaults["eval_strategy"] == "steps"
     text = " ".join(sources.trl_help("dpo", (), source).split())
     assert "Set to 0 to disable. (default: 0.3)" in text
+
+
+def test_the_help_of_trl_s_fields_leaves_out_other_names_of_settings() -> None:
+    assert "--chat_template_path" not in sources.trl_help("sft", ["chat_template"])
+    assert "--chat_template_path" in sources.trl_help("sft", [])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from helpers.core import REPO, SettingsError
 from helpers.runs.start import settings_of
-from helpers.settings import load_settings
+from helpers.settings import load_settings, sources
+from helpers.settings.load import own_types
 from tests.settings.notebook import MergeSettings, load
 
 LAYERS = ("default", "recipe", ".env", "environment", "notebook", "flag")
@@ -128,6 +132,37 @@ def test_a_mistyped_name_in_a_notebook_is_refused_as_a_mistyped_flag_is() -> Non
     assert load(model="org/model", rows=[1]).dpo_beta == 0.1  # names of a notebook's own
     with pytest.raises(SettingsError, match="the variable dpo_bet is not a setting; did you mean dpo_beta"):
         load(dpo_bet=0.3)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    bound = {
+        "lora_r": np.int64(16),
+        "dpo_beta": np.float32(0.5),
+        "strict": np.bool_(False),
+        "max_steps": torch.tensor(3),
+    }
+    settings = load(**bound, beta=np.float16(0.25))
+    assert (settings.lora_r, settings.dpo_beta, settings.strict, settings.trl) == (16, 0.25, False, {"max_steps": 3})
+
+
+@pytest.mark.parametrize("name", ["loss_type", "max_steps", "model_name_or_path"])
+def test_a_variable_of_another_kind_that_has_the_name_of_a_setting_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"the variable {name} is a set\. Give a text, a number"):
+        load(**{name: {"ipo"}})
+
+
+def test_a_notebook_may_bind_functions_modules_and_classes_to_any_name_and_objects_to_other_names() -> None:
+    assert load(tuning=load, seed=os, strict=Path, rows={1}, dtype=torch.float16, models=object()).seed == 42
+
+
+def test_no_cell_of_a_notebook_binds_the_name_of_a_setting() -> None:
+    """Its value would be taken for the setting's when the cell that calls `load_settings` runs again."""
+    for notebook in sorted((REPO / "notebooks").glob("*.py")):
+        cls = settings_of(notebook)
+        body = ast.parse(notebook.read_text()).body
+        nodes = [node for part in body if not isinstance(part, ast.ClassDef) for node in ast.walk(part)]
+        bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        assert not bound & {*own_types(cls), *sources.field_types(cls.step), *sources.NAMES["aliases"]}, notebook.name
 
 
 def test_paths_by_hand_are_seen_from_here_and_others_from_the_repository(tmp_path: Path) -> None:

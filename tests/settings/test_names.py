@@ -64,6 +64,7 @@ def test_older_names_keep_working_with_a_note(
         (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", ["q_proj", "v_proj"]),
         (["--lora_target_modules", "q_proj"], "lora_target_modules", "q_proj"),
         (["--load_in_4bit", "False"], "quantization", "auto"),
+        (["--chat_template_path", "my.jinja"], "chat_template", "my.jinja"),
     ],
 )
 def test_spellings_of_trl_are_as_good_as_ours(
@@ -71,6 +72,11 @@ def test_spellings_of_trl_are_as_good_as_ours(
 ) -> None:
     assert load(*words).values()[name] == value
     assert capsys.readouterr().err == ""
+
+
+def test_the_template_of_trl_s_name_is_the_one_that_01_renders_with() -> None:
+    settings = load_settings(settings_of(REPO / "notebooks" / "01_sft.py"), {}, ["--chat_template_path", "my.jinja"])
+    assert (settings.chat_template, settings.trl) == ("my.jinja", {})
 
 
 def test_use_peft_and_load_in_4bit_are_qlora_as_in_trl() -> None:

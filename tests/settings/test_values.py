@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from helpers.core import SettingsError
+from helpers.runs.start import settings_of
+from helpers.settings import sources
 from helpers.settings.load import load_settings
 from tests.conftest import REPO, code_cells
 from tests.notebooks.test_three_ways import _settings_class
@@ -68,6 +72,76 @@ def test_numbers_in_a_recipe_s_mapping_stay_numbers(tmp_path: Path) -> None:
     settings = load_settings(DPO, {}, flags)
     assert settings.trl["lr_scheduler_kwargs"] == '{"min_lr": 1e-06, "num_cycles": 2}'
     assert settings.learning_rate == 5e-6
+
+
+def test_words_of_a_recipe_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    content = b"""
+seed: &seed 0755
+run_name: 2024_11_29
+system_prompt: 1.10
+dpo:
+  shared_prefix: off
+  model_id: 2024-11-29
+  dataset_id: [{id: a, fraction: 0.5, split: train}, 1.10]
+  stop_on_diagnostic: [nan, no_learning]
+  loss_type: &loss
+    - sigmoid
+  gradient_checkpointing: on
+  group_by_length: yes
+  load_in_4bit: yes
+  strict: no
+  bf16: true
+  learning_rate: 1e-6
+  dpo_beta: .5
+  wandb_project: "0x10"
+  max_grad_norm: 1
+  lr_scheduler_kwargs: {min_lr: 1e-6, seed: *seed}
+  revision: ~
+  dataset_revision: null
+  dataset_config:
+  eval_split: ""
+"""
+    settings = load_settings(DPO, {}, recipe(tmp_path, content))
+    expected = {
+        "seed": 755, "run_name": "2024_11_29", "system_prompt": "1.10", "shared_prefix": "off",
+        "model_id": "2024-11-29",
+        "dataset_id": ('{"id": "a", "fraction": 0.5, "split": "train"}', "1.10"), "loss_type": ("sigmoid",),
+        "stop_on_diagnostic": ("nan", "no_learning"), "gradient_checkpointing": True, "quantization": "4bit",
+        "train_sampling_strategy": "group_by_length", "strict": False, "bf16": True, "learning_rate": 1e-6,
+        "dpo_beta": 0.5, "wandb_project": "0x10", "max_grad_norm": 1.0, "revision": "", "dataset_revision": "",
+        "dataset_config": "", "eval_split": "", "lr_scheduler_kwargs": '{"min_lr": 1e-06, "seed": 493}',
+    }  # fmt: skip
+    assert {name: settings.values()[name] for name in expected} == expected
+
+
+def test_a_date_or_a_path_in_a_mapping_is_a_text(tmp_path: Path) -> None:
+    flags = recipe(tmp_path, b"dpo:\n  dataset_id: [{id: a, revision: 2024-11-29}]\n")
+    assert load_settings(DPO, {}, flags).dataset_id == ('{"id": "a", "revision": "2024-11-29"}',)
+    bound = {"dataset_id": [{"id": Path("a"), "fraction": np.float32(0.5)}]}
+    assert load_settings(DPO, bound, []).dataset_id == ('{"id": "a", "fraction": 0.5}',)
+
+
+def test_a_mapping_that_is_merged_into_a_section_gives_its_words_too(tmp_path: Path) -> None:
+    content = b"vibes: &common {run_name: 1.10, seed: 1}\ndpo:\n  <<: *common\n  seed: 2\n"
+    settings = load_settings(DPO, {}, recipe(tmp_path, content))
+    assert (settings.run_name, settings.seed) == ("1.10", 2)
+
+
+@pytest.mark.parametrize("notebook", [*(REPO / "notebooks").glob("*.py")], ids=lambda file: file.stem)
+def test_recipes_give_what_their_values_in_yaml_do(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = settings_of(notebook)
+
+    def read(loader: Any) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sources, "RecipeLoader", loader)
+        settings = [load_settings(cls, {}, ["--recipe", str(file), "--dry_run"]) for file in recipes]
+        return [each.values() for each in settings]
+
+    class Resolving(sources.RecipeLoader):  # also the scalars of settings, as YAML 1.1 has them
+        construct_document = yaml.SafeLoader.construct_document
+
+    recipes = sorted((REPO / "recipes").glob("*.yaml"))
+    assert len(recipes) > 10
+    assert read(sources.RecipeLoader) == read(Resolving)
 
 
 @pytest.mark.parametrize(
