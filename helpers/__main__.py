@@ -15,6 +15,7 @@ import sys
 
 from helpers.core import SettingsError, install_error_hook
 from helpers.settings.secrets import refuse_secrets
+from helpers.settings.sources import read_dotenv
 
 COMMANDS = {
     "curves": "helpers.runs.curves",
@@ -33,8 +34,11 @@ if __name__ == "__main__":
         raise SettingsError(f"`python -m helpers {name}` is not a command. Use one of {', '.join(COMMANDS)}.")
     else:
         refuse_secrets("the command line", sys.argv[2:])
+        asks_help = bool({"-h", "--help"} & set(sys.argv[2:]))
+        if not asks_help:
+            read_dotenv()  # before libraries are imported, which read its HF_ENDPOINT
         command = importlib.import_module(COMMANDS[name]).main
-        if {"-h", "--help"} & set(sys.argv[2:]) and name != "data":  # which lists its settings itself
+        if asks_help and name != "data":  # which lists its settings itself
             print(inspect.cleandoc(command.__doc__))
         else:
             command(sys.argv[2:])

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,14 +20,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from jinja2 import Environment
 
-from helpers.core import BLUE, GREY, ORANGE, Row, is_main_process, new_figure, short_path, show, write_json
+from helpers.core import BLUE, GREY, ORANGE, REPO, Row, is_main_process, new_figure, short_path, show, write_json
 from helpers.data.encode import PROMPT_TOO_LONG, SIDES, TOO_LONG, TRUNCATED_ANSWER
 from helpers.data.prepare import load_instructions, load_preferences
 from helpers.data.row_report import OTHERS_KEPT, RowReport
 from helpers.models.resolve import load_tokenizer, resolve_model, resolve_start
-from helpers.settings.fields import TrainSettings
-from helpers.settings.load import load_settings, own_types, parse_value
-from helpers.settings.sources import from_recipe, split_flags
+from helpers.runs.start import settings_of
+from helpers.settings.fields import SOURCE_ORDER, TrainSettings
+from helpers.settings.load import load_settings, own_types, parse_value, recipe_words
+from helpers.settings.sources import Words, current_name, from_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +52,7 @@ RENDERED = re.compile(
     re.MULTILINE,
 )
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
+OF_A_RUN = ("model_id", "revision", "trust_remote_code", "chat_template")  # what 02 has from a run of 01
 BARS = 8  # openings that are plotted
 
 
@@ -353,18 +354,22 @@ class ReportSettings(TrainSettings):
     max_length: int = 1512  # maximum tokens of a prompt and its answer; 0 for no limit
 
 
+def read_recipe(file: str, layers: dict[str, Words], notes: list[str]) -> Words:
+    """What 02 reads in a recipe, or with --sft 01. For a run of 01 (`sft_run`), its model and template are those of the
+    section `sft`, unless a layer above the recipe names a model."""
+    above = {name: words for layer in SOURCE_ORDER for name, words in layers.get(layer, {}).items()}
+    is_sft = parse_value(bool, "sft", above.get("sft", ["False"]), "flag")
+    notebook = settings_of(REPO / "notebooks" / ("01_sft.py" if is_sft else "02_dpo.py"))
+    own, words = own_types(ReportSettings), recipe_words(notebook, file, notes)
+    if not is_sft and "model_id" not in above | words:
+        run = [current_name("sft", name, given, own)[:2] for name, given in from_recipe("sft", file).items()]
+        words = {name: given for name, given in run if name in OF_A_RUN} | words
+    return {name: given for name, given in words.items() if name in own}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command of the module's docstring."""
-    words = sys.argv[1:] if argv is None else argv
-    flags = {} if {"-h", "--help"} & set(words) else dict(split_flags(words))
-    if "recipe" in flags:  # it belongs to 01 and 02, and has settings that a report has no use for
-        file, names = flags.pop("recipe")[0], own_types(ReportSettings)
-        recipe = from_recipe("sft", file)
-        if not parse_value(bool, "sft", flags.get("sft", ["False"]), "flag"):
-            recipe = {name: words for name, words in recipe.items() if name == "model_id"} | from_recipe("dpo", file)
-        flags = {name: values for name, values in recipe.items() if name in names} | flags
-        words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
-    settings = load_settings(ReportSettings, {}, words)
+    settings = load_settings(ReportSettings, {}, argv, read_recipe)
     resolve_model(settings.model_id, settings.revision, "tokenizer_config.json")
     tokenizer, _ = load_tokenizer(resolve_start(settings), settings)
     if settings.sft:

@@ -17,7 +17,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -66,13 +66,16 @@ PLURALS = {int: "integers", float: "numbers", str: "texts"}
 COMMENT = re.compile(r"^    (\w+): (?:.|\n(?=     |    \)))*?  # (.+)", re.MULTILINE)
 
 S = TypeVar("S", bound=RunSettings)
+RecipeReader = Callable[[str, dict[str, Words], list[str]], Words]  # (file, the layers above it, notes) → settings
 
 
-def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None) -> S:
+def load_settings(
+    cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None, read_recipe: RecipeReader | None = None
+) -> S:
     """Resolve the settings `cls` from every layer, print those that were given, and return them. `namespace` is the
-    notebook's globals(). `argv` replaces the command line, which is never read in a kernel. Fields of TRL's config that
-    were given are in `.trl` of the result. Raises SettingsError; a command prints it as one line and exits with status
-    2."""
+    notebook's globals(). `argv` replaces the command line, which is never read in a kernel, and `read_recipe` the
+    settings in a recipe of the step. Fields of TRL's config that were given are in `.trl` of the result. Raises
+    SettingsError; a command prints it as one line and exits with status 2."""
     install_error_hook()
     silence_warnings()
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # long and short batches take turns
@@ -103,12 +106,12 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     notes: list[str] = []
     given = {source: _translate(cls, types, words, source, notes) for source, words in layers.items()}
     if recipes := [(words["recipe"], source) for source, words in given.items() if "recipe" in words]:
-        content = from_recipe(cls.step, parse_value(str, "recipe", *recipes[0]), cls.exclusive, own)
-        given["recipe"] = _translate(cls, types, content, "recipe", notes)
+        file = parse_value(str, "recipe", *recipes[0])
+        given["recipe"] = read_recipe(file, given, notes) if read_recipe else recipe_words(cls, file, notes)
     if is_main_process() and notes:
         print(f"note: {'; '.join(dict.fromkeys(notes))}", file=sys.stderr)
 
-    values, sources = dict[str, Any](), dict.fromkeys(own, "default")
+    values, sources = dict[str, Any](), {f.name: "default" for f in dataclasses.fields(cls) if f.init}
     for layer in SOURCE_ORDER:  # the lowest first
         for name, words in given.get(layer, {}).items():
             sources[name] = f"{layer} {env_name(cls.step, name)}" if layer in ("environment", ".env") else layer
@@ -126,6 +129,13 @@ def load_settings(cls: type[S], namespace: Mapping[str, Any], argv: list[str] | 
     elif settings.setup_module:
         run_setup_module(settings.setup_module)
     return settings
+
+
+def recipe_words(cls: type[RunSettings], file: str, notes: list[str]) -> Words:
+    """What the notebook with the settings `cls` reads in a recipe, by its current names. Adds notes on older names."""
+    own = own_types(cls)
+    content = from_recipe(cls.step, file, cls.exclusive, own)
+    return _translate(cls, field_types(cls.step) | own, content, "recipe", notes)
 
 
 def _notebook_source() -> str:
@@ -217,10 +227,10 @@ def run_setup_module(module: str) -> None:
         raise SettingsError(f"--setup_module {module} cannot be run: {error}") from None
 
 
-def own_types(cls: type) -> dict[str, Any]:
+def own_types(cls: type[RunSettings]) -> dict[str, Any]:
     """The fields of a Settings class that can be set, and their types."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    hints, unused = get_type_hints(cls), NAMES["unused"].get(cls.step, "").split()
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and f.name not in unused}
 
 
 def _translate(cls: type[RunSettings], types: Mapping[str, Any], raw: Words, layer: str, notes: list[str]) -> Words:
@@ -296,8 +306,6 @@ def format_help(cls: type[RunSettings]) -> str:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
         add_help=False,
     )
-    unused = NAMES["unused"].get(cls.step, "").split()
-    types = {name: kind for name, kind in types.items() if name not in unused}
     groups = {title: names.split() for title, names in NAMES["groups"].items()}
     grouped = {name for names in groups.values() for name in names}
     groups["step"] = [name for name in types if name not in grouped]
