@@ -31,6 +31,7 @@ Place = Path | str  # a folder, or a Hub id
 # Files of a model that its successors need too.
 CARRIED_FILES = ("*.py", "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "*processor_config.json",
                  "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
+SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 LFS_POINTER = b"version https://git-lfs"  # the beginning of a file that `git clone` left for `git lfs pull`
 GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # of transformers, unknown to jinja2
 HUB_STATUS = {
@@ -110,15 +111,25 @@ def hf_token(purpose: str) -> str:
 def check_model_files(folder: Path) -> None:
     """Raise UserError for a broken file of the model or adapter in `folder`: JSON, text, a chat template, the header of
     weights, or an index that does not fit the shards that are there."""
-    found = {file for pattern in (*MODEL_PATTERNS, "*.bin") for file in folder.glob(pattern) if file.is_file()}
+    is_safe = any((folder / name).is_file() for name in SAFE_WEIGHTS)  # then no other format is read
+    patterns = MODEL_PATTERNS if is_safe else (*MODEL_PATTERNS, "*.bin")
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     files = [file for file in found if not file.name.endswith("processor_config.json")]  # of images: only carried
     names = {file.name: check_model_file(file, file.suffix) for file in sorted(files)}
-    for index in folder.glob("*.index.json"):
+    if index := weight_index(folder):
+        check_model_file(index, ".json")
         shards = json.loads(index.read_text("utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise _broken(index, "it has no weight_map of weights and their files")
         if lost := [name for name, shard in shards.items() if name not in (names.get(shard) or [name])]:
             raise _broken(index, f"{shards[lost[0]]} lacks {len(lost)} of the weights that it names ({lost[0]})")
+
+
+def weight_index(folder: Path) -> Path | None:
+    """The index of the shards that transformers 5.23 reads; None if it reads a single file, or finds nothing."""
+    names = (f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    return found if found and found.suffix == ".json" else None
 
 
 def check_model_file(file: Path, kind: str) -> list[str]:

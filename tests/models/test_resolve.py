@@ -33,6 +33,25 @@ def test_a_model_that_lacks_a_shard_says_which(tmp_path: Path) -> None:
         resolve.resolve_model(str(tmp_path))
 
 
+def test_of_two_formats_only_the_one_that_transformers_reads_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = json.dumps({"weight_map": {"a": "gone"}})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    (tmp_path / "consolidated.safetensors.index.json").write_text(index)
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_text("a pickle")
+    (tmp_path / "model-00001-of-00001.safetensors").write_text(weights())
+    with pytest.raises(UserError, match=r"lacks gone, which its pytorch_model\.bin\.index"):
+        resolve.resolve_model(str(tmp_path))
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="is a pointer of Git LFS"):
+        resolve.resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text(index.replace("gone", "model-00001-of-00001.safetensors"))
+    assert resolve.resolve_model(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "model.safetensors").write_text(weights())
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert resolve.resolve_model(str(tmp_path)) == str(tmp_path)
+
+
 def test_a_model_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
     for name in ("empty", "bare", "gone"):
         (tmp_path / name).mkdir()
