@@ -52,7 +52,7 @@ RENDERED = re.compile(
     re.MULTILINE,
 )
 COLOURS = {"prompt": GREY, "conversation": GREY, "chosen": BLUE, "learned": BLUE, "rejected": ORANGE}
-OF_A_RUN = ("model_id", "revision", "trust_remote_code", "chat_template")  # what 02 has from a run of 01
+OF_A_RUN = ("model_id", "revision", "trust_remote_code", "chat_template", "eos_token")  # what 02 has from a run of 01
 BARS = 8  # openings that are plotted
 
 

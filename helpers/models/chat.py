@@ -68,6 +68,8 @@ def set_chat_template(tokenizer: Tokenizer, chat_template: str, is_of_run: bool 
     new = [token for token in TEMPLATE_TOKENS.get(chat_template, ()) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new])
     tokenizer.chat_template = read_template(chat_template)
+    if tokenizer.bos_token in TEMPLATE_TOKENS.get(chat_template, ()):  # SmolLM2's opens each turn
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("{{- bos_token -}}")
     tokenizer.eos_token = TEMPLATE_EOS.get(chat_template, tokenizer.eos_token)
     return chat_template, new
 

@@ -143,13 +143,13 @@ def load_tokenizer(start: Start, settings: RunSettings) -> tuple[PreTrainedToken
     with contextlib.suppress(UserError):  # a model need not have one
         generation = json.loads(fetch_file(start.path, start.revision, "generation_config.json").read_text())
         tokenizer.model_eos_token_id = generation.get("eos_token_id")
+    name, new_tokens = set_chat_template(tokenizer, values["chat_template"], is_of_run=bool(start.parent))
     for field in ("eos_token", "pad_token"):
-        token = settings.trl.get(field)
+        token = values.get(field)
         if token and token not in tokenizer.get_vocab():
             raise SettingsError(f"--{field} {token!r} is not in the tokenizer's vocabulary. Use one of its tokens.")
         if token:
             setattr(tokenizer, field, token)
-    name, new_tokens = set_chat_template(tokenizer, values["chat_template"], is_of_run=bool(start.parent))
     if new_tokens and start.adapter:
         raise SettingsError(
             f"`--chat_template {name}` needs {', '.join(new_tokens)}, which the adapter in {start.adapter.name} was "

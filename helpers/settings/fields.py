@@ -59,8 +59,8 @@ class RunSettings:
         """The settings that decide what a run computes."""
         names = NAMES["not_hashed"]
         excluded = f"{names['all']} {names.get(self.step, '')}".split()
-        if not getattr(self, "chat_template_kwargs", ""):  # older runs do not have it
-            excluded.append("chat_template_kwargs")
+        older = ("chat_template_kwargs", "eos_token")  # older runs do not have them
+        excluded += [name for name in older if not getattr(self, name, "")]
         hashed = {name: value for name, value in self.values().items() if name not in excluded}
         if "optim" in hashed:  # where its states are makes no difference
             hashed["optim"] = str(hashed["optim"]).removeprefix("paged_")
@@ -144,6 +144,7 @@ class TrainSettings(RunSettings):
     strict: bool = False  # stop if any row would be dropped
     chat_template: str = "auto"  # auto: the tokenizer's, or else mistral; chatml, tulu, alpaca, vicuna, hh; a file
     chat_template_kwargs: str = ""  # variables of the chat template, as JSON: {"enable_thinking": false}
+    eos_token: str = ""  # token that ends an answer, if the chat template ends turns with another than the tokenizer's
     quantization: Literal["auto", "none", "4bit", "8bit"] = "auto"  # bits of the frozen base; auto: 4bit for qlora
     attn_implementation: str = "auto"  # auto: flash_attention_2 if installed, else sdpa; or eager, or a Hub kernel
     lora_target_modules: str | list[str] = "all-linear"  # layers with an adapter: a regular expression, or names

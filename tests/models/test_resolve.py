@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.core import SettingsError, UserError
+from helpers.core import REPO, SettingsError, UserError
+from helpers.data.report import ReportSettings
 from helpers.merging.merge import find_adapter
 from helpers.models import load_tokenizer, resolve, resolve_start
 from helpers.runs import checkpoints
 from helpers.runs.checkpoints import check_model_folder, read_run
 from helpers.runs.run import Run
+from helpers.runs.start import settings_of as settings_of_notebook
+from helpers.settings import load_settings
 from tests.tiny import settings_of, weights
 
 
@@ -216,6 +219,22 @@ def test_eos_and_pad_tokens_are_set_before_the_template_is_checked(demo_folder: 
     settings = settings_of(tmp_path, "--model_id", str(demo_folder / "tiny-mistral"), "--pad_token", "<nothing>")
     with pytest.raises(SettingsError, match="--pad_token '<nothing>' is not in the tokenizer's vocabulary"):
         load_tokenizer(resolve_start(settings), settings)
+
+
+@pytest.mark.parametrize("name", ["01_sft.py", "02_dpo.py", "data"])
+def test_the_end_of_an_answer_is_a_setting_wherever_rows_are_rendered(name: str, demo_folder: Path) -> None:
+    cls = ReportSettings if name == "data" else settings_of_notebook(REPO / "notebooks" / name)
+    words = ["--model_id", str(demo_folder / "tiny-mistral")]
+    plain, given = load_settings(cls, {}, words), load_settings(cls, {}, [*words, "--eos_token", "<unk>"])
+    assert (given.trl, "eos_token" in plain.hashed_settings()) == ({}, False)
+    assert plain.digest() != given.digest()
+    assert load_tokenizer(resolve_start(plain), plain)[0].eos_token == "</s>"
+    assert load_tokenizer(resolve_start(given), given)[0].eos_token == "<unk>"
+    chatml = load_settings(cls, {}, [*words, "--eos_token", "<unk>", "--chat_template", "chatml"])
+    assert load_tokenizer(resolve_start(chatml), chatml)[0].eos_token == "<unk>"
+    unknown = load_settings(cls, {}, [*words, "--eos_token", "<nothing>"])
+    with pytest.raises(SettingsError, match="--eos_token '<nothing>' is not in the tokenizer's vocabulary"):
+        load_tokenizer(resolve_start(unknown), unknown)
 
 
 def test_a_run_or_an_adapter_as_model_is_taken_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

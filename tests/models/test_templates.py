@@ -14,7 +14,14 @@ from datasets import Dataset
 from helpers.core import UserError
 from helpers.data.encode import LengthLimits
 from helpers.data.prepare import prepare_rows
-from helpers.models.chat import find_template_fault, marked_template, render
+from helpers.models.chat import (
+    PROBE,
+    find_template_fault,
+    marked_template,
+    render,
+    set_chat_template,
+    suggest_template,
+)
 from tests.models.template_table import (
     ANSWERS,
     CALLED,
@@ -209,6 +216,16 @@ def test_a_refused_template_names_one_whose_tokens_are_there() -> None:
     _, report = prepare_row(tokenizer, ROWS["plain"], use_pairs=True)
     with pytest.raises(UserError, match=r"\(row 1\)\. Use `--chat_template chatml`, or a Jinja file\."):
         report.check(strict=False, tokenizer=tokenizer)
+
+
+def test_chatml_is_named_to_a_tokenizer_whose_first_token_opens_turns() -> None:
+    tokenizer = byte_tokenizer(CHATML, ("<|im_start|>", "<|endoftext|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert find_template_fault(tokenizer, PROBE).endswith("use `--eos_token '<|im_end|>'`")
+    assert suggest_template(tokenizer) == "Use `--chat_template chatml`, or a Jinja file."
+    set_chat_template(tokenizer, "chatml")
+    assert render(tokenizer, PROBE[:1]) == "<|im_start|>user\nApples?<|im_end|>\n"
+    assert prepare_row(tokenizer, ROWS["system"], use_pairs=True)[0] is not None
 
 
 def test_rows_are_prepared_again_for_another_template_or_other_variables() -> None:

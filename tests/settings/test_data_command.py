@@ -67,9 +67,9 @@ def test_flag_environment_dotenv_and_recipe_are_layers_as_in_a_notebook(
 
 
 def test_a_run_of_01_has_the_model_and_the_template_of_its_section(read: Read) -> None:
-    sft = "sft: {model_id: org/base, chat_template: vicuna, revision: v1, system_prompt: Be brief., max_length: 9}\n"
+    sft = "sft: {model_id: org/base, chat_template: vicuna, eos_token: <end>, system_prompt: Be brief, max_length: 9}\n"
     settings = read(sft + "dpo: {sft_run: latest, dpo_beta: 0.3}")
-    assert (settings.model_id, settings.chat_template, settings.revision) == ("org/base", "vicuna", "v1")
+    assert (settings.model_id, settings.chat_template, settings.eos_token) == ("org/base", "vicuna", "<end>")
     assert (settings.system_prompt, settings.max_length) == ("", 1512)  # 02 takes neither from the run
     assert read(sft + "dpo: {sft_run: latest, chat_template: hh}").chat_template == "hh"
     assert read("model_id: org/top\n" + sft + "dpo: {sft_run: latest}").model_id == "org/base"
