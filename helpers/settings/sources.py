@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -125,7 +125,7 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
     return result, unknown
 
 
-def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), types: Iterable[str] = ()) -> Words:
+def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), types: Collection[str] = ()) -> Words:
     """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
     section also replaces the others of its group at the top. Of the keys at the top, a step that does not train leaves
     out those that are not in `types`, and the dataset of a recipe that trains: they are for training."""
@@ -147,8 +147,14 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
             f"recipe {name!r} is no mapping of settings. Write `name: value` at the top level, or in a section: "
             f"{', '.join(SECTIONS)}."
         )
+
+    def current(key: Any) -> str:
+        name = str(key).replace("-", "_")
+        return name if name in types else NAMES["aliases"].get(name, NAMES["renamed"].get(name, name))
+
     section = content.get(step) or {}
-    replaced = {key for group in exclusive if set(group) & set(section) for key in group}
+    given = set(map(current, section))
+    replaced = {key for key in content for group in exclusive if current(key) in group and given & set(group)}
     used = set(types) - set(DATASET if CONFIGS.keys() & content.keys() else ())
     left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in used}
     values = {k: v for k, v in content.items() if k not in {*SECTIONS, *replaced, *left_out}} | section
@@ -165,6 +171,9 @@ class RecipeLoader(yaml.SafeLoader):
     def _keep_texts(self, node: yaml.Node, sections: Sequence[str] = ()) -> yaml.Node:
         if not isinstance(node, yaml.MappingNode):
             return node
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"the key {twice} is given twice", problem_mark=node.start_mark)
         self.flatten_mapping(node)
         pairs = [(key, self._keep_texts(v) if key.value in sections else _as_text(v)) for key, v in node.value]
         return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)

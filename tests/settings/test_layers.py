@@ -203,6 +203,12 @@ def test_a_section_of_a_recipe_replaces_what_its_top_excludes(tmp_path: Path) ->
         load("--recipe", "r.yaml")
 
 
+@pytest.mark.parametrize("name", ["model_name_or_path", "model_name", "model-id"])
+def test_a_section_of_a_recipe_replaces_other_names_of_what_its_top_excludes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"{name}: org/base\ndpo:\n  sft_run: latest\n")
+    assert load("--recipe", "r.yaml").sft_run == "latest"
+
+
 def test_of_settings_that_exclude_each_other_the_higher_layer_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,8 @@ def test_recipes_give_what_their_values_in_yaml_do(notebook: Path, monkeypatch: 
         (b"dpo:\n  run_name: \xe9\n", "is not UTF-8"),
         (b"a: &a [*a]\n", "is not YAML: Circular reference"),
         (b"a: [1\n", "is not YAML"),
+        (b"dpo: {seed: 1}\ndpo: {lora_r: 2}\n", "is not YAML: the key dpo is given twice"),
+        (b"dpo:\n  seed: 1\n  seed: 2\n", "is not YAML: the key seed is given twice"),
         (b"- 1\n", "is no mapping of settings"),
     ],
 )
