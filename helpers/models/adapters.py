@@ -116,7 +116,7 @@ def check_model_files(folder: Path) -> None:
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     files = [file for file in found if not file.name.endswith("processor_config.json")]  # of images: only carried
     names = {file.name: check_model_file(file, file.suffix) for file in sorted(files)}
-    if index := weight_index(folder):
+    if index := find_index(folder):
         check_model_file(index, ".json")
         shards = json.loads(index.read_text("utf-8")).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -125,7 +125,7 @@ def check_model_files(folder: Path) -> None:
             raise _broken(index, f"{shards[lost[0]]} lacks {len(lost)} of the weights that it names ({lost[0]})")
 
 
-def weight_index(folder: Path) -> Path | None:
+def find_index(folder: Path) -> Path | None:
     """The index of the shards that transformers 5.23 reads; None if it reads a single file, or finds nothing."""
     names = (f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
     found = next((folder / name for name in names if (folder / name).is_file()), None)

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import SettingsError, UserError, find_path, fingerprint
-from helpers.models.adapters import (
-    check_hub,
-    check_model_files,
-    describe_error,
-    hf_token,
-    read_pretrained,
-    weight_index,
-)
+from helpers.models.adapters import check_hub, check_model_files, describe_error, find_index, hf_token, read_pretrained
 from helpers.models.chat import set_chat_template
 from helpers.runs.checkpoints import check_model_folder, shell_quote
 from helpers.runs.run import Run, find_parent, find_recorded, find_run, missing_parent, read_run, resolve_pairs
@@ -221,7 +214,7 @@ def missing_weights(folder: Path, file: str = "config.json") -> str:
     patterns = WEIGHT_PATTERNS.get(file, ("*",))
     if not any(list(folder.glob(pattern)) for pattern in patterns):
         return f"has a {file} and no weights ({' or '.join(patterns)})"
-    if index := weight_index(folder):
+    if index := find_index(folder):
         names = set(json.loads(index.read_text()).get("weight_map", {}).values())
         if missing := sorted(name for name in names if not (folder / name).is_file()):
             return f"lacks {', '.join(missing)}, which its {index.name} names"

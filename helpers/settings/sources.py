@@ -23,8 +23,7 @@ from helpers.settings.secrets import ADDRESS_VARIABLES, refuse_secrets
 
 SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
-BOOLEANS = {"true": "True", "1": "True", "yes": "True", "on": "True",
-            "false": "False", "0": "False", "no": "False", "off": "False"}  # fmt: skip
+BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), "True") | dict.fromkeys(("false", "0", "no", "off"), "False")
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 DATASET = ("dataset_id", "dataset_split")  # of 01 and 02: rows to train on; of 04 and 06: prompts
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
@@ -195,11 +194,9 @@ def to_cli_tokens(value: Any) -> list[str]:
     """A value of a recipe or a notebook, as it would be typed after its flag."""
     if isinstance(value, list | tuple):
         return [word for item in value for word in to_cli_tokens(item)]
-    return [json.dumps(value, default=_plain) if isinstance(value, dict) else str(value)]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)
+    if isinstance(value, dict):
+        return [json.dumps(value, default=lambda each: each.item() if hasattr(each, "item") else str(each))]
+    return [str(value)]
 
 
 def takes_several(kind: Any) -> bool:
