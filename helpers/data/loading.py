@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import lzma
-import random
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.core import REPO, Row, SettingsError, UserError, atomic_write, find_path
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format
-from helpers.data.messages import ROLE_KEYS, DropRow, is_list_as_text, parse_hh, parse_text
+from helpers.data.messages import ROLE_KEYS, holds_lists_as_text, parse_hh
 from helpers.models.adapters import check_hub, describe_error
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ FILE_TYPES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "c
 TEXT_TYPES = {"json", "jsonl", "csv"}
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-MAX_NESTED = 200  # brackets of a line; with more, it is parsed before pyarrow reads it
-LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history")
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of UTF-16, as JSON escapes it
 FORMAT_ALIASES = {"triplet": "pairs", "transcript": "hh"}
 
 
@@ -49,22 +48,58 @@ def file_type(name: Path | str) -> str:
     return kind if kind in TEXT_TYPES else ""
 
 
-def as_json_lines(file: Path, split: str, cache: Path) -> Path:
-    """A JSON Lines file with the rows of `file`, which has type json, jsonl or csv. datasets reads it, compressed too.
-    A file of one object per line is returned as it is; others are converted once, into `cache`. `split` chooses the
-    rows of a JSON object that has several lists of rows. Raises UserError with the line of what cannot be read."""
-    if (kind := file_type(file)) == "jsonl":
-        return check_lines(file)
-    if not (content := read_bytes(file)).strip():
-        raise UserError(f"{file.name} is empty")
-    target = cache / f"rows-{hashlib.sha256(content + f'{kind} {split}'.encode()).hexdigest()[:32]}.jsonl"
+def read_text_files(files: list[Path], split: str, any_split: bool = False) -> Dataset:
+    """The rows of JSON and CSV files, with all their columns and with texts as they are. They are converted once, into
+    the cache of datasets. `split` chooses the rows of a JSON object that has several lists of rows. Raises UserError
+    with the line of what cannot be read."""
+    import pyarrow as pa
+    from datasets import Dataset, config
+
+    digest = hashlib.sha256(Path(__file__).read_bytes() + f"{split} {any_split}".encode())
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    target = Path(config.HF_DATASETS_CACHE) / "dpo-notebooks" / f"rows-{digest.hexdigest()[:32]}.arrow"
     if not target.exists():
-        rows = read_csv(content, file) if kind == "csv" else read_json(content, file, split)
-        if rows is None:
-            return check_lines(file)
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_write(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return target
+        rows = [row for file in files for row in read_rows(file, split, any_split)]
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: to_column([row.get(name) for row in rows]) for name in names})
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_stream(buffer, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(target, buffer.getvalue())
+    dataset = Dataset.from_file(str(target))
+    dataset._fingerprint = target.stem  # by content
+    return dataset
+
+
+def to_column(values: list[Any]) -> Any:
+    """Values as an Arrow array. Lists and objects that it would change, and values of several types, are JSON in it,
+    which datasets parses."""
+    import pyarrow as pa
+
+    is_plain = not any(isinstance(value, list | dict) for value in values)
+    with contextlib.suppress(pa.ArrowException, OverflowError):
+        array = pa.array(values)
+        if is_plain or all(json.dumps(a.as_py()) == json.dumps(v) for a, v in zip(array, values, strict=True)):
+            return array
+    return pa.array([v if v is None else json.dumps(v, ensure_ascii=False) for v in values], "string").cast(pa.json_())
+
+
+def read_rows(file: Path, split: str, any_split: bool) -> list[Row]:
+    """The rows of a file of type json, jsonl or csv. Raises UserError, also for a split that it does not have."""
+    kind = file_type(file)
+    if kind != "jsonl" and not (content := read_bytes(file)).strip():
+        raise UserError(f"{file.name} is empty")
+    tables = read_json(content, file) if kind == "json" else {"train": read_csv(content, file)} if kind == "csv" else {}
+    tables = tables or {"train": read_lines(file)}
+    if split not in tables and len(tables) > 1:
+        raise UserError(f"{file.name} has rows under {', '.join(tables)}. Set `--dataset_split` to one of them.")
+    if split not in ("train", *tables) and not any_split:
+        problem = f"--dataset_split {split} is not available: {file.name} has no such split"
+        raise SettingsError(f"{problem}. Leave it out, or give this dataset its own split, train.")
+    return tables.get(split) or next(iter(tables.values()))
 
 
 @contextlib.contextmanager
@@ -98,8 +133,12 @@ def decode(content: bytes, file: Path, line: int = 0) -> str:
 
 
 def _parse_json(text: str, file: Path, line: int = 0) -> Any:
+    """Parse JSON; half an emoji, which is no character, becomes a question mark."""
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_int=lambda digits: (int if len(digits) < 20 else float)(digits))  # of 64 bits
+        if HALF_CHARACTER.search(text):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
     except json.JSONDecodeError as error:
         place = f"{file.name}, line {line or error.lineno}"
         raise UserError(f"{place}, is not JSON: {error.msg}, column {error.colno}") from None
@@ -107,47 +146,45 @@ def _parse_json(text: str, file: Path, line: int = 0) -> Any:
         raise UserError(f"{file.name}{f', line {line},' if line else ''} is nested too deeply.") from None
 
 
-def check_lines(file: Path, parse: bool = False) -> Path:
-    """The file, read by line. Raises UserError for a line that is no object or not UTF-8, or if `parse`, no JSON."""
-    is_empty = True
+def read_lines(file: Path) -> list[Row]:
+    """The rows of a file of one JSON object per line."""
+    rows = list[Row]()
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             text = decode(line, file, number).strip()
-            is_empty = is_empty and not text
             if number == 1 and text.startswith("["):
                 raise UserError(f"{file.name} is a JSON array, not one object per line. Rename it to end in .json.")
             if text and not text.startswith("{"):
                 raise UserError(f"{file.name}, line {number}, is not a JSON object: {text[:40]!r}")
-            if text and (parse or text.count("[") + text.count("{") > MAX_NESTED):  # pyarrow 25 crashes on deep ones
-                _parse_json(text, file, number)
-    if is_empty:
+            if text:
+                rows.append(_parse_json(text, file, number))
+    if not rows:
         raise UserError(f"{file.name} is empty")
-    return file
+    return rows
 
 
-def read_json(content: bytes, file: Path, split: str) -> list[Row] | None:
-    """The rows of a JSON array, or of an object that holds one: {"data": [...]}, or a list per split. None if there is
-    one object per line."""
+def read_json(content: bytes, file: Path) -> dict[str, list[Row]]:
+    """The rows of a JSON array, under train, or of an object that holds one: {"data": [...]}, or a list per split. {}
+    if there is one object per line."""
     text = decode(content, file).strip()
     first, _, more = text.partition("\n")
     with contextlib.suppress(ValueError, RecursionError):
         if more and isinstance(json.loads(first), dict):
-            return None
+            return {}
     document = _parse_json(text, file)
     if isinstance(document, dict):
         lists = {k: v for k, v in document.items() if isinstance(v, list) and v}
         objects = {k: v for k, v in lists.items() if isinstance(v[0], dict)}
         tables = {k: v for k, v in objects.items() if not {*ROLE_KEYS} & v[0].keys()}
-        if len(tables) > 1 and split not in tables:
-            raise UserError(f"{file.name} has rows under {', '.join(tables)}. Set `--dataset_split` to one of them.")
         if not objects and lists.keys() == document.keys() and len(set(map(len, lists.values()))) == 1:  # by column
-            return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-        document = tables.get(split) or next(iter(tables.values()), [document])
-    rows = document if isinstance(document, list) else [document]
-    for number, row in enumerate(rows, 1):
+            tables = {"train": [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]}
+    else:
+        tables = {"train": document} if isinstance(document, list) else {}
+    tables = tables or {"train": [document]}
+    for number, row in ((n, row) for rows in tables.values() for n, row in enumerate(rows, 1)):
         if not isinstance(row, dict):
             raise UserError(f"{file.name}, row {number}, is not a JSON object: {json.dumps(row)[:40]}")
-    return rows
+    return tables
 
 
 def read_csv(content: bytes, file: Path) -> list[Row]:
@@ -260,9 +297,6 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
         with contextlib.suppress(StopIteration, IndexError):  # there are none
             rows = _load(spec, split).with_format(None)
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, DatasetsError) as error:
-        for file in spec.files:
-            if file_type(file) == "jsonl":
-                check_lines(file, parse=True)  # names the line
         if (rows := _load_file_of_script(spec, split)) is None:
             local = " ".join(str(error.__cause__ or error).split())[:300]
             reason = local if spec.files else describe_error(error)
@@ -273,61 +307,65 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
 
 
 def _load(spec: DatasetSpec, split: str) -> Dataset:
-    from datasets import Dataset, config, load_dataset, load_from_disk
+    from datasets import ReadInstruction, load_dataset, load_from_disk
 
+    found: Any
     path, files = find_path(spec.id), spec.files
-    if files:
-        types = {file_type(file) for file in files}
-        if "" in types or not (len(types) == 1 or types <= TEXT_TYPES):
-            raise UserError(f"dataset {spec.id!r} must be files of one type. Use one of {', '.join(FILE_TYPES)}.")
-        options: dict[str, Any] = {}
-        if types <= TEXT_TYPES:
-            cache = Path(config.HF_DATASETS_CACHE) / "dpo-notebooks"
-            files, types = [as_json_lines(file, split, cache) for file in files], {"json"}
-            options["parse_agent_traces"] = False
-        return load_dataset(types.pop(), data_files=[glob.escape(str(f)) for f in files], split="train", **options)
-    if path is None and spec.is_file_name:
+    any_split, name = spec.any_split and split == spec.split, re.split(r"[\[+]", split)[0]
+    types = {file_type(file) for file in files}
+    if "" in types or not (len(types) <= 1 or types <= TEXT_TYPES):
+        raise UserError(f"dataset {spec.id!r} must be files of one type. Use one of {', '.join(FILE_TYPES)}.")
+    if path is None and not files and spec.is_file_name:
         raise UserError(f"dataset {spec.id!r} does not exist. Check its path, which is relative to the current folder.")
-    any_split = spec.any_split and split == spec.split
-    if path and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    if files and types <= TEXT_TYPES:
+        found = read_text_files(files, name, any_split)
+    elif files:
+        found = load_dataset(types.pop(), data_files=[glob.escape(str(file)) for file in files])
+    elif path is None:
+        check_hub()
+        wanted, revision = None if any_split else split, spec.revision or None
+        found = load_dataset(spec.id, spec.config or None, split=wanted, revision=revision)
+    elif any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         found = load_from_disk(str(path))
     else:
-        if path is None:
-            check_hub()
-        revision, wanted = None if path else spec.revision or None, None if any_split else split
-        found = load_dataset(str(path or spec.id), spec.config or None, split=wanted, revision=revision)
-    if isinstance(found, Dataset):
-        return found
-    names = list(map(str, found))
-    others = [name for name in names if len(names) == 1 or name.startswith("train")]
-    if any_split and split not in names and len(others) == 1:
-        print(f"{spec.id} has no split {split!r}; using {others[0]!r}.")
-        return found[others[0]]
-    if split not in names:
-        raise LookupError(f"it has {', '.join(names)}")
-    return found[split]
+        found = _text_files(path, spec.config) or load_dataset(str(path), spec.config or None)
+    if isinstance(found, dict):
+        names = list(map(str, found))
+        others = [other for other in names if len(names) == 1 or other.startswith("train")]
+        if any_split and name not in names and len(others) == 1:
+            print(f"{spec.id} has no split {split!r}; using {others[0]!r}.")
+            split = name = others[0]
+        if name not in names:
+            raise LookupError(f"it has {', '.join(names)}")
+        found = found[name]
+    elif path is None and not files:
+        return found  # of the Hub, which has read the split
+    rows = read_text_files(found, name, any_split=True) if isinstance(found, list) else found
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)}) if split != name else ()
+    return rows.select([row for part in parts for row in range(part.from_, part.to)]) if parts else rows
+
+
+def _text_files(folder: Path, config: str) -> dict[str, list[Path]]:
+    """The files of each split of a folder of JSON or CSV files, as datasets finds them; {} for any other folder."""
+    from datasets import load_dataset_builder
+
+    found = load_dataset_builder(str(folder), config or None).config.data_files or {}
+    splits = {str(name): list(map(Path, files)) for name, files in found.items()}
+    is_text = all(file.is_file() and file_type(file) in TEXT_TYPES for files in splits.values() for file in files)
+    return splits if is_text else {}
 
 
 def _load_file_of_script(spec: DatasetSpec, split: str) -> Dataset | None:
     """The data file next to a loader script, which datasets no longer runs: CONFIG.json or CONFIG/SPLIT.json, as
     tatsu-lab/alpaca_farm has them. None if there is no such file."""
-    from datasets import load_dataset
     from huggingface_hub import hf_hub_download
 
     is_remote = spec.config and find_path(spec.id) is None
     for name in (f"{spec.config}.json", f"{spec.config}/{split}.json") if is_remote else ():
         with contextlib.suppress(OSError, ValueError):  # no such file, or no such repository
             file = hf_hub_download(spec.id, name, repo_type="dataset", revision=spec.revision or None)
-            return load_dataset("json", data_files=file, split="train")
+            return read_text_files([Path(file)], split, any_split=True)
     return None
-
-
-def subsample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:
-    """A seeded share of `rows` in their order, and their indices."""
-    if fraction == 1:
-        return rows, list(range(len(rows)))
-    indices = sorted(random.Random(seed).sample(range(len(rows)), max(1, round(fraction * len(rows)))))
-    return rows.select(indices), indices
 
 
 # ---- Formats ----
@@ -342,7 +380,7 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
     if not candidates:
         raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
     first = rows[:PROBED_ROWS]
-    as_text = tuple(name for name, values in first.items() if _holds_lists_as_text(name, values))
+    as_text = tuple(name for name, values in first.items() if holds_lists_as_text(name, values))
     if data_format == "auto":  # a format that is named is taken at its word
         for name, values in first.items():
             lists = sum(isinstance(v, list | dict) for v in values)
@@ -364,18 +402,3 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
     raise UserError(
         f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
     )
-
-
-def _holds_lists_as_text(column: str, values: list[Any]) -> bool:
-    """Whether most values of a column are lists that a CSV or JSON file holds as text. Raises UserError if they begin
-    as lists and most cannot be parsed."""
-    texts = [value for value in values if isinstance(value, str) and value.strip()]
-    lists = [t for t in texts if is_list_as_text(t) or (column in LIST_COLUMNS and t.lstrip().startswith("["))]
-    parsed = 0
-    for text in lists:
-        with contextlib.suppress(DropRow):
-            parsed += isinstance(parse_text(text), list | dict)
-    is_most = 2 * len(lists) > len(texts)
-    if is_most and 2 * parsed <= len(lists) and column not in LIST_COLUMNS:
-        raise UserError(f"column {column} holds lists as text that cannot be parsed: {lists[0][:60]!r}. Write JSON.")
-    return is_most and 2 * parsed > len(lists)

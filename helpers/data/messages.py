@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from helpers.core import UserError
+
 # role and content; of some also tool_calls, tool_call_id, name and reasoning_content, which a chat template may render,
 # and weight: 0 for a turn that is not learned
 Message = dict[str, Any]
@@ -23,6 +25,7 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, *THOUGHT_KEYS, "weight", "train"}
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
 LIST_AS_TEXT = re.compile(r"\s*[\[{]\s*(\{\s*)?[\"'](role|from|content|value)[\"']")  # JSON, or the repr of Python
+LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history")
 
 
 class DropRow(Exception):
@@ -43,6 +46,21 @@ def parse_text(value: Any) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(value)
     raise DropRow("a list as text that cannot be parsed")
+
+
+def holds_lists_as_text(column: str, values: list[Any]) -> bool:
+    """Whether most values of a column are lists that a CSV or JSON file holds as text. Raises UserError if they begin
+    as lists and most cannot be parsed."""
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    lists = [t for t in texts if is_list_as_text(t) or (column in LIST_COLUMNS and t.lstrip().startswith("["))]
+    parsed = 0
+    for text in lists:
+        with contextlib.suppress(DropRow):
+            parsed += isinstance(parse_text(text), list | dict)
+    is_most = 2 * len(lists) > len(texts)
+    if is_most and 2 * parsed <= len(lists) and column not in LIST_COLUMNS:
+        raise UserError(f"column {column} holds lists as text that cannot be parsed: {lists[0][:60]!r}. Write JSON.")
+    return is_most and 2 * parsed > len(lists)
 
 
 def _read_repr(text: str) -> Any:

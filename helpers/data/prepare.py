@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from helpers.data.encode import (
     template_options,
 )
 from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, unused_columns
-from helpers.data.loading import choose_format, load_rows, parse_dataset_specs, subsample
+from helpers.data.loading import choose_format, load_rows, parse_dataset_specs
 from helpers.data.messages import add_system_prompt, conversation_hash
 from helpers.data.row_report import OTHERS_KEPT, RowReport, Split, config_from
 from helpers.models import chat
@@ -257,6 +258,14 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
         held_out = held_out.select(shuffled_indices(held_out, split.seed)[: split.eval_rows or None])
     report.train, report.eval, report.hash = len(train), len(held_out), hash_tokens(train, held_out)
     return train, held_out, report
+
+
+def subsample(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, list[int]]:
+    """A seeded share of `rows` in their order, and their indices."""
+    if fraction == 1:
+        return rows, list(range(len(rows)))
+    indices = sorted(random.Random(seed).sample(range(len(rows)), max(1, round(fraction * len(rows)))))
+    return rows.select(indices), indices
 
 
 def hash_tokens(*sets: Dataset) -> str:

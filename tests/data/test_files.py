@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from helpers.core import UserError
+from helpers.core import SettingsError, UserError
 from helpers.data import loading
 from helpers.data.loading import DatasetSpec, load_rows
 
@@ -123,3 +124,85 @@ def test_a_plain_file_of_lines_is_read_line_by_line(tmp_path: Path, monkeypatch:
     assert read(tmp_path, "a.jsonl", LINE * 3) == [ROW] * 3
     with pytest.raises(UserError, match=r"b\.jsonl is empty"):
         read(tmp_path, "b.jsonl", "\n\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.csv", 'prompt,chosen,rejected\nWhy?,None,4\n"a, b",007,nan\n'),
+        ("d.csv", "prompt;chosen;rejected\nWhy?;None;4\na, b;007;nan\n"),
+        ("d.tsv", "prompt\tchosen\trejected\nWhy?\tNone\t4\na, b\t007\tnan\n"),
+        ("d.json", {"data": [{"prompt": "Why?", "chosen": "None", "rejected": "4"},
+                             {"prompt": "a, b", "chosen": "007", "rejected": "nan"}]}),
+    ],
+)  # fmt: skip
+def test_a_folder_of_files_is_read_as_the_files_are(name: str, content: Any, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    rows = [tuple(row.values()) for row in load_rows(DatasetSpec(str(tmp_path / "set")))]
+    assert rows == [("Why?", "None", "4"), ("a, b", "007", "nan")]
+
+
+def test_a_folder_has_splits_and_its_files_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(CSV)
+    (tmp_path / "test.csv").write_text(CSV + "How?,So.,No.\n")
+    spec = DatasetSpec(str(tmp_path))
+    assert (len(load_rows(spec)), len(load_rows(spec, "test")), len(load_rows(spec, "test[1:]"))) == (1, 2, 1)
+    with pytest.raises(UserError, match=r"split 'nosuch', cannot be loaded: it has train, test"):
+        load_rows(spec, "nosuch")
+    (tmp_path / "train.csv").write_text(CSV + "Who, me?,Yes.,No.\n")
+    with pytest.raises(UserError, match=r"train\.csv, line 3, has 4 fields; the header has 3"):
+        load_rows(spec)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_texts_that_all_look_like_dates_stay_texts(name: str, tmp_path: Path) -> None:
+    row: dict[str, Any] = {"prompt": "When?", "answer": "1969-07-20"}
+    content = {"a.csv": "prompt,answer\nWhen?,1969-07-20\n", "a.json": json.dumps([row])}
+    assert read(tmp_path, name, content.get(name, json.dumps(row))) == [row]
+    row = {"messages": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "1969-07-20"}]}
+    assert read(tmp_path, "b.jsonl", json.dumps(row)) == [row]
+
+
+def test_a_late_key_and_a_late_type_of_a_large_file_are_read(tmp_path: Path) -> None:
+    first = {"prompt": "x" * 100_000, "score": 1, "meta": {"a": 1}}
+    last: dict[str, Any] = {"prompt": "y", "score": 2.5, "meta": {"b": "c"}, "source": "me"}
+    rows = read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in [first] * 120 + [last]))
+    assert rows[0] == first | {"source": None}
+    assert rows[120] == last
+
+
+def test_files_with_other_columns_are_one_dataset(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [ROW, {**ROW, "prompt": ["What?"], "score": 1.5}, {"chosen": "12", "score": 2}]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+    found = list(load_rows(DatasetSpec(str(tmp_path / "*.jsonl"))))
+    assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
+
+
+def test_half_an_emoji_becomes_a_question_mark(tmp_path: Path) -> None:
+    row = json.dumps(ROW | {"meta": {"a": "x"}}).replace("Why?", "Why \\ud83d").replace("x", "\\ud83d\\ude00 \\ude00")
+    for name, content in (("a.json", f"[{row}]"), ("a.jsonl", row)):
+        assert read(tmp_path, name, content) == [ROW | {"prompt": "Why ?", "meta": {"a": "😀 ?"}}]
+
+
+def test_a_value_that_arrow_has_no_type_for_is_kept(tmp_path: Path) -> None:
+    values = [10**15, 10**18, 10**19, True, None, "1", 0.1, [1, "a"], {}, {"b": [[], None]}]
+    assert [row["a"] for row in read(tmp_path, "a.jsonl", "\n".join(json.dumps({"a": v}) for v in values))] == values
+    assert len(read(tmp_path, "b.jsonl", json.dumps({"id": 10**30}))) == 1
+
+
+def test_a_split_of_a_file_is_heeded_or_refused(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", LINE * 5), ("a.csv", CSV + "a,b,c\n" * 4), ("a.json", json.dumps([ROW] * 5))):
+        sizes = [len(read(tmp_path, name, content, split)) for split in ("train", "train[:4]", "train[3:]")]
+        assert sizes == [5, 4, 2]
+        for split in ("nosuch", "test", "test[:2]"):
+            base = split.partition("[")[0]
+            with pytest.raises(SettingsError, match=f"--dataset_split {base} is not available: {name} has no such"):
+                read(tmp_path, name, content, split)
+    Dataset.from_list([ROW] * 5).to_parquet(tmp_path / "a.parquet")
+    spec = DatasetSpec(str(tmp_path / "a.parquet"))
+    assert len(load_rows(spec, "train[:4]")) == 4
+    with pytest.raises(UserError, match="split 'nosuch', cannot be loaded: it has train"):
+        load_rows(spec, "nosuch")
+    assert len(read(tmp_path, "b.json", json.dumps({"train": [ROW], "test": [ROW] * 3}), "test[:2]")) == 2

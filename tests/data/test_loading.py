@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
 from helpers.data.encode import LengthLimits
-from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs, subsample
-from helpers.data.prepare import load_instructions, load_preferences, prepare_rows
+from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs
+from helpers.data.prepare import load_instructions, load_preferences, prepare_rows, subsample
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
 
