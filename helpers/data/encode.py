@@ -333,7 +333,7 @@ def truncate_prompt(
     tokenizer: Tokenizer, prompt: list[Message], max_tokens: int, options: dict[str, Any] | None = None
 ) -> list[Message]:
     """The end of a prompt, rendered with `options` in at most `max_tokens` tokens; [] if nothing of the last turn fits.
-    Removes complete turns first, oldest first, then the beginning of the last user turn. A system message stays."""
+    Removes complete turns first, oldest first, then the beginning of the last turn. A system message stays."""
     head = prompt[:1] if prompt[0]["role"] == "system" else []
     turns = prompt[len(head) :]
     users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]  # a prompt begins with one of them
@@ -352,7 +352,7 @@ def truncate_prompt(
         rest = text[at:]
         if at and not rest[:1].isspace() and not text[at - 1].isspace():  # inside a word: begin with the next one
             rest = [*rest.split(maxsplit=1), rest][1]
-        turns = [*turns[:-1], {"role": "user", "content": rest.lstrip()}]
+        turns = [*turns[:-1], turns[-1] | {"content": rest.lstrip()}]
     return head + turns
 
 

@@ -19,6 +19,7 @@ from helpers.data.messages import (
     Message,
     add_system_prompt,
     conversation_key,
+    ends_with_answer,
     parse_text,
     to_history,
     to_messages,
@@ -127,9 +128,19 @@ def _number(value: Any) -> float | None:
     return None
 
 
+def _filled(columns: Sequence[str], row: Row, is_prompt: bool = False) -> str:
+    """The first of these columns that is not empty in a row, for a prompt also without its answer; else the first that
+    it has, "" for none."""
+    given = [name for name in columns if name in row]
+    for name in given:
+        if (value := row.get(name)) not in (None, "", []) and not (is_prompt and ends_with_answer(value)):
+            return name
+    return next(iter(given), "")
+
+
 def _question(row: Row, columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
-    """The first of these columns that a row has. An instruction is followed by its input if that is not empty."""
-    name = next((name for name in columns if name in row), "")
+    """The prompt in one of these columns. An instruction is followed by its input if that is not empty."""
+    name = _filled(columns, row, is_prompt=True)
     text, rest = row.get(name), (row.get(more) for more in MORE_COLUMNS if name == "instruction")
     parts = [part for part in (text, *rest) if isinstance(part, str) and part.strip()]
     return "\n\n".join(parts) if isinstance(text, str) else text
@@ -187,7 +198,8 @@ def read_ranked(row: Row, config: PairingConfig) -> list[Example | str]:
 
 def read_scored(row: Row, config: PairingConfig) -> list[Example | str]:
     """A prompt, several completions and their scores: openbmb/UltraFeedback, or lists of responses and scores."""
-    rated = _rate("completions", row.get("completions", row.get("responses")), SCORE_KEYS, row.get("scores"))
+    answers = _filled(ANY_ANSWERS.split(" or "), row)
+    rated = _rate(answers, row.get(answers), SCORE_KEYS, row.get("scores"))
     return _pairs_of_rated(_prompt(_question(row)), rated, row, config)
 
 
@@ -234,10 +246,10 @@ def _pairs_of_rated(
 
 def read_conversation(prompts: Sequence[str], answers: Sequence[str], row: Row, config: PairingConfig) -> list[Example]:
     """The first of the columns `prompts` and of `answers` that a row has, texts or messages; the latter may hold both.
-    `label` is that of datasets for KTO."""
-    if row.get("label") in (False, "False", "false", "0"):
+    `label` is that of datasets for KTO, if it is true or false."""
+    if (label := row.get("label")) is False or label in ("False", "false"):
         raise DropRow("labelled as undesired")
-    answer = next((name for name in answers if name in row), answers[0])
+    answer = _filled(answers, row) or answers[0]
     messages = _conversation(answer, row.get(answer), _question(row, prompts), row)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
         raise DropRow("no turn is trained on")
@@ -290,6 +302,15 @@ class Format:
         if self.use == "chosen":
             return [e if isinstance(e, str) else Example(e.prompt, e.chosen, options=e.options) for e in examples[:1]]
         return [e if isinstance(e, str) else _margin_error(e.margin, config.min_margin) or e for e in examples]
+
+
+def pairs_first(candidates: Sequence[Format], first: Mapping[str, list[Any]]) -> list[Format]:
+    """Formats of conversations for the columns of first rows: with chosen and rejected answers, those of pairs come
+    first, unless another column has whole conversations."""
+    talks = [first[name] for name in ("messages", "conversations") if name in first]
+    is_whole = any(2 * sum(map(ends_with_answer, talk)) > len(talk) for talk in talks)
+    is_pairs = {"chosen", "rejected"} <= first.keys() and not is_whole
+    return sorted(candidates, key=lambda each: is_pairs and each.use != "chosen")
 
 
 class TrackedRow(dict[str, Any]):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import REPO, Row, SettingsError, UserError, atomic_write, find_path
-from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format
+from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format, pairs_first
 from helpers.data.messages import ROLE_KEYS, holds_lists_as_text, parse_hh
 from helpers.models.adapters import check_hub, describe_error
 
@@ -94,11 +94,9 @@ def read_rows(file: Path, split: str, any_split: bool) -> list[Row]:
         raise UserError(f"{file.name} is empty")
     tables = read_json(content, file) if kind == "json" else {"train": read_csv(content, file)} if kind == "csv" else {}
     tables = tables or {"train": read_lines(file)}
-    if split not in tables and len(tables) > 1:
-        raise UserError(f"{file.name} has rows under {', '.join(tables)}. Set `--dataset_split` to one of them.")
-    if split not in ("train", *tables) and not any_split:
-        problem = f"--dataset_split {split} is not available: {file.name} has no such split"
-        raise SettingsError(f"{problem}. Leave it out, or give this dataset its own split, train.")
+    if split not in tables and (len(tables) > 1 or (split != "train" and not any_split)):
+        fix = "Set `--dataset_split` to one of them, or give the dataset its own split"
+        raise SettingsError(f"{file.name} has rows under {', '.join(tables)}. {fix}, not {split!r}.")
     return tables.get(split) or next(iter(tables.values()))
 
 
@@ -257,7 +255,8 @@ def parse_dataset_specs(settings: Any) -> list[DatasetSpec]:
     SettingsError."""
     common = {key: getattr(settings, f"dataset_{key}") for key in ("config", "split", "revision")}
     common |= {"format": settings.data_format, "eval_split": settings.eval_split}
-    common["any_split"] = settings.sources.get("dataset_split") == "default"
+    split_from, id_from = (settings.sources.get(f"dataset_{key}", "default") for key in ("split", "id"))
+    common["any_split"] = split_from == "default" or split_from == "recipe" != id_from  # not meant for this dataset
     if not settings.dataset_id:
         raise SettingsError("--dataset_id is empty. Give a Hub id, a file or a folder.")
     return [_parse_spec(text, common) for text in settings.dataset_id]
@@ -273,9 +272,8 @@ def _parse_spec(text: str, common: dict[str, Any]) -> DatasetSpec:
         if key not in fields:
             raise SettingsError(f"--dataset_id {text!r} has an unknown key {key!r}. Use {', '.join(fields)}.")
         if not isinstance(value, (int, float) if key == "fraction" else str):
-            raise SettingsError(
-                f"--dataset_id {text!r}: {key} must be a {'number' if key == 'fraction' else 'string'}."
-            )
+            kind = "number" if key == "fraction" else "string"
+            raise SettingsError(f"--dataset_id {text!r}: {key} must be a {kind}.")
     spec = DatasetSpec(**{"id": "", **common, **entry, "any_split": common["any_split"] and "split" not in entry})
     if not spec.id or not 0 < spec.fraction <= 1:
         raise SettingsError(f"--dataset_id {text!r} needs an id, and a fraction above 0 and at most 1.")
@@ -385,20 +383,17 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
         for name, values in first.items():
             lists = sum(isinstance(v, list | dict) for v in values)
             columns[name] = name in as_text or 2 * lists > sum(v is not None for v in values)
+        candidates = candidates if use_pairs else pairs_first(candidates, first)
     fitting = next((each for each in candidates if not each.missing(columns)), None)
     if fitting and fitting.name == "hh" and data_format == "auto":  # known by the marks of its transcripts
-        transcripts = sum(bool(parse_hh(text)) for text in first["chosen"])
-        fitting = fitting if 2 * transcripts >= len(first["chosen"]) else None
+        fitting = fitting if 2 * sum(map(bool, map(parse_hh, first["chosen"]))) >= len(first["chosen"]) else None
     if fitting:
         return dataclasses.replace(fitting, as_text=as_text)
     have = f"the dataset has columns {', '.join(columns)}"
     if data_format != "auto":
         lacking = ", no ".join(candidates[-1].missing(columns))
-        raise UserError(
-            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
-            "`--data_format`."
-        )
+        have += f", and no {lacking}, which the format {data_format} needs"
+        raise UserError(f"{have}. Rename them, or use another `--data_format`.")
     needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
-    raise UserError(
-        f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
-    )
+    have += ", which match no known format"
+    raise UserError(f"{have}. Rename them to {needs}, or set `--data_format` to one of {names}.")

@@ -6,9 +6,10 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from helpers.core import UserError
@@ -24,7 +25,11 @@ EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, *THOUGHT_KEYS, "weight", "train"}
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
-LIST_AS_TEXT = re.compile(r"\s*[\[{]\s*(\{\s*)?[\"'](role|from|content|value)[\"']")  # JSON, or the repr of Python
+LIST_AS_TEXT = re.compile(  # JSON, or the repr of Python: a key of messages comes first, or a role that is known later
+    r"\s*[\[{]\s*(\{\s*)?[\"'](role|from|content|value)[\"']|"
+    r"\s*\[?\s*\{((?P<mark>[\"'])((?!(?P=mark))[^\\]|\\.)*+(?P=mark)|[^{}\[\]\"'])*?"
+    r"[\"'](role|from)[\"']\s*:\s*[\"'](?i:" + "|".join(ROLES) + r")[\"']"
+)
 LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history")
 
 
@@ -83,6 +88,23 @@ def to_messages(value: Any, role: str) -> list[Message]:
     if isinstance(value, dict):
         return [to_message(value, role)]
     return [to_message(message) for message in value if message is not None] if isinstance(value, list) else []
+
+
+def ends_with_answer(value: Any) -> bool:
+    """Whether a value is messages, or a text of them, of which the last one is an assistant's and not empty."""
+    with contextlib.suppress(DropRow):
+        last = to_messages(parse_text(value) if is_list_as_text(value) else value, "user")[-1:]
+        return any(m["role"] == "assistant" and (m["content"].strip() or "tool_calls" in m) for m in last)
+    return False
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts in a nested value, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in itertools.chain(*value.items()) if isinstance(value, dict) else value:
+            yield from texts_in(item)
 
 
 def to_message(message: Any, default_role: str = "") -> Message:

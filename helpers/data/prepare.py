@@ -30,7 +30,7 @@ from helpers.data.encode import (
 )
 from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, unused_columns
 from helpers.data.loading import choose_format, load_rows, parse_dataset_specs
-from helpers.data.messages import add_system_prompt, conversation_hash
+from helpers.data.messages import add_system_prompt, conversation_hash, texts_in
 from helpers.data.row_report import OTHERS_KEPT, RowReport, Split, config_from
 from helpers.models import chat
 from helpers.settings.fields import template_variables
@@ -156,7 +156,9 @@ def _prepare_batch(
             example = bound_texts(tokenizer, example, limits)
             example = dataclasses.replace(example, options=template_options(tokenizer, example, options))
             row["rendered_with"] = describe_rendering(example)
-            if any(special.search(m["content"]) for side in SIDES for m in getattr(example, side)):
+            turns = [turn for side in SIDES for turn in getattr(example, side)]
+            texts = [value for turn in turns for name, value in turn.items() if name != "role"]
+            if any(map(special.search, texts_in([texts, example.options.get("tools")]))):
                 row["drop_reason"] = "control token in the text"
             else:
                 usable.append((row, example))
@@ -242,7 +244,8 @@ def _load(settings: Any, tokenizer: Tokenizer, use_pairs: bool) -> tuple[Dataset
             is_eval = name == spec.eval_split
             rows, indices = subsample(load_rows(spec, name), 1 if is_eval else spec.fraction, split.seed)
             prepared = tokenize_dataset(rows, tokenizer, use_pairs, data_format=spec.format, **options)
-            label = f"{short if names.count(short) == 1 else spec.id} {name}" if has_labels else ""
+            parts = (short,) if names.count(short) == 1 else (spec.id, spec.config, spec.revision)
+            label = " ".join(filter(None, (*parts, name))) if has_labels else ""
             numbers = [f"{label} {index + 1}" if label else index + 1 for index in indices]
             splits.append(PreparedSplit(*prepared, numbers, label, is_eval))
     report, train, held_out = deduplicate(splits)
@@ -350,7 +353,7 @@ def _count_rows(pairs: DataFrame, splits: list[PreparedSplit]) -> RowReport:
             reasons = Counter("dropped: " + dropped.loc[dropped["split"] == number, "drop_reason"])
             read, lost_rows, changed_rows = len(split.numbers), reasons.total(), int((changed["split"] == number).sum())
             counts = Counter(read=read, kept=read - lost_rows, changed=changed_rows, dropped=lost_rows, **reasons)
-            report.sets[split.label] = counts
+            report.sets.setdefault(split.label, Counter()).update(counts)
     return report
 
 

@@ -23,8 +23,8 @@ ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen
 def settings(*dataset_id: str, **more: Any) -> Any:
     common = {"dataset_config": "", "dataset_split": "train", "dataset_revision": "", "data_format": "auto"}
     sources = {"dataset_split": "flag" if "dataset_split" in more else "default"}
-    rest = {"eval_split": "", "system_prompt": "", "dataset_num_proc": 0, "strict": False}
-    return SimpleNamespace(dataset_id=dataset_id, sources=sources, **common | rest | more)
+    rest = {"eval_split": "", "system_prompt": "", "dataset_num_proc": 0, "strict": False, "sources": sources}
+    return SimpleNamespace(dataset_id=dataset_id, **common | rest | more)
 
 
 def write_pairs(file: Path, prompts: list[str], chosen: str = "yes") -> str:
@@ -174,6 +174,18 @@ def test_a_split_that_was_not_asked_for_gives_way_to_the_one_for_training(
     (source,) = parse_dataset_specs(settings(str(tmp_path / "set"), eval_split="test_perfs"))
     with pytest.raises(UserError, match="split 'test_perfs', cannot be loaded: it has train_prefs, test_prefs"):
         load_rows(source, source.eval_split)  # what is evaluated on is never what is trained on
+    file = write_pairs(tmp_path / "x.jsonl", ["a", "b"])
+    for sources in ({"dataset_split": "default"}, {"dataset_split": "recipe", "dataset_id": "flag"}):
+        (source,) = parse_dataset_specs(settings(file, dataset_split="train_prefs", sources=sources))
+        assert len(load_rows(source)) == 2
+    (source,) = parse_dataset_specs(settings(json.dumps({"id": file, "split": "train[:1]"})))
+    assert len(load_rows(source)) == 1
+    for sources in ({"dataset_split": "flag"}, {"dataset_split": "recipe", "dataset_id": "recipe"}):
+        (source,) = parse_dataset_specs(settings(file, dataset_split="train_prefs", sources=sources))
+        with pytest.raises(
+            SettingsError, match=r"x\.jsonl has rows under train\. .* or give the dataset its own split"
+        ):
+            load_rows(source)
     (tmp_path / "folder").mkdir()
     rows.to_json(tmp_path / "folder" / "alpaca_noisy_multi_preference.json")
     (source,) = parse_dataset_specs(settings(str(tmp_path / "folder")))
@@ -226,6 +238,19 @@ def test_sets_mix_and_the_report_of_all_adds_up(tmp_path: Path, tokenizer: PreTr
     assert report.read == 20
     with pytest.raises(SettingsError, match=r"cannot be used. chosen equals rejected: 1 \(row two.parquet train 5\)"):
         load_preferences(settings(half, two, eval_rows=5, strict=True), tokenizer)
+
+
+def test_datasets_of_one_id_and_several_configs_are_counted_apart(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("a", "b")]
+    (tmp_path / "README.md").write_text("---\n" + json.dumps({"configs": configs}) + "\n---\n")
+    for name, count in (("a", 8), ("b", 5)):
+        write_pairs(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(count)])
+    entries = [json.dumps({"id": str(tmp_path), "config": name}) for name in ("a", "b", "b")]
+    _, _, report = load_preferences(settings(*entries, eval_rows=2), tokenizer)
+    read = {name.removeprefix(str(tmp_path)): (counts["read"], counts["kept"]) for name, counts in report.sets.items()}
+    assert read == {" a train": (8, 8), " b train": (10, 5)}
 
 
 def test_a_split_for_evaluation_is_not_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

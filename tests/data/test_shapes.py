@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from helpers.core import SettingsError, UserError
-from helpers.data.encode import LengthLimits
+from helpers.data.encode import LengthLimits, truncate_prompt
 from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PairingConfig, TrackedRow
 from helpers.data.prepare import prepare_rows
 from helpers.data.row_report import RowReport
@@ -348,3 +348,110 @@ def test_any_columns_are_read_or_named_and_the_account_adds_up(rows: list[dict[s
             assert kept + dropped == len(rows)
             if kept:  # the columns that the examples are made of were read
                 assert read & set(columns)
+
+
+def test_the_column_that_is_filled_in_a_row_is_read(chatml: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "A?", "question": None, "completion": "1.", "answer": None},
+        {"prompt": None, "question": "B?", "completion": None, "answer": "2."},
+        {"prompt": "", "question": "C?", "completion": "", "answer": "3."},
+        {"prompt": None, "question": None, "completion": "4.", "answer": ""},
+    ]
+    good, report = prepare(chatml, rows, use_pairs=False)
+    assert good["messages"][:] == [[user(f"{q}?"), bot(f"{a}.")] for q, a in ("A1", "B2", "C3")]
+    assert dict(report.dropped) == {"no prompt": 1}
+    pairs = [{name: row[name] for name in ("prompt", "question")} | PAIR for row in rows]
+    assert [row[-1]["content"] for row in prepare(chatml, pairs)[0]["prompt"]] == ["A?", "B?", "C?"]
+    answers = {"scores": [1.0, 2.0], "completions": None, "responses": ["No.", "Yes."]}
+    scored = [answers | {"prompt": "A?"}, answers | {"prompt": "B?", "completions": ["No.", "Yes."], "responses": None}]
+    good, report = prepare(chatml, scored)
+    assert (report.kept, good["chosen"][:]) == (2, [[bot("Yes.")]] * 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            **{k: {"from": "gpt", "value": v} for k, v in PAIR.items()},
+        },
+        {"messages": [user("Why?")], **{k: bot(v) for k, v in PAIR.items()}},
+        {"messages": [user("Why?")], **PAIR},
+        {"prompt": "Why?", "answer": "42.", **PAIR},
+        {"instruction": "Why?", "input": "", "output": "42.", **PAIR},
+        {"question": "Why?", "response": "42.", **PAIR},
+    ],
+)  # fmt: skip
+def test_instructions_of_pairs_are_their_chosen_answers(row: dict[str, Any], chatml: Any) -> None:
+    good, report = prepare(chatml, [row], use_pairs=False)
+    assert (report.format.endswith(", the chosen side"), report.kept) == (True, 1)
+    assert good[0]["messages"] == [user("Why?"), bot("Because.")]
+
+
+def test_whole_conversations_next_to_pairs_are_learned_as_they_are(chatml: Any) -> None:
+    talk = [user("Why?"), bot("Because.")]
+    for messages in (talk, json.dumps(talk)):
+        row = {"prompt": "Why?", "messages": messages, "chosen": talk, "rejected": talk}
+        good, report = prepare(chatml, [row], use_pairs=False)
+        assert (report.format, good[0]["messages"]) == ("messages", talk)
+
+
+def test_a_tool_s_answer_that_is_truncated_stays_one(chatml: Any) -> None:
+    chatml.chat_template = TOOL_TEMPLATE
+    answer = {"role": "tool", "content": "word " * 100 + "end", "name": "colour_of", "tool_call_id": "1"}
+    short = truncate_prompt(chatml, [user("Which?"), CALLING, answer], 80)
+    assert short[:2] == [user("Which?"), CALLING]
+    assert short[2] == answer | {"content": short[2]["content"]}
+    assert len(short[2]["content"]) < 200
+    assert short[2]["content"].endswith("word end")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reasoning_content": "So </s> it is."},
+        {"thinking": "</s>"},
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": "</s>"}'}}]},
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": ["</s>"]}}}]},
+        {"content": "</s>"},
+    ],
+)
+def test_a_control_token_drops_a_row_wherever_it_is(extra: dict[str, Any], chatml: Any) -> None:
+    chatml.chat_template = TOOL_TEMPLATE
+    fault = {"control token in the text": 1}
+    talk = [user("Why?"), {**bot("Yes."), **extra}]
+    assert dict(prepare(chatml, [{"messages": talk}], use_pairs=False)[1].dropped) == fault
+    row = {"prompt": [user("Who?"), talk[1], user("Why?")], **PAIR}
+    assert dict(prepare(chatml, [row])[1].dropped) == fault
+
+
+def test_a_control_token_in_a_tool_drops_the_row(chatml: Any) -> None:
+    chatml.chat_template = TOOL_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "f", "description": "</s>"}}]
+    assert dict(prepare(chatml, [TOOL_ROW | {"tools": tools}])[1].dropped) == {"control token in the text": 1}
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_messages_as_text_may_have_any_key_first(write: Any, chatml: Any) -> None:
+    for first in ({"index": 0}, {"text": "Why?"}, {"id": 'a {b} " c', "lang": None}):
+        talk = [first | {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "Yes."))]
+        good, report = prepare(chatml, [{"messages": write(talk)}], use_pairs=False)
+        assert report.kept == 1, report.as_dict()
+        assert good[0]["messages"] == [user("Why?"), bot("Yes.")]
+    talk = [{"text": "Why?", "role": "user"}, {"text": "Yes.", "role": "assistant"}]
+    good, _ = prepare(chatml, [{"messages": write(talk)}], use_pairs=False)
+    assert good[0]["messages"] == [user("Why?"), bot("Yes.")]
+
+
+def test_answers_in_json_with_a_role_of_their_own_stay_texts(chatml: Any) -> None:
+    for answer in ('[{"name": "Ann", "role": "chief"}]', '{"text": "a", "label": 1}', '{"a": {"role": "user"}}'):
+        good, report = prepare(chatml, [{"prompt": "Who?", "completion": answer}], use_pairs=False)
+        assert report.kept == 1, report.as_dict()
+        assert good[0]["messages"][1]["content"] == answer
+
+
+def test_a_label_that_is_a_number_is_no_verdict(chatml: Any) -> None:
+    rows = [{"prompt": f"{i}?", "completion": "Yes.", "label": i} for i in range(4)]
+    assert prepare(chatml, rows, use_pairs=False)[1].kept == 4
+    rows = [row | {"label": str(row["label"] > 0)} for row in rows]
+    assert dict(prepare(chatml, rows, use_pairs=False)[1].dropped) == {"labelled as undesired": 1}
