@@ -304,15 +304,6 @@ class Format:
         return [e if isinstance(e, str) else _margin_error(e.margin, config.min_margin) or e for e in examples]
 
 
-def pairs_first(candidates: Sequence[Format], first: Mapping[str, list[Any]]) -> list[Format]:
-    """Formats of conversations for the columns of first rows: with chosen and rejected answers, those of pairs come
-    first, unless another column has whole conversations."""
-    talks = [first[name] for name in ("messages", "conversations") if name in first]
-    is_whole = any(2 * sum(map(ends_with_answer, talk)) > len(talk) for talk in talks)
-    is_pairs = {"chosen", "rejected"} <= first.keys() and not is_whole
-    return sorted(candidates, key=lambda each: is_pairs and each.use != "chosen")
-
-
 class TrackedRow(dict[str, Any]):
     """A row that remembers which of its columns were read, with `get`."""
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.core import REPO, Row, SettingsError, UserError, atomic_write, find_path
-from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format, pairs_first
-from helpers.data.messages import ROLE_KEYS, holds_lists_as_text, parse_hh
+from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format
+from helpers.data.messages import ROLE_KEYS, ends_with_answer, holds_lists_as_text, parse_hh
 from helpers.models.adapters import check_hub, describe_error
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
 
 
 def _load(spec: DatasetSpec, split: str) -> Dataset:
-    from datasets import ReadInstruction, load_dataset, load_from_disk
+    from datasets import ReadInstruction, load_dataset, load_dataset_builder, load_from_disk
 
     found: Any
     path, files = find_path(spec.id), spec.files
@@ -326,7 +326,11 @@ def _load(spec: DatasetSpec, split: str) -> Dataset:
     elif any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         found = load_from_disk(str(path))
     else:
-        found = _text_files(path, spec.config) or load_dataset(str(path), spec.config or None)
+        splits = load_dataset_builder(str(path), spec.config or None).config.data_files or {}
+        found = {str(each): list(map(Path, files)) for each, files in splits.items()}
+        every = [file for files in found.values() for file in files]
+        if not every or not all(file.is_file() and file_type(file) in TEXT_TYPES for file in every):
+            found = load_dataset(str(path), spec.config or None)
     if isinstance(found, dict):
         names = list(map(str, found))
         others = [other for other in names if len(names) == 1 or other.startswith("train")]
@@ -341,16 +345,6 @@ def _load(spec: DatasetSpec, split: str) -> Dataset:
     rows = read_text_files(found, name, any_split=True) if isinstance(found, list) else found
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)}) if split != name else ()
     return rows.select([row for part in parts for row in range(part.from_, part.to)]) if parts else rows
-
-
-def _text_files(folder: Path, config: str) -> dict[str, list[Path]]:
-    """The files of each split of a folder of JSON or CSV files, as datasets finds them; {} for any other folder."""
-    from datasets import load_dataset_builder
-
-    found = load_dataset_builder(str(folder), config or None).config.data_files or {}
-    splits = {str(name): list(map(Path, files)) for name, files in found.items()}
-    is_text = all(file.is_file() and file_type(file) in TEXT_TYPES for files in splits.values() for file in files)
-    return splits if is_text else {}
 
 
 def _load_file_of_script(spec: DatasetSpec, split: str) -> Dataset | None:
@@ -383,7 +377,9 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
         for name, values in first.items():
             lists = sum(isinstance(v, list | dict) for v in values)
             columns[name] = name in as_text or 2 * lists > sum(v is not None for v in values)
-        candidates = candidates if use_pairs else pairs_first(candidates, first)
+        ended = sum(map(ends_with_answer, [*first.get("messages", ()), *first.get("conversations", ())]))
+        if not use_pairs and {"chosen", "rejected"} <= columns.keys() and 2 * ended <= min(len(rows), PROBED_ROWS):
+            candidates = sorted(candidates, key=lambda each: each.use != "chosen")
     fitting = next((each for each in candidates if not each.missing(columns)), None)
     if fitting and fitting.name == "hh" and data_format == "auto":  # known by the marks of its transcripts
         fitting = fitting if 2 * sum(map(bool, map(parse_hh, first["chosen"]))) >= len(first["chosen"]) else None

@@ -6,10 +6,9 @@ import ast
 import contextlib
 import datetime
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from helpers.core import UserError
@@ -96,15 +95,6 @@ def ends_with_answer(value: Any) -> bool:
         last = to_messages(parse_text(value) if is_list_as_text(value) else value, "user")[-1:]
         return any(m["role"] == "assistant" and (m["content"].strip() or "tool_calls" in m) for m in last)
     return False
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """The texts in a nested value, keys among them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in itertools.chain(*value.items()) if isinstance(value, dict) else value:
-            yield from texts_in(item)
 
 
 def to_message(message: Any, default_role: str = "") -> Message:

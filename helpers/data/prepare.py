@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import json
 import os
 import random
 from collections import Counter
@@ -30,7 +31,7 @@ from helpers.data.encode import (
 )
 from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, unused_columns
 from helpers.data.loading import choose_format, load_rows, parse_dataset_specs
-from helpers.data.messages import add_system_prompt, conversation_hash, texts_in
+from helpers.data.messages import EXTRA_KEYS, add_system_prompt, conversation_hash
 from helpers.data.row_report import OTHERS_KEPT, RowReport, Split, config_from
 from helpers.models import chat
 from helpers.settings.fields import template_variables
@@ -157,8 +158,9 @@ def _prepare_batch(
             example = dataclasses.replace(example, options=template_options(tokenizer, example, options))
             row["rendered_with"] = describe_rendering(example)
             turns = [turn for side in SIDES for turn in getattr(example, side)]
-            texts = [value for turn in turns for name, value in turn.items() if name != "role"]
-            if any(map(special.search, texts_in([texts, example.options.get("tools")]))):
+            more = [example.options.get("tools"), *([turn.get(key) for key in EXTRA_KEYS] for turn in turns)]
+            texts = [*(turn["content"] for turn in turns), json.dumps(more, ensure_ascii=False, default=str)]
+            if any(map(special.search, texts)):
                 row["drop_reason"] = "control token in the text"
             else:
                 usable.append((row, example))
