@@ -95,8 +95,8 @@ def read_rows(file: Path, split: str, any_split: bool) -> list[Row]:
     tables = read_json(content, file) if kind == "json" else {"train": read_csv(content, file)} if kind == "csv" else {}
     tables = tables or {"train": read_lines(file)}
     if split not in tables and (len(tables) > 1 or (split != "train" and not any_split)):
-        fix = "Set `--dataset_split` to one of them, or give the dataset its own split"
-        raise SettingsError(f"{file.name} has rows under {', '.join(tables)}. {fix}, not {split!r}.")
+        has = f"{file.name} has rows under {', '.join(tables)}"
+        raise SettingsError(f"{has}. Set `--dataset_split`, or the split of this dataset, to one of them.")
     return tables.get(split) or next(iter(tables.values()))
 
 
@@ -388,8 +388,11 @@ def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
     have = f"the dataset has columns {', '.join(columns)}"
     if data_format != "auto":
         lacking = ", no ".join(candidates[-1].missing(columns))
-        have += f", and no {lacking}, which the format {data_format} needs"
-        raise UserError(f"{have}. Rename them, or use another `--data_format`.")
+        raise UserError(
+            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
+            "`--data_format`."
+        )
     needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
-    have += ", which match no known format"
-    raise UserError(f"{have}. Rename them to {needs}, or set `--data_format` to one of {names}.")
+    raise UserError(
+        f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
+    )

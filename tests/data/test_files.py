@@ -197,7 +197,7 @@ def test_a_split_of_a_file_is_heeded_or_refused(tmp_path: Path) -> None:
         sizes = [len(read(tmp_path, name, content, split)) for split in ("train", "train[:4]", "train[3:]")]
         assert sizes == [5, 4, 2]
         for split in ("nosuch", "test", "test[:2]"):
-            with pytest.raises(SettingsError, match=rf"{name} has rows under train\. Set `--dataset_split` to one of"):
+            with pytest.raises(SettingsError, match=rf"{name} has rows under train\. Set `--dataset_split`, or the"):
                 read(tmp_path, name, content, split)
     Dataset.from_list([ROW] * 5).to_parquet(tmp_path / "a.parquet")
     spec = DatasetSpec(str(tmp_path / "a.parquet"))
