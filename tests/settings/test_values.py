@@ -87,7 +87,7 @@ dpo:
   loss_type: &loss
     - sigmoid
   gradient_checkpointing: on
-  group_by_length: yes
+  adam_8bit: yes
   load_in_4bit: yes
   strict: no
   bf16: true
@@ -107,7 +107,7 @@ dpo:
         "model_id": "2024-11-29",
         "dataset_id": ('{"id": "a", "fraction": 0.5, "split": "train"}', "1.10"), "loss_type": ("sigmoid",),
         "stop_on_diagnostic": ("nan", "no_learning"), "gradient_checkpointing": True, "quantization": "4bit",
-        "train_sampling_strategy": "group_by_length", "strict": False, "bf16": True, "learning_rate": 1e-6,
+        "optim": "paged_adamw_8bit", "strict": False, "bf16": True, "learning_rate": 1e-6,
         "dpo_beta": 0.5, "wandb_project": "0x10", "max_grad_norm": 1.0, "revision": "", "dataset_revision": "",
         "dataset_config": "", "eval_split": "", "lr_scheduler_kwargs": '{"min_lr": 1e-06, "seed": 493}',
     }  # fmt: skip
