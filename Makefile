@@ -95,7 +95,7 @@ bench: $(VENV)/.dev  ## measure the helpers against what you would otherwise use
 	$(BIN)/python benchmarks/prepare.py 2000
 	$(BIN)/python benchmarks/dpo_step.py --short
 
-pictures: $(VENV)/.dev  ## draw the README's pictures from the runs of `make real`
+pictures: $(VENV)/.dev  ## draw the README's pictures from the runs of `make real` and `make demo`
 	$(BIN)/python docs/make_pictures.py
 	DOCS_PICTURES=docs/pictures $(BIN)/python -m pytest -m long --timeout 1800 tests/notebooks/test_lab.py
 
