@@ -226,8 +226,8 @@ if settings.tuning != "full":
 #
 # The trainer is TRL's own. `--packing` puts several conversations into one sequence of `max_length` tokens. Packing is
 # off for a model in which they would attend to each other. `prepare_trainer` adds logs, curves, diagnostics, answers to
-# evaluation prompts, and checkpoints that are safe to resume from. It lets each evaluation row count once, and keeps
-# the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
+# evaluation prompts, and checkpoints that are safe to resume from. It lets each evaluation row count once, unless rows
+# are packed, and keeps the adapter in float32: TRL casts QLoRA adapters to bfloat16, which rounds small updates away.
 
 # %%
 if training_args.packing:
