@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from helpers.core import Row
+from helpers.core import Row, SettingsError, UserError
 from helpers.data.messages import (
     MESSAGE_KEYS,
     ROLE_KEYS,
@@ -20,6 +20,8 @@ from helpers.data.messages import (
     add_system_prompt,
     conversation_key,
     ends_with_answer,
+    holds_lists_as_text,
+    parse_hh,
     parse_text,
     to_history,
     to_messages,
@@ -352,3 +354,38 @@ INSTRUCTION_FORMATS = tuple(
     Format(name, partial(read_conversation, *columns), tuple(" or ".join(c) for c in columns if c), use="conversations")
     for name, columns in CONVERSATION_COLUMNS.items()
 ) + tuple(dataclasses.replace(pair_format, use="chosen") for pair_format in PAIR_FORMATS)
+
+
+def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
+    """How to read a dataset: as `data_format`, or with "auto" as its columns suggest. Raises SettingsError for an
+    unknown format, UserError for columns that do not fit."""
+    known, columns = PAIR_FORMATS if use_pairs else INSTRUCTION_FORMATS, dict.fromkeys(rows.column_names, True)
+    names = ", ".join(dict.fromkeys(each.name for each in known))
+    candidates = known if data_format == "auto" else [each for each in known if each.name == data_format]
+    if not candidates:
+        raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
+    first = rows[:PROBED_ROWS]
+    as_text = tuple(name for name, values in first.items() if holds_lists_as_text(name, values))
+    if data_format == "auto":  # a format that is named is taken at its word
+        for name, values in first.items():
+            lists = sum(isinstance(v, list | dict) for v in values)
+            columns[name] = name in as_text or 2 * lists > sum(v is not None for v in values)
+        ended = sum(map(ends_with_answer, [*first.get("messages", ()), *first.get("conversations", ())]))
+        if not use_pairs and {"chosen", "rejected"} <= columns.keys() and 2 * ended <= min(len(rows), PROBED_ROWS):
+            candidates = sorted(candidates, key=lambda each: each.use != "chosen")
+    fitting = next((each for each in candidates if not each.missing(columns)), None)
+    if fitting and fitting.name == "hh" and data_format == "auto":  # known by the marks of its transcripts
+        fitting = fitting if 2 * sum(map(bool, map(parse_hh, first["chosen"]))) >= len(first["chosen"]) else None
+    if fitting:
+        return dataclasses.replace(fitting, as_text=as_text)
+    have = f"the dataset has columns {', '.join(columns)}"
+    if data_format != "auto":
+        lacking = ", no ".join(candidates[-1].missing(columns))
+        raise UserError(
+            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
+            "`--data_format`."
+        )
+    needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
+    raise UserError(
+        f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
+    )

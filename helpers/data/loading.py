@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.core import REPO, Row, SettingsError, UserError, atomic_write, find_path
-from helpers.data.formats import INSTRUCTION_FORMATS, PAIR_FORMATS, PROBED_ROWS, Format
-from helpers.data.messages import ROLE_KEYS, ends_with_answer, holds_lists_as_text, parse_hh
+from helpers.core import REPO, Row, SettingsError, UserError, atomic_write, find_path, process_lock
+from helpers.data.messages import ROLE_KEYS
 from helpers.models.adapters import check_hub, describe_error
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ TEXT_TYPES = {"json", "jsonl", "csv"}
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of UTF-16, as JSON escapes it
+# Of a builder's options, those that do not change how files are read here
+FILE_OPTIONS = ("name", "version", "description", "data_dir", "data_files", "sep", "delimiter")
 FORMAT_ALIASES = {"triplet": "pairs", "transcript": "hh"}
 
 
@@ -60,15 +61,16 @@ def read_text_files(files: list[Path], split: str, any_split: bool = False) -> D
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     target = Path(config.HF_DATASETS_CACHE) / "dpo-notebooks" / f"rows-{digest.hexdigest()[:32]}.arrow"
-    if not target.exists():
-        rows = [row for file in files for row in read_rows(file, split, any_split)]
-        names = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({name: to_column([row.get(name) for row in rows]) for name in names})
-        buffer = pa.BufferOutputStream()
-        with pa.ipc.new_stream(buffer, table.schema) as writer:
-            writer.write_table(table, max_chunksize=1000)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(target, buffer.getvalue())
+    with process_lock(target.stem):
+        if not target.exists():
+            rows = [row for file in files for row in read_rows(file, split, any_split)]
+            names = dict.fromkeys(name for row in rows for name in row)
+            table = pa.table({name: to_column([row.pop(name, None) for row in rows]) for name in names})
+            buffer = pa.BufferOutputStream()
+            with pa.ipc.new_stream(buffer, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1000)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(target, buffer.getvalue())
     dataset = Dataset.from_file(str(target))
     dataset._fingerprint = target.stem  # by content
     return dataset
@@ -305,46 +307,55 @@ def load_rows(spec: DatasetSpec, split: str = "") -> Dataset:
 
 
 def _load(spec: DatasetSpec, split: str) -> Dataset:
-    from datasets import ReadInstruction, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import ReadInstruction, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
-    found: Any
-    path, files = find_path(spec.id), spec.files
-    any_split, name = spec.any_split and split == spec.split, re.split(r"[\[+]", split)[0]
+    found: Any = None
+    path, files, any_split = find_path(spec.id), spec.files, spec.any_split and split == spec.split
     types = {file_type(file) for file in files}
     if "" in types or not (len(types) <= 1 or types <= TEXT_TYPES):
         raise UserError(f"dataset {spec.id!r} must be files of one type. Use one of {', '.join(FILE_TYPES)}.")
     if path is None and not files and spec.is_file_name:
         raise UserError(f"dataset {spec.id!r} does not exist. Check its path, which is relative to the current folder.")
-    if files and types <= TEXT_TYPES:
-        found = read_text_files(files, name, any_split)
-    elif files:
+    if files and not types <= TEXT_TYPES:
         found = load_dataset(types.pop(), data_files=[glob.escape(str(file)) for file in files])
-    elif path is None:
-        check_hub()
-        wanted, revision = None if any_split else split, spec.revision or None
-        found = load_dataset(spec.id, spec.config or None, split=wanted, revision=revision)
-    elif any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
-        found = load_from_disk(str(path))
-    else:
-        splits = load_dataset_builder(str(path), spec.config or None).config.data_files or {}
-        found = {str(each): list(map(Path, files)) for each, files in splits.items()}
-        every = [file for files in found.values() for file in files]
-        if not every or not all(file.is_file() and file_type(file) in TEXT_TYPES for file in every):
-            found = load_dataset(str(path), spec.config or None)
-    if isinstance(found, dict):
-        names = list(map(str, found))
-        others = [other for other in names if len(names) == 1 or other.startswith("train")]
-        if any_split and name not in names and len(others) == 1:
-            print(f"{spec.id} has no split {split!r}; using {others[0]!r}.")
-            split = name = others[0]
-        if name not in names:
-            raise LookupError(f"it has {', '.join(names)}")
-        found = found[name]
     elif path is None and not files:
-        return found  # of the Hub, which has read the split
-    rows = read_text_files(found, name, any_split=True) if isinstance(found, list) else found
-    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)}) if split != name else ()
-    return rows.select([row for part in parts for row in range(part.from_, part.to)]) if parts else rows
+        check_hub()
+        which, revision = None if any_split else split, spec.revision or None
+        found = load_dataset(spec.id, spec.config or None, split=which, revision=revision)
+        if not any_split:
+            return found  # datasets has read the split
+    elif path and any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        found = load_from_disk(str(path))
+    elif path and not files:
+        config = load_dataset_builder(str(path), spec.config or None).config
+        found = {str(each): list(map(Path, own)) for each, own in (config.data_files or {}).items()}
+        every: list[Path] = [file for each in found.values() for file in each]
+        plain = vars(type(config)())
+        options = [name for name in plain if name not in FILE_OPTIONS and plain[name] != getattr(config, name)]
+        if options or not every or not all(file.is_file() and file_type(file) in TEXT_TYPES for file in every):
+            found = load_dataset(str(path), spec.config or None)
+    names = list(map(str, found)) if isinstance(found, dict) else []
+    if names:
+        others = [other for other in names if len(names) == 1 or other.startswith("train")]
+        split = "+".join(names) if split == "all" else split
+        if any_split and split not in names and len(others) == 1:
+            print(f"{spec.id} has no split {split!r}; using {others[0]!r}.")
+            split = others[0]
+    wanted = re.findall(r"(?:^|\+)([^\[+]+)", split)
+    if names and not {*wanted} <= {*names}:
+        raise LookupError(f"it has {', '.join(names)}")
+
+    def read(name: str) -> Dataset:
+        own = found[name] if isinstance(found, dict) else found
+        if own is None:
+            return read_text_files(files, name, any_split)
+        return read_text_files(own, name, any_split=True) if isinstance(own, list) else own
+
+    tables = {name: read(name) for name in wanted}
+    if split in tables:
+        return tables[split]
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(table) for name, table in tables.items()})
+    return concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _load_file_of_script(spec: DatasetSpec, split: str) -> Dataset | None:
@@ -358,41 +369,3 @@ def _load_file_of_script(spec: DatasetSpec, split: str) -> Dataset | None:
             file = hf_hub_download(spec.id, name, repo_type="dataset", revision=spec.revision or None)
             return read_text_files([Path(file)], split, any_split=True)
     return None
-
-
-# ---- Formats ----
-
-
-def choose_format(rows: Dataset, data_format: str, use_pairs: bool) -> Format:
-    """How to read a dataset: as `data_format`, or with "auto" as its columns suggest. Raises SettingsError for an
-    unknown format, UserError for columns that do not fit."""
-    known, columns = PAIR_FORMATS if use_pairs else INSTRUCTION_FORMATS, dict.fromkeys(rows.column_names, True)
-    names = ", ".join(dict.fromkeys(each.name for each in known))
-    candidates = known if data_format == "auto" else [each for each in known if each.name == data_format]
-    if not candidates:
-        raise SettingsError(f"--data_format {data_format!r} is unknown. Use auto, {names}.")
-    first = rows[:PROBED_ROWS]
-    as_text = tuple(name for name, values in first.items() if holds_lists_as_text(name, values))
-    if data_format == "auto":  # a format that is named is taken at its word
-        for name, values in first.items():
-            lists = sum(isinstance(v, list | dict) for v in values)
-            columns[name] = name in as_text or 2 * lists > sum(v is not None for v in values)
-        ended = sum(map(ends_with_answer, [*first.get("messages", ()), *first.get("conversations", ())]))
-        if not use_pairs and {"chosen", "rejected"} <= columns.keys() and 2 * ended <= min(len(rows), PROBED_ROWS):
-            candidates = sorted(candidates, key=lambda each: each.use != "chosen")
-    fitting = next((each for each in candidates if not each.missing(columns)), None)
-    if fitting and fitting.name == "hh" and data_format == "auto":  # known by the marks of its transcripts
-        fitting = fitting if 2 * sum(map(bool, map(parse_hh, first["chosen"]))) >= len(first["chosen"]) else None
-    if fitting:
-        return dataclasses.replace(fitting, as_text=as_text)
-    have = f"the dataset has columns {', '.join(columns)}"
-    if data_format != "auto":
-        lacking = ", no ".join(candidates[-1].missing(columns))
-        raise UserError(
-            f"{have}, and no {lacking}, which the format {data_format} needs. Rename them, or use another "
-            "`--data_format`."
-        )
-    needs = "prompt, chosen and rejected" if use_pairs else "messages, prompt and completion, or instruction and output"
-    raise UserError(
-        f"{have}, which match no known format. Rename them to {needs}, or set `--data_format` to one of {names}."
-    )

@@ -25,8 +25,8 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, *THOUGHT_KEYS, "weight", "train"}
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # Anthropic/hh-rlhf, and the prompts of berkeley-nest/Nectar
 LIST_AS_TEXT = re.compile(  # JSON, or the repr of Python: a key of messages comes first, or a role that is known later
-    r"\s*[\[{]\s*(\{\s*)?[\"'](role|from|content|value)[\"']|"
-    r"\s*\[?\s*\{((?P<mark>[\"'])((?!(?P=mark))[^\\]|\\.)*+(?P=mark)|[^{}\[\]\"'])*?"
+    r"\s*+[\[{]\s*+(\{\s*+)?[\"'](role|from|content|value)[\"']|"
+    r"\s*+(\[\s*+)?\{((?P<mark>[\"'])((?!(?P=mark))[^\\]|\\.)*+(?P=mark)|[^{}\[\]\"'])*?"
     r"[\"'](role|from)[\"']\s*:\s*[\"'](?i:" + "|".join(ROLES) + r")[\"']"
 )
 LIST_COLUMNS = ("completions", "responses", "answers", "scores", "rating", "history")

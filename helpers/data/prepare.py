@@ -29,8 +29,8 @@ from helpers.data.encode import (
     encode,
     template_options,
 )
-from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, unused_columns
-from helpers.data.loading import choose_format, load_rows, parse_dataset_specs
+from helpers.data.formats import MARGIN_COLUMNS, Example, Format, PairingConfig, choose_format, unused_columns
+from helpers.data.loading import load_rows, parse_dataset_specs
 from helpers.data.messages import EXTRA_KEYS, add_system_prompt, conversation_hash
 from helpers.data.row_report import OTHERS_KEPT, RowReport, Split, config_from
 from helpers.models import chat

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.core import SettingsError, UserError, find_path, replaced
 from helpers.data.encode import NOT_RENDERED, LengthLimits
-from helpers.data.formats import PairingConfig
-from helpers.data.loading import DatasetSpec, choose_format, load_rows, parse_dataset_specs
+from helpers.data.formats import PairingConfig, choose_format
+from helpers.data.loading import DatasetSpec, load_rows, parse_dataset_specs
 from helpers.data.messages import add_system_prompt
 from helpers.models.chat import suggest_template
 from helpers.models.resolve import Start

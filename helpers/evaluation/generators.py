@@ -268,8 +268,9 @@ class Generators:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """Identifies the weights and the chat template of each model."""
+        known = {model.name: model.fingerprint for model in self.models}
         templates = {name: str(tokenizer.chat_template) for name, (tokenizer, _) in self.tokenizers.items()}
-        return {model.name: fingerprint(model.fingerprint, templates.get(model.name)) for model in self.models}
+        return known | {name: fingerprint(known[name], template) for name, template in templates.items()}
 
     def fingerprint(self, *asked: Any) -> str:
         """Identifies what is asked, and the models' weights and chat templates."""

@@ -323,7 +323,7 @@ def read_judgments(
     if len(judges) > 1:
         raise UserError(f"{flag} {name!r} has several judges ({', '.join(judges)}). Give a file of one.")
     known = list(dict.fromkeys(name for row in rows for name in _models_of(row)))
-    first = [model_name(baseline, known)] if baseline else []
+    first = [model_name(baseline, known)] if baseline and kind == "pairwise" else []
     order = [*dict.fromkeys([*first, *(model_name(name, known) for name in models or known)])]
     rows = [row for row in rows if {*_models_of(row)} <= {*order} and {*first} <= {*_models_of(row)}]
     if not rows:

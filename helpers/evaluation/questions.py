@@ -120,7 +120,10 @@ def _parse_row(row: Row, number: int | str) -> Question:
     rest = {name: value for name, value in row.items() if name not in USED}
     more = [given for name in MORE_COLUMNS if column == "instruction" and (given := rest.pop(name, ""))]
     turns = "\n\n".join([turns, *more]) if more else turns
-    turns = parse_text(turns) if is_list_as_text(turns) else parse_hh(turns) or turns
+    if is_list_as_text(turns):
+        with contextlib.suppress(DropRow):  # a prompt may begin with JSON
+            turns = parse_text(turns)
+    turns = parse_hh(turns) or turns
     if isinstance(turns, dict) or (isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)):
         messages = to_messages(turns, "user")  # only the user's turns are asked
         system = next((m["content"] for m in messages if m["role"] == "system"), system)

@@ -175,8 +175,8 @@ def merge_and_push(run: Run, settings: Any) -> None:
     if not is_main_process() or not (is_merged or settings.push_to_hub):
         return
     flags = {"run": run.folder, "push": "merged" if is_merged else "adapter"}
-    flags |= {n: getattr(settings, n) for n in ("output_dir", "push_to_hub", "hub_repo_id", "trust_remote_code")}
-    flags |= {"recipe": settings.recipe} if settings.recipe else {}
+    flags |= {n: getattr(settings, n) for n in ("output_dir", "push_to_hub")}
+    flags |= {n: value for n in ("hub_repo_id", "trust_remote_code", "recipe") if (value := getattr(settings, n))}
     command = [sys.executable, str(REPO / "notebooks" / "03_merge_push.py"), *(f"--{k}={v}" for k, v in flags.items())]
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if status := subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in launcher}).returncode:

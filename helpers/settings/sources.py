@@ -25,7 +25,7 @@ SECTIONS = ("sft", "dpo", "merge", "vibes", "judge", "pairs")  # of a recipe
 EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), "True") | dict.fromkeys(("false", "0", "no", "off"), "False")
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
-DATASET = ("dataset_id", "dataset_split")  # of 01 and 02: rows to train on; of 04 and 06: prompts
+OF_TRAINING = ("dataset_id", "dataset_split", "run_name", "resume")  # at the top of a recipe that trains
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 FIELD_SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 ENUM_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py")
@@ -65,7 +65,8 @@ def from_namespace(types: Mapping[str, Any], namespace: Mapping[str, Any]) -> Wo
         if getattr(public[name], "ndim", None) == 0:  # a number of numpy or torch
             public[name] = public[name].item()
         value, setting = public[name], NAMES["aliases"].get(name, name)
-        if setting in types and not (isinstance(value, PLAIN) or callable(value) or inspect.ismodule(value)):
+        is_ours = type(value).__module__.startswith("helpers.")  # such as `run`, of another notebook
+        if setting in types and not (isinstance(value, PLAIN) or is_ours or callable(value) or inspect.ismodule(value)):
             raise SettingsError(
                 f"the variable {name} is a {type(value).__name__}. Give a text, a number, True or False, a list, "
                 "a dict or a path. If it is not the setting, give it another name."
@@ -127,7 +128,7 @@ def from_variables(step: str, types: Mapping[str, Any], variables: Mapping[str, 
 def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), types: Collection[str] = ()) -> Words:
     """The keys at the top of a recipe, and those of the step's section, which win: a key of an `exclusive` group in the
     section also replaces the others of its group at the top. Of the keys at the top, a step that does not train leaves
-    out those that are not in `types`, and the dataset of a recipe that trains: they are for training."""
+    out those that are not in `types`, and the dataset and run of a recipe that trains."""
     file = find_path(name)
     if file is None or not file.is_file():
         names = sorted(f"recipes/{f.name}" for f in (REPO / "recipes").glob("*.yaml"))
@@ -151,10 +152,10 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
         name = str(key).replace("-", "_")
         return name if name in types else NAMES["aliases"].get(name, NAMES["renamed"].get(name, name))
 
-    section = content.get(step) or {}
+    section, trains = content.get(step) or {}, {*CONFIGS, "merge_adaptors", "tuning"} & content.keys()
     given = set(map(current, section))
     replaced = {key for key in content for group in exclusive if current(key) in group and given & set(group)}
-    used = set(types) - set(DATASET if CONFIGS.keys() & content.keys() else ())
+    used = set(types) - set(OF_TRAINING if trains else ())
     left_out = {key for key in content if step not in CONFIGS and str(key).replace("-", "_") not in used}
     values = {k: v for k, v in content.items() if k not in {*SECTIONS, *replaced, *left_out}} | section
     return {str(key).replace("-", "_"): to_cli_tokens(value) for key, value in values.items()}

@@ -47,7 +47,7 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Raises UserError if the start would not be that of an undisturbed run."""
         trainer, step = self.trainer, state.global_step
-        if not step and getattr(self.base, "_has_trained", False):
+        if not step and getattr(self.base, "_has_trained", False) and not args.auto_find_batch_size:
             raise UserError("The model was trained already, and no checkpoint was saved. Run the cell that loads the "
                             "model and those below it again.")  # fmt: skip
         if step and getattr(args, "sync_ref_model", False):

@@ -205,3 +205,25 @@ def test_a_split_of_a_file_is_heeded_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="split 'nosuch', cannot be loaded: it has train"):
         load_rows(spec, "nosuch")
     assert len(read(tmp_path, "b.json", json.dumps({"train": [ROW], "test": [ROW] * 3}), "test[:2]")) == 2
+
+
+def test_splits_of_a_folder_may_be_added_up(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows = [{"prompt": f"{split} {i}", "chosen": "a", "rejected": "b"} for i in range(5)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prompts(split: str) -> list[str]:
+        return list(load_rows(DatasetSpec(str(tmp_path), split=split))["prompt"])
+
+    assert prompts("train+test") == prompts("all") == [f"{s} {i}" for s in ("train", "test") for i in range(5)]
+    assert prompts("train[:2]+test[3:]") == ["train 0", "train 1", "test 3", "test 4"]
+    assert prompts("test[:1]") == ["test 0"]
+    with pytest.raises(UserError, match=r"it has (test, train|train, test)"):
+        prompts("train+valid")
+
+
+def test_a_folder_whose_card_says_how_to_read_it_is_read_so(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("p,a,b\nq,c,d\n")
+    names = "  column_names: [prompt, chosen, rejected]\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: data.csv\n{names}---\n")
+    assert [row["prompt"] for row in load_rows(DatasetSpec(str(tmp_path)))] == ["p", "q"]

@@ -14,11 +14,11 @@ from helpers.data.formats import (
     PAIR_FORMATS,
     Example,
     PairingConfig,
+    choose_format,
     read_pair,
     read_ranked,
     read_scored,
 )
-from helpers.data.loading import choose_format
 from helpers.data.messages import DropRow, parse_hh, validation_error
 
 PAIRS = {row_format.name: row_format for row_format in PAIR_FORMATS}

@@ -125,8 +125,8 @@ def test_pairings_margins_and_the_control(tmp_path: Path, rules: str) -> None:
 
 
 def test_a_control_without_scores_is_read_and_its_scored_twin_has_its_margins(tmp_path: Path, rules: str) -> None:
-    from helpers.data.formats import PairingConfig
-    from helpers.data.loading import DatasetSpec, choose_format, load_rows
+    from helpers.data.formats import PairingConfig, choose_format
+    from helpers.data.loading import DatasetSpec, load_rows
 
     folder = write_answers(tmp_path / "given", {"m": ANSWERS})
     pairs, run = made(tmp_path, "--answers_dir", str(folder), "--judge_module", rules, "--control")

@@ -225,6 +225,9 @@ def test_judgments_of_a_file_follow_the_baseline_and_the_order_that_are_named(tm
     assert pairs() == {("a", "b"): (0, 2, 1), ("a", "c"): (2, 0, 0), ("b", "c"): (1, 2, 0)}
     assert pairs("b", "a") == {("b", "a"): (2, 0, 1)}
     assert pairs(baseline="c") == {("c", "a"): (0, 2, 0), ("c", "b"): (2, 1, 0)}
+    rated = [{"question_id": 0, "turn": 1, "judge": ["j", "p"], "model": m, "score": 5.0} for m in "abc"]
+    single = write_rows(tmp_path / "single.jsonl", rated)
+    assert len(read_judgments(single, "single", (), "a").rows) == 3
     swapped = read_judgments(file, "pairwise", ("b", "a")).rows[1]
     assert (swapped["g1_winner"], swapped["g2_winner"], swapped["g2_judgment"]) == ("model_1", "model_2", "first")
     for models, baseline in (((), "nobody"), (("a", "nobody"), "")):
@@ -279,6 +282,11 @@ def test_a_transcript_is_asked_as_the_turns_of_its_user() -> None:
     text = "\n\nHuman: Name a colour.\n\nAssistant: Red.\n\nHuman: Another?\n\nAssistant:"
     (question,) = _parse_rows([{"prompt": text}], "file")
     assert question["turns"] == ["Name a colour.", "Another?"]
+
+
+def test_a_prompt_that_begins_with_json_is_a_text() -> None:
+    text = '{"id": 1, "role": "user", "name": "Bob"}\nConvert this to YAML.'
+    assert _parse_rows([{"prompt": text}], "file")[0]["turns"] == [text]
 
 
 def test_rows_without_an_id_of_their_own_have_another(tmp_path: Path) -> None:

@@ -205,3 +205,4 @@ def test_02_merges_with_the_recipe_that_it_was_given(tmp_path: Path, monkeypatch
         settings = SimpleNamespace(**values, output_dir=tmp_path, recipe=recipe)
         push.merge_and_push(Run(tmp_path / "dpo-x", {"step": "dpo"}), settings)
         assert ("--recipe=recipes/mine.yaml" in asked[-1]) == bool(recipe)
+        assert not any(word.startswith(("--hub_repo_id", "--trust_remote_code")) for word in asked[-1])

@@ -61,6 +61,9 @@ def test_the_dataset_of_a_recipe_that_trains_holds_no_prompts(tmp_path: Path) ->
         return settings.dataset_id, settings.dataset_split, settings.seed
 
     assert read("dpo: {dpo_beta: 0.1}") == ("", "", 3)
+    (tmp_path / "r.yaml").write_text("run_name: mine\nresume: never\nmerge_adaptors: true\n")
+    merge = load_settings(settings_of(REPO / "notebooks" / "03_merge_push.py"), {}, ["--recipe", "r.yaml"])
+    assert (merge.run_name, merge.resume) == ("", "auto")  # the run of 02
     assert read("sft: {}\nvibes: {dataset_id: org/prompts}") == ("org/prompts", "", 3)
     assert read("") == ("org/pairs", "train_prefs", 3)  # a recipe for 04 alone
     dpo = load_settings(settings_of(REPO / "notebooks" / "02_dpo.py"), {}, ["--recipe", "r.yaml"])
