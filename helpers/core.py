@@ -190,8 +190,11 @@ def replaced(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
         yield
     finally:
-        for name in values:
-            setattr(target, name, before[name]) if name in before else delattr(target, name)
+        for name in values.keys() & vars(target).keys():
+            if name in before:
+                setattr(target, name, before[name])
+            else:
+                delattr(target, name)
 
 
 @contextlib.contextmanager

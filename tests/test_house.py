@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[1]
 # Each room may import those before it, itself, and nothing after it.
 ROOMS = ("core", "settings", "runs", "models", "data", "training", "merging", "hub", "evaluation")
 MODULES, LINES = 50, 8500  # of helpers/, at most
-STANDING = 53, 14_530  # what there is: neither may grow
+STANDING = 53, 14_510  # what there is: neither may grow
 MODULE_LINES = 80, 400  # of a module; `__init__` and `__main__` may be shorter
 DOORS, NAMES = 9, 45  # that the notebooks together import, at most
 NOTEBOOK_LINES, CELL_LINES, SETTINGS_LINES, MEDIAN_LINES = 300, 25, 60, 12

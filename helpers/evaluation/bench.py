@@ -125,41 +125,37 @@ class Bench:
         last = samples[-1][1]["filter"]
         samples = [(name, sample) for name, sample in samples if sample["filter"] == last]
         metrics = [m for m in samples[0][1]["metrics"] if all(sample.get(m) in (0, 1) for _, sample in samples)]
+        if not metrics:
+            raise _no_metric(task, samples[0][1]["metrics"])
         docs = [
             {"id": f"{name}/{sample['doc_id']}", "question": str(tasks[name].doc_to_text(sample["doc"])),
              "target": str(sample["target"]), "answer": str(sample["resps"][0][0]),
              "values": {metric: int(sample[metric]) for metric in metrics}}
             for name, sample in samples
         ]  # fmt: skip
-        if not metrics:
-            raise self._no_metric(task, samples[0][1]["metrics"])
         return {"metrics": metrics, "filter": last, "docs": docs}
-
-    def _no_metric(self, task: str, known: Sequence[str]) -> UserError:
-        names = ", ".join(known)
-        return UserError(f"--bench {task} has no metric that says right or wrong for each question ({names}).")
 
     def _choose_metric(self, task: str) -> list[Row]:
         """What the models answered, by the first metric that is 0 or 1 for every answer of all of them."""
         rows = [self.store.rows[model, task] for model in self.models]
         shared = [name for name in rows[0]["metrics"] if all(name in row["metrics"] for row in rows)]
         if not shared:
-            raise self._no_metric(task, rows[0]["metrics"])
+            raise _no_metric(task, rows[0]["metrics"])
         metric = shared[0] + f" ({rows[0]['filter']})" * (rows[0]["filter"] != "none")
         docs = [[doc | {"right": doc["values"][shared[0]]} for doc in row["docs"]] for row in rows]
         return [row | {"metric": metric, "docs": own} for row, own in zip(rows, docs, strict=True)]
 
 
+def _no_metric(task: str, known: Sequence[str]) -> UserError:
+    names = ", ".join(known)
+    return UserError(f"--bench {task} has no metric that says right or wrong for each question ({names}).")
+
+
 def _contents(task: Path) -> list[str]:
-    """A YAML file of a task, and hashes of the files of its folder that it names: data, and modules of functions."""
+    """A YAML file of a task, and a hash of the files of its folder that it names: data, and modules of functions."""
     text = task.read_text("utf-8")
-    words = {*re.findall(r"[\w.-]+", text)}
-    named = [
-        f
-        for f in sorted(task.parent.iterdir())
-        if f.name in words or (f.suffix == ".py" and f"function {f.stem}." in text)
-    ]
-    return [text, *(hash_files([file]) for file in named if file.is_file())]
+    names = {*re.findall(r"[\w.-]+", text), *(f"{module}.py" for module in re.findall(r"!function (\w+)\.", text))}
+    return [text, hash_files(file for file in task.parent.iterdir() if file.name in names and file.is_file())]
 
 
 def compare_right(before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def rules_scorer(settings: Any, questions: list[Question]) -> Scorer:
 
     # what rules read besides, such as a list of words, may change too: their scores are not used again
     folder = Path(str(rules.__file__)).parent
-    files = {Path(str(getattr(module, "__file__", None))) for module in [*sys.modules.values()]}
+    files = {Path(file) for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
     identity = f"{settings.judge_module} {hash_files(file for file in files if file.parent == folder)}"
     return Scorer(f"rules {settings.judge_module}", settings, identity, score, (0.0, 1.0), is_reusable=False)
 

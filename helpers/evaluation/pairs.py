@@ -344,7 +344,7 @@ def _group_verdicts(rows: list[Row]) -> dict[str, Verdicts]:
     return found
 
 
-def _once(verdicts: Verdicts, candidates: list[Candidate]) -> Verdicts:
+def _deduplicate(verdicts: Verdicts, candidates: list[Candidate]) -> Verdicts:
     """The verdicts, of samples with the same text those on the first: a comparison of two texts is one."""
     first = {(c.model, c.text): c.name for c in reversed(candidates)}
     names, found = {c.name: first[c.model, c.text] for c in candidates}, dict[tuple[str, ...], Counter[str]]()
@@ -361,7 +361,7 @@ def _pairs_of_verdicts(
 ) -> list[Pair] | str:  # fmt: skip
     """The decided comparisons of a prompt as pairs, or why it has none. Of several people the majority decides."""
     by_name, pairs, reasons = {c.name: c for c in candidates}, list[Pair](), Counter[str]()
-    for (one, two), counts in _once(verdicts, candidates).items():
+    for (one, two), counts in _deduplicate(verdicts, candidates).items():
         if not {one, two} <= {*by_name}:
             reasons[MISSING] += 1
             continue

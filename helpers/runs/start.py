@@ -198,7 +198,7 @@ def check_replaceable(folder: Path, record: dict[str, Any], step: str, parent: R
     """Raise SettingsError if the run in `folder` is of another step, or one that this run starts from."""
     is_source = parent and folder.resolve() in {Path(each["folder"]).resolve() for each in lineage(parent.folder)}
     if is_source or record.get("step", step) != step:
-        what = "the run that this one starts from" if is_source else f"a {record['step']} run"
+        what = "the run that this one starts from" if is_source else f"a run of another step, {record['step']}"
         raise SettingsError(f"{short_path(folder)} is {what}. Use another --run_name.")
 
 

@@ -272,8 +272,9 @@ class TrainSettings(RunSettings):
             self.trl.get("use_weighting") and len(losses) > 1,
             f"--use_weighting works with one loss in TRL 1.16, not with --loss_type {' '.join(losses)}. Remove it.",
         )
+        strategy = self.trl.get("train_sampling_strategy")
         refuse_if(
-            (strategy := self.trl.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"),
+            strategy in ("group_by_length", "batch_rebalance"),
             f"--train_sampling_strategy {strategy} needs rows with one length, and a pair has two. Remove it.",
         )
         divergences = sorted(compared_values("self.f_divergence_type"))

@@ -73,9 +73,9 @@ def load_settings(
     cls: type[S], namespace: Mapping[str, Any], argv: list[str] | None = None, read_recipe: RecipeReader | None = None
 ) -> S:
     """Resolve the settings `cls` from every layer, print those that were given, and return them. `namespace` is the
-    notebook's globals(). `argv` replaces the command line, which is never read in a kernel, and `read_recipe` the
-    settings in a recipe of the step. Fields of TRL's config that were given are in `.trl` of the result. Raises
-    SettingsError; a command prints it as one line and exits with status 2."""
+    notebook's globals(). `argv` replaces the command line, which is never read in a kernel. `read_recipe` replaces
+    `recipe_words`. Fields of TRL's config that were given are in `.trl` of the result. Raises SettingsError; a command
+    prints it as one line and exits with status 2."""
     install_error_hook()
     silence_warnings()
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # long and short batches take turns

@@ -26,6 +26,7 @@ EXPORTED = ("HF_", "WANDB_", "OPENAI_")  # variables in .env that libraries read
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), "True") | dict.fromkeys(("false", "0", "no", "off"), "False")
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 OF_TRAINING = ("dataset_id", "dataset_split", "run_name", "resume")  # at the top of a recipe that trains
+TRAINS = {"sft", "dpo", "tuning", "merge_adaptors"}  # one of these at the top makes it such a recipe
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 FIELD_SOURCES = ("transformers/training_args.py", "trl/trainer/base_config.py")
 ENUM_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py")
@@ -152,7 +153,7 @@ def from_recipe(step: str, name: str, exclusive: Sequence[Sequence[str]] = (), t
         name = str(key).replace("-", "_")
         return name if name in types else NAMES["aliases"].get(name, NAMES["renamed"].get(name, name))
 
-    section, trains = content.get(step) or {}, {*CONFIGS, "merge_adaptors", "tuning"} & content.keys()
+    section, trains = content.get(step) or {}, TRAINS & content.keys()
     given = set(map(current, section))
     replaced = {key for key in content for group in exclusive if current(key) in group and given & set(group)}
     used = set(types) - set(OF_TRAINING if trains else ())

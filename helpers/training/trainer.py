@@ -249,10 +249,10 @@ class SharedPrefixDPOTrainer(TokenizedDPOTrainer):
         self._enable_sharing()
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        if not str(self._precompute_model_hash).endswith(f" {self.ld_alpha}"):  # TRL's cache does not tell them apart
-            self._precompute_model_hash = f"{self._precompute_model_hash} {self.ld_alpha}"
         self._enable_sharing()  # this runs inside DPOTrainer's __init__
-        return super()._precompute_ref_logps(*args, **kwargs)
+        identity = f"{self._precompute_model_hash} {self.ld_alpha}"  # without it, TRL's cache mixes values of ld_alpha
+        with replaced(self, _precompute_model_hash=identity):
+            return super()._precompute_ref_logps(*args, **kwargs)
 
     def _enable_sharing(self) -> None:
         if self.shared_prefix == "off" or self.sharing is not None:

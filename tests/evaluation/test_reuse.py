@@ -26,7 +26,7 @@ from helpers.evaluation.samples import ExistingVerdicts, SampleStore, find_promp
 from helpers.evaluation.verdicts import apply_rules
 from helpers.models.resolve import ModelRef
 from helpers.runs.run import Run
-from tests.evaluation.judging import answers_worth, better, export, judged, questions_of, rows_of, settings_for, vote
+from tests.evaluation.judging import answers_worth, better, export, judged, rows_of, settings_for, vote
 from tests.evaluation.rounds import pairs_settings, write_answers, write_rows
 from tests.evaluation.test_pairs import judged as judged_run
 from tests.judge_server import judge_server
@@ -292,4 +292,3 @@ def test_a_prompt_that_begins_with_json_is_a_text() -> None:
 def test_rows_without_an_id_of_their_own_have_another(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", "id": 1}, {"prompt": "c", "id": ""}, {"prompt": "d", "id": 0}]
     assert [q["question_id"] for q in _parse_rows(rows, "file")] == ["row 1", 1, 3, 0]
-    assert [q["question_id"] for q in questions_of(2)] == [0, 1]

@@ -266,7 +266,7 @@ def test_a_run_is_not_replaced_by_one_that_starts_from_it_or_is_of_another_step(
     for name, parent, what in (
         ("middle", middle, "the run that this one starts from"),
         ("root", middle, "the run that this one starts from"),
-        ("root", None, "a sft run"),
+        ("root", None, "a run of another step, sft"),
     ):
         settings = settings_of(tmp_path, "--run_name", name, "--resume", resume)
         with pytest.raises(SettingsError, match=f"{name} is {what}. Use another --run_name"):
